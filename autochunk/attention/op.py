@@ -1,0 +1,161 @@
+"""``dot_product_attention``: checks the arguments, resolves "auto", runs the plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention import kernels
+from autochunk.errors import ArgumentError
+from autochunk.plan import Plan, Plans, check_implementation, check_max_chunk_size_mb
+from autochunk.store import resolve
+from autochunk.workload import DTYPES, Workload
+
+
+def dot_product_attention(
+    query: jax.typing.ArrayLike,
+    key: jax.typing.ArrayLike,
+    value: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = None,
+    mask: jax.typing.ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    max_chunk_size_mb: float | None | Literal["auto"] = "auto",
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(query @ key^T * scale + bias) @ value for every head, without holding all logits at once.
+
+    Arguments and meaning as in ``jax.nn.dot_product_attention``, with any number of leading dims [...] and a value size V of its own. H is the number of
+    query heads, N that of key/value heads and divides H: query head h looks at key/value head h // (H / N).
+
+    Args:
+      query: [..., T', H, K], floating point.
+      key: [..., T, N, K], of the query's dtype.
+      value: [..., T, N, V], of the query's dtype.
+      bias: added to the scaled logits; broadcasts to [..., H, T', T].
+      mask: boolean, False takes no part; broadcasts to [..., H, T', T]. A row that is False throughout gives the mean of all values.
+      scale: factor on the logits; None is 1 / sqrt(K).
+      is_causal: query i sees keys 0 to i only.
+      max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None never to slice, or "auto" to take what ``autochunk tune`` found best on this
+        device for these shapes. Logits are float32 for half-precision inputs.
+      implementation: pins how it is computed: "xla", "xla_rows" or "dense" (see ``autochunk.Plan``); None lets "auto" choose, and is "xla" for a number.
+
+    Returns:
+      [..., T', H, V] in the query's dtype.
+
+    Raises:
+      ArgumentError: shapes or dtypes do not fit, or a setting is not one of those above. It is a ValueError.
+    """
+    max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
+    implementation = check_implementation(implementation)
+    query, key, value = (_array(name, array) for name, array in (("query", query), ("key", key), ("value", value)))
+    _check_shapes(query, key, value)
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    logits_shape = (*query.shape[:-3], heads, query.shape[-3], key.shape[-3])
+    bias = None if bias is None else _check_term("bias", _array("bias", bias), logits_shape)
+    mask = None if mask is None else _check_term("mask", _array("mask", mask), logits_shape)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _check_scale(scale)
+    if 0 in logits_shape or value.shape[-1] == 0:
+        return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+    plans = _plans(query, key, value, bias, mask, bool(is_causal), max_chunk_size_mb, implementation)
+    call = kernels.Call(scale, bool(is_causal), bias is not None, mask is not None, plans)
+    grouped = _head_major(query)  # [..., H, T', K]
+    grouped = grouped.reshape((*grouped.shape[:-3], kv_heads, heads // kv_heads, *grouped.shape[-2:]))
+    terms = [None if term is None else _grouped_term(term, kv_heads) for term in (bias, mask)]
+    out = kernels.attention(grouped, _head_major(key), _head_major(value), *terms, call)
+    out = out.reshape((*out.shape[:-4], heads, *out.shape[-2:]))  # [..., H, T', V]
+    return jnp.swapaxes(out, -2, -3).reshape((*query.shape[:-1], value.shape[-1]))
+
+
+def _array(name: str, array: Any) -> jax.Array:
+    try:
+        return jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} must be an array; got {type(array).__name__} ({error})") from None
+
+
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    if query.ndim < 3:
+        raise ArgumentError(f"query must be [..., T', H, K], of rank 3 or more; got shape {query.shape}")
+    if str(query.dtype) not in DTYPES:
+        raise ArgumentError(f"query must be of one of the dtypes {', '.join(DTYPES)}; got {query.dtype}")
+    *leading, _, heads, size = query.shape
+    for name, array, last in (("key", key, size), ("value", value, None)):
+        if array.dtype != query.dtype:
+            raise ArgumentError(f"{name} must have the query's dtype {query.dtype}; got {array.dtype}")
+        if array.ndim != query.ndim or list(array.shape[:-3]) != leading:
+            raise ArgumentError(f"{name} must have the query's leading dims {tuple(leading)} and rank {query.ndim}; got shape {array.shape}")
+        if last is not None and array.shape[-1] != last:
+            raise ArgumentError(f"{name} must have the query's last dim {last}; got shape {array.shape}")
+    if value.shape[-3:-1] != key.shape[-3:-1]:
+        raise ArgumentError(f"value must have the key's length and heads {key.shape[-3:-1]}; got {value.shape[-3:-1]}")
+    if key.shape[-2] == 0 or heads % key.shape[-2]:
+        raise ArgumentError(f"the query's heads must be a multiple of the key's; got {heads} and {key.shape[-2]}")
+
+
+def _check_term(name: str, term: jax.Array, logits_shape: tuple[int, ...]) -> jax.Array:
+    """Bias or mask with the logits' rank."""
+    if name == "mask" and term.dtype != jnp.bool_:
+        raise ArgumentError(f"mask must be boolean (pass terms to add as bias); got {term.dtype}")
+    if name == "bias" and not jnp.issubdtype(term.dtype, jnp.floating):
+        raise ArgumentError(f"bias must be floating point; got {term.dtype}")
+    padded = (1,) * (len(logits_shape) - term.ndim) + term.shape
+    if len(padded) != len(logits_shape) or any(size not in (1, whole) for size, whole in zip(padded, logits_shape, strict=True)):
+        raise ArgumentError(f"{name} must broadcast to [..., H, T', T] = {logits_shape}; got shape {term.shape}")
+    return term.reshape(padded)
+
+
+def _check_scale(scale: Any) -> float:
+    try:
+        return float(scale)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        raise ArgumentError(f"scale must be a number known while tracing, or None; got {scale!r}. Multiply the query by a traced scale instead") from None
+
+
+def _head_major(array: jax.Array) -> jax.Array:
+    """[..., T, H, K] to [..., H, T, K], with at least one leading dim."""
+    array = jnp.swapaxes(array, -2, -3)
+    return array[None] if array.ndim == 3 else array
+
+
+def _grouped_term(term: jax.Array, kv_heads: int) -> jax.Array:
+    """[..., H, T', T] to [..., N, H / N, T', T], with at least one leading dim."""
+    *leading, heads, rows, keys = term.shape
+    groups = (1, 1) if heads == 1 else (kv_heads, heads // kv_heads)
+    return term.reshape((*(leading or (1,)), *groups, rows, keys))
+
+
+def _plans(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, is_causal: bool,
+           max_chunk_size_mb: float | None | Literal["auto"], implementation: str | None) -> Plans:  # fmt: skip
+    if max_chunk_size_mb != "auto":
+        plan = Plan(implementation or "xla", max_chunk_size_mb)
+        return Plans(plan, plan)
+    workload = Workload.make(
+        batch=math.prod(query.shape[:-3]),
+        query_length=query.shape[-3],
+        key_length=key.shape[-3],
+        num_heads=query.shape[-2],
+        num_kv_heads=key.shape[-2],
+        key_size=query.shape[-1],
+        value_size=value.shape[-1],
+        dtype=str(query.dtype),
+        causal=is_causal,
+        mask=_pattern(mask),
+        bias=_pattern(bias),
+    )
+    return resolve.plans(workload, implementation)
+
+
+def _pattern(term: jax.Array | None) -> str:
+    """Which dims of a bias or mask [..., H, T', T] are its own, in a Workload's letters."""
+    if term is None:
+        return "none"
+    *leading, heads, rows, keys = term.shape
+    sizes = {"b": math.prod(leading), "h": heads, "t": rows, "s": keys}
+    return "".join("1" if size == 1 else letter for letter, size in sizes.items())
+
+

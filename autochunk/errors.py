@@ -1,0 +1,75 @@
+"""Every exception and warning that autochunk raises on purpose.
+
+Callers catch by family; the second base keeps ``except ValueError`` and ``except OSError`` working::
+
+    AutochunkError
+    ├── ArgumentError (ValueError)   an argument of the op, the module or the tuner is not usable
+    ├── WorkloadError (ValueError)   a workload or shape text that cannot be read
+    ├── DeviceError (RuntimeError)   the device asked for is not there
+    ├── StoreError (OSError)         the profile store cannot be read or written
+    ├── BundleError (ValueError)     a file of profiles is not what it should be
+    └── ProbeError (RuntimeError)    the measuring process cannot be started or understood
+
+    AutochunkWarning (UserWarning)
+    ├── MissWarning                  "auto" found no profile; names the command that makes one
+    ├── StaleWarning                 "auto" used a profile measured with other versions
+    └── StoreWarning                 a layer of profiles could not be read and was left out
+"""
+
+__all__ = [
+    "ArgumentError",
+    "AutochunkError",
+    "AutochunkWarning",
+    "BundleError",
+    "DeviceError",
+    "MissWarning",
+    "ProbeError",
+    "StaleWarning",
+    "StoreError",
+    "StoreWarning",
+    "WorkloadError",
+]
+
+
+class AutochunkError(Exception):
+    """Base of all errors that autochunk raises on purpose."""
+
+
+class ArgumentError(AutochunkError, ValueError):
+    """An argument is not usable: says what was required and what was received."""
+
+
+class WorkloadError(AutochunkError, ValueError):
+    """A workload or shape text cannot be read, or describes no possible attention."""
+
+
+class DeviceError(AutochunkError, RuntimeError):
+    """The device asked for is not there or cannot be described."""
+
+
+class StoreError(AutochunkError, OSError):
+    """The profile store cannot be read or written; nothing already stored was changed."""
+
+
+class BundleError(AutochunkError, ValueError):
+    """A file of profiles is not a bundle, or not one that this version reads."""
+
+
+class ProbeError(AutochunkError, RuntimeError):
+    """The measuring process cannot be started, or answers what it should not."""
+
+
+class AutochunkWarning(UserWarning):
+    """Base of all warnings that autochunk gives."""
+
+
+class MissWarning(AutochunkWarning):
+    """ "auto" found no profile for a workload; the text names the command that makes one."""
+
+
+class StaleWarning(AutochunkWarning):
+    """ "auto" used a profile that was measured with other versions."""
+
+
+class StoreWarning(AutochunkWarning):
+    """A layer of profiles could not be read; "auto" went on without it."""

@@ -1,0 +1,183 @@
+"""From ``max_chunk_size_mb`` to slices: plain integer arithmetic, no jax.
+
+A Plan says how a call runs, independent of its sizes; ``slice_logits`` works out the slices where the sizes are known. That is late on purpose: under
+``vmap`` the true batch is only seen when the call is lowered, and the limit must hold there too.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from autochunk.errors import ArgumentError
+
+BYTES_PER_MB = 10**6
+DEFAULT_MAX_CHUNK_SIZE_MB = 1000.0
+"""What dm-haiku pull request #679 proposed, and what "auto" falls back to."""
+
+# The axes along which each implementation slices, first choice first. "dense" is haiku's order of operations, never sliced.
+SLICING_ORDER: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "xla": ("batch", "heads", "rows", "keys"),
+    "xla_rows": ("rows", "keys", "batch", "heads"),
+}
+IMPLEMENTATIONS = tuple(SLICING_ORDER)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one attention call runs.
+
+    Attributes:
+      implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys), ``"xla_rows"`` (query rows first) or ``"dense"`` (haiku's own
+        order of operations, unsliced).
+      max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None never slices.
+    """
+
+    implementation: str = "xla"
+    max_chunk_size_mb: float | None = None
+
+    def __str__(self) -> str:
+        limit = "no limit" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB"
+        return f"{self.implementation}, {limit}"
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plan of a call that is not differentiated, and of one that is.
+
+    ``on_use`` is told which of the two came to run; it takes no part in equality, so that compiled programs are shared.
+    """
+
+    forward: Plan
+    training: Plan
+    on_use: Callable[[Literal["forward", "training"]], None] | None = field(default=None, compare=False, repr=False)
+
+    def used(self, mode: Literal["forward", "training"]) -> None:
+        """Tells ``on_use`` that the plan for ``mode`` is the one that runs."""
+        if self.on_use is not None:
+            self.on_use(mode)
+
+
+class LogitsShape(NamedTuple):
+    """Sizes of the logits [batch, kv heads, groups of query heads, T', T] and bytes of one logit."""
+
+    batch: int
+    heads: int
+    groups: int
+    rows: int
+    keys: int
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all logits."""
+        return math.prod(self)
+
+
+class Slices(NamedTuple):
+    """Sizes of one slice along each axis that can be sliced."""
+
+    batch: int
+    heads: int
+    rows: int
+    keys: int
+
+    def counts(self, shape: LogitsShape) -> Slices:
+        """Number of slices along each axis; the last one overlaps its neighbour where the size does not divide."""
+        return Slices(*(-(-getattr(shape, axis) // getattr(self, axis)) for axis in self._fields))
+
+    def chunk_bytes(self, shape: LogitsShape) -> int:
+        """Bytes of logits of one slice."""
+        return math.prod(self) * shape.groups * shape.itemsize
+
+
+def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
+    """The slices that keep a call within its plan's limit: as few as possible, of equal size along each axis.
+
+    Raises:
+      ArgumentError: the limit is less than one logit (one per query head of a key/value head).
+    """
+    sizes = {axis: getattr(shape, axis) for axis in Slices._fields}
+    if plan.max_chunk_size_mb is None or not SLICING_ORDER[plan.implementation]:
+        return Slices(**sizes)
+    limit = int(plan.max_chunk_size_mb * BYTES_PER_MB)
+    unit = shape.bytes
+    for axis in SLICING_ORDER[plan.implementation]:
+        if unit <= limit:
+            break
+        unit //= sizes[axis]
+        sizes[axis] = _balanced(sizes[axis], limit // unit)
+        unit *= sizes[axis]
+    if unit > limit:
+        raise ArgumentError(
+            f"max_chunk_size_mb={plan.max_chunk_size_mb:g} is {limit} bytes, less than the {unit} bytes of the smallest slice possible; give a larger limit"
+        )
+    return Slices(**sizes)
+
+
+def _balanced(length: int, most: int) -> int:
+    """The slice size, at most ``most``, that cuts ``length`` into the fewest slices and those as equal as they can be."""
+    count = -(-length // max(1, most))
+    size = -(-length // count)
+    # Matrix units work in eights; round up to one where that still fits and makes no fewer slices.
+    rounded = -(-size // 8) * 8
+    return rounded if size >= 32 and rounded <= most else size
+
+
+def candidate_plans(shape: LogitsShape, *, step: int = 2, most_slices: int = 1024) -> list[Plan]:
+    """The plans worth measuring for these sizes, from most memory to least.
+
+    Limits are powers of ``step`` in MB, so that a choice reads well and carries over to other shapes. Plans that come to the same slices as an earlier
+    one are left out; so are those with more than ``most_slices`` slices.
+    """
+    plans: dict[Slices, Plan] = {}
+    for plan in _ladder(shape, step, most_slices):
+        plans.setdefault(slice_logits(plan, shape), plan)
+    return list(plans.values())
+
+
+def _ladder(shape: LogitsShape, step: int, most_slices: int) -> Iterator[Plan]:
+    yield Plan("xla", None)
+    exponent = math.floor(math.log(max(shape.bytes / BYTES_PER_MB, 2**-10), step))
+    while (limit := float(step) ** exponent) * BYTES_PER_MB * most_slices >= shape.bytes:
+        if limit * BYTES_PER_MB >= 2**16:  # below 64 KB a slice is all overhead
+            yield Plan("xla", limit)
+            yield Plan("xla_rows", limit)
+        exponent -= 1
+
+
+def same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
+    """Whether two plans come to the same computation at these sizes."""
+    if (one.implementation == "dense") != (other.implementation == "dense"):
+        return False
+    return slice_logits(one, shape) == slice_logits(other, shape)
+
+
+def check_max_chunk_size_mb(value: Any) -> float | None | Literal["auto"]:
+    """Returns a usable limit.
+
+    Raises:
+      ArgumentError: the value is not a positive finite number, None or "auto".
+    """
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        limit = float(value)
+        if math.isfinite(limit) and limit > 0:
+            return limit
+    raise ArgumentError(f'max_chunk_size_mb must be a positive finite number (MB of logits), None (never chunk) or "auto"; got {value!r}')
+
+
+def check_implementation(value: Any) -> str | None:
+    """Returns a known implementation's name, or None.
+
+    Raises:
+      ArgumentError: the value is neither.
+    """
+    if value is None or (isinstance(value, str) and value in SLICING_ORDER):
+        return value
+    raise ArgumentError(f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}; got {value!r}")

@@ -1,0 +1,1 @@
+def plans(w, i): raise NotImplementedError

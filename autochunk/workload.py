@@ -1,0 +1,207 @@
+"""A Workload: one tunable attention call, and the one text that names it.
+
+The same grammar serves the store's keys and the command line's ``--shape``: ``name=value`` items between commas. The key spells every item, in one
+order, so that equal workloads have equal keys; a shape may leave items out. Both are written by ``Workload.key`` / ``Workload.shape`` and read by
+``Workload.parse``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from autochunk.errors import WorkloadError
+
+Mode = Literal["forward", "training"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+DTYPES: tuple[DType, ...] = get_args(DType)
+
+# Larger than any array that a device can hold; keeps products of sizes far from overflow in other readers of the key.
+_Size = Annotated[int, Field(ge=1, le=2**40)]
+
+# What the text calls each field, in the key's order.
+_ITEMS = {
+    "b": "batch",
+    "t": "query_length",
+    "s": "key_length",
+    "h": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "k": "key_size",
+    "v": "value_size",
+    "dtype": "dtype",
+    "causal": "causal",
+    "mask": "mask",
+    "bias": "bias",
+    "mode": "mode",
+}
+_BOOLEANS = {"yes": True, "no": False, "true": True, "false": False, "1": True, "0": False}
+_PREFIX = "attention:"
+
+
+class Workload(BaseModel):
+    """One tunable attention call.
+
+    Sizes are element counts: ``batch`` is the product of the leading dims, ``query_length`` is T' (``t`` in texts), ``key_length`` is T (``s``),
+    ``num_heads`` is H and ``num_kv_heads`` divides it. ``mask`` and ``bias`` are ``"none"`` or four letters for the dims [batch, heads, query, key]
+    with ``1`` where the array broadcasts: ``"b1ts"`` is a mask per batch element, shared by the heads. ``causal`` is the op's ``is_causal``.
+
+    Raises:
+      WorkloadError: from ``make`` and ``parse``; says which item is wrong.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    op: Literal["attention"] = "attention"
+    batch: _Size = 1
+    query_length: _Size
+    key_length: _Size
+    num_heads: _Size = 1
+    num_kv_heads: _Size
+    key_size: _Size
+    value_size: _Size
+    dtype: DType = "float32"
+    causal: bool = False
+    mask: str = "none"
+    bias: str = "none"
+    mode: Mode = "forward"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        for name, source, default in (
+            ("key_length", "query_length", None),
+            ("num_kv_heads", "num_heads", 1),
+            ("value_size", "key_size", None),
+        ):
+            data.setdefault(name, data.get(source, default))
+        sizes = [data.get(name) for name in ("batch", "num_heads", "query_length", "key_length")]
+        for name in ("mask", "bias"):
+            data[name] = _canonical_pattern(name, data.get(name, "none"), sizes)
+        return data
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Workload:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"h={self.num_heads} is not a multiple of kv_heads={self.num_kv_heads}")
+        return self
+
+    @classmethod
+    def make(cls, **fields: Any) -> Workload:
+        """Builds a Workload from its fields; ``key_length``, ``num_kv_heads`` and ``value_size`` may be left out.
+
+        Raises:
+          WorkloadError: a field is missing, unknown or out of range.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise WorkloadError(_explain(error)) from None
+
+    @classmethod
+    def parse(cls, text: str, **defaults: Any) -> Workload:
+        """Reads a key, or a shape such as ``b=1,t=4096,s=4096,h=8,k=64``; items left out come from ``defaults`` (fields, by name).
+
+        Raises:
+          WorkloadError: an item is unknown, given twice or out of range, or ``t`` or ``k`` is missing.
+        """
+        fields = dict(defaults)
+        given: set[str] = set()
+        for item in text.removeprefix(_PREFIX).split(","):
+            name, equals, value = item.strip().partition("=")
+            if not equals or name not in _ITEMS:
+                raise WorkloadError(
+                    f"{text!r}: {item.strip()!r} is not an item of a shape; items are NAME=VALUE between commas, NAME one of {', '.join(_ITEMS)}"
+                )
+            if name in given:
+                raise WorkloadError(f"{text!r}: {name}= is given twice")
+            given.add(name)
+            fields[_ITEMS[name]] = _read_value(text, name, value)
+        missing = [name for name in ("t", "k") if _ITEMS[name] not in fields]
+        if missing:
+            raise WorkloadError(f"{text!r}: {' and '.join(f'{name}=' for name in missing)} must be given; for example b=1,t=4096,h=8,k=64")
+        try:
+            return cls.make(**fields)
+        except WorkloadError as error:
+            raise WorkloadError(f"{text!r}: {error}") from None
+
+    @property
+    def key(self) -> str:
+        """The canonical text of this workload; ``Workload.parse`` reads it back."""
+        return _PREFIX + ",".join(f"{item}={_text(getattr(self, field))}" for item, field in _ITEMS.items())
+
+    @property
+    def shape(self) -> str:
+        """The shortest ``--shape`` text that, with ``--dtype`` and ``--mode``, names this workload."""
+        implied = {
+            "kv_heads": self.num_heads,
+            "v": self.key_size,
+            "causal": False,
+            "mask": "none",
+            "bias": "none",
+            "dtype": self.dtype,
+            "mode": self.mode,
+        }
+        return ",".join(f"{item}={_text(getattr(self, field))}" for item, field in _ITEMS.items() if getattr(self, field) != implied.get(item))
+
+    @property
+    def tune_command(self) -> str:
+        """The command line that tunes this workload."""
+        return f"autochunk tune --shape {self.shape} --dtype {self.dtype} --mode {self.mode}"
+
+    def with_mode(self, mode: Mode) -> Workload:
+        """The same call in another mode."""
+        return self if mode == self.mode else self.model_copy(update={"mode": mode})
+
+    @property
+    def logits_itemsize(self) -> int:
+        """Bytes of one logit: half-precision inputs have float32 logits."""
+        return 8 if self.dtype == "float64" else 4
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the whole logits array [batch, H, T', T]."""
+        return self.batch * self.num_heads * self.query_length * self.key_length * self.logits_itemsize
+
+
+def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
+    """Writes ``1`` for dims of size one, which cannot be told from broadcast ones."""
+    if pattern == "none" or not isinstance(pattern, str):
+        return pattern
+    if not re.fullmatch("[b1][h1][t1][s1]", pattern):
+        raise ValueError(f"{name}={pattern} is neither 'none' nor four letters like b1ts ('1' where the array broadcasts over batch, heads, t or s)")
+    return "".join("1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True))
+
+
+def _read_value(text: str, name: str, value: str) -> Any:
+    value = value.strip()
+    if name == "causal":
+        if value.lower() not in _BOOLEANS:
+            raise WorkloadError(f"{text!r}: causal={value} is neither yes nor no")
+        return _BOOLEANS[value.lower()]
+    if name in ("dtype", "mask", "bias", "mode"):
+        return value
+    if not re.fullmatch("[0-9]{1,15}", value):
+        raise WorkloadError(f"{text!r}: {name}={value} is not a whole number of at least 1")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _explain(error: ValidationError) -> str:
+    names = {field: item for item, field in _ITEMS.items()}
+    details = []
+    for problem in error.errors(include_url=False):
+        location = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        details.append(f"{names.get(location, location)}={problem['input']!r}: {message}" if location else message)
+    return "; ".join(details)
