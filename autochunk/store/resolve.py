@@ -1,1 +1,390 @@
-def plans(w, i): raise NotImplementedError
+"""How "auto" is answered: layers of profiles, asked in turn, give a Resolution that also says why.
+
+The order: ``use(...)`` around the call, then ``AUTOCHUNK_PROFILES``, the user's store, the profiles shipped with autochunk; in each the exact workload on
+the exact device. Then the nearest tuned workload of this device, then the documented default. It happens while JAX traces: nothing is left of it in the
+compiled program, which keeps its plan until it is traced again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from autochunk import device as devices
+from autochunk.device import Device
+from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.plan import (
+    BYTES_PER_MB,
+    DEFAULT_MAX_CHUNK_SIZE_MB,
+    SLICING_ORDER,
+    Plan,
+    Plans,
+    check_implementation,
+    check_max_chunk_size_mb,
+)
+from autochunk.store import bundle
+from autochunk.store.database import ProfileStore, default_path
+from autochunk.store.profile import Profile
+from autochunk.workload import Mode, Workload
+
+PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
+
+Match = Literal["exact", "nearest", "default", "pinned"]
+
+# A tuned workload is near if no size is further than this factor away.
+_FARTHEST = 4.0
+# Without measurements, one slice of logits takes at most this share of a memory budget: weights and their cotangents live beside it.
+_SHARE_OF_BUDGET = 0.25
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The answer to "auto", and why.
+
+    Attributes:
+      workload: what was asked for.
+      device: where.
+      plan: the answer.
+      match: "exact", "nearest" (another shape's profile), "default" (nothing known) or "pinned" (by ``use``).
+      layer: where the answer came from.
+      reason: why this plan, in words.
+      source: key of the workload whose profile answered; "" for none.
+      stale: why the profile may no longer hold; empty if it does.
+      asked: each layer that was asked and what it had.
+      rejected: the profile's other plans and what spoke against each.
+      profile: the profile that answered.
+    """
+
+    workload: Workload
+    device: Device
+    plan: Plan
+    match: Match
+    layer: str
+    reason: str
+    source: str = ""
+    stale: tuple[str, ...] = ()
+    asked: tuple[tuple[str, str], ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    profile: Profile | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``use`` sets; None leaves a setting alone. ``plan`` answers every "auto"."""
+
+    plan: Plan | None = None
+    memory_budget_mb: float | None = None
+    store: Path | None = None
+
+
+_settings: contextvars.ContextVar[Settings] = contextvars.ContextVar("autochunk_settings", default=Settings())  # noqa: B039  (frozen)
+_UNSET: Any = object()
+
+
+@contextlib.contextmanager
+def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str = "xla", memory_budget_mb: float | None = None,
+        store: str | os.PathLike[str] | None = None) -> Iterator[None]:  # fmt: skip
+    """Settings for every "auto" that is resolved inside, that is, while functions are traced; a function compiled before keeps its plan.
+
+    Args:
+      max_chunk_size_mb: answers "auto" with this limit (MB, or None to never slice), whatever the profiles say.
+      implementation: goes with ``max_chunk_size_mb``.
+      memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes).
+      store: a profile store's file, in place of the user's own.
+
+    Raises:
+      ArgumentError: a value is not usable.
+    """
+    plan = None
+    if max_chunk_size_mb is not _UNSET:
+        limit = check_max_chunk_size_mb(max_chunk_size_mb)
+        if limit == "auto":
+            raise ArgumentError('use(max_chunk_size_mb=...) answers "auto", so it must be a number or None; got "auto"')
+        plan = Plan(check_implementation(implementation) or "xla", limit)
+    if memory_budget_mb is not None and check_max_chunk_size_mb(memory_budget_mb) == "auto":
+        raise ArgumentError(f"memory_budget_mb must be a positive finite number of MB or None; got {memory_budget_mb!r}")
+    outer = _settings.get()
+    token = _settings.set(
+        Settings(
+            plan if plan is not None else outer.plan,
+            memory_budget_mb if memory_budget_mb is not None else outer.memory_budget_mb,
+            Path(store) if store is not None else outer.store,
+        )
+    )
+    try:
+        yield
+    finally:
+        _settings.reset(token)
+
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+
+class Layer(Protocol):
+    """One place that profiles come from."""
+
+    name: str
+
+    def version(self) -> Any:
+        """Changes whenever the layer's content may have."""
+
+    def get(self, device: Device, workload: Workload) -> Profile | None:
+        """The profile of exactly this workload on exactly this device."""
+
+    def workloads(self, device: Device) -> list[str]:
+        """Keys of all workloads that have a profile on this device."""
+
+
+class StoreLayer:
+    """The user's own store."""
+
+    def __init__(self, path: Path) -> None:
+        self.store = ProfileStore(path)
+        self.name = f"user store {path}"
+
+    def version(self) -> Any:
+        return self.store.version()
+
+    def get(self, device: Device, workload: Workload) -> Profile | None:
+        return self.store.get(device, workload)
+
+    def workloads(self, device: Device) -> list[str]:
+        return self.store.workloads(device)
+
+
+class BundleLayer:
+    """A bundle file, or a folder of them (``*.json``)."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path = path
+        self.name = f"{label} {path}"
+        self._loaded: dict[str, dict[str, Profile]] | None = None
+
+    def version(self) -> Any:
+        try:
+            folder = (self.path.stat().st_mtime_ns,)
+            return folder + tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._files())
+        except OSError:
+            return None
+
+    def get(self, device: Device, workload: Workload) -> Profile | None:
+        return self._profiles().get(device.key, {}).get(workload.key)
+
+    def workloads(self, device: Device) -> list[str]:
+        return sorted(self._profiles().get(device.key, {}))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
+
+    def _profiles(self) -> dict[str, dict[str, Profile]]:
+        if self._loaded is None:
+            self._loaded = {}
+            for file in self._files():
+                for profile in bundle.read(file).profiles:
+                    self._loaded.setdefault(profile.device.key, {})[profile.workload] = profile
+        return self._loaded
+
+
+def shipped_profiles() -> Path:
+    """The folder of profiles that come with autochunk: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "shipped_profiles"
+    return inside if inside.is_dir() else package.parent / "profiles"
+
+
+def _layer_paths(settings: Settings) -> tuple[tuple[str, Path], ...]:
+    """(kind, path) of each layer, first asked first."""
+    named = [Path(part).expanduser() for part in os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep) if part]
+    return (*((PROFILES_VARIABLE, path) for path in named), ("store", settings.store or default_path()), ("shipped", shipped_profiles()))
+
+
+def _make_layer(kind: str, path: Path) -> Layer:
+    return StoreLayer(path) if kind == "store" else BundleLayer(path, kind)
+
+
+# --- Resolution -------------------------------------------------------------------------------------------------------
+
+
+class _Snapshot:
+    """Layers and answers as of one moment; thrown away when a layer changes."""
+
+    def __init__(self, paths: tuple[tuple[str, Path], ...]) -> None:
+        self.paths = paths
+        self.layers = [_make_layer(kind, path) for kind, path in paths]
+        self.versions = [layer.version() for layer in self.layers]
+        self.answers: dict[Any, Resolution] = {}
+
+    def current(self, paths: tuple[tuple[str, Path], ...]) -> bool:
+        return paths == self.paths and all(layer.version() == version for layer, version in zip(self.layers, self.versions, strict=True))
+
+
+_lock = threading.RLock()
+_snapshot: _Snapshot | None = None
+_reported: set[Any] = set()
+
+
+def resolve(workload: Workload, implementation: str | None = None, *, device: Device | None = None) -> Resolution:
+    """What "auto" means for a workload, on jax's default device unless another is given. Same profiles, same answer.
+
+    Raises:
+      ArgumentError: no such implementation.
+    """
+    global _snapshot
+    implementation = check_implementation(implementation)
+    settings = _settings.get()
+    device = device or devices.detect()
+    with _lock:
+        paths = _layer_paths(settings)
+        if _snapshot is None or not _snapshot.current(paths):
+            _snapshot = _Snapshot(paths)
+        request = (workload, implementation, settings, device)
+        if request not in _snapshot.answers:
+            _snapshot.answers[request] = _resolve(workload, implementation, settings, device, _snapshot.layers)
+        return _snapshot.answers[request]
+
+
+def _resolve(workload: Workload, implementation: str | None, settings: Settings, device: Device, layers: list[Layer]) -> Resolution:
+    if settings.plan is not None and implementation in (None, settings.plan.implementation):
+        return Resolution(workload, device, settings.plan, "pinned", "autochunk.use", "set by autochunk.use(...)")
+    asked: list[tuple[str, str]] = []
+    for layer in layers:
+        profile = _ask(layer, device, workload, asked)
+        answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
+        if answer:
+            return replace(answer, asked=tuple(asked))
+    for layer in layers:
+        answer = _nearest(layer, workload, implementation, settings, device, asked)
+        if answer:
+            return replace(answer, asked=tuple(asked))
+    plan = _default(implementation, settings)
+    return Resolution(workload, device, plan, "default", "default", f"no profile; tune with: {workload.tune_command}", asked=tuple(asked))
+
+
+def _ask(layer: Layer, device: Device, workload: Workload, asked: list[tuple[str, str]]) -> Profile | None:
+    try:
+        profile = layer.get(device, workload)
+    except (StoreError, BundleError) as error:
+        asked.append((layer.name, f"left out: {error}"))
+        _warn_once(StoreWarning, f'"auto" goes on without {layer.name}: {error}')
+        return None
+    asked.append((layer.name, "exact match" if profile else "nothing for this workload on this device"))
+    return profile
+
+
+def _from_profile(profile: Profile, workload: Workload, implementation: str | None, settings: Settings, device: Device, layer: Layer,
+                  asked: list[tuple[str, str]]) -> Resolution | None:  # fmt: skip
+    choice = profile.choose(memory_budget_mb=settings.memory_budget_mb, implementation=implementation)
+    if choice is None:
+        asked.append((layer.name, "its profile has no plan that fits"))
+        return None
+    exact = profile.workload == workload.key
+    stale = tuple(profile.device.stale_reasons(device))
+    reason = choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short"
+    return Resolution(
+        workload, device, choice.plan, "exact" if exact else "nearest", layer.name, reason, profile.workload, stale, (), choice.rejected, profile
+    )
+
+
+def _nearest(layer: Layer, workload: Workload, implementation: str | None, settings: Settings, device: Device,
+             asked: list[tuple[str, str]]) -> Resolution | None:  # fmt: skip
+    try:
+        near = _nearest_workload(workload, layer.workloads(device))
+        profile = near and layer.get(device, near)
+    except (StoreError, BundleError):
+        return None  # said when it was asked for the exact workload
+    answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
+    if not answer or near is None:
+        return None
+    asked.append((layer.name, f"nearest tuned workload: {near.key}"))
+    plan = _memory_safe(answer.plan, near, workload)
+    return replace(answer, plan=plan, reason=f"{answer.reason} for the nearest tuned workload, {near.shape}")
+
+
+def _nearest_workload(workload: Workload, keys: list[str]) -> Workload | None:
+    """The tuned workload whose sizes differ least, by the sum of |log2| of their ratios; None if none is near."""
+    candidates = [(distance, other.key, other) for other in map(_parse, keys) if (distance := _distance(workload, other)) is not None]
+    return min(candidates)[2] if candidates else None
+
+
+_parse = functools.lru_cache(maxsize=None)(Workload.parse)
+
+
+def _distance(one: Workload, other: Workload) -> float | None:
+    if any(getattr(one, name) != getattr(other, name) for name in ("op", "dtype", "mode", "causal", "mask", "bias")):
+        return None
+    total = 0.0
+    for name in ("batch", "query_length", "key_length", "num_heads", "num_kv_heads", "key_size", "value_size"):
+        factor = getattr(one, name) / getattr(other, name)
+        if not 1 / _FARTHEST <= factor <= _FARTHEST:
+            return None
+        total += abs(math.log2(factor))
+    return total
+
+
+def _memory_safe(plan: Plan, tuned: Workload, workload: Workload) -> Plan:
+    """A neighbour's plan, never letting more logits live at once than were measured there: "do not slice" becomes the neighbour's whole size."""
+    if plan.max_chunk_size_mb is not None or workload.logits_bytes <= tuned.logits_bytes:
+        return plan
+    implementation = plan.implementation if SLICING_ORDER[plan.implementation] else "xla"
+    return Plan(implementation, tuned.logits_bytes / BYTES_PER_MB)
+
+
+def _default(implementation: str | None, settings: Settings) -> Plan:
+    implementation = implementation or "xla"
+    if not SLICING_ORDER[implementation]:
+        return Plan(implementation, None)
+    if settings.memory_budget_mb is None:
+        return Plan(implementation, DEFAULT_MAX_CHUNK_SIZE_MB)
+    return Plan(implementation, min(DEFAULT_MAX_CHUNK_SIZE_MB, settings.memory_budget_mb * _SHARE_OF_BUDGET))
+
+
+# --- For the op -------------------------------------------------------------------------------------------------------
+
+
+def plans(workload: Workload, implementation: str | None) -> Plans:
+    """The plans of a call, for either mode; which of them came to run is reported when it is known."""
+    both: dict[Mode, Resolution] = {
+        "forward": resolve(workload.with_mode("forward"), implementation),
+        "training": resolve(workload.with_mode("training"), implementation),
+    }
+    return Plans(both["forward"].plan, both["training"].plan, lambda mode: _report(both[mode]))
+
+
+def _report(resolution: Resolution) -> None:
+    """Warns of a miss or of a stale profile, once for each workload, and records a miss for ``autochunk tune --missed``."""
+    subject = (resolution.workload, resolution.device)
+    if resolution.match in ("nearest", "default") and subject not in _reported:
+        _reported.add(subject)
+        # Nothing to be done in a place where nothing can be written: the warning stands.
+        with contextlib.suppress(StoreError):
+            ProfileStore(_settings.get().store).record_miss(resolution.device, resolution.workload)
+    if resolution.match == "default":
+        _warn_once(MissWarning, f'max_chunk_size_mb="auto" found no profile for {resolution.workload.key} and uses {resolution.plan}. '
+                   f"To tune it on this machine: {resolution.workload.tune_command}")  # fmt: skip
+    if resolution.stale:
+        _warn_once(StaleWarning, f'max_chunk_size_mb="auto" uses a profile of {resolution.source} that may no longer hold: '
+                   f"{'; '.join(resolution.stale)}. To measure again: {resolution.workload.tune_command}")  # fmt: skip
+
+
+def _warn_once(category: type[Warning], text: str) -> None:
+    if (category, text) in _reported:
+        return
+    _reported.add((category, text))
+    warnings.warn(text, category, stacklevel=2)
+
+
+def forget_reports() -> None:
+    """Lets every warning be given again, and reads the layers anew."""
+    global _snapshot
+    with _lock:
+        _reported.clear()
+        _snapshot = None

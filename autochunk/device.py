@@ -1,0 +1,184 @@
+"""The Device that a result belongs to, and how much memory it has free.
+
+A profile answers only on a device whose hard fields are equal; the soft ones (versions) say whether it may have gone stale. On CPU ``device_kind`` is just
+"cpu", so the fingerprint is made from what decides the speed of a matrix product: the model, its instruction sets, its caches and the cores that this
+process may use. All of it comes from ``/proc`` and ``/sys``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform as host
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from autochunk.errors import DeviceError
+
+_GIB = 2**30
+
+
+class Device(BaseModel):
+    """Fingerprint of the device that measurements were taken on.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu", as in jax.
+      kind: the accelerator's name, or for a CPU vendor/family/model/stepping, a hash of its instruction-set flags and its cache sizes.
+      cores: CPU cores this process may use (affinity and cgroup quota); 0 on accelerators.
+      memory_gib: memory of the device in GiB, rounded; on CPU the lesser of the machine's and the cgroup's.
+      jax, jaxlib, driver: versions; recorded, and compared for staleness only. driver is "" where there is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    platform: str = Field(min_length=1, max_length=100)
+    kind: str = Field(min_length=1, max_length=200)
+    cores: int = Field(ge=0)
+    memory_gib: int = Field(ge=0)
+    jax: str = ""
+    jaxlib: str = ""
+    driver: str = ""
+
+    @property
+    def key(self) -> str:
+        """The hard fields as one text; equal texts mean that profiles are shared."""
+        cores = f" cores={self.cores}" if self.cores else ""
+        return f"{self.platform} {self.kind}{cores} memory={self.memory_gib}GiB"
+
+    def stale_reasons(self, now: Device) -> list[str]:
+        """Why results of this device may no longer hold on ``now``, the same device today; empty if they do.
+
+        Only jaxlib's minor version counts: it was seen to move the best slice on CPU; its patch releases and jax itself were not.
+        """
+        if _minor(self.jaxlib) == _minor(now.jaxlib):
+            return []
+        return [f"measured with jaxlib {self.jaxlib or 'unknown'}, this is {now.jaxlib}"]
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])
+
+
+def detect(jax_device: Any = None) -> Device:
+    """The device that jax computes on by default, or the given ``jax.Device``. Initialises jax's backend.
+
+    Raises:
+      DeviceError: jax has no usable device.
+    """
+    import jax
+
+    try:
+        chosen = jax_device or jax.config.jax_default_device or jax.local_devices()[0]
+        chosen = jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+    except RuntimeError as error:
+        raise DeviceError(f"jax finds no device to compute on: {error}") from error
+    return _describe(chosen)
+
+
+@functools.lru_cache(maxsize=32)
+def _describe(jax_device: Any) -> Device:
+    versions = {"jax": importlib.metadata.version("jax"), "jaxlib": importlib.metadata.version("jaxlib")}
+    if jax_device.platform == "cpu":
+        return Device(platform="cpu", kind=_cpu_kind(), cores=usable_cores(), memory_gib=round(cpu_memory_bytes() / _GIB), **versions)
+    memory = (jax_device.memory_stats() or {}).get("bytes_limit", 0)
+    driver = str(getattr(jax_device.client, "platform_version", "")).replace("\n", " ").strip()
+    return Device(platform=jax_device.platform, kind=jax_device.device_kind, cores=0, memory_gib=round(memory / _GIB), driver=driver, **versions)
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------------------
+
+
+def _cpu_kind() -> str:
+    info = _first_processor(_read("/proc/cpuinfo"))
+    if not info:
+        return f"{host.machine() or 'unknown'}/{host.processor() or 'unknown'}"
+    names = ("vendor_id", "cpu family", "model", "stepping") if "vendor_id" in info else ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
+    flags = " ".join(sorted(info.get("flags", info.get("Features", "")).split()))
+    model = "/".join(info.get(name, "unknown") for name in names)
+    return f"{model} isa={hashlib.sha256(flags.encode()).hexdigest()[:8]} caches={_caches() or 'unknown'}"
+
+
+def _first_processor(cpuinfo: str) -> dict[str, str]:
+    """The first block of ``/proc/cpuinfo``; the others repeat it once per core."""
+    block = cpuinfo.strip().partition("\n\n")[0]
+    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in block.splitlines()) if colon}
+
+
+def _caches() -> str:
+    """Sizes of the data and unified caches that the first core sees, such as ``48K+2048K+32768K``."""
+    indices = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    return "+".join(_read(index / "size").strip() for index in indices if _read(index / "type").strip() != "Instruction")
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: the least of the machine's, its affinity and its cgroup's quota (rounded up)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroup_folders("cpu"):
+        quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if not period:
+            quota, period = _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
+        if quota.isdigit() and period.isdigit() and int(period):
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+def cpu_memory_bytes() -> int:
+    """Memory that this process could ever have: the lesser of the machine's and its cgroups' limits, in bytes."""
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _cgroup_memory())])
+
+
+def available_cpu_bytes() -> int:
+    """Memory free for this process now: the least of what the machine has available and what its cgroups leave, in bytes."""
+    return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _cgroup_memory())]))
+
+
+def _meminfo(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_memory() -> list[tuple[int, int]]:
+    """(limit, used) in bytes for every cgroup, version 1 or 2, that bounds this process's memory."""
+    bounds = []
+    for folder in _cgroup_folders("memory"):
+        for limit_name, used_name in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
+            # Version 1 writes a number near 2^63 for "no limit".
+            if limit.isdigit() and int(limit) < 2**60:
+                bounds.append((int(limit), int(used) - _inactive_file(folder) if used.isdigit() else 0))
+    return bounds
+
+
+def _inactive_file(folder: Path) -> int:
+    """Page cache that the kernel gives back on demand, in bytes: no reason to think memory is short."""
+    found = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    """This process's cgroup folders for a controller, from its own up to the root; a limit may sit on any of them."""
+    folders: list[Path] = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / (controller if controllers else "")
+        own = root / path.lstrip("/")
+        folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    return folders
+
+
+def _read(path: str | Path) -> str:
+    """The file's text; empty where the system has no such file."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,264 @@
+"""What a measurement leaves behind, and how a choice follows from it.
+
+A Profile keeps the whole curve of measurements, not only the winner: the choice is made when it is read, so that a memory budget, or a better rule in a
+later version, needs no new measurement.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from autochunk.device import Device
+from autochunk.errors import ArgumentError, WorkloadError
+from autochunk.plan import LogitsShape, Plan, check_implementation, check_max_chunk_size_mb, same_slices
+from autochunk.workload import Workload
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "pruned"]
+Effort = Literal["quick", "standard", "thorough"]
+EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
+
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Bytes = Annotated[int, Field(ge=0, le=2**60)]
+
+# Times closer than this are equal for a user, however many repeats could tell them apart.
+SAME_TIME = 0.01
+# Times further apart than this are different, however noisy the machine was.
+LARGEST_NOISE = 0.03
+
+DENSE = Plan("dense", None)
+DEFAULT = Plan("xla", 1000.0)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Measurement(_Record):
+    """One plan, measured.
+
+    Attributes:
+      implementation, max_chunk_size_mb: the plan.
+      status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others say why there are none.
+      detail: what happened, in words, for a status other than "ok".
+      seconds: device time of each repeat.
+      ratios: each repeat over the anchor plan's time in the same round; rounds of one workload share the anchor, so these compare across plans.
+      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and, on CPU, the process's growth.
+      compile_seconds: time to compile.
+      error: largest error of output and gradients relative to the largest reference value, against float64 on sampled rows.
+    """
+
+    implementation: str
+    max_chunk_size_mb: float | None
+    status: Status
+    detail: str = Field(default="", max_length=2000)
+    seconds: tuple[_Seconds, ...] = Field(default=(), max_length=1000)
+    ratios: tuple[_Seconds, ...] = Field(default=(), max_length=1000)
+    temp_bytes: _Bytes | None = None
+    compile_seconds: _Seconds | None = None
+    error: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("implementation")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        # A profile may come from a newer version; a plan it cannot run is kept and never chosen.
+        if not value.isidentifier():
+            raise ValueError(f"{value!r} is no implementation's name")
+        return value
+
+    @field_validator("max_chunk_size_mb")
+    @classmethod
+    def _usable(cls, value: float | None) -> float | None:
+        limit = check_max_chunk_size_mb(value)
+        assert limit != "auto"
+        return limit
+
+    @model_validator(mode="after")
+    def _times_and_status(self) -> Measurement:
+        if len(self.ratios) != len(self.seconds):
+            raise ValueError(f"{len(self.seconds)} times but {len(self.ratios)} ratios")
+        if self.status in ("ok", "pruned") and (not self.seconds or self.temp_bytes is None):
+            raise ValueError(f"status {self.status} needs times and temp_bytes")
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was measured."""
+        return Plan(self.implementation, self.max_chunk_size_mb)
+
+    @property
+    def timed(self) -> bool:
+        """Whether there are times to compare."""
+        return self.status in ("ok", "pruned")
+
+    @property
+    def seconds_median(self) -> float:
+        """Median time in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median time relative to the anchor plan."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range of the ratios, relative to their median; 0 for a single repeat."""
+        if len(self.ratios) < 2 or not self.ratio:
+            return 0.0
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return (high - low) / 2 / self.ratio
+
+    @property
+    def noise(self) -> float:
+        """Standard error of the median ratio, relative to it (normal approximation: 1.4826 scales the half-range to sigma, 1.2533 the mean's error to the median's)."""
+        return 1.2533 * 1.4826 * self.spread / math.sqrt(len(self.ratios)) if self.ratios else 0.0
+
+
+def slower_by(one: Measurement, other: Measurement) -> float:
+    """By what fraction ``one`` is slower than ``other`` (0.1 is 10%); 0 where their times cannot be told apart."""
+    difference = one.ratio / other.ratio - 1 if other.ratio else 0.0
+    noise = min(LARGEST_NOISE, max(SAME_TIME, 2 * math.hypot(one.noise, other.noise)))
+    return difference if abs(difference) > noise else 0.0
+
+
+class Choice(_Record):
+    """The plan that a profile recommends, and why.
+
+    Attributes:
+      measurement: what was measured of it.
+      reason: why this one, in words.
+      rejected: the other plans, each with what spoke against it.
+    """
+
+    measurement: Measurement
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan itself."""
+        return self.measurement.plan
+
+
+class Profile(_Record):
+    """All measurements of one workload on one device.
+
+    Attributes:
+      workload: canonical key text of the workload.
+      device: where it was measured, and with which versions.
+      measurements: one per plan; among them the baselines, haiku's dense attention and the 1000 MB default, unless they could not run.
+      effort: how hard the tuner looked.
+      complete: False where time ran out first.
+      created: when, as an ISO 8601 text in UTC.
+      autochunk: the version that measured.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    workload: str
+    device: Device
+    measurements: tuple[Measurement, ...] = Field(max_length=10_000)
+    effort: Effort
+    complete: bool
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    autochunk: str
+
+    @field_validator("workload")
+    @classmethod
+    def _canonical(cls, value: str) -> str:
+        try:
+            workload = Workload.parse(value)
+        except WorkloadError as error:
+            raise ValueError(str(error)) from None
+        if workload.key != value:
+            raise ValueError(f"not a canonical workload key: {value!r}; canonical is {workload.key!r}")
+        return value
+
+    def parsed_workload(self) -> Workload:
+        """The workload that was measured."""
+        return Workload.parse(self.workload)
+
+    def baseline(self, plan: Plan) -> Measurement | None:
+        """The measurement of a plan, or of one that comes to the same slices; None if it was not timed."""
+        shape = logits_shape(self.parsed_workload())
+        usable = [m for m in self.measurements if m.timed and _runnable(m)]
+        exact = [m for m in usable if m.plan == plan]
+        same = exact or [m for m in usable if same_slices(m.plan, plan, shape)]
+        return same[0] if same else None
+
+    def choose(self, *, memory_budget_mb: float | None = None, implementation: str | None = None) -> Choice | None:
+        """The best plan by the measurements; None if none can be recommended.
+
+        The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose times cannot be told from the fastest's, the one with
+        least memory; never one slower than dense attention, where dense fits. ``implementation`` narrows the choice to one.
+        """
+        rejected: list[tuple[str, str]] = []
+        fitting: list[Measurement] = []
+        for measurement in self.measurements:
+            objection = _objection(measurement, memory_budget_mb, implementation)
+            if objection:
+                rejected.append((str(measurement.plan), objection))
+            else:
+                fitting.append(measurement)
+        if not fitting:
+            return None
+        fastest = min(fitting, key=lambda m: m.ratio)
+        equal = [m for m in fitting if not slower_by(m, fastest)]
+        best = min(equal, key=lambda m: (m.temp_bytes, m.ratio))
+        dense = next((m for m in fitting if m.plan == DENSE), None)
+        if dense is not None and slower_by(best, dense) > 0:
+            best = min((m for m in equal if slower_by(m, dense) <= 0), key=lambda m: (m.temp_bytes, m.ratio))
+        for other in fitting:
+            if other is not best:
+                rejected.append((str(other.plan), _comparison(other, best)))
+        reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
+        return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
+
+
+def _runnable(measurement: Measurement) -> bool:
+    try:
+        return check_implementation(measurement.implementation) is not None
+    except ArgumentError:
+        return False
+
+
+def _objection(measurement: Measurement, memory_budget_mb: float | None, implementation: str | None) -> str:
+    """Why a measurement cannot be chosen at all; empty if it can."""
+    if implementation is not None and measurement.implementation != implementation:
+        return f"implementation={implementation!r} was asked for"
+    if not _runnable(measurement):
+        return "this version of autochunk has no such implementation"
+    if measurement.status == "pruned":
+        return f"given up after {len(measurement.ratios)} repeats: {measurement.detail}" if measurement.detail else "given up early as too slow"
+    if measurement.status != "ok":
+        return f"{measurement.status}: {measurement.detail}" if measurement.detail else measurement.status
+    if memory_budget_mb is not None and (measurement.temp_bytes or 0) > memory_budget_mb * 1e6:
+        return f"{(measurement.temp_bytes or 0) / 1e6:.0f} MB of working memory is over the budget of {memory_budget_mb:g} MB"
+    return ""
+
+
+def _comparison(other: Measurement, best: Measurement) -> str:
+    slower, memory = slower_by(other, best), (other.temp_bytes or 0) - (best.temp_bytes or 0)
+    if not slower:
+        return f"as fast, {memory / 1e6:+.0f} MB of working memory"
+    return f"{slower:+.0%} time, {memory / 1e6:+.0f} MB of working memory"
+
+
+def logits_shape(workload: Workload) -> LogitsShape:
+    """The sizes that slicing works on."""
+    groups = workload.num_heads // workload.num_kv_heads
+    return LogitsShape(
+        workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize
+    )
+
+
+class Bundle(_Record):
+    """A portable file of profiles."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    profiles: tuple[Profile, ...] = Field(max_length=1_000_000)
