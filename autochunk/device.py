@@ -163,7 +163,7 @@ def _inactive_file(folder: Path) -> int:
 
 
 def _cgroup_folders(controller: str) -> list[Path]:
-    """This process's cgroup folders for a controller, from its own up to the root; a limit may sit on any of them."""
+    """The cgroup folders of this process for a controller, from its own up to the root; a limit may sit on any of them."""
     folders: list[Path] = []
     for line in _read("/proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")

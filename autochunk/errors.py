@@ -64,11 +64,11 @@ class AutochunkWarning(UserWarning):
 
 
 class MissWarning(AutochunkWarning):
-    """ "auto" found no profile for a workload; the text names the command that makes one."""
+    """A workload without a profile, met by "auto"; the text names the command that makes one."""
 
 
 class StaleWarning(AutochunkWarning):
-    """ "auto" used a profile that was measured with other versions."""
+    """A profile that was measured with other versions, used by "auto"."""
 
 
 class StoreWarning(AutochunkWarning):

@@ -157,14 +157,16 @@ def same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
     return slice_logits(one, shape) == slice_logits(other, shape)
 
 
-def check_max_chunk_size_mb(value: Any) -> float | None | Literal["auto"]:
+def check_max_chunk_size_mb(value: Any) -> float | Literal["auto"] | None:
     """Returns a usable limit.
 
     Raises:
       ArgumentError: the value is not a positive finite number, None or "auto".
     """
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "auto":
+        return "auto"
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         limit = float(value)
         if math.isfinite(limit) and limit > 0:

@@ -1,0 +1,1 @@
+"""What runs in the model: the op, the modules, and the kernels under both."""

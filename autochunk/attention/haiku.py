@@ -22,7 +22,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
     """
 
     def __init__(self, num_heads: int, key_size: int, w_init_scale: float | None = None, *,
-                 max_chunk_size_mb: float | None | Literal["auto"] = "auto", implementation: str | None = None,
+                 max_chunk_size_mb: float | Literal["auto"] | None = "auto", implementation: str | None = None,
                  name: str | None = None, **kwargs: Any) -> None:  # fmt: skip
         """Initialises the module; arguments are those of ``hk.MultiHeadAttention`` and two more.
 

@@ -24,7 +24,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Arra
       call: scale, causality and the plans; says whether bias and mask are there.
     """
     (out,) = attention_p.bind(*_operands(query, key, value, bias, mask), call=call)
-    return out  # type: ignore[no-any-return]
+    return cast(jax.Array, out)
 
 
 def _operands(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -73,6 +73,18 @@ class _Inputs(NamedTuple):
     bias: jax.Array | None
     mask: jax.Array | None
 
+    def map(self, function: Callable[[jax.Array, tuple[str, ...]], jax.Array]) -> _Inputs:
+        """``function(array, its axes)`` of each array that is there."""
+        return _Inputs(*(array if array is None else function(array, axes) for array, axes in zip(self, _INPUT_AXES, strict=True)))  # type: ignore[arg-type]
+
+
+# Trailing axes of each kind of array, by name; an axis that the plan slices is sliced in the array.
+_QUERY = ("heads", "groups", "rows", "features")
+_KEY = ("heads", "keys", "features")
+_LOGITS = ("heads", "groups", "rows", "keys")
+_STATS = ("heads", "groups", "rows")
+_INPUT_AXES = (_QUERY, _KEY, _KEY, _LOGITS, _LOGITS)
+
 
 def _split(operands: Sequence[Any], call: Call) -> tuple[_Inputs, list[Any]]:
     """Separates the inputs from what a primitive takes besides."""
@@ -85,12 +97,6 @@ def _split(operands: Sequence[Any], call: Call) -> tuple[_Inputs, list[Any]]:
 
 
 # --- The grid of slices -----------------------------------------------------------------------------------------------
-
-# Trailing axes of each kind of array, by name; a name that is sliced in the plan is sliced in the array.
-_QUERY = ("heads", "groups", "rows", "features")
-_KEY = ("heads", "keys", "features")
-_LOGITS = ("heads", "groups", "rows", "keys")
-_STATS = ("heads", "groups", "rows")
 
 
 class _Array(NamedTuple):
@@ -128,8 +134,8 @@ class _Grid:
         """``compute(cell, *slices)`` gives one part per output; parts are written in place, or added where ``add``."""
 
         def part(index: Any, arrays: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
-            cell = self._cell(index)
-            slices = [None if array is None else self._take(array, names, cell) for array, names in zip(arrays, axes, strict=True)]
+            cell = self.cell(index)
+            slices = [None if array is None else self.take(array, names, cell) for array, names in zip(arrays, axes, strict=True)]
             return compute(cell, *slices)
 
         if self.cells == 1:
@@ -140,17 +146,16 @@ class _Grid:
 
         def step(totals: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
             pieces = part(index, arrays)
-            cell = self._cell(index)
-            return tuple(
-                self._put(total, piece, output.axes, cell, add) for total, piece, output in zip(totals, pieces, outputs, strict=True)
-            ), None
+            cell = self.cell(index)
+            return tuple(self._put(total, piece, output.axes, cell, add) for total, piece, output in zip(totals, pieces, outputs, strict=True)), None
 
         like = next(array for array in arrays if array is not None)
         initial = tuple(_zeros(output, like) for output in outputs)
         totals, _ = jax.lax.scan(step, initial, jnp.arange(self.cells, dtype=jnp.int32))
         return totals
 
-    def _cell(self, index: Any) -> _Cell:
+    def cell(self, index: Any) -> _Cell:
+        """The slice of that number."""
         starts: dict[str, Any] = {}
         fresh: dict[str, jax.Array] = {}
         for axis in reversed(list(self.sizes)):  # the last axis varies fastest
@@ -172,7 +177,8 @@ class _Grid:
             dims.insert(0, (0, "batch"))
         return [(dim, axis) for dim, axis in dims if self.counts.get(axis, 1) > 1 and array.shape[dim] > 1]
 
-    def _take(self, array: jax.Array, axes: tuple[str, ...], cell: _Cell) -> jax.Array:
+    def take(self, array: jax.Array, axes: tuple[str, ...], cell: _Cell) -> jax.Array:
+        """An array's part in a slice."""
         dims = self._sliced(array, axes)
         starts, sizes = [0] * array.ndim, list(array.shape)
         for dim, axis in dims:
@@ -191,7 +197,7 @@ class _Grid:
 def _zeros(output: _Array, like: jax.Array) -> jax.Array:
     """Zeros that vary over the same mesh axes as ``like``, as a scan's carry must under ``shard_map``."""
     zeros = jnp.zeros(output.shape, output.dtype)
-    varying = getattr(jax.typeof(like), "vma", frozenset())
+    varying: frozenset[Any] = getattr(jax.typeof(like), "vma", frozenset())
     return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
 
@@ -208,13 +214,11 @@ class _Problem:
         self.differentiable = differentiable
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over them needs it.
         self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][:1] == ("batch",)
-        self.inputs = _Inputs(*(array if array is None else self.fit(array, len(axes)) for array, axes in zip(inputs, self.axes, strict=True)))
+        self.inputs = inputs.map(self.fit)
 
-    axes = (_QUERY, _KEY, _KEY, _LOGITS, _LOGITS)
-
-    def fit(self, array: jax.Array, trailing: int) -> jax.Array:
-        """Flattens the leading dims into one."""
-        leading, rest = array.shape[:-trailing], array.shape[-trailing:]
+    def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Flattens the leading dims into one, if they are to be sliced."""
+        leading, rest = array.shape[: -len(axes)], array.shape[-len(axes) :]
         if not self.flatten:
             return array
         if math.prod(leading) not in (1, self.shape.batch):
@@ -393,8 +397,8 @@ def _forward_over_keys(problem: _Problem, call: Call, cell: _Cell, inputs: _Inpu
         out, maximum, total = carry
 
         def part(index: jax.Array, inputs: _Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-            piece = grid._cell(index)
-            taken = _Inputs(*(array if array is None else grid._take(array, axes, piece) for array, axes in zip(inputs, problem.axes, strict=True)))
+            piece = grid.cell(index)
+            taken = inputs.map(lambda array, axes: grid.take(array, axes, piece))
             both = _Cell({**cell.starts, **piece.starts}, {**cell.sizes, **piece.sizes}, piece.fresh)
             return _forward_slice(taken, both, call, problem.dtype)
 
@@ -435,7 +439,7 @@ def _forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool 
 
     stats = problem.output(_STATS, problem.dtype)
     out = problem.output(_QUERY, inputs.query.dtype, inputs.value.shape[-1])
-    parts = problem.grid("batch", "heads", "rows").run(compute, problem.inputs, problem.axes, (out, stats, stats), add=False)
+    parts = problem.grid("batch", "heads", "rows").run(compute, problem.inputs, _INPUT_AXES, (out, stats, stats), add=False)
     return [problem.restore(part, trailing) for part, trailing in zip(parts, (4, 3, 3), strict=True)]
 
 
@@ -456,7 +460,7 @@ def _tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> 
     inputs, (out, maximum, total, *tangents) = _split(operands, call)
     problem = _Problem(inputs, call.plans.training, differentiable)
     extra_axes = (_QUERY, _STATS, _STATS, _QUERY, _KEY, _KEY, _LOGITS)[: 6 + call.has_bias]
-    extra = [problem.fit(array, len(axes)) for array, axes in zip((out, maximum, total, *tangents), extra_axes, strict=True)]
+    extra = [problem.fit(array, axes) for array, axes in zip((out, maximum, total, *tangents), extra_axes, strict=True)]
 
     def compute(cell: _Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken, (out, maximum, total, d_query, d_key, d_value, *d_bias) = _Inputs(*arrays[:5]), arrays[5:]
@@ -475,7 +479,7 @@ def _tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> 
 
     output = problem.output(_QUERY, problem.dtype, inputs.value.shape[-1])
     grid = problem.grid("batch", "heads", "rows", "keys")
-    (d_out,) = grid.run(compute, (*problem.inputs, *extra), (*problem.axes, *extra_axes), (output,), add=True)
+    (d_out,) = grid.run(compute, (*problem.inputs, *extra), (*_INPUT_AXES, *extra_axes), (output,), add=True)
     return [problem.restore(d_out, 4).astype(inputs.query.dtype)]
 
 
@@ -484,7 +488,7 @@ def _cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], diffe
     inputs, (out, maximum, total, d_out) = _split(operands, call)
     problem = _Problem(inputs, call.plans.training, differentiable)
     extra_axes = (_QUERY, _STATS, _STATS, _QUERY)
-    extra = [problem.fit(array, len(axes)) for array, axes in zip((out, maximum, total, d_out), extra_axes, strict=True)]
+    extra = [problem.fit(array, axes) for array, axes in zip((out, maximum, total, d_out), extra_axes, strict=True)]
 
     def compute(cell: _Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken, (out, maximum, total, d_out) = _Inputs(*arrays[:5]), arrays[5:]
@@ -507,9 +511,9 @@ def _cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], diffe
         return tuple(itertools.compress((gradient() for gradient in gradients[: len(wanted)]), wanted))
 
     primals = _operands(*problem.inputs[:4])
-    outputs = [problem.like(array, axes, problem.dtype) for array, axes in zip(primals, problem.axes[: len(primals)], strict=True)]
+    outputs = [problem.like(array, axes, problem.dtype) for array, axes in zip(primals, _INPUT_AXES[: len(primals)], strict=True)]
     grid = problem.grid("batch", "heads", "rows", "keys")
-    totals = grid.run(compute, (*problem.inputs, *extra), (*problem.axes, *extra_axes), list(itertools.compress(outputs, wanted)), add=True)
+    totals = grid.run(compute, (*problem.inputs, *extra), (*_INPUT_AXES, *extra_axes), list(itertools.compress(outputs, wanted)), add=True)
     return [problem.unfit(total, like) for total, like in zip(totals, itertools.compress(_operands(*inputs[:4]), wanted), strict=True)]
 
 
@@ -577,16 +581,16 @@ def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
     return bias | ({3 + call.has_bias} if call.has_mask else set())
 
 
-def _output_shape(query: Any, _key: Any, value: Any, *_rest: Any, call: Call) -> list[tuple[tuple[int, ...], Any]]:
+def _output_shape(query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
     return [((*query.shape[:-1], value.shape[-1]), query.dtype)]
 
 
-def _stats_shapes(query: Any, key: Any, value: Any, *rest: Any, call: Call) -> list[tuple[tuple[int, ...], Any]]:
+def _stats_shapes(query: Any, key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
     stats = (query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
-    return [*_output_shape(query, key, value, call=call), stats, stats]
+    return [*_output_shape(query, key, value), stats, stats]
 
 
-def _cotangent_shapes(*operands: Any, call: Call, wanted: tuple[bool, ...]) -> list[tuple[tuple[int, ...], Any]]:
+def _cotangent_shapes(*operands: Any, wanted: tuple[bool, ...], **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
     return [(operand.shape, operand.dtype) for operand in itertools.compress(operands, wanted)]
 
 

@@ -24,7 +24,7 @@ def dot_product_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    max_chunk_size_mb: float | None | Literal["auto"] = "auto",
+    max_chunk_size_mb: float | Literal["auto"] | None = "auto",
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(query @ key^T * scale + bias) @ value for every head, without holding all logits at once.
@@ -65,8 +65,8 @@ def dot_product_attention(
     call = kernels.Call(scale, bool(is_causal), bias is not None, mask is not None, plans)
     grouped = _head_major(query)  # [..., H, T', K]
     grouped = grouped.reshape((*grouped.shape[:-3], kv_heads, heads // kv_heads, *grouped.shape[-2:]))
-    terms = [None if term is None else _grouped_term(term, kv_heads) for term in (bias, mask)]
-    out = kernels.attention(grouped, _head_major(key), _head_major(value), *terms, call)
+    bias, mask = (None if term is None else _grouped_term(term, kv_heads) for term in (bias, mask))
+    out = kernels.attention(grouped, _head_major(key), _head_major(value), bias, mask, call)
     out = out.reshape((*out.shape[:-4], heads, *out.shape[-2:]))  # [..., H, T', V]
     return jnp.swapaxes(out, -2, -3).reshape((*query.shape[:-1], value.shape[-1]))
 
@@ -130,7 +130,7 @@ def _grouped_term(term: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _plans(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, is_causal: bool,
-           max_chunk_size_mb: float | None | Literal["auto"], implementation: str | None) -> Plans:  # fmt: skip
+           max_chunk_size_mb: float | Literal["auto"] | None, implementation: str | None) -> Plans:  # fmt: skip
     if max_chunk_size_mb != "auto":
         plan = Plan(implementation or "xla", max_chunk_size_mb)
         return Plans(plan, plan)
@@ -157,5 +157,3 @@ def _pattern(term: jax.Array | None) -> str:
     *leading, heads, rows, keys = term.shape
     sizes = {"b": math.prod(leading), "h": heads, "t": rows, "s": keys}
     return "".join("1" if size == 1 else letter for letter, size in sizes.items())
-
-

@@ -48,7 +48,9 @@ def load(text: str | bytes, source: str = "bundle") -> Bundle:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "the whole text"
         if problem["loc"] == ("schema_version",):
-            raise BundleError(f"{source}: schema_version must be {SCHEMA_VERSION}; got {str(problem['input'])[:80]}; export it again with this version") from None
+            raise BundleError(
+                f"{source}: schema_version must be {SCHEMA_VERSION}; got {str(problem['input'])[:80]}; export it again with this version"
+            ) from None
         raise BundleError(
             f"{source}: not a bundle of profiles as `autochunk export` writes; {error.error_count()} problem(s), first at {place}: {problem['msg'][:300]}"
         ) from None

@@ -79,7 +79,8 @@ class ProfileStore:
         with self._open(_PROFILES, write=True) as table:
             assert table is not None
             # One statement, because sqlitedict commits after each.
-            table.conn.select_one(f'REPLACE INTO "{_PROFILES}" (key, value) SELECT key, value FROM json_each(?)', (json.dumps(rows),))
+            replace = f'REPLACE INTO "{_PROFILES}" (key, value) SELECT key, value FROM json_each(?)'  # noqa: S608  (no input in it)
+            table.conn.select_one(replace, (json.dumps(rows),))
 
     def profiles(self, device: Device | None = None) -> list[Profile]:
         """All profiles, or those of one device, by key."""

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
-from autochunk.plan import LogitsShape, Plan, check_implementation, check_max_chunk_size_mb, same_slices
+from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB, LogitsShape, Plan, check_implementation, check_max_chunk_size_mb, same_slices
 from autochunk.workload import Workload
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "pruned"]
 Effort = Literal["quick", "standard", "thorough"]
@@ -32,7 +32,7 @@ SAME_TIME = 0.01
 LARGEST_NOISE = 0.03
 
 DENSE = Plan("dense", None)
-DEFAULT = Plan("xla", 1000.0)
+DEFAULT = Plan("xla", DEFAULT_MAX_CHUNK_SIZE_MB)
 
 
 class _Record(BaseModel):
@@ -116,7 +116,10 @@ class Measurement(_Record):
 
     @property
     def noise(self) -> float:
-        """Standard error of the median ratio, relative to it (normal approximation: 1.4826 scales the half-range to sigma, 1.2533 the mean's error to the median's)."""
+        """Standard error of the median ratio, relative to it.
+
+        Normal approximation: 1.4826 makes a standard deviation of half the interquartile range, 1.2533 the median's error of the mean's.
+        """
         return 1.2533 * 1.4826 * self.spread / math.sqrt(len(self.ratios)) if self.ratios else 0.0
 
 
@@ -213,9 +216,7 @@ class Profile(_Record):
         dense = next((m for m in fitting if m.plan == DENSE), None)
         if dense is not None and slower_by(best, dense) > 0:
             best = min((m for m in equal if slower_by(m, dense) <= 0), key=lambda m: (m.temp_bytes, m.ratio))
-        for other in fitting:
-            if other is not best:
-                rejected.append((str(other.plan), _comparison(other, best)))
+        rejected += [(str(other.plan), _comparison(other, best)) for other in fitting if other is not best]
         reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
 
@@ -252,9 +253,7 @@ def _comparison(other: Measurement, best: Measurement) -> str:
 def logits_shape(workload: Workload) -> LogitsShape:
     """The sizes that slicing works on."""
     groups = workload.num_heads // workload.num_kv_heads
-    return LogitsShape(
-        workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize
-    )
+    return LogitsShape(workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize)
 
 
 class Bundle(_Record):

@@ -152,12 +152,15 @@ class StoreLayer:
         self.name = f"user store {path}"
 
     def version(self) -> Any:
+        """The store's."""
         return self.store.version()
 
     def get(self, device: Device, workload: Workload) -> Profile | None:
+        """The store's own."""
         return self.store.get(device, workload)
 
     def workloads(self, device: Device) -> list[str]:
+        """The store's own."""
         return self.store.workloads(device)
 
 
@@ -170,6 +173,7 @@ class BundleLayer:
         self._loaded: dict[str, dict[str, Profile]] | None = None
 
     def version(self) -> Any:
+        """Times and sizes of the files; None where there is none."""
         try:
             folder = (self.path.stat().st_mtime_ns,)
             return folder + tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._files())
@@ -177,9 +181,11 @@ class BundleLayer:
             return None
 
     def get(self, device: Device, workload: Workload) -> Profile | None:
+        """Of several files with one, the last by name."""
         return self._profiles().get(device.key, {}).get(workload.key)
 
     def workloads(self, device: Device) -> list[str]:
+        """Those of all files."""
         return sorted(self._profiles().get(device.key, {}))
 
     def _files(self) -> list[Path]:
@@ -289,9 +295,7 @@ def _from_profile(profile: Profile, workload: Workload, implementation: str | No
     exact = profile.workload == workload.key
     stale = tuple(profile.device.stale_reasons(device))
     reason = choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short"
-    return Resolution(
-        workload, device, choice.plan, "exact" if exact else "nearest", layer.name, reason, profile.workload, stale, (), choice.rejected, profile
-    )
+    return Resolution(workload, device, choice.plan, "exact" if exact else "nearest", layer.name, reason, profile.workload, stale, (), choice.rejected, profile)
 
 
 def _nearest(layer: Layer, workload: Workload, implementation: str | None, settings: Settings, device: Device,

@@ -1,0 +1,1 @@
+"""What measures: the search over plans, and the process that runs them."""

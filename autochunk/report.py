@@ -1,0 +1,264 @@
+"""What people and scripts are shown: pure functions from results to rows, then drawing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from autochunk.device import Device
+from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile
+from autochunk.store.resolve import Resolution
+
+# --- Data -----------------------------------------------------------------------------------------------------------------
+
+
+def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
+    """One profile as a flat record.
+
+    ``speedup_*`` are times of the baseline over that of the chosen plan; ``memory_vs_dense`` is the chosen plan's working memory over dense's; ``spread``
+    is half the interquartile range of the time ratio to dense, relative to it. None where a baseline could not be measured.
+    """
+    workload = profile.parsed_workload()
+    choice = profile.choose()
+    best = choice.measurement if choice else None
+    dense, default = profile.baseline(DENSE), profile.baseline(DEFAULT)
+    return {
+        "workload": profile.workload,
+        "shape": workload.shape,
+        "dtype": workload.dtype,
+        "mode": workload.mode,
+        "device": profile.device.key,
+        "implementation": best.implementation if best else None,
+        "max_chunk_size_mb": best.max_chunk_size_mb if best else None,
+        "seconds": best.seconds_median if best else None,
+        "speedup_vs_dense": _over(dense, best),
+        "speedup_vs_default": _over(default, best),
+        "temp_bytes": best.temp_bytes if best else None,
+        "memory_vs_dense": best.temp_bytes / dense.temp_bytes if best and dense and best.temp_bytes is not None and dense.temp_bytes else None,
+        "spread": math.hypot(best.spread, dense.spread) if best and dense else best.spread if best else None,
+        "repeats": len(best.ratios) if best else 0,
+        "plans_measured": len(profile.measurements),
+        "effort": profile.effort,
+        "complete": profile.complete,
+        "created": profile.created,
+        "stale": profile.device.stale_reasons(now) if now else [],
+        "reason": choice.reason if choice else "no plan could be measured",
+    }
+
+
+def _over(baseline: Measurement | None, best: Measurement | None) -> float | None:
+    if baseline is None or best is None or not best.ratio:
+        return None
+    return 1.0 if baseline.plan == best.plan else baseline.ratio / best.ratio
+
+
+def resolution_record(resolution: Resolution) -> dict[str, Any]:
+    """A Resolution as plain data."""
+    return {
+        "workload": resolution.workload.key,
+        "device": resolution.device.key,
+        "implementation": resolution.plan.implementation,
+        "max_chunk_size_mb": resolution.plan.max_chunk_size_mb,
+        "match": resolution.match,
+        "layer": resolution.layer,
+        "reason": resolution.reason,
+        "source": resolution.source,
+        "stale": list(resolution.stale),
+        "asked": [{"layer": layer, "answer": answer} for layer, answer in resolution.asked],
+        "rejected": [{"plan": plan, "why": why} for plan, why in resolution.rejected],
+    }
+
+
+def bench_record(contender: Any) -> dict[str, Any]:
+    """A bench contender as plain data; ``ratio`` is time relative to haiku's dense attention."""
+    return {
+        "name": contender.name,
+        "seconds": contender.seconds_median,
+        "ratio": contender.ratio,
+        "spread": contender.spread,
+        "temp_bytes": contender.temp_bytes,
+        "detail": contender.detail,
+    }
+
+
+# --- Drawing --------------------------------------------------------------------------------------------------------------
+
+
+def as_json(data: Any) -> str:
+    """Data as JSON text for scripts."""
+    return json.dumps(data, indent=1, allow_nan=False)
+
+
+def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The table that ends ``autochunk tune`` and that ``autochunk show`` prints."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("workload", "mode", "chosen plan", "time vs dense", "vs 1000 MB", "memory vs dense", "spread", "notes"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("mode", "spread"))
+    for row in rows:
+        dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
+        table.add_row(
+            row["shape"] + dtype,
+            row["mode"],
+            plan_text(row["implementation"], row["max_chunk_size_mb"]),
+            faster(row["speedup_vs_dense"]),
+            faster(row["speedup_vs_default"]),
+            _memory(row["temp_bytes"], row["memory_vs_dense"]),
+            _percent(row["spread"]),
+            _notes(row),
+        )
+    return table
+
+
+def plan_text(implementation: str | None, limit: float | None) -> str:
+    """A plan in a few words."""
+    if implementation is None:
+        return "none"
+    if implementation == "dense":
+        return "dense"
+    return f"{implementation}, " + ("do not chunk" if limit is None else f"{limit:g} MB")
+
+
+def faster(ratio: float | None) -> str:
+    """A speed-up such as ``2.10x``."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _memory(temp_bytes: int | None, share: float | None) -> str:
+    if temp_bytes is None:
+        return "-"
+    text = f"{temp_bytes / 1e6:.0f} MB"
+    if share is None:
+        return text
+    return f"{text} (1/{1 / share:.1f})" if 0 < share < 1 else f"{text} ({share:.1f}x)"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"±{value:.1%}"
+
+
+def _notes(row: dict[str, Any]) -> str:
+    notes = [] if row["complete"] else ["unfinished"]
+    if row["stale"]:
+        notes.append("stale: " + "; ".join(row["stale"]))
+    if row["implementation"] is None:
+        notes.append(row["reason"])
+    return "; ".join(notes)
+
+
+def resolution_text(resolution: Resolution) -> Group:
+    """The answer to "why did it pick that?"."""
+    plan = resolution.plan
+    lines = [
+        f"workload  {resolution.workload.key}",
+        f"device    {resolution.device.key}",
+        f'"auto" is max_chunk_size_mb={plan.max_chunk_size_mb if plan.max_chunk_size_mb is None else format(plan.max_chunk_size_mb, "g")}, '
+        f'implementation="{plan.implementation}"',
+        f"because   {resolution.reason}",
+        f"from      {resolution.layer} ({resolution.match}{', stale: ' + '; '.join(resolution.stale) if resolution.stale else ''})",
+    ]
+    if resolution.profile is not None:
+        measured = resolution.profile
+        lines.append(f"measured  {measured.created}, effort {measured.effort}, jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}")
+    parts: list[Any] = [Text("\n".join(lines)), Text("\nasked, in this order:"), _pairs(resolution.asked or [("use(...)", "answered")])]
+    if resolution.rejected:
+        parts += [Text("\nother plans:"), _pairs(resolution.rejected)]
+    return Group(*parts)
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+    for first, second in pairs:
+        table.add_row(Text("  " + first), Text(second))
+    return table
+
+
+def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
+    """The table of ``autochunk bench``."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("", "time", "vs haiku dense", "spread", "memory", ""):
+        table.add_column(name)
+    for record in records:
+        time_text = "-" if record["seconds"] is None else f"{record['seconds'] * 1e3:.2f} ms"
+        memory = "-" if record["temp_bytes"] is None else f"{record['temp_bytes'] / 1e6:.0f} MB"
+        speedup = faster(1 / record["ratio"] if record["ratio"] else None)
+        table.add_row(record["name"], time_text, speedup, _percent(record["spread"]), memory, Text(record["detail"]))
+    return table
+
+
+class TuneProgress:
+    """Shows the events of a tune: a live display in a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._start = time.monotonic()
+        self._best: Measurement | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=console
+        )
+        self._live = Live(self._progress, console=console, transient=True) if console.is_terminal else None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TuneProgress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Any) -> None:
+        """Takes one ``tuner.tune.Event``."""
+        label = f"[{event.number}/{event.count}] {event.workload.shape} {event.workload.dtype} {event.workload.mode}" if event.workload else ""
+        if event.kind == "device":
+            self._say(f"device: {event.device.key}")
+        elif event.kind == "start":
+            self._best = None
+            if self._live:
+                self._task = self._progress.add_task(label, total=None, best="")
+            else:
+                self._say(f"{label} ...")
+        elif event.kind == "measured":
+            self._measured(event)
+        else:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+                self._task = None
+            self._say(f"{label}: {self._ending(event)}")
+
+    def _measured(self, event: Any) -> None:
+        measurement: Measurement = event.measurement
+        if measurement.status == "ok" and (self._best is None or measurement.ratio < self._best.ratio):
+            self._best = measurement
+        best = f"best {plan_text(self._best.implementation, self._best.max_chunk_size_mb)}, {self._best.seconds_median * 1e3:.1f} ms" if self._best else ""
+        if self._live and self._task is not None:
+            self._progress.update(self._task, completed=event.done, total=event.total, best=best)
+        else:
+            result = f"{measurement.seconds_median * 1e3:.1f} ms" if measurement.timed else measurement.status
+            self._say(f"  {event.done}/{event.total} {plan_text(measurement.implementation, measurement.max_chunk_size_mb)}: {result}")
+
+    def _ending(self, event: Any) -> str:
+        if event.kind == "skipped":
+            return f"tuned before ({event.profile.effort}, {event.profile.created}); --force measures again"
+        if event.kind == "failed":
+            return f"not measured: {event.detail}"
+        if event.kind == "out_of_time":
+            return "not measured: out of time; the same command goes on from here"
+        choice = event.profile.choose()
+        result = plan_text(choice.plan.implementation, choice.plan.max_chunk_size_mb) if choice else "no plan could be measured"
+        return result if event.profile.complete else f"{result} (unfinished: out of time; the same command goes on from here)"
+
+    def _say(self, line: str) -> None:
+        if self._live:
+            self.console.print(line, highlight=False, markup=False)
+        else:
+            self.console.print(f"{time.monotonic() - self._start:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,202 @@
+"""``bench``: what tuning bought, in one process and alternating rounds.
+
+Every contender computes the same attention from the same arrays; each round times all of them in turn, and ratios are taken within a round, so that
+drift of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from autochunk.attention.op import dot_product_attention
+from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB
+from autochunk.store.resolve import resolve
+from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
+from autochunk.tuner.worker import Inputs, available_bytes, make_function, measure_growth, program_bytes
+from autochunk.workload import Workload
+
+_SHORTEST_TIMING = 0.02
+HAIKU_DENSE = "haiku dense"
+
+Attend = Callable[..., jax.Array]
+
+
+@dataclass
+class Contender:
+    """One way to compute the workload: ``run`` does so once and waits for the result.
+
+    ``detail`` says why it did not run, or what "auto" chose. ``ratios`` are to haiku's dense attention in the same round, below one is faster; empty where
+    dense did not run.
+    """
+
+    name: str
+    run: Callable[[], Any] | None = None
+    detail: str = ""
+    temp_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def seconds_median(self) -> float | None:
+        """Median seconds per call."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Median time relative to haiku's dense attention."""
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def spread(self) -> float | None:
+        """Half the interquartile range of the ratios, relative to their median."""
+        if len(self.ratios) < 2:
+            return None
+        low, middle, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return (high - low) / 2 / middle
+
+
+def haiku_dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *, causal: bool) -> jax.Array:
+    """Attention as ``hk.MultiHeadAttention`` computes it, from heads [..., T, H, K]; a bias is added to the logits."""
+    key, value = (jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2) for x in (key, value))
+    logits = jnp.einsum("...thd,...Thd->...htT", query, key)
+    logits = logits / np.sqrt(query.shape[-1]).astype(query.dtype)
+    if bias is not None:
+        logits = logits + bias
+    if causal:
+        triangle = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        mask = triangle if mask is None else jnp.logical_and(mask, triangle)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.asarray(-1e30, logits.dtype))
+    return jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)
+
+
+def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torch", "tokamax"),
+          on_contender: Callable[[str], None] = lambda _: None) -> list[Contender]:  # fmt: skip
+    """Times every contender on a workload, in this process.
+
+    Args:
+      workload: what to compute.
+      rounds: how often each is timed.
+      peers: other libraries to time where they are installed.
+      on_contender: told of each contender as it is prepared.
+
+    Returns:
+      Haiku's dense attention, the 1000 MB default, "auto", each implementation of ``jax.nn.dot_product_attention``, and the peers; also those that did not
+      run, with the reason.
+    """
+    inputs = Inputs(workload)
+    contenders = []
+    for name, attend, detail in _jax_contenders(workload):
+        on_contender(name)
+        contenders.append(_compile(name, attend, detail, inputs))
+    for name in peers:
+        if name in _PEERS and importlib.util.find_spec(name) is not None:
+            on_contender(name)
+            contenders.append(_PEERS[name](inputs))
+    _time_all([contender for contender in contenders if contender.run], rounds)
+    return contenders
+
+
+def _jax_contenders(workload: Workload) -> list[tuple[str, Attend, str]]:
+    def ours(limit: Any) -> Attend:
+        return lambda q, k, v, b, m: dot_product_attention(q, k, v, b, m, is_causal=workload.causal, max_chunk_size_mb=limit)
+
+    def jax_nn(implementation: Any) -> Attend:
+        return lambda q, k, v, b, m: jax.nn.dot_product_attention(q, k, v, b, m, is_causal=workload.causal, implementation=implementation)
+
+    resolution = resolve(workload)
+    return [
+        (HAIKU_DENSE, lambda q, k, v, b, m: haiku_dense(q, k, v, b, m, causal=workload.causal), ""),
+        (f"{DEFAULT_MAX_CHUNK_SIZE_MB:g} MB", ours(DEFAULT_MAX_CHUNK_SIZE_MB), ""),
+        ("auto", ours("auto"), f"{resolution.plan} ({resolution.match})"),
+        ("jax.nn xla", jax_nn("xla"), ""),
+        ("jax.nn cudnn", jax_nn("cudnn"), ""),
+    ]
+
+
+def _compile(name: str, attend: Attend, detail: str, inputs: Inputs) -> Contender:
+    contender = Contender(name, detail=detail)
+    try:
+        compiled = jax.jit(make_function(inputs.workload, attend)).lower(*inputs.arguments).compile()
+        temp, out = program_bytes(compiled)
+        allowed = available_bytes(jax.default_backend()) * SHARE_OF_FREE_MEMORY
+        if temp + out > allowed:
+            contender.detail = f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
+            return contender
+        _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
+    except Exception as error:  # another library's refusal, in whatever words it has
+        contender.detail = f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        return contender
+    contender.temp_bytes = max(temp, grown - out) if grown is not None and jax.default_backend() == "cpu" else temp
+    contender.run = lambda: jax.block_until_ready(compiled(*inputs.arguments))
+    return contender
+
+
+def _torch(inputs: Inputs) -> Contender:
+    """Torch's ``scaled_dot_product_attention`` on the same device kind; CPU only, where arrays are shared by copying."""
+    contender = Contender("torch")
+    if jax.default_backend() != "cpu" or inputs.workload.bias != "none":
+        contender.detail = "compared on CPU and without a bias only"
+        return contender
+    import torch
+
+    w = inputs.workload
+    dtype = getattr(torch, w.dtype)
+    heads = [torch.from_numpy(np.array(x.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous() for x in (inputs.query, inputs.key, inputs.value)]
+    mask = None if inputs.mask is None else torch.from_numpy(np.array(inputs.mask))
+    cotangent = torch.from_numpy(np.array(inputs.cotangent.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous()
+    grouped = w.num_kv_heads != w.num_heads
+
+    def forward() -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=w.causal, enable_gqa=grouped)
+
+    def training() -> Any:
+        for array in heads:
+            array.requires_grad_(True)
+        return torch.autograd.grad(forward(), heads, cotangent)
+
+    def without_gradients() -> Any:
+        with torch.no_grad():
+            return forward()
+
+    contender.run = training if w.mode == "training" else without_gradients
+    return contender
+
+
+def _tokamax(inputs: Inputs) -> Contender:
+    import tokamax
+
+    causal = inputs.workload.causal
+    return _compile("tokamax", lambda q, k, v, b, m: tokamax.dot_product_attention(q, k, v, bias=b, mask=m, is_causal=causal), "", inputs)
+
+
+_PEERS: dict[str, Callable[[Inputs], Contender]] = {"torch": _torch, "tokamax": _tokamax}
+
+
+def _time_all(contenders: list[Contender], rounds: int) -> None:
+    calls = {contender.name: max(1, round(_SHORTEST_TIMING / max(_time(contender, 1), 1e-6))) for contender in contenders}
+    dense = next((contender for contender in contenders if contender.name == HAIKU_DENSE), None)
+    for step in range(rounds):
+        shift = step % max(1, len(contenders))
+        for contender in contenders[shift:] + contenders[:shift]:
+            contender.seconds.append(_time(contender, calls[contender.name]))
+        if dense is not None:
+            for contender in contenders:
+                contender.ratios.append(contender.seconds[-1] / dense.seconds[-1])
+
+
+def _time(contender: Contender, calls: int) -> float:
+    assert contender.run is not None
+    start = time.perf_counter()
+    for _ in range(calls):
+        contender.run()
+    return (time.perf_counter() - start) / calls

@@ -1,0 +1,200 @@
+"""``tune``: the loop over workloads. Decides what needs measuring, shares out the time, stores what is found."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import autochunk
+from autochunk.device import Device
+from autochunk.errors import ArgumentError, ProbeError
+from autochunk.plan import Plan
+from autochunk.store.database import ProfileStore, utc_now
+from autochunk.store.profile import EFFORTS, Effort, Measurement, Profile
+from autochunk.store.resolve import resolve
+from autochunk.tuner.presets import STANDARD_SET, preset_shapes
+from autochunk.tuner.probe import WORKER, Probe, seconds_left
+from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
+from autochunk.workload import MODES, DType, Mode, Workload
+
+DEFAULT_TIMEOUT = {"quick": 110.0, "standard": 570.0, "thorough": None}
+"""Seconds that an effort takes at most where no timeout is given."""
+
+_REQUEST_SECONDS = {"quick": 60.0, "standard": 120.0, "thorough": 600.0}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of a tune.
+
+    ``kind`` is "device" (``device`` is known), "start" (of ``workload``), "measured" (one plan, ``done`` of ``total``), "finished" (``profile`` is stored;
+    not ``complete`` if time ran out), "skipped" (``profile`` was there already), "failed" (``detail`` says why nothing was measured) or "out_of_time"
+    (nothing was measured, time ran out before). ``number`` of ``count`` workloads.
+    """
+
+    kind: Literal["device", "start", "measured", "finished", "skipped", "failed", "out_of_time"]
+    workload: Workload | None = None
+    number: int = 0
+    count: int = 0
+    device: Device | None = None
+    measurement: Measurement | None = None
+    done: int = 0
+    total: int = 0
+    profile: Profile | None = None
+    detail: str = ""
+
+
+def tune(
+    workloads: Sequence[Workload] | None = None,
+    *,
+    effort: Effort = "standard",
+    timeout: float | None = None,
+    force: bool = False,
+    store: ProfileStore | None = None,
+    memory_budget_mb: float | None = None,
+    on_event: Callable[[Event], None] = lambda _: None,
+    worker_command: Sequence[str] = WORKER,
+) -> list[Profile]:
+    """Measures workloads on this machine's default device and stores a profile of each.
+
+    Args:
+      workloads: what to measure; None is what "auto" has missed here, then the standard set, in both modes.
+      effort: "quick", "standard" or "thorough". A workload with a complete, fresh profile of at least this effort is not measured again.
+      timeout: seconds for all of it; None is the effort's own limit. What is measured by then is stored and marked incomplete.
+      force: measures anew whatever is stored.
+      store: where profiles go; None is the user's store.
+      memory_budget_mb: most working memory that a measurement may take (10^6 bytes); None is most of what is free.
+      on_event: told of progress.
+      worker_command: starts a measuring process.
+
+    Returns:
+      A profile for each workload that has one now, in order.
+
+    Raises:
+      ArgumentError: an argument is not usable.
+      StoreError: the store cannot be written; found out before anything is measured.
+      ProbeError: no measuring process can be started.
+    """
+    _check(effort, timeout, memory_budget_mb)
+    store = store or ProfileStore()
+    store.check_writable()
+    limit = timeout if timeout is not None else DEFAULT_TIMEOUT[effort]
+    deadline = None if limit is None else time.monotonic() + limit
+    budget = None if memory_budget_mb is None else int(memory_budget_mb * 1e6)
+    profiles: list[Profile] = []
+    with Probe(worker_command, memory_budget_bytes=budget, seconds_per_request=_REQUEST_SECONDS[effort]) as probe:
+        device = probe.connect()
+        on_event(Event("device", device=device))
+        todo = list(dict.fromkeys(standard_workloads(store, device, effort) if workloads is None else workloads))
+        # Skipping costs nothing, so the time is shared out among those that need measuring.
+        stored = {} if force else {w: p for w in todo if (p := _good_enough(store, device, w, effort))}
+        left = len(todo) - len(stored)
+        for number, workload in enumerate(todo, 1):
+            event = Event("skipped", workload, number, len(todo), device)
+            if workload in stored:
+                profiles.append(stored[workload])
+                on_event(_but(event, profile=stored[workload]))
+                continue
+            share = seconds_left(deadline) / left
+            left -= 1
+            probe.deadline = None if deadline is None else min(deadline, time.monotonic() + share)
+            profile = _tune_one(probe, workload, effort, force, store, device, event, on_event)
+            if profile is not None:
+                profiles.append(profile)
+    return profiles
+
+
+def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "standard") -> list[Workload]:
+    """What "auto" has missed on a device, then the standard set."""
+    return [*store.missed(device), *(workload for name in STANDARD_SET[effort] for workload in preset_workloads(name))]
+
+
+def preset_workloads(name: str, modes: Iterable[Mode] = MODES, dtype: DType = "float32") -> list[Workload]:
+    """The workloads of a preset.
+
+    Raises:
+      ArgumentError: there is no such preset.
+    """
+    return [Workload.parse(shape, dtype=dtype, mode=mode) for shape in preset_shapes(name) for mode in modes]
+
+
+def _check(effort: str, timeout: float | None, memory_budget_mb: float | None) -> None:
+    if effort not in EFFORTS:
+        raise ArgumentError(f"effort must be one of {', '.join(EFFORTS)}; got {effort!r}")
+    for name, value, unit in (("timeout", timeout, "seconds"), ("memory_budget_mb", memory_budget_mb, "MB")):
+        if value is not None and not 0 < value < float("inf"):
+            raise ArgumentError(f"{name} must be a positive finite number of {unit} or None; got {value!r}")
+
+
+def _good_enough(store: ProfileStore, device: Device, workload: Workload, effort: Effort) -> Profile | None:
+    """The stored profile, if measuring again would tell nothing new."""
+    profile = store.get(device, workload)
+    if profile is None or not profile.complete or profile.device.stale_reasons(device):
+        return None
+    return profile if EFFORTS.index(profile.effort) >= EFFORTS.index(effort) else None
+
+
+def _tune_one(probe: Probe, workload: Workload, effort: Effort, force: bool, store: ProfileStore, device: Device, event: Event,
+              on_event: Callable[[Event], None]) -> Profile | None:  # fmt: skip
+    on_event(_but(event, kind="start"))
+    journal = journal_path(store.path.parent / "unfinished", device.key, workload, effort)
+    if force:
+        _remove(journal)
+    try:
+        outcome = search(
+            probe, workload, effort, journal, hints=_hints(workload, device),
+            on_measurement=lambda m, done, total: on_event(_but(event, kind="measured", measurement=m, done=done, total=total)),
+        )  # fmt: skip
+    except ProbeError as error:
+        on_event(_but(event, kind="failed", detail=str(error)))
+        return None
+    except Interrupted as interruption:
+        _keep(interruption.outcome, workload, device, effort, store)
+        raise
+    profile = _keep(outcome, workload, device, effort, store)
+    if profile is None:
+        on_event(_but(event, kind="failed" if outcome.complete else "out_of_time", detail="no plan could be timed"))
+        return None
+    if profile.complete:
+        _remove(journal)
+    on_event(_but(event, kind="finished", profile=profile))
+    return profile
+
+
+def _keep(outcome: Outcome, workload: Workload, device: Device, effort: Effort, store: ProfileStore) -> Profile | None:
+    """Stores what was found, unless that is nothing; an unfinished profile never takes the place of a finished one."""
+    if not any(measurement.timed for measurement in outcome.measurements):
+        return None
+    profile = Profile(
+        workload=workload.key,
+        device=device,
+        measurements=outcome.measurements,
+        effort=effort,
+        complete=outcome.complete,
+        created=utc_now(),
+        autochunk=autochunk.__version__,
+    )
+    old = store.get(device, workload)
+    if profile.complete or old is None or not old.complete:
+        store.put(profile)
+    return profile
+
+
+def _hints(workload: Workload, device: Device) -> list[Plan]:
+    """What "auto" would do now, if it knows anything."""
+    known = resolve(workload, device=device)
+    return [known.plan] if known.match in ("exact", "nearest") else []
+
+
+def _remove(journal: Path) -> None:
+    for file in (journal, journal.with_name(journal.name + ".lock")):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _but(event: Event, **changes: object) -> Event:
+    return replace(event, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,348 @@
+"""The measuring process: ``python -m autochunk.tuner.worker``, one JSON object a line in and out.
+
+It compiles, checks and times plans of one workload, and may die doing so: the parent (``probe.py``) takes a death for a result. Requests, in the order of
+a session; every reply is an object with ``ok``, or ``error`` where the request itself was wrong:
+
+    {"do": "hello"}                          -> {"device": {...}, "available_bytes": n}
+    {"do": "load", "workload": key}          -> {"argument_bytes": n, "dense_error": x}
+    {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
+                                             -> {"status": ..., "detail": ..., "temp_bytes": n, "compile_seconds": x, "error": x, "first_seconds": x}
+    {"do": "time", "plans": [[name, mb], ...]} -> {"seconds": [x, ...]}   one round, in the order given
+    {"do": "drop", "plan": [name, mb]}       -> {}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from autochunk import device as devices
+from autochunk.attention.op import dot_product_attention
+from autochunk.plan import Plan, slice_logits
+from autochunk.store.profile import logits_shape
+from autochunk.workload import Workload
+
+# A plan may err this many times as much as dense attention in the same dtype does, plus a few roundings.
+ERROR_FACTOR = 4.0
+ERROR_ROUNDINGS = 16.0
+
+_SAMPLE_BYTES = 64 * 2**20
+_MOST_SAMPLED_ROWS = 32
+# One timing takes at least this long, by repeating the call: shorter ones measure the clock and the dispatch.
+_SHORTEST_TIMING = 0.02
+
+
+class Inputs:
+    """Random arguments of a workload, a sample of query rows, and what float64 arithmetic makes of those."""
+
+    def __init__(self, workload: Workload) -> None:
+        w = self.workload = workload
+        dtype = jnp.dtype(w.dtype)
+        keys = jax.random.split(jax.random.key(0), 6)
+        self.query = jax.random.normal(keys[0], (w.batch, w.query_length, w.num_heads, w.key_size), dtype)
+        self.key = jax.random.normal(keys[1], (w.batch, w.key_length, w.num_kv_heads, w.key_size), dtype)
+        self.value = jax.random.normal(keys[2], (w.batch, w.key_length, w.num_kv_heads, w.value_size), dtype)
+        self.bias = None if w.bias == "none" else jax.random.normal(keys[3], self._term_shape(w.bias), dtype)
+        # Key 0 is open to all, so that no row is masked throughout.
+        self.mask = None if w.mask == "none" else jax.random.bernoulli(keys[4], 0.75, self._term_shape(w.mask)).at[..., 0].set(True)
+        cotangent = jax.random.normal(keys[5], (*self.query.shape[:-1], w.value_size), dtype)
+        self.rows = self._sample_rows()
+        # Only sampled rows have a cotangent, so that the reference gradients need no other row. Multiplying by zeros takes as long as by anything else.
+        sampled = jnp.zeros((w.query_length,), dtype).at[self.rows].set(1)
+        self.cotangent = cotangent * sampled[:, None, None]
+
+    def _term_shape(self, pattern: str) -> tuple[int, ...]:
+        w = self.workload
+        sizes = (w.batch, w.num_heads, w.query_length, w.key_length)
+        return tuple(1 if letter == "1" else size for letter, size in zip(pattern, sizes, strict=True))
+
+    def _sample_rows(self) -> np.ndarray[Any, Any]:
+        w = self.workload
+        fitting = _SAMPLE_BYTES // (w.batch * w.num_heads * w.key_length * 8)
+        count = min(w.query_length, _MOST_SAMPLED_ROWS, max(2, fitting))
+        inner = np.random.default_rng(0).permutation(np.arange(1, w.query_length - 1))[: max(0, count - 2)]
+        return np.unique(np.concatenate([[0, w.query_length - 1], inner]).astype(np.int64))
+
+    @property
+    def differentiated(self) -> tuple[jax.Array, ...]:
+        """The arguments that training differentiates."""
+        return (self.query, self.key, self.value, *(() if self.bias is None else (self.bias,)))
+
+    @property
+    def arguments(self) -> tuple[jax.Array, ...]:
+        """Everything the measured function takes."""
+        mask = () if self.mask is None else (self.mask,)
+        return (*self.differentiated, *mask, *((self.cotangent,) if self.workload.mode == "training" else ()))
+
+    def function(self, plan: Plan) -> Callable[..., Any]:
+        """The workload computed by a plan: the output, and in training the gradients too, from ``arguments``."""
+        return make_function(
+            self.workload,
+            lambda query, key, value, bias, mask: dot_product_attention(
+                query,
+                key,
+                value,
+                bias,
+                mask,
+                is_causal=self.workload.causal,
+                max_chunk_size_mb=plan.max_chunk_size_mb,
+                implementation=plan.implementation,
+            ),
+        )
+
+    def sampled(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
+        """query, key, value, bias, mask and cotangent with the sampled query rows only; a causal mask becomes an array."""
+        mask = self.mask
+        if self.workload.causal:
+            causal = jnp.arange(self.workload.query_length)[:, None] >= jnp.arange(self.workload.key_length)
+            mask = causal[None, None, self.rows] if mask is None else causal[self.rows] & _rows_of(mask, self.rows)
+        elif mask is not None:
+            mask = _rows_of(mask, self.rows)
+        bias = None if self.bias is None else _rows_of(self.bias, self.rows)
+        return self.query[:, self.rows], self.key, self.value, bias, mask, self.cotangent[:, self.rows]
+
+    def on_sample(self, results: tuple[jax.Array, ...]) -> list[np.ndarray[Any, Any]]:
+        """A function's results where the reference has them: output and query gradient on sampled rows, the other gradients whole."""
+        names = ("out", "query", "key", "value", "bias")[: len(results)]
+        taken = []
+        for name, result in zip(names, results, strict=True):
+            array = np.asarray(result.astype(jnp.promote_types(result.dtype, jnp.float32)))
+            if name in ("out", "query"):
+                array = array[:, self.rows]
+            elif name == "bias" and array.shape[2] > 1:
+                array = array[:, :, self.rows]
+            taken.append(array)
+        return taken
+
+
+def _rows_of(term: jax.Array, rows: np.ndarray[Any, Any]) -> jax.Array:
+    return term if term.shape[2] == 1 else term[:, :, rows]
+
+
+def make_function(workload: Workload, attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The workload from its arguments by ``attend(query, key, value, bias, mask)``: (output,), and in training the gradients after it."""
+    moving = 3 + (workload.bias != "none")
+
+    def forward(*arrays: jax.Array) -> Any:
+        bias = arrays[3] if workload.bias != "none" else None
+        mask = arrays[-1] if workload.mask != "none" else None
+        return attend(*arrays[:3], bias, mask)
+
+    def training(*arrays: jax.Array) -> Any:
+        *rest, cotangent = arrays
+        out, pull = jax.vjp(lambda *moved: forward(*moved, *rest[moving:]), *rest[:moving])
+        return (out, *pull(cotangent))
+
+    return (lambda *arrays: (forward(*arrays),)) if workload.mode == "forward" else training
+
+
+def reference(inputs: Inputs) -> list[np.ndarray[Any, Any]]:
+    """Output, and in training the gradients, on the sampled rows in float64, by the textbook formulas in numpy."""
+    w = inputs.workload
+    groups = w.num_heads // w.num_kv_heads
+    query, key, value, bias, mask, cotangent = inputs.sampled()
+    q, g = (np.moveaxis(_float64(x), 2, 1) for x in (query, cotangent))  # [B, H, rows, K]
+    k, v = (np.repeat(np.moveaxis(_float64(x), 2, 1), groups, axis=1) for x in (key, value))  # [B, H, T, K]
+    scale = 1 / math.sqrt(w.key_size)
+    logits = q @ np.swapaxes(k, -1, -2) * scale
+    if bias is not None:
+        logits += _float64(bias)
+    if mask is not None:
+        logits = np.where(np.asarray(mask), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = weights @ v
+    results = [np.moveaxis(out, 1, 2)]
+    if w.mode == "training":
+        d_weights = g @ np.swapaxes(v, -1, -2)
+        d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+        d_query = d_logits @ k * scale
+        d_key, d_value = np.swapaxes(d_logits, -1, -2) @ q * scale, np.swapaxes(weights, -1, -2) @ g
+        results.append(np.moveaxis(d_query, 1, 2))
+        results += [np.moveaxis(grad.reshape(w.batch, w.num_kv_heads, groups, *grad.shape[2:]).sum(2), 1, 2) for grad in (d_key, d_value)]
+        if bias is not None:
+            broadcast = tuple(dim for dim, size in enumerate(bias.shape) if size == 1 and d_logits.shape[dim] > 1)
+            results.append(d_logits.sum(broadcast, keepdims=True))
+    return results
+
+
+def _float64(array: jax.Array) -> np.ndarray[Any, Any]:
+    return np.asarray(array.astype(jnp.promote_types(array.dtype, jnp.float32))).astype(np.float64)
+
+
+def dense_on_sample(inputs: Inputs) -> list[np.ndarray[Any, Any]]:
+    """The same by haiku's dense attention in the workload's dtype: how much error is usual."""
+    w = inputs.workload
+    query, key, value, bias, mask, cotangent = inputs.sampled()
+    attend = lambda q, k, v, b, m: dot_product_attention(q, k, v, b, m, max_chunk_size_mb=None, implementation="dense")  # noqa: E731
+    function = make_function(w, attend)
+    optional = [x for x in (bias, mask) if x is not None]
+    results = jax.jit(function)(query, key, value, *optional, *([cotangent] if w.mode == "training" else []))
+    return [np.asarray(result.astype(jnp.promote_types(result.dtype, jnp.float32))) for result in results]
+
+
+def relative_error(results: list[np.ndarray[Any, Any]], references: list[np.ndarray[Any, Any]]) -> float:
+    """Largest error over the results, each relative to its reference's largest value; infinite where a result is not finite."""
+    worst = 0.0
+    for result, expected in zip(results, references, strict=True):
+        error = float(np.abs(result - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+class Session:
+    """Answers requests about one workload."""
+
+    def __init__(self) -> None:
+        self.inputs: Inputs | None = None
+        self.references: list[np.ndarray[Any, Any]] = []
+        self.error_limit = 0.0
+        self.prepared: dict[Plan, tuple[Any, int]] = {}
+
+    def hello(self) -> dict[str, Any]:
+        """Where this process computes, and the memory it finds."""
+        device = devices.detect()
+        return {"device": device.model_dump(), "available_bytes": available_bytes(device.platform)}
+
+    def load(self, workload: str) -> dict[str, Any]:
+        """Makes a workload's arguments and what its results should be."""
+        self.prepared.clear()
+        self.inputs = Inputs(Workload.parse(workload))
+        self.references = reference(self.inputs)
+        dense_error = relative_error(dense_on_sample(self.inputs), self.references)
+        self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * float(jnp.finfo(self.inputs.workload.dtype).eps)
+        return {"argument_bytes": sum(x.nbytes for x in self.inputs.arguments), "dense_error": dense_error}
+
+    def prepare(self, plan: list[Any], budget_bytes: int) -> dict[str, Any]:
+        """Compiles a plan, and if it should fit runs and checks it once."""
+        inputs = self._loaded()
+        chosen = Plan(*plan)
+        try:
+            start = time.perf_counter()
+            compiled = jax.jit(inputs.function(chosen)).lower(*inputs.arguments).compile()
+            compile_seconds = time.perf_counter() - start
+            temp, out = program_bytes(compiled)
+            result: dict[str, Any] = {"compile_seconds": compile_seconds, "temp_bytes": temp}
+            needed = max(temp, self._least_working_bytes(chosen)) + out
+            if needed > budget_bytes:
+                return result | {"status": "over_budget", "detail": f"needs about {needed / 1e6:.0f} MB, {budget_bytes / 1e6:.0f} MB may be used"}
+            start = time.perf_counter()
+            results, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
+            first = time.perf_counter() - start
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                raise
+            return {"status": "oom", "detail": str(error)[:500]}
+        deviation = relative_error(inputs.on_sample(results), self.references)
+        if jax.default_backend() == "cpu" and grown is not None:
+            result["temp_bytes"] = max(temp, grown - out)
+        result |= {"error": min(deviation, 1e30), "first_seconds": first}
+        if not deviation <= self.error_limit:
+            return result | {"status": "inaccurate", "detail": f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is allowed"}
+        self.prepared[chosen] = (compiled, max(1, math.ceil(_SHORTEST_TIMING / max(first, 1e-6))))
+        return result | {"status": "ok", "detail": ""}
+
+    def _least_working_bytes(self, plan: Plan) -> int:
+        """A guess from below at what XLA:CPU's fused kernels allocate without saying so: a quarter of a slice's logits."""
+        shape = logits_shape(self._loaded().workload)
+        return slice_logits(plan, shape).chunk_bytes(shape) // 4
+
+    def time(self, plans: list[list[Any]]) -> dict[str, Any]:
+        """One round."""
+        arguments = self._loaded().arguments
+        seconds = []
+        for plan in plans:
+            compiled, calls = self.prepared[Plan(*plan)]
+            start = time.perf_counter()
+            for _ in range(calls):
+                jax.block_until_ready(compiled(*arguments))
+            seconds.append((time.perf_counter() - start) / calls)
+        return {"seconds": seconds}
+
+    def drop(self, plan: list[Any]) -> dict[str, Any]:
+        """Lets a plan's program go."""
+        self.prepared.pop(Plan(*plan), None)
+        return {}
+
+    def _loaded(self) -> Inputs:
+        if self.inputs is None:
+            raise ValueError("no workload is loaded")
+        return self.inputs
+
+
+def program_bytes(compiled: Any) -> tuple[int, int]:
+    """(working memory, results) of a compiled program in bytes, by XLA's account; zeros where it gives none."""
+    memory = compiled.memory_analysis()
+    return (int(memory.temp_size_in_bytes), int(memory.output_size_in_bytes)) if memory else (0, 0)
+
+
+def available_bytes(platform: str) -> int:
+    """Memory free for this process on its device, in bytes."""
+    if platform == "cpu":
+        return devices.available_cpu_bytes()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+
+
+def measure_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
+    """Runs and returns (result, bytes by which the process's resident memory rose above where it stood); None where the system cannot tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide growth
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present
+        before = _status_bytes("VmRSS")
+        result = run()
+        return result, max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        return run(), None
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if not found:
+        raise OSError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answers requests until there are no more."""
+    session = Session()
+    actions: dict[str, Callable[..., dict[str, Any]]] = {
+        "hello": session.hello,
+        "load": session.load,
+        "prepare": session.prepare,
+        "time": session.time,
+        "drop": session.drop,
+    }
+    for line in requests:
+        request = json.loads(line)
+        try:
+            reply = {"ok": True} | actions[request.pop("do")](**request)
+        except Exception as error:  # a failure of one plan is the parent's to classify
+            reply = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def main() -> None:
+    """Keeps the real standard output for replies: whatever else is printed goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main()
