@@ -203,3 +203,7 @@ def import_(file: IO[bytes], store: Path | None) -> None:
     found = bundle.load(file.read(bundle.MOST_BYTES + 1), getattr(file, "name", "standard input"))
     summary = bundle.merge(ProfileStore(store), found)
     click.echo(f"{summary.new} new, {summary.updated} updated, {summary.kept} kept as they were.", err=True)
+
+
+if __name__ == "__main__":
+    main()

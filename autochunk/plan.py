@@ -41,8 +41,9 @@ class Plan:
     max_chunk_size_mb: float | None = None
 
     def __str__(self) -> str:
-        limit = "no limit" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB"
-        return f"{self.implementation}, {limit}"
+        if not SLICING_ORDER.get(self.implementation, ("unknown",)):
+            return self.implementation
+        return f"{self.implementation}, " + ("do not chunk" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB")
 
 
 @dataclass(frozen=True)

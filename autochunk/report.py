@@ -37,6 +37,7 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
         "dtype": workload.dtype,
         "mode": workload.mode,
         "device": profile.device.key,
+        "plan": str(best.plan) if best else None,
         "implementation": best.implementation if best else None,
         "max_chunk_size_mb": best.max_chunk_size_mb if best else None,
         "seconds": best.seconds_median if best else None,
@@ -108,7 +109,7 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_row(
             row["shape"] + dtype,
             row["mode"],
-            plan_text(row["implementation"], row["max_chunk_size_mb"]),
+            row["plan"] or "none",
             faster(row["speedup_vs_dense"]),
             faster(row["speedup_vs_default"]),
             _memory(row["temp_bytes"], row["memory_vs_dense"]),
@@ -116,15 +117,6 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
             _notes(row),
         )
     return table
-
-
-def plan_text(implementation: str | None, limit: float | None) -> str:
-    """A plan in a few words."""
-    if implementation is None:
-        return "none"
-    if implementation == "dense":
-        return "dense"
-    return f"{implementation}, " + ("do not chunk" if limit is None else f"{limit:g} MB")
 
 
 def faster(ratio: float | None) -> str:
@@ -149,7 +141,7 @@ def _notes(row: dict[str, Any]) -> str:
     notes = [] if row["complete"] else ["unfinished"]
     if row["stale"]:
         notes.append("stale: " + "; ".join(row["stale"]))
-    if row["implementation"] is None:
+    if row["plan"] is None:
         notes.append(row["reason"])
     return "; ".join(notes)
 
@@ -239,12 +231,12 @@ class TuneProgress:
         measurement: Measurement = event.measurement
         if measurement.status == "ok" and (self._best is None or measurement.ratio < self._best.ratio):
             self._best = measurement
-        best = f"best {plan_text(self._best.implementation, self._best.max_chunk_size_mb)}, {self._best.seconds_median * 1e3:.1f} ms" if self._best else ""
+        best = f"best {self._best.plan}, {self._best.seconds_median * 1e3:.1f} ms" if self._best else ""
         if self._live and self._task is not None:
             self._progress.update(self._task, completed=event.done, total=event.total, best=best)
         else:
             result = f"{measurement.seconds_median * 1e3:.1f} ms" if measurement.timed else measurement.status
-            self._say(f"  {event.done}/{event.total} {plan_text(measurement.implementation, measurement.max_chunk_size_mb)}: {result}")
+            self._say(f"  {event.done}/{event.total} {measurement.plan}: {result}")
 
     def _ending(self, event: Any) -> str:
         if event.kind == "skipped":
@@ -254,7 +246,7 @@ class TuneProgress:
         if event.kind == "out_of_time":
             return "not measured: out of time; the same command goes on from here"
         choice = event.profile.choose()
-        result = plan_text(choice.plan.implementation, choice.plan.max_chunk_size_mb) if choice else "no plan could be measured"
+        result = str(choice.plan) if choice else "no plan could be measured"
         return result if event.profile.complete else f"{result} (unfinished: out of time; the same command goes on from here)"
 
     def _say(self, line: str) -> None:

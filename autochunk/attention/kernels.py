@@ -345,10 +345,14 @@ class _SliceMath:
     def weights(self, maximum: jax.Array) -> jax.Array:
         """exp(logits - maximum), zero for keys that an earlier slice had."""
         weights = jnp.exp(self.logits() - self.by_row(maximum))
+        return self.fresh_keys(weights)
+
+    def fresh_keys(self, weights: jax.Array) -> jax.Array:
+        """The weights, zero for keys that an earlier slice had."""
         fresh = self.cell.fresh.get("keys")
-        if fresh is not None:
-            weights = weights * (fresh[:, None] if self.transposed else fresh).astype(weights.dtype)
-        return weights
+        if fresh is None:
+            return weights
+        return weights * _along(fresh, -2 if self.transposed else -1, weights.ndim).astype(weights.dtype)
 
     def live_rows(self, maximum: jax.Array) -> jax.Array | None:
         """Zero for rows [..., G, T'] that are masked throughout: no logit of theirs has a gradient. None where there is no mask."""
@@ -362,12 +366,14 @@ class _SliceMath:
 
     def fresh_rows(self) -> jax.Array | None:
         """One for elements of [batch, H, G, T'] that no earlier slice had, zero for the others; None where that is all."""
-        weight = None
-        for axis, dims in (("batch", 3), ("heads", 2), ("rows", 0)):
-            if axis in self.cell.fresh:
-                factor = self.cell.fresh[axis].astype(self.dtype).reshape((-1,) + (1,) * dims)
-                weight = factor if weight is None else weight * factor
-        return weight
+        rank = self.inputs.query.ndim - 1
+        factors = [_along(self.cell.fresh[axis], dim, rank) for axis, dim in (("batch", -4), ("heads", -3), ("rows", -1)) if axis in self.cell.fresh]
+        return functools.reduce(jnp.logical_and, factors).astype(self.dtype) if factors else None
+
+
+def _along(vector: jax.Array, dim: int, rank: int) -> jax.Array:
+    """A vector along one dim (counted from the end) of an array of a rank, size one elsewhere."""
+    return vector.reshape((1,) * (rank + dim) + (-1,) + (1,) * (-dim - 1))
 
 
 def _weigh(array: jax.Array, weight: jax.Array | None) -> jax.Array:
@@ -380,10 +386,7 @@ def _forward_slice(inputs: _Inputs, cell: _Cell, call: Call, dtype: Any) -> tupl
     maths = _SliceMath(inputs, cell, call, dtype, transposed=False)
     logits = maths.logits()
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    weights = jnp.exp(logits - maximum[..., None])
-    fresh = cell.fresh.get("keys")
-    if fresh is not None:
-        weights = weights * fresh.astype(weights.dtype)
+    weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
     total = jnp.sum(weights, axis=-1)
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
     return maths.spread(maths.over_keys(weights, inputs.value)), maximum.reshape(stats), total.reshape(stats)
@@ -534,7 +537,7 @@ def dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
     if call.is_causal:
-        causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        causal = jnp.expand_dims(jnp.tril(jnp.ones(logits.shape[-2:], bool)), range(logits.ndim - 2))
         mask = causal if mask is None else jnp.logical_and(mask, causal)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(-1e30, logits.dtype))

@@ -235,7 +235,7 @@ def _objection(measurement: Measurement, memory_budget_mb: float | None, impleme
     if not _runnable(measurement):
         return "this version of autochunk has no such implementation"
     if measurement.status == "pruned":
-        return f"given up after {len(measurement.ratios)} repeats: {measurement.detail}" if measurement.detail else "given up early as too slow"
+        return f"given up early, {measurement.detail or 'too slow'}"
     if measurement.status != "ok":
         return f"{measurement.status}: {measurement.detail}" if measurement.detail else measurement.status
     if memory_budget_mb is not None and (measurement.temp_bytes or 0) > memory_budget_mb * 1e6:

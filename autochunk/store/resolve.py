@@ -32,11 +32,13 @@ from autochunk.plan import (
     check_max_chunk_size_mb,
 )
 from autochunk.store import bundle
-from autochunk.store.database import ProfileStore, default_path
+from autochunk.store.database import STORE_VARIABLE, ProfileStore, default_path
 from autochunk.store.profile import Profile
 from autochunk.workload import Mode, Workload
 
 PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
+
+_SHIPPED = "shipped"
 
 Match = Literal["exact", "nearest", "default", "pinned"]
 
@@ -169,11 +171,14 @@ class BundleLayer:
 
     def __init__(self, path: Path, label: str) -> None:
         self.path = path
+        self.label = label
         self.name = f"{label} {path}"
         self._loaded: dict[str, dict[str, Profile]] | None = None
 
     def version(self) -> Any:
-        """Times and sizes of the files; None where there is none."""
+        """Times and sizes of the files; None where there is none. What is shipped does not change."""
+        if self.label == _SHIPPED:
+            return None
         try:
             folder = (self.path.stat().st_mtime_ns,)
             return folder + tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._files())
@@ -209,8 +214,14 @@ def shipped_profiles() -> Path:
 
 def _layer_paths(settings: Settings) -> tuple[tuple[str, Path], ...]:
     """(kind, path) of each layer, first asked first."""
-    named = [Path(part).expanduser() for part in os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep) if part]
-    return (*((PROFILES_VARIABLE, path) for path in named), ("store", settings.store or default_path()), ("shipped", shipped_profiles()))
+    return _paths(settings.store, *map(os.environ.get, (PROFILES_VARIABLE, STORE_VARIABLE, "XDG_DATA_HOME", "HOME")))
+
+
+@functools.lru_cache(maxsize=64)
+def _paths(store: Path | None, profiles: str | None, *_environment: str | None) -> tuple[tuple[str, Path], ...]:
+    """The same, from all that it depends on."""
+    named = [Path(part).expanduser() for part in (profiles or "").split(os.pathsep) if part]
+    return (*((PROFILES_VARIABLE, path) for path in named), ("store", store or default_path()), (_SHIPPED, shipped_profiles()))
 
 
 def _make_layer(kind: str, path: Path) -> Layer:

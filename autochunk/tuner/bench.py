@@ -72,7 +72,7 @@ def haiku_dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Ar
     if bias is not None:
         logits = logits + bias
     if causal:
-        triangle = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        triangle = jnp.tril(jnp.ones((1,) * (logits.ndim - 2) + logits.shape[-2:], bool))
         mask = triangle if mask is None else jnp.logical_and(mask, triangle)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(-1e30, logits.dtype))

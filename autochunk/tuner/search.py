@@ -25,12 +25,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
-from autochunk.store.profile import DEFAULT, DENSE, Measurement, logits_shape
+from autochunk.store.profile import DEFAULT, DENSE, LARGEST_NOISE, Measurement, logits_shape
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
 from autochunk.workload import Workload
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 # Within this of the best, a plan takes part in the joint rounds.
 _CLOSE = 1.08
@@ -99,15 +98,20 @@ def search(probe: Probe, workload: Workload, effort: str, journal: Path, *, hint
       ProbeError: no worker can be started, or the workload's arguments do not fit.
       Interrupted: on Ctrl-C.
     """
-    running = _Search(probe, workload, THOROUGHNESS[effort], journal, tuple(hints), on_measurement)
-    try:
-        probe.load(workload)
-        running.run()
-    except OutOfTime:
-        return Outcome(running.measurements(), complete=False)
-    except KeyboardInterrupt:
-        raise Interrupted(Outcome(running.measurements(), complete=False)) from None
-    return Outcome(running.measurements(), complete=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # A plan may have more rounds than the best one had time for; those are simply not compared.
+        warnings.filterwarnings("ignore", "WilcoxonPruner finds steps")
+        warnings.filterwarnings("ignore", "The value of `grace_period` might be too small")  # see _open_journal
+        running = _Search(probe, workload, THOROUGHNESS[effort], journal, tuple(hints), on_measurement)
+        try:
+            probe.load(workload)
+            running.run()
+        except OutOfTime:
+            return Outcome(running.measurements(), complete=False)
+        except KeyboardInterrupt:
+            raise Interrupted(Outcome(running.measurements(), complete=False)) from None
+        return Outcome(running.measurements(), complete=True)
 
 
 def journal_path(folder: Path, device_key: str, workload: Workload, effort: str) -> Path:
@@ -123,7 +127,16 @@ class _Search:
         self.shape = logits_shape(workload)
         self.plans = _all_plans(self.shape, thoroughness)
         self.first = [*(plan for hint in hints if (plan := _equivalent(hint, self.plans, self.shape))), *_likely(self.plans)]
-        self.study = _open_study(journal)
+        storage = _open_journal(journal)
+        self.study = optuna.create_study(
+            study_name=journal.stem,
+            storage=storage,
+            sampler=optuna.samplers.BruteForceSampler(seed=0),
+            pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
+            load_if_exists=True,
+        )
+        # BruteForceSampler would end a search that has not begun when it is told of the last plan's failure.
+        self._unsampled = optuna.load_study(study_name=journal.stem, storage=storage, sampler=optuna.samplers.RandomSampler())
         self.measured: dict[Plan, Measurement] = {}
         self.anchor: Plan | None = None
 
@@ -146,7 +159,7 @@ class _Search:
         states = optuna.trial.TrialState
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state == states.RUNNING:
-                self.study.tell(trial.number, state=states.FAIL)
+                self._unsampled.tell(trial.number, state=states.FAIL)
             elif text := trial.user_attrs.get("measurement"):
                 measurement = Measurement.model_validate_json(text)
                 self.measured[measurement.plan] = measurement
@@ -203,16 +216,17 @@ class _Search:
     def _rounds(self, plan: Plan, trial: optuna.Trial, seconds: list[float], ratios: list[float]) -> str:
         """Times a plan beside the anchor; returns why it was given up, or nothing."""
         start = time.monotonic()
-        best = min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)
+        best = min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)  # the anchor's own ratio is one
         for step in range(self.thoroughness.rounds):
             own, anchor = self._pair(plan, step)
             seconds.append(own)
             ratios.append(own / anchor)
             trial.report(ratios[-1], step)
-            slower = statistics.median(ratios) / best
+            slower = statistics.median(ratios) / best if plan != self.anchor else 1.0
             if slower > self.thoroughness.hopeless ** (2 if step == 0 else 1):
                 return f"{slower:.1f}x the best plan's time"
-            if step >= 3 and trial.should_prune():
+            # A plan that is slower by no more than noise may still win by its memory.
+            if step >= 3 and slower > 1 + LARGEST_NOISE and trial.should_prune():
                 return f"probably slower than the best plan, {slower:.2f}x its time"
             if step >= 2 and time.monotonic() - start > self.thoroughness.seconds:
                 break
@@ -304,13 +318,7 @@ def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measureme
     return Measurement.model_validate(fields | changes)
 
 
-def _open_study(journal: Path) -> optuna.Study:
+def _open_journal(journal: Path) -> JournalStorage:
     journal.parent.mkdir(parents=True, exist_ok=True)
-    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
-    return optuna.create_study(
-        study_name=journal.stem,
-        storage=JournalStorage(backend),
-        sampler=optuna.samplers.BruteForceSampler(seed=0),
-        pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
-        load_if_exists=True,
-    )
+    # A process that was killed leaves its lock behind; nobody holds one for longer than it takes to append a line.
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal), grace_period=2)))

@@ -1,0 +1,124 @@
+"""What attention is, written twice as plainly as possible, and helpers that several tests share.
+
+``exact`` is float64 numpy with gradients written by hand, so that it shares nothing with JAX; ``plain`` is for JAX's transformations to act on.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def draw(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    """Normal numbers, the same for the same arguments."""
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+
+
+def draw_mask(shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
+    """A mask that lets about two in three through."""
+    return np.random.default_rng([seed, *shape]).random(shape) < 0.67
+
+
+def operands(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, heads: int = 2, kv_heads: int | None = None, key_size: int = 4,
+             value_size: int | None = None, *, bias: tuple[int, ...] | None = None, mask: tuple[int, ...] | None = None,
+             dtype: Any = np.float32) -> Arrays:  # fmt: skip
+    """Arguments of a call by name, and the output's cotangent."""
+    kv_heads, value_size = kv_heads or heads, value_size or key_size
+    arrays = {
+        "query": draw((*leading, rows, heads, key_size), 1, dtype),
+        "key": draw((*leading, keys, kv_heads, key_size), 2, dtype),
+        "value": draw((*leading, keys, kv_heads, value_size), 3, dtype),
+        "cotangent": draw((*leading, rows, heads, value_size), 4, dtype),
+    }
+    if bias is not None:
+        arrays["bias"] = draw(bias, 5, dtype)
+    if mask is not None:
+        arrays["mask"] = draw_mask(mask, 6)
+    return arrays
+
+
+def output_and_gradients(function: Callable[..., jax.Array], arrays: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    """The output, and the gradients of query, key, value and bias, from one compiled program."""
+    moving = {name: array for name, array in arrays.items() if name not in ("mask", "cotangent")}
+
+    @jax.jit
+    def both(moving: dict[str, jax.Array], mask: jax.Array | None, cotangent: jax.Array) -> dict[str, jax.Array]:
+        out, pull = jax.vjp(lambda moving: function(**moving, mask=mask), moving)
+        return {"output": out, **pull(cotangent)[0]}
+
+    return {name: np.asarray(array) for name, array in both(moving, arrays.get("mask"), arrays["cotangent"]).items()}
+
+
+def exact(arrays: Arrays, *, scale: float | None = None, is_causal: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+    """Output and gradients of attention in float64. A row that is masked throughout weighs all values alike and gives its logits no gradient."""
+    query, key, value, cotangent = (np.asarray(arrays[name], np.float64) for name in ("query", "key", "value", "cotangent"))
+    groups = query.shape[-2] // key.shape[-2]
+    keys, values = np.repeat(key, groups, axis=-2), np.repeat(value, groups, axis=-2)  # [..., T, H, K]
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits = np.einsum("...thk,...shk->...hts", query, keys) * factor
+    bias = np.asarray(arrays.get("bias", 0.0), np.float64)
+    allowed = np.broadcast_to(arrays.get("mask", True), logits.shape)
+    if is_causal:
+        allowed = allowed & np.tri(*logits.shape[-2:], dtype=bool)
+    live = allowed.any(axis=-1, keepdims=True)
+    logits = np.where(live, np.where(allowed, logits + bias, -np.inf), 0.0)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out = np.einsum("...hts,...shv->...thv", weights, values)
+    d_weights = np.einsum("...thv,...shv->...hts", cotangent, values)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True)) * live
+    results = {
+        "output": out,
+        "query": np.einsum("...hts,...shk->...thk", d_logits, keys) * factor,
+        "key": _ungroup(np.einsum("...hts,...thk->...shk", d_logits, query) * factor, groups),
+        "value": _ungroup(np.einsum("...hts,...thv->...shv", weights, cotangent), groups),
+    }
+    if "bias" in arrays:
+        results["bias"] = _sum_to(d_logits, bias.shape)
+    return results
+
+
+def _ungroup(array: np.ndarray[Any, Any], groups: int) -> np.ndarray[Any, Any]:
+    return array.reshape((*array.shape[:-2], array.shape[-2] // groups, groups, array.shape[-1])).sum(axis=-2)
+
+
+def _sum_to(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    array = array.sum(axis=tuple(range(array.ndim - len(shape))))
+    return array.sum(axis=tuple(dim for dim, size in enumerate(shape) if size == 1 and array.shape[dim] != 1), keepdims=True)
+
+
+def plain(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None, mask: jax.Array | None = None,
+          *, is_causal: bool = False) -> jax.Array:  # fmt: skip
+    """Attention in plain JAX."""
+    groups = query.shape[-2] // key.shape[-2]
+    keys, values = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
+    logits = jnp.einsum("...thk,...shk->...hts", query, keys) / math.sqrt(query.shape[-1])
+    logits = logits if bias is None else logits + bias
+    allowed = jnp.ones((), bool) if mask is None else mask
+    if is_causal:
+        allowed = jnp.logical_and(allowed, jnp.tri(*logits.shape[-2:], dtype=bool))
+    weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30))
+    return jnp.einsum("...hts,...shv->...thv", weights, values)
+
+
+def assert_close(received: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """Compares trees of arrays; the tolerance is relative to the largest element, or absolute where that is less than one."""
+    assert jax.tree.structure(received) == jax.tree.structure(expected)
+    compare = functools.partial(_assert_close, tolerance=tolerance)
+    jax.tree.map_with_path(compare, received, expected)
+
+
+def _assert_close(path: Any, received: Any, expected: Any, tolerance: float) -> None:
+    received, expected = np.asarray(received, np.float64), np.asarray(expected, np.float64)
+    assert received.shape == expected.shape, f"{jax.tree_util.keystr(path)}: {received.shape}, expected {expected.shape}"
+    if expected.size:
+        error, largest = np.max(np.abs(received - expected)), np.max(np.abs(expected))
+        assert error <= tolerance * max(1.0, largest), f"{jax.tree_util.keystr(path)}: error {error:.3g}, largest {largest:.3g}"  # NaN fails, too

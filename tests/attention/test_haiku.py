@@ -1,0 +1,245 @@
+"""``MultiHeadAttention`` against haiku's own: one must be exchangeable for the other."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close, draw, draw_mask
+
+from autochunk import MultiHeadAttention
+from autochunk.errors import ArgumentError
+
+LIMIT = 1e-4  # MB: slices everything below
+Module = Callable[..., Any]
+KEY = jax.random.PRNGKey(7)
+
+
+def w_init() -> hk.initializers.Initializer:
+    return hk.initializers.VarianceScaling(2.0)
+
+
+def transformed(module: Module, **settings: Any) -> hk.Transformed:
+    settings = {"num_heads": 2, "key_size": 4, "w_init": w_init()} | settings
+    return hk.without_apply_rng(hk.transform(lambda *arrays: module(**settings)(*arrays)))
+
+
+def inputs(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, *, sizes: tuple[int, int, int] = (7, 5, 3),
+           mask: tuple[int, ...] | None = None, dtype: Any = np.float32) -> list[Any]:  # fmt: skip
+    """Query, key and value, each of its own size, and maybe a mask."""
+    arrays = [draw((*leading, length, size), size, dtype) for length, size in zip((rows, keys, keys), sizes, strict=True)]
+    return [*arrays, draw_mask(mask)] if mask is not None else arrays
+
+
+def results(function: hk.Transformed, params: Any, arrays: list[Any]) -> dict[str, Any]:
+    """Output, and gradients of parameters and inputs."""
+
+    @jax.jit
+    def both(params: Any, moving: list[Any], rest: list[Any]) -> dict[str, Any]:
+        out, pull = jax.vjp(lambda params, moving: function.apply(params, *moving, *rest), params, moving)
+        return {"output": out, "gradients": pull(jnp.cos(out))}
+
+    return both(params, arrays[:3], arrays[3:])
+
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "defaults": ({}, {}),
+    "without bias": ({"with_bias": False}, {}),
+    "value size": ({"value_size": 3}, {}),
+    "model size": ({"model_size": 9}, {}),
+    "all sizes, initialised bias": ({"value_size": 3, "model_size": 9, "b_init": hk.initializers.RandomNormal()}, {"mask": (2, 1, 6, 5)}),
+    "one head": ({"num_heads": 1, "key_size": 3}, {"mask": (1, 1, 6, 5)}),
+    "named": ({"name": "cross"}, {}),
+    "no leading dims": ({}, {"leading": ()}),
+    "no leading dims, mask": ({}, {"leading": (), "mask": (1, 6, 5)}),
+    "two leading dims": ({}, {"leading": (2, 3), "rows": 3, "keys": 4}),
+    "two leading dims, mask": ({}, {"leading": (2, 3), "rows": 3, "keys": 4, "mask": (2, 1, 1, 3, 4)}),
+    "mask by head": ({}, {"mask": (1, 2, 6, 5)}),
+    "mask of keys": ({}, {"mask": (2, 1, 1, 5)}),
+    "decoding": ({}, {"rows": 1, "keys": 11}),
+}
+
+
+@pytest.mark.parametrize(("settings", "shape"), CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_like_haiku(settings: dict[str, Any], shape: dict[str, Any]) -> None:
+    """With the same rng the parameters have haiku's names, shapes and values; output and gradients are haiku's."""
+    arrays = inputs(**shape)
+    theirs, ours = transformed(hk.MultiHeadAttention, **settings), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT, **settings)
+    their_params, our_params = jax.jit(lambda: (theirs.init(KEY, *arrays), ours.init(KEY, *arrays)))()
+    assert_close(our_params, their_params, 0.0)
+    assert_close(results(ours, their_params, arrays), results(theirs, their_params, arrays))
+
+
+@pytest.mark.parametrize("settings", [{"max_chunk_size_mb": None}, {"implementation": "xla_rows"}, {"implementation": "dense"}], ids=str)
+def test_settings(settings: dict[str, Any]) -> None:
+    """Limit and implementation change how it is computed, not what."""
+    arrays = inputs(mask=(2, 1, 6, 5))
+    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, **{"max_chunk_size_mb": LIMIT} | settings)
+    params = jax.jit(theirs.init)(KEY, *arrays)
+    assert_close(results(ours, params, arrays), results(theirs, params, arrays))
+
+
+def test_a_checkpoint_loads(tmp_path: Any) -> None:
+    """Parameters that haiku's module wrote to a file are this one's, path by path, without a conversion; and back."""
+
+    def model(module: Module, **settings: Any) -> hk.Transformed:
+        def run(x: jax.Array) -> jax.Array:
+            for _ in range(2):
+                x = x + module(2, 4, w_init=w_init(), **settings)(x, x, x)
+            return hk.Linear(1)(x)
+
+        return hk.without_apply_rng(hk.transform(run))
+
+    theirs, ours = model(hk.MultiHeadAttention), model(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    x = draw((2, 3, 8))
+    params = jax.jit(theirs.init)(KEY, x)
+    np.savez(tmp_path / "checkpoint.npz", **{f"{module}:{name}": array for module, entries in params.items() for name, array in entries.items()})
+    loaded: dict[str, dict[str, Any]] = {}
+    for path, array in np.load(tmp_path / "checkpoint.npz").items():
+        module, _, name = path.partition(":")
+        loaded.setdefault(module, {})[name] = array
+    assert jax.tree.structure(jax.eval_shape(ours.init, KEY, x)) == jax.tree.structure(params)
+    assert_close(jax.jit(ours.apply)(loaded, x), jax.jit(theirs.apply)(params, x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype: Any) -> None:
+    """Half-precision inputs give half-precision outputs, as close to the float32 result as haiku's are."""
+    arrays = inputs(mask=(2, 1, 1, 5))
+    arrays[3][..., 0] = True
+    params = jax.jit(transformed(hk.MultiHeadAttention).init)(KEY, *arrays)
+    half = [array.astype(dtype) for array in arrays[:3]] + arrays[3:]
+    half_params = jax.tree.map(lambda array: array.astype(dtype), params)
+    exact = jax.jit(transformed(hk.MultiHeadAttention).apply)(params, *arrays)
+    theirs, ours = (
+        jax.jit(module.apply)(half_params, *half) for module in (transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT))
+    )
+    assert ours.dtype == theirs.dtype == dtype
+    their_error, our_error = (float(jnp.max(jnp.abs(array.astype(jnp.float32) - exact))) for array in (theirs, ours))
+    assert our_error <= 1.5 * their_error + 0.02 * float(jnp.finfo(dtype).eps / jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_a_mask_of_numbers(kind: Any) -> None:
+    """As haiku's module takes any number that is not zero for true, so does this."""
+    arrays = inputs(mask=(2, 1, 6, 5))
+    arrays[3] = 3 * arrays[3].astype(kind)
+    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    params = jax.jit(theirs.init)(KEY, *arrays)
+    assert_close(jax.jit(ours.apply)(params, *arrays), jax.jit(theirs.apply)(params, *arrays))
+
+
+def test_rows_masked_throughout() -> None:
+    """A row that is masked throughout behaves as in haiku, in gradients, too."""
+    arrays = inputs(mask=(2, 1, 6, 5))
+    arrays[3][0, :, :2] = arrays[3][1] = False
+    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    params = jax.jit(theirs.init)(KEY, *arrays)
+    assert_close(results(ours, params, arrays), results(theirs, params, arrays))
+
+
+BROADCASTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
+    "leading dim of one": ((1,), (1,), np.float32),
+    "fewer leading dims": ((), (), np.float32),
+    "one value for all": ((2,), (1,), np.float32),
+    "keys and values of another dtype": ((2,), (2,), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize(("key_leading", "value_leading", "dtype"), BROADCASTS.values(), ids=BROADCASTS.keys())
+@pytest.mark.xfail(strict=True, raises=ArgumentError, reason="haiku's einsums broadcast leading dims and promote dtypes; the op refuses both")
+def test_keys_that_broadcast(key_leading: tuple[int, ...], value_leading: tuple[int, ...], dtype: Any) -> None:
+    """Keys and values may be shared by the queries' leading dims, or have another dtype, as in haiku."""
+    arrays = [draw((2, 6, 7)), draw((*key_leading, 5, 5)).astype(dtype), draw((*value_leading, 5, 3)).astype(dtype)]
+    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    with jax.numpy_rank_promotion("allow"):
+        params = jax.jit(theirs.init)(KEY, *arrays)
+        assert_close(jax.jit(ours.apply)(params, *arrays), jax.jit(theirs.apply)(params, *arrays), 2e-2)
+
+
+# --- Errors and signature ---------------------------------------------------------------------------------------------
+
+
+def error_of(module: Module, *arguments: Any, call: list[Any] | None = None, **settings: Any) -> tuple[type, str, list[tuple[type, str]]]:
+    """Type and text of what is raised, and the warnings given."""
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(Exception) as error:  # noqa: PT011  (compared by the test)
+        warnings.simplefilter("always")
+        arrays = inputs() if call is None else call
+        jax.eval_shape(hk.transform(lambda: module(*arguments, **settings)(*arrays)).init, KEY)
+    return error.type, str(error.value), [(warning.category, str(warning.message)) for warning in caught]
+
+
+MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "no initialiser": ((2, 4), {}),
+    "both initialisers": ((2, 4, 1.0), {"w_init": w_init()}),
+    "mask of lower rank": ((2, 4), {"w_init": w_init(), "call": inputs(mask=(6, 5))}),
+    "mask of higher rank": ((2, 4), {"w_init": w_init(), "call": inputs(mask=(2, 1, 1, 6, 5))}),
+    "no heads": ((), {"w_init": w_init()}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "settings"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_errors_are_haikus(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    """What haiku refuses is refused with the same type and words, and the same warnings on the way."""
+    theirs = error_of(hk.MultiHeadAttention, *arguments, **settings)
+    ours = error_of(MultiHeadAttention, *arguments, max_chunk_size_mb=LIMIT, **settings)
+    assert ours == theirs
+
+
+def test_w_init_scale_is_deprecated_as_in_haiku() -> None:
+    """``w_init_scale`` works, third by position, gives haiku's parameters and haiku's DeprecationWarning."""
+    arrays = inputs()
+    expected = jax.jit(hk.transform(lambda *arrays: hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling(0.5))(*arrays)).init)(KEY, *arrays)
+    with pytest.warns(DeprecationWarning, match="w_init_scale is deprecated"):
+        params = jax.jit(hk.transform(lambda *arrays: MultiHeadAttention(2, 4, 0.5, max_chunk_size_mb=LIMIT)(*arrays)).init)(KEY, *arrays)
+    assert_close(params, expected, 0.0)
+
+
+def test_signature() -> None:
+    """Whatever haiku takes by position or by name is taken in the same way; the two new arguments are by name only."""
+    theirs, ours = (inspect.signature(module.__init__).parameters for module in (hk.MultiHeadAttention, MultiHeadAttention))
+    by_position = [name for name, parameter in theirs.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD] == by_position
+    new = {name for name, parameter in ours.items() if parameter.kind is parameter.KEYWORD_ONLY} - theirs.keys()
+    assert new == {"max_chunk_size_mb", "implementation"}
+    their_call, our_call = (list(inspect.signature(module.__call__).parameters) for module in (hk.MultiHeadAttention, MultiHeadAttention))
+    assert our_call == their_call
+    assert issubclass(MultiHeadAttention, hk.MultiHeadAttention)
+
+
+@pytest.mark.parametrize("settings", [{"max_chunk_size_mb": 0}, {"max_chunk_size_mb": "big"}, {"max_chunk_size_mb": True}, {"implementation": "cuda"}], ids=str)
+def test_settings_are_checked_at_construction(settings: dict[str, Any]) -> None:
+    """A setting that cannot be is refused where it is written, before any array is there."""
+    (name,) = settings
+    with pytest.raises(ArgumentError, match=name):
+        jax.eval_shape(hk.transform(lambda: MultiHeadAttention(2, 4, w_init=w_init(), **settings) and None).init, KEY)
+
+
+@pytest.mark.parametrize("wrap", [hk.remat, hk.vmap, None], ids=["remat", "vmap", "layer_stack"])
+def test_haikus_own_transformations(wrap: Any) -> None:
+    """Under ``hk.remat``, ``hk.vmap`` and ``hk.experimental.layer_stack`` gradients are haiku's."""
+
+    def model(module: Module, **settings: Any) -> hk.Transformed:
+        def layer(x: jax.Array) -> jax.Array:
+            return x + module(2, 4, w_init=w_init(), **settings)(x, x, x)
+
+        def run(x: jax.Array) -> jax.Array:
+            if wrap is None:
+                return hk.experimental.layer_stack(2)(layer)(x)
+            return wrap(layer, **({"split_rng": False} if wrap is hk.vmap else {}))(x)
+
+        return hk.without_apply_rng(hk.transform(run))
+
+    theirs, ours = model(hk.MultiHeadAttention), model(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    x = draw((2, 2, 3, 8))
+    with jax.numpy_rank_promotion("allow"):
+        params = jax.jit(theirs.init)(KEY, x)
+        gradients = [jax.jit(jax.grad(lambda params, model=model: jnp.sum(jnp.sin(model.apply(params, x)))))(params) for model in (ours, theirs)]
+    assert_close(*gradients, 1e-4)

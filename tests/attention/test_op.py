@@ -1,0 +1,360 @@
+"""``dot_product_attention``: what it computes, how exactly, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from reference import Arrays, assert_close, draw, draw_mask, exact, operands, output_and_gradients
+
+import autochunk
+from autochunk import dot_product_attention
+from autochunk.errors import ArgumentError
+
+# Limits in MB for logits of a few hundred bytes: none, and one that slices over everything.
+NO_LIMIT, TINY = None, 1.2e-5
+
+
+def run(arrays: Arrays, **settings: Any) -> dict[str, np.ndarray[Any, Any]]:
+    return output_and_gradients(functools.partial(dot_product_attention, **settings), arrays)
+
+
+# --- What it computes -------------------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "queries fewer than keys": {"rows": 3, "keys": 7},
+    "queries more than keys": {"rows": 7, "keys": 3},
+    "one query, as when decoding": {"rows": 1, "keys": 11},
+    "value size larger than key size": {"key_size": 3, "value_size": 5},
+    "value size one": {"key_size": 3, "value_size": 1},
+    "two query heads to a key head": {"heads": 4, "kv_heads": 2},
+    "one key head": {"heads": 3, "kv_heads": 1},
+    "no leading dims": {"leading": ()},
+    "two leading dims": {"leading": (2, 3), "rows": 2, "keys": 3},
+    "three leading dims": {"leading": (2, 1, 3), "rows": 3, "keys": 2},
+    "primes": {"leading": (3,), "rows": 7, "keys": 5, "heads": 3},
+    "all ones": {"leading": (1,), "rows": 1, "keys": 1, "heads": 1, "key_size": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.keys())
+def test_shapes(shape: str) -> None:
+    """Whatever the shape and the slices, output and gradients are attention's."""
+    arrays = operands(**SHAPES[shape])
+    implementation, limit = ("xla", TINY) if list(SHAPES).index(shape) % 3 else ("xla_rows", 2e-5)
+    assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
+
+
+@pytest.mark.parametrize("limit", [2.0e-4, 6.2e-5, 8e-6])
+@pytest.mark.parametrize("implementation", ["xla", "xla_rows"])
+def test_limits(implementation: str, limit: float) -> None:
+    """The limit decides the slices (of batch, of heads, of rows, of keys, of all of them, down to a single logit per head), never the result."""
+    arrays = operands(leading=(3,), rows=5, keys=3, heads=4, kv_heads=2, bias=(4, 5, 3), mask=(3, 1, 5, 3))
+    assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
+
+
+@pytest.mark.parametrize("settings", [{"max_chunk_size_mb": None}, {"max_chunk_size_mb": 1e-4, "implementation": "dense"}], ids=["no limit", "dense"])
+def test_unsliced(settings: dict[str, Any]) -> None:
+    """Without a limit, and in haiku's order of operations, which is never sliced, the result is the same."""
+    arrays = operands(heads=4, kv_heads=2, value_size=3, bias=(1, 4, 6, 1), mask=(2, 1, 6, 5))
+    assert_close(run(arrays, is_causal=True, scale=0.3, **settings), exact(arrays, is_causal=True, scale=0.3))
+
+
+TERMS = [(2, 4, 6, 5), (1, 4, 6, 5), (2, 1, 6, 5), (2, 4, 1, 5), (2, 4, 6, 1), (1, 1, 1, 1), (4, 6, 5), (1, 6, 1), (6, 5), (5,), (1,), ()]
+
+
+@pytest.mark.parametrize("shape", TERMS, ids=str)
+def test_bias_and_mask_broadcast(shape: tuple[int, ...]) -> None:
+    """Bias and mask may have size one in any dim, and fewer dims than the logits; the bias's gradient has the bias's shape."""
+    arrays = operands(heads=4, kv_heads=2, bias=shape, mask=shape[::-1] if shape == (1, 6, 1) else shape)
+    implementation, limit = ("xla", TINY) if len(shape) % 2 else ("xla_rows", 6.2e-5)
+    assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
+
+
+@pytest.mark.parametrize("leading", [(), (3, 2)], ids=str)
+@pytest.mark.parametrize("term", ["bias", "mask"])
+def test_bias_and_mask_broadcast_over_any_leading_dims(leading: tuple[int, ...], term: str) -> None:
+    """Some leading dims of a term may be its own and others broadcast."""
+    arrays = operands(leading=leading, rows=3, keys=5, **{term: (*leading[:-1], *(1 for _ in leading[-1:]), 2, 1, 5)})
+    assert_close(run(arrays, max_chunk_size_mb=TINY), exact(arrays))
+
+
+CAUSAL: dict[str, dict[str, Any]] = {
+    "square": {"rows": 6, "keys": 6},
+    "more keys": {"rows": 3, "keys": 7},
+    "more queries": {"rows": 7, "keys": 3},
+    "grouped, masked and biased": {"heads": 4, "kv_heads": 2, "mask": (2, 1, 1, 5), "bias": (4, 6, 5)},
+}
+
+
+@pytest.mark.parametrize(("implementation", "limit"), [("xla", TINY), ("xla_rows", 1e-4)])
+@pytest.mark.parametrize("shape", CAUSAL.values(), ids=CAUSAL.keys())
+def test_causal(shape: dict[str, Any], implementation: str, limit: float) -> None:
+    """Query i sees keys 0 to i, counted from the first of each, also where slices begin elsewhere; a mask is a further restriction."""
+    arrays = operands(**shape)
+    assert_close(run(arrays, is_causal=True, max_chunk_size_mb=limit, implementation=implementation), exact(arrays, is_causal=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (ml_dtypes.bfloat16, 3e-2), (np.float16, 4e-3)], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(("implementation", "limit"), [("xla", TINY), ("xla", NO_LIMIT), ("xla_rows", 1e-4)])
+def test_rows_that_are_masked_throughout(implementation: str, limit: float | None, dtype: Any, tolerance: float) -> None:
+    """They give the mean of all values, whatever the bias, and no NaN in any gradient."""
+    arrays = operands(bias=(2, 6, 5), dtype=dtype)
+    arrays["mask"] = draw_mask((2, 1, 6, 5))
+    arrays["mask"][0, :, :2] = arrays["mask"][1] = False
+    received = run(arrays, max_chunk_size_mb=limit, implementation=implementation)
+    assert_close(received, exact(arrays), tolerance)
+    mean = np.broadcast_to(np.mean(np.asarray(arrays["value"][1], np.float64), axis=0), (6, 2, 4))
+    assert_close(received["output"][1], mean, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["mask", "causal"])
+@pytest.mark.parametrize(("scale", "limit"), [(0.0, None), (0.7, TINY), (-1.5, 1e-4)])
+def test_scale(scale: float, limit: float | None, kind: str) -> None:
+    """The logits are multiplied by ``scale``, before the bias is added; zero and negative ones are numbers like others."""
+    arrays = operands(bias=(6, 5), mask=(6, 5) if kind == "mask" else None)
+    is_causal = kind == "causal"
+    assert_close(run(arrays, scale=scale, is_causal=is_causal, max_chunk_size_mb=limit), exact(arrays, scale=scale, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("empty", ["leading", "rows", "keys"])
+def test_empty(empty: str) -> None:
+    """A call with nothing to do gives an output of the right shape and zeros for gradients; no keys at all give zeros."""
+    arrays = operands(**{empty: (0,) if empty == "leading" else 0})
+    arrays["bias"] = draw((*arrays["query"].shape[:-3], 1, arrays["query"].shape[-3], arrays["key"].shape[-3]))
+    assert_close(run(arrays, max_chunk_size_mb=TINY), {"output": 0 * arrays["cotangent"], **{n: 0 * arrays[n] for n in ("query", "key", "value", "bias")}})
+
+
+JAX_CALLS: dict[str, dict[str, Any]] = {
+    "self": {},
+    "cross, grouped": {"rows": 3, "keys": 7, "heads": 4, "kv_heads": 2},
+    "bias and mask": {"bias": (1, 2, 6, 5), "mask": (2, 1, 6, 5)},
+    "causal, grouped": {"heads": 4, "kv_heads": 2, "is_causal": True},
+    "scale, no leading dims": {"leading": (), "scale": 0.25},
+}
+
+
+@pytest.mark.parametrize("call", JAX_CALLS.values(), ids=JAX_CALLS.keys())
+def test_like_jax(call: dict[str, Any]) -> None:
+    """Where ``jax.nn.dot_product_attention`` takes the same arguments it gives the same result."""
+    settings = {name: call[name] for name in call.keys() & {"is_causal", "scale"}}
+    arrays = operands(**{name: call[name] for name in call.keys() - settings.keys()})
+    expected = output_and_gradients(functools.partial(jax.nn.dot_product_attention, **settings), arrays)
+    assert_close(run(arrays, max_chunk_size_mb=TINY, **settings), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64], ids=["f32", "bf16", "f16", "f64"])
+def test_dtypes(dtype: Any) -> None:
+    """Output and gradients have the inputs' dtype, and the bias's gradient the bias's."""
+    with jax.enable_x64(dtype == np.float64):
+        arrays = operands(dtype=dtype) | {"bias": draw((6, 5))}
+        received = run(arrays, max_chunk_size_mb=TINY)
+        assert {name: array.dtype for name, array in received.items()} == dict.fromkeys(received, np.dtype(dtype)) | {"bias": np.dtype(np.float32)}
+        assert_close(received, exact(arrays), 1e-6 if dtype == np.float64 else 1e-1 if dtype == ml_dtypes.bfloat16 else 1e-2)
+
+
+def test_float64_is_computed_in_float64() -> None:
+    """Nothing on the way is rounded to float32."""
+    with jax.enable_x64(True):
+        arrays = operands(dtype=np.float64, bias=(6, 5), mask=(2, 1, 6, 5))
+        assert_close(run(arrays, max_chunk_size_mb=2.4e-5), exact(arrays), 1e-14)
+
+
+# --- How exactly ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``operands``, and settings of the op."""
+    size = st.integers(1, 9)
+    batch, rows, keys, kv_heads, groups = draw(st.integers(1, 3)), draw(size), draw(size), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    heads = kv_heads * groups
+    whole = (batch, heads, rows, keys)
+    term = st.none() | st.tuples(*(st.sampled_from([1, length]) for length in whole))
+    shape = {"leading": (batch,), "rows": rows, "keys": keys, "heads": heads, "kv_heads": kv_heads, "bias": draw(term), "mask": draw(term)}
+    logits_bytes = 4 * math.prod(whole)
+    limit = draw(st.integers(4 * groups, max(4 * groups, logits_bytes))) / 1e6
+    return shape, {"max_chunk_size_mb": limit, "is_causal": draw(st.booleans()), "implementation": draw(st.sampled_from(["xla", "xla_rows"]))}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["f32", "bf16", "f16"])
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
+@hypothesis.given(calls())
+def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Against float64, no result errs more than twice what dense attention in the same dtype does, beyond a few roundings."""
+    shape, settings = call
+    arrays = operands(**shape, dtype=dtype)
+    hypothesis.assume(dtype != np.float16 or shape["mask"] is None or arrays["mask"].all())  # haiku's -1e30 is -inf there
+    expected = exact(arrays, is_causal=settings["is_causal"])
+    received = run(arrays, **settings)
+    dense = run(arrays, is_causal=settings["is_causal"], implementation="dense", max_chunk_size_mb=None)
+    for name, array in expected.items():
+        error, dense_error = (np.max(np.abs(np.asarray(result[name], np.float64) - array)) for result in (received, dense))
+        rounding = 2 * float(ml_dtypes.finfo(dtype).eps) + 16 * float(np.finfo(np.float32).eps)  # of the result, and of sums of terms that cancel
+        assert error <= 2 * dense_error + rounding * max(1.0, np.max(np.abs(array))), name
+
+
+@pytest.mark.parametrize("limit", [NO_LIMIT, TINY])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+def test_large_logits(dtype: Any, limit: float | None) -> None:
+    """Logits of 10^4 overflow nothing: the largest takes all the weight."""
+    arrays = operands(mask=(2, 1, 1, 5), dtype=dtype)
+    arrays["query"], arrays["key"] = 100 * arrays["query"], 100 * arrays["key"]
+    received = run(arrays, max_chunk_size_mb=limit)
+    assert all(np.isfinite(np.asarray(array, np.float32)).all() for array in received.values())
+    assert_close(received["output"], exact(arrays)["output"], 0.02)
+
+
+@pytest.mark.parametrize("where", ["one key", "a whole slice of keys"])
+@pytest.mark.parametrize(("implementation", "limit"), [("xla", NO_LIMIT), ("xla", TINY), ("xla_rows", TINY)])
+def test_bias_of_minus_infinity(where: str, implementation: str, limit: float | None) -> None:
+    """A bias of -inf takes its key out, as ``jax.nn.dot_product_attention`` has it; as long as one key is left there is no NaN."""
+    arrays = operands(bias=(6, 5))
+    arrays["bias"][:, 1:2 if where == "one key" else 5] = -np.inf
+    if where != "one key":
+        arrays["bias"][3:] = np.roll(arrays["bias"][3:], -1, axis=-1)
+    assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
+
+
+# --- What "auto" comes to ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize(("limit", "implementation"), [(1e-4, "xla"), (TINY, "xla_rows"), (None, "xla"), (None, "dense")])
+def test_auto_leaves_no_trace(limit: float | None, implementation: str, mode: str) -> None:
+    """The program of "auto" is, to the letter, that of the plan it came to."""
+    arrays = operands(bias=(2, 6, 5))
+    del arrays["cotangent"]
+
+    def lowered(**settings: Any) -> str:
+        def attend(arrays: dict[str, jax.Array]) -> jax.Array:
+            return jnp.sum(dot_product_attention(**arrays, **settings))
+
+        return jax.jit(attend if mode == "forward" else jax.grad(attend)).lower(arrays).as_text()
+
+    with autochunk.use(max_chunk_size_mb=limit, implementation=implementation):
+        auto = lowered(max_chunk_size_mb="auto")
+    assert auto == lowered(max_chunk_size_mb=limit, implementation=implementation)
+
+
+def test_auto_is_the_default() -> None:
+    """Without a limit, it is "auto" that answers."""
+    arrays = operands()
+    del arrays["cotangent"]
+    with autochunk.use(max_chunk_size_mb=1e-9), pytest.raises(ArgumentError, match="larger limit"):
+        jax.jit(lambda: dot_product_attention(**arrays)).lower()
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_auto_compiles_to_the_same_code(mode: str) -> None:
+    """The compiled code is the same, too."""
+    arrays = operands()
+    del arrays["cotangent"]
+
+    def attend(arrays: dict[str, jax.Array], limit: Any) -> jax.Array:
+        return jnp.sum(dot_product_attention(**arrays, max_chunk_size_mb=limit))
+
+    texts = []
+    for limit in ("auto", 1e-4):  # lowered from one place, because the text names lines of source
+        with autochunk.use(max_chunk_size_mb=1e-4):
+            texts.append(jax.jit(attend if mode == "forward" else jax.grad(attend), static_argnums=1).lower(arrays, limit).compile().as_text())
+    assert texts[0] == texts[1]
+
+
+# --- What it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 0.0, -1, math.nan, math.inf, -math.inf, True, "big", "", (1,), np.ones(2), 1j], ids=repr)
+def test_limits_that_are_none(limit: Any) -> None:
+    """A limit is a positive finite number, None or "auto"; the error says so and shows what it got."""
+    with pytest.raises(ArgumentError, match='max_chunk_size_mb must be a positive finite number .* None .* or "auto"') as caught:
+        dot_product_attention(*(np.ones((1, 2, 1, 2)),) * 3, max_chunk_size_mb=limit)
+    assert repr(limit) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("limit", [1, 0.5, np.float32(0.5), np.int64(2), 10**6], ids=repr)
+def test_any_real_number_is_a_limit(limit: Any) -> None:
+    """Fractions, integers and numpy's scalars are limits."""
+    shape = jax.eval_shape(functools.partial(dot_product_attention, max_chunk_size_mb=limit), *(jnp.ones((1, 2, 1, 2)),) * 3)
+    assert shape.shape == (1, 2, 1, 2)
+
+
+def test_a_limit_smaller_than_a_logit() -> None:
+    """The smallest slice is one logit for each query head of a key head; a limit below that is refused with both numbers of bytes."""
+    arrays = operands(heads=4, kv_heads=2)
+    del arrays["cotangent"]
+    with pytest.raises(ArgumentError, match=r"7 bytes, less than the 8 bytes of the smallest slice possible"):
+        dot_product_attention(**arrays, max_chunk_size_mb=7e-6)
+
+
+def _shaped(*shapes: tuple[int, ...]) -> dict[str, Any]:
+    return {name: np.ones(shape, np.float32) for name, shape in zip(("query", "key", "value"), shapes, strict=True)}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "implementation": ({"implementation": "cuda"}, ["implementation", "'xla'", "'xla_rows'", "'dense'", "'cuda'"]),
+    "implementation of another type": ({"implementation": 1}, ["implementation", "1"]),
+    "rank of query": (_shaped((6, 4), (5, 4), (5, 4)), ["query", "rank 3", "(6, 4)"]),
+    "rank of key": (_shaped((2, 6, 2, 4), (5, 2, 4), (2, 5, 2, 4)), ["key", "rank 4", "(5, 2, 4)"]),
+    "rank of value": (_shaped((2, 6, 2, 4), (2, 5, 2, 4), (1, 2, 5, 2, 4)), ["value", "rank 4", "(1, 2, 5, 2, 4)"]),
+    "leading dims of key": (_shaped((2, 6, 2, 4), (3, 5, 2, 4), (2, 5, 2, 4)), ["key", "leading dims (2,)", "(3, 5, 2, 4)"]),
+    "leading dims of value": (_shaped((2, 6, 2, 4), (2, 5, 2, 4), (1, 5, 2, 4)), ["value", "leading dims (2,)", "(1, 5, 2, 4)"]),
+    "size of key": (_shaped((2, 6, 2, 4), (2, 5, 2, 3), (2, 5, 2, 4)), ["key", "last dim 4", "(2, 5, 2, 3)"]),
+    "length of value": (_shaped((2, 6, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)), ["value", "(5, 2)", "(6, 2)"]),
+    "heads of value": (_shaped((2, 6, 2, 4), (2, 5, 1, 4), (2, 5, 2, 4)), ["value", "(5, 1)", "(5, 2)"]),
+    "heads that do not divide": (_shaped((2, 6, 3, 4), (2, 5, 2, 4), (2, 5, 2, 4)), ["heads", "multiple", "3", "2"]),
+    "more key heads": (_shaped((2, 6, 2, 4), (2, 5, 4, 4), (2, 5, 4, 4)), ["heads", "multiple", "2", "4"]),
+    "no key heads": (_shaped((2, 6, 2, 4), (2, 5, 0, 4), (2, 5, 0, 4)), ["heads", "2", "0"]),
+    "integers": ({"query": np.ones((2, 6, 2, 4), np.int32)}, ["query", "float32", "bfloat16", "int32"]),
+    "complex numbers": ({"query": np.ones((2, 6, 2, 4), np.complex64)}, ["query", "float32", "complex64"]),
+    "dtype of key": ({"key": np.ones((2, 5, 2, 4), np.float16)}, ["key", "float32", "float16"]),
+    "dtype of value": ({"value": np.ones((2, 5, 2, 4), np.float16)}, ["value", "float32", "float16"]),
+    "not an array": ({"key": "text"}, ["key", "array", "str"]),
+    "None": ({"value": None}, ["value", "array", "NoneType"]),
+    "mask of integers": ({"mask": np.ones((6, 5), np.int32)}, ["mask", "boolean", "int32"]),
+    "mask of numbers": ({"mask": np.ones((6, 5), np.float32)}, ["mask", "boolean", "bias", "float32"]),
+    "mask that does not broadcast": ({"mask": np.ones((5, 6), bool)}, ["mask", "(2, 2, 6, 5)", "(5, 6)"]),
+    "mask of too many dims": ({"mask": np.ones((1, 2, 1, 6, 5), bool)}, ["mask", "(2, 2, 6, 5)", "(1, 2, 1, 6, 5)"]),
+    "mask larger than the logits": ({"mask": np.ones((2, 2, 6, 10), bool)}, ["mask", "(2, 2, 6, 5)", "(2, 2, 6, 10)"]),
+    "bias of integers": ({"bias": np.ones((6, 5), np.int32)}, ["bias", "floating", "int32"]),
+    "bias of booleans": ({"bias": np.ones((6, 5), bool)}, ["bias", "floating", "bool"]),
+    "bias that does not broadcast": ({"bias": np.ones((2, 6, 4), np.float32)}, ["bias", "(2, 2, 6, 5)", "(2, 6, 4)"]),
+    "scale that is text": ({"scale": "large"}, ["scale", "number", "large"]),
+    "scale that is an array": ({"scale": np.ones(2)}, ["scale", "number"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_arguments_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> None:
+    """Arguments that do not fit raise an ArgumentError that names what was required and what was received."""
+    arrays = operands() | changes
+    del arrays["cotangent"]
+    with pytest.raises(ArgumentError) as caught:
+        dot_product_attention(**{"max_chunk_size_mb": None, **arrays})
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_traced_scale() -> None:
+    """The scale is part of the program; one that is traced is refused with a way out."""
+    with pytest.raises(ArgumentError, match=r"known while tracing.*[Mm]ultiply the query"):
+        jax.jit(lambda scale: dot_product_attention(*(jnp.ones((1, 2, 1, 2)),) * 3, scale=scale, max_chunk_size_mb=None))(1.0)
+
+
+@pytest.mark.parametrize("container", [list, np.asarray, jnp.asarray])
+def test_anything_like_an_array(container: Any) -> None:
+    """Lists and numpy arrays are taken as JAX takes them."""
+    query = container([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    if isinstance(query, np.ndarray):
+        query = query.astype(np.float32)
+    shape = jax.eval_shape(functools.partial(dot_product_attention, query, query, query, max_chunk_size_mb=None))
+    assert (shape.shape, shape.dtype) == ((1, 2, 1, 2), np.float32)

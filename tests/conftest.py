@@ -1,0 +1,46 @@
+"""What every test gets: a profile store of its own, no reports left over from another test, and strict JAX settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+from autochunk.store import resolve
+
+# A shape that broadcasts by accident is an error here, not a silent outer product.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("autochunk", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, database=None)
+hypothesis.settings.load_profile("autochunk")
+
+
+@pytest.fixture(autouse=True)
+def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of this test's own store (not yet there), which AUTOCHUNK_STORE names; AUTOCHUNK_PROFILES is unset."""
+    path = tmp_path / "store" / "profiles.sqlite"
+    monkeypatch.setenv("AUTOCHUNK_STORE", str(path))
+    monkeypatch.delenv("AUTOCHUNK_PROFILES", raising=False)
+    resolve.forget_reports()
+    yield path
+    resolve.forget_reports()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked ``gpu`` where jax has no GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_gpu():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="jax has no GPU here"))
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False

@@ -1,0 +1,92 @@
+"""Devices, workloads, measurements and profiles with every field filled in, and Python processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autochunk.device import Device
+from autochunk.store.profile import Measurement, Profile
+from autochunk.workload import Workload
+
+TESTS = Path(__file__).resolve().parent
+
+
+def make_device(**fields: Any) -> Device:
+    """A CPU that no profile was ever shipped for."""
+    return Device(**{"platform": "cpu", "kind": "Made/Up", "cores": 4, "memory_gib": 8, "jax": "0.12.0", "jaxlib": "0.12.0", **fields})
+
+
+def make_workload(shape: str = "b=2,t=1024,s=1024,h=8,k=64", **defaults: Any) -> Workload:
+    """A workload from a shape text."""
+    return Workload.parse(shape, **defaults)
+
+
+def make_measurement(
+    implementation: str = "xla",
+    limit: float | None = None,
+    ratio: float = 1.0,
+    memory_mb: float = 100.0,
+    *,
+    status: str = "ok",
+    noise: float = 0.0,
+    **fields: Any,
+) -> Measurement:
+    """A plan measured in five rounds; the quartiles of its ratios lie ``noise`` (a fraction) to either side of ``ratio``."""
+    timed = status in ("ok", "pruned")
+    ratios = tuple(ratio * (1 + step * noise) for step in (-2, -1, 0, 1, 2)) if timed else ()
+    given = {
+        "implementation": implementation,
+        "max_chunk_size_mb": limit,
+        "status": status,
+        "seconds": tuple(0.1 * one for one in ratios),
+        "ratios": ratios,
+        "temp_bytes": int(memory_mb * 1e6) if timed else None,
+        "compile_seconds": 0.5,
+        "error": 1e-6,
+    }
+    return Measurement(**{**given, **fields})
+
+
+CURVE = (
+    make_measurement("dense", None, 1.0, 400.0),
+    make_measurement("xla", None, 0.9, 300.0),
+    make_measurement("xla", 16.0, 0.5, 40.0),
+    make_measurement("xla_rows", 4.0, 0.7, 10.0),
+)
+"""Three plans and dense; ``xla`` at 16 MB is the fastest by far."""
+
+
+def make_profile(workload: Workload | str | None = None, device: Device | None = None, measurements: Sequence[Measurement] = CURVE, **fields: Any) -> Profile:
+    """A complete profile; by default "xla, 16 MB" is its choice."""
+    key = workload.key if isinstance(workload, Workload) else workload or make_workload().key
+    given = {"effort": "standard", "complete": True, "created": "2026-01-02T03:04:05Z", "autochunk": "0.1.0"}
+    return Profile(workload=key, device=device or make_device(), measurements=tuple(measurements), **{**given, **fields})
+
+
+def one_plan(limit: float | None, implementation: str = "xla") -> tuple[Measurement, ...]:
+    """Measurements that leave no choice but this plan."""
+    return (make_measurement(implementation, limit),)
+
+
+def start_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Starts a Python process with this environment and more, which can import this module."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
+    return subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run_python(code: str, *arguments: object, timeout: float = 60.0, **environment: str) -> str:
+    """What a Python process of its own prints; fails the test where it fails or hangs."""
+    with start_python(code, *arguments, **environment) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{code}") from None
+    assert process.returncode == 0, f"exit status {process.returncode}:\n{err}"
+    return out

@@ -1,0 +1,391 @@
+"""The device's fingerprint, and what of a machine's cores and memory a process may use.
+
+Files of ``/proc`` and ``/sys`` come from a dict of texts in place of ``autochunk.device._read``; all parsing is the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from factories import make_device, run_python
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from autochunk import device
+from autochunk.device import Device, available_cpu_bytes, cpu_memory_bytes, detect, usable_cores
+from autochunk.errors import DeviceError
+
+GIB = 2**30
+MEMINFO = "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nBuffers:               0 kB\n"
+V2 = "0::/\n"
+V1 = "12:cpu,cpuacct:/\n5:memory:/\n1:name=systemd:/\n"
+NESTED_V2 = "0::/outer/inner\n"
+NESTED_V1 = "4:memory:/outer/inner\n3:cpu:/outer/inner\n"
+ROOT = "/sys/fs/cgroup"
+
+
+class Files(dict[str, str]):
+    """A machine's files by path; one that is not there reads as "", as in ``autochunk.device._read``."""
+
+    def read(self, path: str | Path) -> str:
+        return self.get(str(path), "")
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A Linux machine of 64 cores and 16 GiB, half of them available, without cgroups."""
+    machine = Files({"/proc/meminfo": MEMINFO})
+    monkeypatch.setattr(device, "_read", machine.read)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    return machine
+
+
+def test_detect_is_complete() -> None:
+    """Every field of this machine's CPU is known."""
+    here = detect(jax.devices("cpu")[0])
+    assert here.platform == "cpu"
+    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert here.memory_gib >= 1
+    assert here.jax == jax.__version__
+    assert here.jaxlib == jax.lib.__version__
+    assert here.driver == ""
+    if Path("/proc/cpuinfo").exists():
+        assert re.fullmatch(r"\S.* isa=[0-9a-f]{8} caches=\S+", here.kind)
+
+
+def test_detect_is_the_same_in_another_process() -> None:
+    """The fingerprint depends on the machine only: a profile made by one process answers in the next."""
+    code = "import jax; from autochunk import detect; print(detect(jax.devices('cpu')[0]).model_dump_json())"
+    other = Device.model_validate_json(run_python(code, PYTHONHASHSEED="77"))
+    assert other == detect(jax.devices("cpu")[0])
+
+
+def test_detect_means_jax_s_default_device() -> None:
+    """Without an argument it is the device that jax computes on, which may also be set by name."""
+    assert detect() == detect(jax.local_devices()[0])
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert detect().platform == "cpu"
+    code = "import jax; jax.config.update('jax_default_device', 'cpu'); from autochunk import detect; print(detect().platform)"
+    assert run_python(code).strip() == "cpu"
+
+
+def test_no_such_device_is_a_device_error() -> None:
+    """A platform that jax does not have is a DeviceError with jax's reason, not jax's RuntimeError alone."""
+    code = "import autochunk\nfrom autochunk.errors import DeviceError\ntry: autochunk.detect()\nexcept DeviceError as error: print(error)"
+    assert "jax finds no device to compute on" in run_python(code, JAX_PLATFORMS="nonsense")
+    assert issubclass(DeviceError, RuntimeError)
+
+
+@pytest.mark.gpu
+def test_detect_gpu() -> None:
+    """A GPU is known by its name and memory; a CPU's cores do not count."""
+    here = detect(jax.devices("gpu")[0])
+    assert (here.platform, here.cores) == ("gpu", 0)
+    assert here.kind == jax.devices("gpu")[0].device_kind
+    assert here.memory_gib > 0
+    assert here.driver
+
+
+@pytest.mark.parametrize("field", ["jax", "jaxlib", "driver"])
+def test_key_has_no_version_in_it(field: str) -> None:
+    """An upgrade makes a profile stale, not unknown."""
+    assert make_device(**{field: "99.88.77"}).key == make_device().key
+    assert "0.12" not in make_device().key
+
+
+@pytest.mark.parametrize("fields", [{"platform": "gpu"}, {"kind": "Other"}, {"cores": 5}, {"cores": 0}, {"memory_gib": 9}])
+def test_key_has_every_hard_field(fields: dict[str, object]) -> None:
+    """Profiles are shared between equal machines only."""
+    assert make_device(**fields).key != make_device().key
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "stale"),
+    [
+        ("0.12.0", "0.12.0", False),
+        ("0.12.0", "0.12.0.1", False),
+        ("0.12.0", "0.12.9", False),
+        ("0.12.0", "0.13.0", True),
+        ("0.12.0", "1.12.0", True),
+        ("0.1.0", "0.10.0", True),
+        ("0.12.0.dev20260101", "0.12.1", False),
+        ("", "0.12.0", True),
+        ("", "", False),
+    ],
+)
+def test_stale_by_jaxlib_s_minor_version(then: str, now: str, stale: bool) -> None:
+    """Only another minor version of jaxlib makes a profile stale; the reason names both versions."""
+    reasons = make_device(jaxlib=then).stale_reasons(make_device(jaxlib=now))
+    assert bool(reasons) == stale
+    if stale:
+        assert len(reasons) == 1
+        assert now in reasons[0]
+        assert (then or "unknown") in reasons[0]
+
+
+@pytest.mark.parametrize("field", ["jax", "driver"])
+def test_other_versions_are_recorded_only(field: str) -> None:
+    """jax itself and the driver were not seen to move the best plan."""
+    assert make_device(**{field: "1"}).stale_reasons(make_device(**{field: "2"})) == []
+
+
+@pytest.mark.parametrize("fields", [{"platform": ""}, {"kind": ""}, {"kind": "x" * 201}, {"cores": -1}, {"memory_gib": -1}, {"speed": 1}])
+def test_device_is_checked(fields: dict[str, object]) -> None:
+    """A fingerprint read from a file is checked."""
+    with pytest.raises(ValidationError):
+        make_device(**fields)
+
+
+@given(st.builds(make_device, kind=st.text(min_size=1, max_size=20), cores=st.integers(0, 512), memory_gib=st.integers(0, 4096), driver=st.text(max_size=9)))
+def test_device_json_round_trip(one: Device) -> None:
+    """A device goes through JSON unchanged."""
+    assert Device.model_validate_json(one.model_dump_json()) == one
+    assert Device.model_validate(json.loads(json.dumps(one.model_dump(mode="json")))) == one
+
+
+@pytest.mark.xfail(
+    strict=True, reason="Device.key joins the fields with spaces that a kind may hold, too, so an accelerator's kind can imitate another's fields"
+)
+def test_keys_of_devices_are_injective() -> None:
+    """Different hard fields never give one key, whatever the kind's text."""
+    assert make_device(kind="A cores=4", cores=0).key != make_device(kind="A", cores=4).key
+
+
+# --- The CPU's kind -------------------------------------------------------------------------------------------------------
+
+X86 = (
+    "processor\t: {n}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nstepping\t: 1\ncpu MHz\t: {mhz}\nflags\t\t: {flags}\n"
+)
+ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n"
+
+
+def test_kind_of_an_x86(files: Files) -> None:
+    """Vendor, family, model and stepping, then the instruction sets' hash."""
+    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
+    assert device._cpu_kind().startswith("AuthenticAMD/25/1/1 isa=")
+
+
+def test_kind_of_an_arm(files: Files) -> None:
+    """ARM's own names for the same."""
+    files["/proc/cpuinfo"] = ARM
+    assert device._cpu_kind().startswith("0x41/0xd0c/0x3/1 isa=")
+
+
+def test_kind_leaves_out_what_changes(files: Files) -> None:
+    """Clock, number of processors and the order of flags change from boot to boot; the kind does not."""
+    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
+    first = device._cpu_kind()
+    files["/proc/cpuinfo"] = X86.format(n=0, mhz=3456.789, flags="avx  sse") + "\n" + X86.format(n=1, mhz=1, flags="sse avx")
+    assert device._cpu_kind() == first
+
+
+def test_kind_tells_instruction_sets_apart(files: Files) -> None:
+    """One model behind two hypervisors, one of which hides AVX-512, is two kinds."""
+    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
+    first = device._cpu_kind()
+    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx avx512f")
+    assert device._cpu_kind() != first
+
+
+@pytest.mark.parametrize("text", ["", "\n", "no colon here\n", "\0\0\0"])
+def test_kind_without_cpuinfo(files: Files, text: str) -> None:
+    """A system without /proc has a kind all the same."""
+    files["/proc/cpuinfo"] = text
+    assert Device(platform="cpu", kind=device._cpu_kind(), cores=1, memory_gib=1)
+
+
+# --- Cores ----------------------------------------------------------------------------------------------------------------
+
+
+def test_cores_without_cgroups(files: Files) -> None:
+    """Without cgroups the affinity decides."""
+    assert usable_cores() == 64
+
+
+def test_cores_follow_the_affinity_of_this_process() -> None:
+    """The real affinity, without a seam: a process bound to one core has one."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no affinity on this system")
+    core = min(os.sched_getaffinity(0))
+    assert run_python(f"import os; os.sched_setaffinity(0, {{{core}}}); from autochunk.device import usable_cores; print(usable_cores())").strip() == "1"
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("150000 100000\n", 2),
+        ("100000 100000", 1),
+        ("100001 100000", 2),
+        ("50000 100000", 1),
+        ("1 1000000", 1),
+        ("800000 50000", 16),
+        ("99999999 100000", 64),
+        ("max 100000\n", 64),
+        ("max", 64),
+        ("", 64),
+        ("0 100000", 1),
+        ("100000 0", 64),
+        ("-1 100000", 64),
+        ("garbage", 64),
+        ("lots of garbage", 64),
+    ],
+)
+def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
+    """cpu.max is quota and period: their ratio, rounded up, bounds the cores; "max" and what cannot be read do not."""
+    files.update({"/proc/self/cgroup": V2, f"{ROOT}/cpu.max": quota})
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "cores"), [("150000\n", "100000\n", 2), ("-1\n", "100000\n", 64), ("400000", "100000", 4), ("", "100000", 64), ("1", "", 64)]
+)
+def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: int) -> None:
+    """Version 1 has quota and period in two files; -1 is no limit."""
+    files.update({"/proc/self/cgroup": V1, f"{ROOT}/cpu/cpu.cfs_quota_us": quota, f"{ROOT}/cpu/cpu.cfs_period_us": period})
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(("cgroup", "root", "name"), [(NESTED_V2, ROOT, "cpu.max"), (NESTED_V1, f"{ROOT}/cpu", "cpu.max")])
+@pytest.mark.parametrize(
+    ("outer", "inner", "cores"), [("200000 100000", "max 100000", 2), ("max 100000", "300000 100000", 3), ("200000 100000", "300000 100000", 2)]
+)
+def test_cores_by_nested_quotas(files: Files, cgroup: str, root: str, name: str, outer: str, inner: str, cores: int) -> None:
+    """A quota may sit on any cgroup above the process's own; the least one binds."""
+    files.update({"/proc/self/cgroup": cgroup, f"{root}/outer/{name}": outer, f"{root}/outer/inner/{name}": inner})
+    assert usable_cores() == cores
+
+
+def test_quota_of_a_foreign_cgroup_does_not_bind(files: Files) -> None:
+    """Only the process's own cgroup and those above it count, and only the cpu controller's."""
+    files.update({"/proc/self/cgroup": "3:cpuset:/\n0::/mine\n", f"{ROOT}/other/cpu.max": "100000 100000", f"{ROOT}/cpuset/cpu.cfs_quota_us": "1"})
+    assert usable_cores() == 64
+
+
+# --- Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_without_cgroups(files: Files) -> None:
+    """The machine's own figures."""
+    assert cpu_memory_bytes() == 16 * GIB
+    assert available_cpu_bytes() == 8 * GIB
+
+
+def test_memory_without_meminfo(files: Files) -> None:
+    """Without /proc/meminfo, the system's page counts."""
+    del files["/proc/meminfo"]
+    assert cpu_memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_memory_of_this_machine() -> None:
+    """The real files, without a seam: some memory is available, and no more than there is."""
+    assert 0 < available_cpu_bytes() <= cpu_memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "root", "limit_name", "used_name"),
+    [(V2, ROOT, "memory.max", "memory.current"), (V1, f"{ROOT}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")],
+)
+@pytest.mark.parametrize(
+    ("limit", "used", "total", "available"),
+    [
+        (4 * GIB, 1 * GIB, 4, 3),  # the cgroup's limit less its usage
+        (12 * GIB, 1 * GIB, 12, 8),  # MemAvailable is less
+        (4 * GIB, 5 * GIB, 4, 0),  # over its limit for a moment: nothing is left, never less
+        (64 * GIB, 0, 16, 8),  # a limit beyond the machine binds nothing
+        ("max", 1 * GIB, 16, 8),
+        (9223372036854771712, 1 * GIB, 16, 8),  # version 1's "no limit"
+        ("", "", 16, 8),
+        ("garbage", 0, 16, 8),
+        (4 * GIB, "", 4, 4),  # usage unknown
+    ],
+)
+def test_memory_by_cgroup(
+    files: Files, cgroup: str, root: str, limit_name: str, used_name: str, limit: object, used: object, total: int, available: int
+) -> None:
+    """The lesser of the machine's memory and the cgroup's, in both versions."""
+    files.update({"/proc/self/cgroup": cgroup, f"{root}/{limit_name}": f"{limit}\n", f"{root}/{used_name}": f"{used}\n"})
+    assert cpu_memory_bytes() == total * GIB
+    assert available_cpu_bytes() == available * GIB
+
+
+def test_memory_by_nested_cgroups(files: Files) -> None:
+    """Total and available memory may be bound by different cgroups: the outer one has neighbours that use it up."""
+    folder = f"{ROOT}/outer"
+    files.update(
+        {
+            "/proc/self/cgroup": NESTED_V2,
+            f"{folder}/memory.max": str(6 * GIB),
+            f"{folder}/memory.current": str(5 * GIB),
+            f"{folder}/inner/memory.max": str(4 * GIB),
+            f"{folder}/inner/memory.current": str(1 * GIB),
+        }
+    )
+    assert cpu_memory_bytes() == 4 * GIB
+    assert available_cpu_bytes() == 1 * GIB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "root", "limit_name", "used_name", "stat"),
+    [
+        (V2, ROOT, "memory.max", "memory.current", f"anon 1\ninactive_file {2 * GIB}\nactive_file 3\n"),
+        (V1, f"{ROOT}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", f"cache 1\ntotal_inactive_file {2 * GIB}\n"),
+        pytest.param(
+            V1,
+            f"{ROOT}/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            f"cache 1\ninactive_file 0\ntotal_cache 1\ntotal_inactive_file {2 * GIB}\n",
+            marks=pytest.mark.xfail(
+                strict=True, reason="_inactive_file takes version 1's inactive_file of the group alone; usage_in_bytes is of the tree: total_"
+            ),
+        ),
+    ],
+)
+def test_page_cache_is_free(files: Files, cgroup: str, root: str, limit_name: str, used_name: str, stat: str) -> None:
+    """Cached files that the kernel drops on demand do not count as used; in version 1 those of child groups, too."""
+    files.update({"/proc/self/cgroup": cgroup, f"{root}/{limit_name}": str(4 * GIB), f"{root}/{used_name}": str(3 * GIB), f"{root}/memory.stat": stat})
+    assert available_cpu_bytes() == 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "expected"),
+    [
+        ("", []),
+        ("0::/\n", [ROOT]),
+        ("0::/a/b\n", [f"{ROOT}/a/b", f"{ROOT}/a", ROOT]),
+        ("5:memory:/a\n", [f"{ROOT}/memory/a", f"{ROOT}/memory"]),
+        ("5:hugetlb,memory:/a\n", [f"{ROOT}/memory/a", f"{ROOT}/memory"]),
+        ("5:cpu:/a\n1:name=systemd:/\n", []),
+        ("0::/a:b\n", [f"{ROOT}/a:b", ROOT]),
+        ("garbage\n", [ROOT]),
+    ],
+)
+def test_cgroup_folders(files: Files, cgroup: str, expected: list[str]) -> None:
+    """The controller's folders from the process's own cgroup up to the root."""
+    files["/proc/self/cgroup"] = cgroup
+    assert [str(folder) for folder in device._cgroup_folders("memory")] == expected
+
+
+@given(st.text(), st.text(), st.text())
+def test_garbage_never_raises(cgroup: str, limit: str, meminfo: str) -> None:
+    """Files that cannot be understood bind nothing: there is always at least one core, and never less than no memory."""
+    texts = {"/proc/self/cgroup": f"0::/{cgroup}", "/proc/meminfo": meminfo}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_read", lambda path: texts.get(str(path), limit))
+        assert usable_cores() >= 1
+        assert available_cpu_bytes() >= 0
+        assert cpu_memory_bytes() >= 0
+
+
+def test_read_of_a_missing_file_is_empty(tmp_path: Path) -> None:
+    """A file that is not there, or is a folder, or is no text, is no error."""
+    assert device._read(tmp_path / "missing") == ""
+    assert device._read(tmp_path) == ""
+    (tmp_path / "binary").write_bytes(b"\xff\x00ok")
+    assert device._read(tmp_path / "binary").endswith("ok")

@@ -1,0 +1,89 @@
+"""A measuring process that follows a script instead of measuring, for what a real one does too rarely: dying, hanging, talking nonsense.
+
+``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans": {plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed
+"" (answer well), "die N" (by signal N), "exit N", "hang", "babble", "refuse" (answer with an error) or a status to answer with. "do" may begin with
+"time:" to happen while timing instead of while preparing, and with "once:FILE:" to happen only until FILE exists. "log" names a file that every request is
+appended to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from autochunk.plan import Plan
+
+DEVICE = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8, "jax": "0.12.0", "jaxlib": "0.12.0", "driver": ""}
+
+
+def perform(deed: str) -> str:
+    """Does what the script says; returns what is left to answer."""
+    if deed.startswith("once:"):
+        _, flag, deed = deed.split(":", 2)
+        if Path(flag).exists():
+            return ""
+        Path(flag).touch()
+    name, _, argument = deed.partition(" ")
+    if name == "die":
+        os.kill(os.getpid(), int(argument))
+    if name == "exit":
+        print("giving up", file=sys.stderr, flush=True)
+        os._exit(int(argument))
+    if name == "hang":
+        time.sleep(3600)
+    if name == "babble":
+        print("Segmentation fault imminent", flush=True)
+        time.sleep(3600)
+    return deed
+
+
+def answer(script: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request."""
+
+    def act(plan: list[Any]) -> dict[str, Any]:
+        return script.get("plans", {}).get(str(Plan(*plan)), script.get("default", {"seconds": 0.01, "temp": 1000}))
+
+    if request["do"] == "hello":
+        return {"device": script.get("device", DEVICE), "available_bytes": 10**9}
+    if request["do"] == "load":
+        perform(script.get("load", ""))
+        return {"argument_bytes": 1000, "dense_error": 1e-7}
+    if request["do"] == "prepare":
+        chosen = act(request["plan"])
+        deed = chosen.get("do", "")
+        status = "" if deed.startswith("time:") else perform(deed)
+        if status == "refuse":
+            raise ValueError("refused as scripted")
+        result = {"status": status or "ok", "detail": f"scripted {status}" if status else "", "compile_seconds": 0.1}
+        return result if status else result | {"temp_bytes": chosen.get("temp", 1000), "error": 1e-7, "first_seconds": chosen.get("seconds", 0.01)}
+    if request["do"] == "time":
+        for plan in request["plans"]:
+            deed = act(plan).get("do", "")
+            if deed.startswith("time:"):
+                perform(deed.removeprefix("time:"))
+        time.sleep(script.get("delay", 0))
+        return {"seconds": [act(plan).get("seconds", 0.01) for plan in request["plans"]]}
+    return {}
+
+
+def main() -> None:
+    """Serves requests by the script."""
+    script = json.loads(sys.argv[1])
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "log" in script:
+            with Path(script["log"]).open("a") as log:
+                log.write(line)
+        try:
+            reply = {"ok": True} | answer(script, request)
+        except ValueError as error:
+            reply = {"ok": False, "error": str(error)}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

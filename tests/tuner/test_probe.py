@@ -1,0 +1,139 @@
+"""The parent's half of measuring: every way a worker can fail is a result."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autochunk.errors import ProbeError
+from autochunk.plan import Plan
+from autochunk.tuner.probe import OutOfTime, Probe, WorkerFailure
+from autochunk.workload import Workload
+
+GOOD, BAD = Plan("xla", 1.0), Plan("xla", 2.0)
+
+
+def test_a_real_worker_measures(small: Workload) -> None:
+    """Prepare and time by a real process: status, memory, compile time, error and one time for each plan."""
+    with Probe() as probe:
+        probe.load(small)
+        prepared = probe.prepare(Plan("xla", 0.01))
+        assert prepared.status == "ok"
+        assert prepared.temp_bytes is not None
+        assert prepared.temp_bytes >= 0
+        assert prepared.compile_seconds is not None
+        assert prepared.compile_seconds > 0
+        assert len(probe.time([Plan("xla", 0.01), Plan("dense", None)])) == 2
+
+
+def test_a_real_worker_that_is_killed_costs_one_plan(small: Workload) -> None:
+    """After SIGKILL the plan at hand has crashed, and the next is measured by a new worker."""
+    with Probe() as probe:
+        probe.load(small)
+        assert probe.prepare(Plan("xla", None)).status == "ok"
+        first = probe.worker_pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        lost = probe.prepare(Plan("dense", None))
+        assert lost.status == "crashed"
+        assert "SIGKILL" in lost.detail
+        assert probe.time([Plan("dense", None), Plan("xla", None)])
+        assert probe.worker_pid != first
+
+
+def test_more_memory_than_there_is_is_out_of_memory() -> None:
+    """A buffer that cannot be had is a result, even where the budget was wrong; the worker lives on."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this system promises memory that it has not got")
+    length = math.isqrt(4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # logits of four times the machine's memory
+    with Probe(memory_budget_bytes=2**62) as probe:
+        probe.load(Workload.parse(f"t={length},k=1"))
+        pid = probe.worker_pid
+        assert probe.prepare(Plan("dense", None)).status == "oom"
+        assert probe.worker_pid == pid
+
+
+@pytest.mark.parametrize(
+    ("deed", "status", "words"),
+    [
+        (f"die {int(signal.SIGKILL)}", "crashed", "SIGKILL"),
+        (f"die {int(signal.SIGABRT)}", "crashed", "SIGABRT"),
+        (f"die {int(signal.SIGSEGV)}", "crashed", "SIGSEGV"),
+        ("exit 3", "crashed", "exit status 3: giving up"),
+        ("babble", "crashed", "Segmentation fault imminent"),
+        ("hang", "timeout", "no answer within 1 s"),
+        ("refuse", "crashed", "refused as scripted"),
+        ("oom", "oom", "scripted oom"),
+        ("over_budget", "over_budget", "scripted"),
+    ],
+)
+@pytest.mark.parametrize("when", ["", "time:"])
+def test_every_failure_is_a_result_of_that_plan_only(deed: str, status: str, words: str, when: str, small: Workload, scripted: Callable[..., Any]) -> None:
+    """Whatever a plan does to its worker, preparing it or timing it says so, and the next plan is measured."""
+    if when and deed in ("refuse", "oom", "over_budget"):
+        pytest.skip("answers, not deeds")
+    command = scripted(plans={str(BAD): {"do": when + deed}}, default={"seconds": 0.5})
+    with Probe(command, seconds_per_request=1.0) as probe:
+        probe.load(small)
+        assert probe.time([GOOD]) == [0.5]
+        if when:
+            assert probe.prepare(BAD).status == "ok"
+            with pytest.raises(WorkerFailure) as failure:
+                probe.time([GOOD, BAD])
+            result: Any = failure.value
+        else:
+            result = probe.prepare(BAD)
+        assert result.status == status
+        assert words in result.detail
+        assert probe.time([GOOD]) == [0.5]
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, scripted: Callable[..., Any], small: Workload) -> None:
+    """No process, or one that never says hello, is no result of a plan: nothing can be measured."""
+    with pytest.raises(ProbeError, match="cannot start"), Probe((str(tmp_path / "nothing"),)) as probe:
+        probe.connect()
+    with pytest.raises(ProbeError, match="cannot start a measuring process"), Probe(("false",)) as probe:
+        probe.connect()
+    with pytest.raises(ProbeError, match="cannot measure attention:.*exit status 4"), Probe(scripted(load="exit 4")) as probe:
+        probe.load(small)
+
+
+def test_the_deadline_ends_a_request_without_blaming_the_plan(small: Workload, scripted: Callable[..., Any]) -> None:
+    """Running out of time is not a plan's timeout."""
+    with Probe(scripted(plans={str(BAD): {"do": "hang"}}), seconds_per_request=60.0) as probe:
+        probe.load(small)
+        probe.deadline = time.monotonic() + 0.5
+        with pytest.raises(OutOfTime):
+            probe.prepare(BAD)
+        assert probe.worker_pid is None
+
+
+def test_a_plan_is_prepared_once_for_each_worker(small: Workload, scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Compiling is dear: what the worker has ready is not sent again, what it dropped is."""
+    log = tmp_path / "log"
+    with Probe(scripted(log=str(log))) as probe:
+        probe.load(small)
+        for _ in range(3):
+            probe.prepare(GOOD)
+            probe.time([GOOD])
+        probe.drop(GOOD)
+        probe.time([GOOD])
+    assert log.read_text().count('"prepare"') == 2
+
+
+def test_closing_leaves_no_process_behind(small: Workload) -> None:
+    """A closed probe's worker is gone."""
+    probe = Probe()
+    probe.load(small)
+    pid = probe.worker_pid
+    assert pid is not None
+    probe.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -1,0 +1,156 @@
+"""The search over one workload's plans: what is measured, given up, resumed, chosen."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autochunk.plan import Plan
+from autochunk.store.profile import DENSE, Measurement
+from autochunk.tuner.probe import Probe
+from autochunk.tuner.search import Interrupted, Outcome, search
+from autochunk.workload import Workload
+
+WORKLOAD = Workload.parse("b=2,t=2048,h=4,k=8")  # 134 MB of logits
+
+
+def by_plan(outcome: Outcome) -> dict[str, Measurement]:
+    return {str(measurement.plan): measurement for measurement in outcome.measurements}
+
+
+def run(command: tuple[str, ...], journal: Path, effort: str = "quick", **options: Any) -> Outcome:
+    with Probe(command, seconds_per_request=1.0) as probe:
+        return search(probe, options.pop("workload", WORKLOAD), effort, journal, **options)
+
+
+def test_a_real_search_measures_every_plan_and_both_baselines(small: Workload, tmp_path: Path) -> None:
+    """Real worker, real journal: dense, the default and the slices are measured, checked, and each plan once."""
+    with Probe() as probe:
+        outcome = search(probe, small, "quick", tmp_path / "study.journal")
+    found = by_plan(outcome)
+    assert outcome.complete
+    assert len(found) == len(outcome.measurements)
+    assert {"dense", "xla, do not chunk"} <= set(found)
+    assert all(m.status in ("ok", "pruned") and m.error is not None for m in outcome.measurements)
+    assert any(m.status == "ok" for m in outcome.measurements)
+
+
+def test_the_fastest_plan_is_found_whatever_its_place(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """With noiseless times the exhaustive search ends with the fastest plan's ratio least, and the hopeless given up after a round."""
+    plans = {"xla_rows, 16 MB": {"seconds": 0.08, "temp": 500}, "dense": {"seconds": 1.0, "temp": 10**6}}
+    found = by_plan(run(scripted(plans=plans, default={"seconds": 0.1, "temp": 1000}), tmp_path / "study"))
+    assert min(found, key=lambda plan: found[plan].ratio) == "xla_rows, 16 MB"
+    assert found["dense"].status == "pruned"
+    assert len(found["dense"].ratios) == 1
+    assert found["dense"].ratio == pytest.approx(10.0)
+    assert "best plan's time" in found["dense"].detail
+
+
+@pytest.mark.parametrize("effort", ["quick", "standard"])
+def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Killed, hung, out of memory and over the budget, while others are measured: each is a typed result, nothing else is lost."""
+    plans = {
+        "dense": {"do": "oom"},
+        "xla, do not chunk": {"do": "over_budget"},
+        "xla, 16 MB": {"do": f"die {int(signal.SIGKILL)}"},
+        "xla_rows, 16 MB": {"do": f"time:die {int(signal.SIGSEGV)}"},
+        "xla_rows, 64 MB": {"do": "hang"},
+        "xla_rows, 4 MB": {"do": "inaccurate"},
+    }
+    outcome = run(scripted(plans=plans), tmp_path / "study", effort)
+    found = by_plan(outcome)
+    assert outcome.complete
+    assert [found[plan].status for plan in plans] == ["oom", "over_budget", "crashed", "crashed", "timeout", "inaccurate"]
+    others = [m for plan, m in found.items() if plan not in plans]
+    assert others
+    assert all(m.timed for m in others)
+
+
+def test_the_anchor_is_a_plan_that_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """If the likeliest plan fails, another is what the rest is timed beside."""
+    found = by_plan(run(scripted(plans={"xla, 16 MB": {"do": "oom"}, "xla, 64 MB": {"do": "oom"}}), tmp_path / "study"))
+    assert found["xla, 16 MB"].status == "oom"
+    assert found["xla, do not chunk"].ratio == 1.0
+
+
+def test_nothing_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Every plan out of memory is an outcome, too."""
+    outcome = run(scripted(default={"do": "oom"}), tmp_path / "study")
+    assert outcome.complete
+    assert {m.status for m in outcome.measurements} == {"oom"}
+
+
+def test_an_interrupted_search_keeps_what_it_has_and_goes_on(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Ctrl-C after three plans: those three come with the interruption, and are not measured again; the others are, once."""
+    seen: list[str] = []
+
+    def interrupt(measurement: Measurement, done: int, _total: int) -> None:
+        seen.append(str(measurement.plan))
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as interruption:
+        run(scripted(), tmp_path / "study", on_measurement=interrupt)
+    assert [str(m.plan) for m in interruption.value.outcome.measurements] == seen
+    again: list[str] = []
+    outcome = run(scripted(), tmp_path / "study", on_measurement=lambda m, *_: again.append(str(m.plan)))
+    assert outcome.complete
+    assert not set(seen) & set(again)
+    assert sorted(seen + again) == sorted(by_plan(outcome))
+
+
+def test_a_plan_that_was_being_measured_when_the_process_died_is_measured_again(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """A trial left running has measured nothing; its plan is queued anew rather than skipped for ever."""
+    import optuna
+
+    outcome = run(scripted(), tmp_path / "study")
+    (tmp_path / "study").unlink()
+
+    class Gone(BaseException):
+        pass
+
+    def die(measurement: Measurement, _done: int, _total: int) -> None:
+        if measurement.plan == DENSE:
+            raise Gone  # after measuring, before the study is told
+
+    with pytest.raises(Gone):
+        run(scripted(), tmp_path / "study", on_measurement=die)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study")))
+    (left,) = optuna.get_all_study_names(storage)
+    assert any(t.state == optuna.trial.TrialState.RUNNING for t in optuna.load_study(study_name=left, storage=storage).trials)
+    assert set(by_plan(run(scripted(), tmp_path / "study"))) == set(by_plan(outcome))
+
+
+def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """At the deadline the outcome is incomplete and holds what was measured; the rest comes with the next call."""
+    command = scripted(delay=0.05)
+    with Probe(command) as probe:
+        probe.deadline = time.monotonic() + 1.5
+        outcome = search(probe, WORKLOAD, "thorough", tmp_path / "study")
+    assert not outcome.complete
+    assert time.monotonic() < probe.deadline + 2
+    rest = run(scripted(), tmp_path / "study", "thorough")
+    assert rest.complete
+    assert len(rest.measurements) > len(outcome.measurements)
+
+
+def test_hints_are_measured_first(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """What a similar workload found best comes before anything else; a hint that means other slices here is taken for its equivalent."""
+    order: list[str] = []
+    run(scripted(), tmp_path / "study", hints=[Plan("xla_rows", 4.0)], on_measurement=lambda m, *_: order.append(str(m.plan)))
+    assert order[0] == "xla_rows, 4 MB"
+
+
+def test_finalists_meet_in_joint_rounds(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Plans that are close are timed together at the end, the others are not."""
+    log = tmp_path / "log"
+    plans = {"xla, 16 MB": {"seconds": 0.1}, "xla_rows, 16 MB": {"seconds": 0.101}, "dense": {"seconds": 0.3}}
+    run(scripted(plans=plans, default={"seconds": 0.2}, log=str(log)), tmp_path / "study")
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert sorted(map(tuple, last["plans"])) == [("xla", 16.0), ("xla_rows", 16.0)]

@@ -1,0 +1,195 @@
+"""The loop over workloads: what is measured, skipped, stored, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autochunk.device import Device
+from autochunk.errors import ArgumentError, StoreError
+from autochunk.plan import Plan
+from autochunk.store.database import ProfileStore
+from autochunk.tuner.presets import PRESETS, STANDARD_SET
+from autochunk.tuner.tune import Event, preset_workloads, standard_workloads, tune
+from autochunk.workload import Workload
+
+WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8", "t=700,h=4,k=8")]
+
+
+def kinds(events: list[Event]) -> list[str]:
+    return [event.kind for event in events if event.kind not in ("measured", "device")]
+
+
+def measured(command: tuple[str, ...], workloads: list[Workload], **options: Any) -> list[Event]:
+    events: list[Event] = []
+    tune(workloads, effort=options.pop("effort", "quick"), worker_command=command, on_event=events.append, **options)
+    return events
+
+
+def test_a_real_tune_is_read_back_by_auto(small: Workload) -> None:
+    """The main road on this machine: tune, store, resolve; nothing unfinished stays behind."""
+    from autochunk.store.resolve import resolve
+
+    (profile,) = tune([small], effort="quick")
+    resolution = resolve(small)
+    choice = profile.choose()
+    assert choice is not None
+    assert resolution.plan == choice.plan
+    assert resolution.match == "exact"
+    assert profile.complete
+    assert not list((ProfileStore().path.parent / "unfinished").iterdir())
+
+
+def test_what_is_tuned_is_not_tuned_again(scripted: Callable[..., Any]) -> None:
+    """The same effort or a weaker one skips; a stronger one, --force, and another jaxlib measure again."""
+    command = scripted()
+    assert kinds(measured(command, WORKLOADS[:1])) == ["start", "finished"]
+    assert kinds(measured(command, WORKLOADS[:1])) == ["skipped"]
+    assert kinds(measured(command, WORKLOADS[:1], effort="standard")) == ["start", "finished"]
+    assert kinds(measured(command, WORKLOADS[:1], effort="quick")) == ["skipped"]
+    assert kinds(measured(command, WORKLOADS[:1], effort="quick", force=True)) == ["start", "finished"]
+    newer = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8, "jax": "0.13.0", "jaxlib": "0.13.0"}
+    assert kinds(measured(scripted(device=newer), WORKLOADS[:1])) == ["start", "finished"]
+
+
+def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Failing to load, or every plan failing, is told; the next workload is measured."""
+    events = measured(scripted(load=f"once:{tmp_path / 'flag'}:exit 7"), WORKLOADS[:2])
+    assert kinds(events) == ["start", "failed", "start", "finished"]
+    assert "exit status 7" in next(event.detail for event in events if event.kind == "failed")
+    assert kinds(measured(scripted(default={"do": "oom"}), WORKLOADS[2:])) == ["start", "failed"]
+    assert [profile.workload for profile in ProfileStore().profiles()] == [WORKLOADS[1].key]
+
+
+def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted: Callable[..., Any]) -> None:
+    """Time runs out: what there is answers and is marked; the same call then completes it without measuring anything twice."""
+    slow, workload = scripted(delay=0.1), Workload.parse("b=2,t=2048,h=4,k=8")
+    first = measured(slow, [workload], effort="thorough", timeout=4.0)
+    assert kinds(first) == ["start", "finished"]
+    (profile,) = ProfileStore().profiles()
+    assert not profile.complete
+    assert profile.choose() is not None
+    second = measured(scripted(), [workload], effort="thorough")
+    plans = [str(e.measurement.plan) for e in first + second if e.measurement]
+    assert len(plans) == len(set(plans))
+    (profile,) = ProfileStore().profiles()
+    assert profile.complete
+    assert len(profile.measurements) == len(plans)
+
+
+def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Callable[..., Any]) -> None:
+    """A stronger effort that is cut short leaves the weaker, complete profile in place."""
+    workload = Workload.parse("b=2,t=2048,h=4,k=8")
+    measured(scripted(), [workload])
+    measured(scripted(delay=0.1), [workload], effort="thorough", timeout=3.0)
+    (profile,) = ProfileStore().profiles()
+    assert profile.complete
+    assert profile.effort == "quick"
+
+
+def test_interrupting_stores_what_was_measured(scripted: Callable[..., Any]) -> None:
+    """Ctrl-C: the profile at hand is stored as unfinished, and the interrupt goes on to the caller."""
+
+    def interrupt(event: Event) -> None:
+        if event.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(WORKLOADS[:1], effort="quick", worker_command=scripted(), on_event=interrupt)
+    (profile,) = ProfileStore().profiles()
+    assert len(profile.measurements) == 2
+    assert not profile.complete
+
+
+_DRIVER = """
+import json, sys
+from autochunk.tuner.tune import tune
+from autochunk.workload import Workload
+shapes, command = json.loads(sys.argv[1])
+for number, shape in enumerate(shapes):
+    tune([Workload.parse(shape)], effort="quick", worker_command=command)
+    print("finished", shape, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kill_at_any_moment_loses_nothing(seed: int, scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """kill -9, then the same command: what was finished is there and is not measured again, the rest completes, the store opens."""
+    log = tmp_path / "log"
+    shapes = [workload.shape for workload in WORKLOADS]
+    command = [sys.executable, "-c", _DRIVER, json.dumps([shapes, scripted(delay=0.02, log=str(log))])]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    time.sleep(random.Random(seed).uniform(0.8, 4.0))
+    started.send_signal(signal.SIGKILL)
+    finished = [line.removeprefix("finished ").strip() for line in started.communicate(timeout=30)[0].splitlines()]
+    stored = {profile.workload for profile in ProfileStore().profiles()}
+    assert {Workload.parse(shape).key for shape in finished} <= stored
+    log.unlink(missing_ok=True)
+    events = measured(scripted(log=str(log)), WORKLOADS)
+    assert all(profile.complete for profile in ProfileStore().profiles())
+    assert len(ProfileStore().profiles()) == len(WORKLOADS)
+    assert kinds(events)[: len(finished)] == ["skipped"] * len(finished)
+
+
+def test_a_store_that_cannot_be_written_is_found_out_first(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Not after hours of measuring."""
+    (tmp_path / "file").write_text("in the way")
+    log = tmp_path / "log"
+    with pytest.raises(StoreError, match="AUTOCHUNK_STORE"):
+        measured(scripted(log=str(log)), WORKLOADS, store=ProfileStore(tmp_path / "file" / "profiles.sqlite"))
+    assert not log.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"effort": "heroic"}, "effort must be one of quick, standard, thorough; got 'heroic'"),
+        ({"timeout": 0.0}, "timeout must be a positive finite number of seconds"),
+        ({"timeout": float("nan")}, "timeout must be"),
+        ({"timeout": -1.0}, "timeout must be"),
+        ({"memory_budget_mb": float("inf")}, "memory_budget_mb must be"),
+    ],
+)
+def test_bad_arguments_are_told(options: dict[str, Any], words: str, scripted: Callable[..., Any]) -> None:
+    """Before anything starts, with what was required and what came."""
+    with pytest.raises(ArgumentError, match=words):
+        measured(scripted(), WORKLOADS, **options)
+
+
+def test_without_workloads_missed_ones_come_first() -> None:
+    """What "auto" missed on this device, then the standard set."""
+    device = Device(platform="cpu", kind="scripted", cores=2, memory_gib=8)
+    store = ProfileStore()
+    store.record_miss(device, WORKLOADS[0])
+    todo = standard_workloads(store, device, "quick")
+    assert todo[0] == WORKLOADS[0]
+    assert len(todo) == 1 + 2 * len(STANDARD_SET["quick"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_workloads(name: str) -> None:
+    """Each can be read, in either mode, and has something to choose between."""
+    workloads = preset_workloads(name, dtype="bfloat16")
+    assert {workload.mode for workload in workloads} == {"forward", "training"}
+    assert all(workload.dtype == "bfloat16" for workload in workloads)
+    with pytest.raises(ArgumentError, match="no preset is called 'nope'; there are"):
+        preset_workloads("nope")
+
+
+def test_a_hint_comes_from_the_nearest_profile(scripted: Callable[..., Any]) -> None:
+    """A workload like a tuned one begins with the plan that was best there."""
+    best = "xla_rows, 1 MB"
+    command = scripted(plans={best: {"seconds": 0.005}}, default={"seconds": 0.01})
+    measured(command, WORKLOADS[:1])
+    events = measured(command, WORKLOADS[1:2])
+    assert next(e.measurement.plan for e in events if e.measurement) == Plan("xla_rows", 1.0)

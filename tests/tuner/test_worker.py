@@ -1,0 +1,107 @@
+"""The measuring process: arguments, the reference, checks, memory and times. In this process, by real JAX."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autochunk.plan import Plan
+from autochunk.tuner import worker
+from autochunk.workload import Workload
+
+SHAPES = [
+    "b=2,t=33,s=17,h=4,kv_heads=2,k=8,v=5",
+    "b=1,t=1,s=1,h=1,k=1",
+    "b=3,t=20,h=2,k=4,causal=yes",
+    "b=2,t=12,s=9,h=2,k=4,mask=b1ts,bias=1hts",
+    "b=2,t=12,s=9,h=2,k=4,causal=yes,mask=b11s,bias=b1t1",
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_plan_agrees_with_the_float64_reference(shape: str, mode: str, dtype: str) -> None:
+    """Right plans pass the check, for every kind of mask and bias, in every dtype."""
+    if dtype != "float32" and shape not in SHAPES[::3]:
+        pytest.skip("one dtype is enough for the others")
+    session = worker.Session()
+    loaded = session.load(Workload.parse(shape, dtype=dtype, mode=mode).key)
+    reply = session.prepare(["xla", 0.001], 10**9)
+    assert reply["status"] == "ok", reply
+    assert 0 <= reply["error"] <= worker.ERROR_FACTOR * loaded["dense_error"] + worker.ERROR_ROUNDINGS * float(jnp.finfo(dtype).eps)
+
+
+def test_a_wrong_result_is_inaccurate() -> None:
+    """A plan whose results differ from the reference cannot win, whatever its speed."""
+    session = worker.Session()
+    session.load(Workload.parse("b=1,t=16,h=2,k=4", mode="training").key)
+    session.references[2] = session.references[2] + 1.0  # the key's gradient, as a kernel might get it wrong
+    reply = session.prepare(["xla", None], 10**9)
+    assert reply["status"] == "inaccurate"
+    assert "errs by" in reply["detail"]
+    with pytest.raises(KeyError):
+        session.time([["xla", None]])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_error_that_is_no_number_is_infinite(bad: float) -> None:
+    """NaN compares as false, so it must not pass for a small error."""
+    assert worker.relative_error([np.array([1.0, bad])], [np.array([1.0, 2.0])]) == math.inf
+
+
+def test_a_plan_over_the_budget_is_not_run() -> None:
+    """What would not fit is told from its program alone."""
+    session = worker.Session()
+    session.load(Workload.parse("b=1,t=512,h=2,k=8").key)
+    reply = session.prepare(["dense", None], 10_000)
+    assert reply["status"] == "over_budget"
+    assert "first_seconds" not in reply
+
+
+def test_memory_is_at_least_what_the_process_grew_by() -> None:
+    """Growth of the process is seen to within a few MB, whatever was allocated and freed before."""
+    np.ones(2**26)  # freed at once
+    array, grown = worker.measure_growth(lambda: np.ones(2**23))
+    if grown is None:
+        pytest.skip("this system does not tell a process its high-water mark")
+    assert 0.9 * array.nbytes <= grown <= array.nbytes + 2**23
+
+
+def test_times_come_in_the_order_asked_for() -> None:
+    """One round gives one time for each plan named, repeats included."""
+    session = worker.Session()
+    session.load(Workload.parse("b=1,t=64,h=2,k=8").key)
+    for plan in (["xla", None], ["dense", None]):
+        assert session.prepare(list(plan), 10**9)["status"] == "ok"
+    seconds = session.time([["xla", None], ["dense", None], ["xla", None]])["seconds"]
+    assert len(seconds) == 3
+    assert all(second > 0 for second in seconds)
+    session.drop(["dense", None])
+    assert list(session.prepared) == [Plan("xla", None)]
+
+
+def test_the_sample_has_the_ends_and_fits() -> None:
+    """First and last query rows are always checked: slices begin and end there."""
+    for shape in ("t=1,k=1", "t=2,k=1", "t=3,k=1", "b=64,t=256,h=16,s=65536,k=1"):
+        rows = worker.sample_rows(Workload.parse(shape))
+        length = Workload.parse(shape).query_length
+        assert {0, length - 1} <= set(rows.tolist()) <= set(range(length))
+
+
+def test_requests_are_answered_line_by_line_and_bad_ones_told() -> None:
+    """A request that fails is answered with the error; the session goes on."""
+    requests = [{"do": "time", "plans": []}, {"do": "load", "workload": "attention:nonsense"}, {"do": "fly"}, {"do": "hello"}]
+    replies = io.StringIO()
+    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), replies)
+    answers: list[dict[str, Any]] = [json.loads(line) for line in replies.getvalue().splitlines()]
+    assert [answer["ok"] for answer in answers] == [False, False, False, True]
+    assert "no workload is loaded" in answers[0]["error"]
+    assert answers[3]["device"]["platform"] == jax.default_backend()
