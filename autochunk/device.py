@@ -73,7 +73,7 @@ def detect(jax_device: Any = None) -> Device:
     import jax
 
     try:
-        chosen = jax_device or jax.config.jax_default_device or jax.local_devices()[0]
+        chosen = jax_device or jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined, unused-ignore]
         chosen = jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
     except RuntimeError as error:
         raise DeviceError(f"jax finds no device to compute on: {error}") from error

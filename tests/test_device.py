@@ -131,7 +131,7 @@ def test_stale_by_jaxlib_s_minor_version(then: str, now: str, stale: bool) -> No
 
 @pytest.mark.parametrize("field", ["jax", "driver"])
 def test_other_versions_are_recorded_only(field: str) -> None:
-    """jax itself and the driver were not seen to move the best plan."""
+    """Jax itself and the driver were not seen to move the best plan."""
     assert make_device(**{field: "1"}).stale_reasons(make_device(**{field: "2"})) == []
 
 

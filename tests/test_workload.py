@@ -302,7 +302,7 @@ def test_defaults_fill_in_what_the_text_leaves_out() -> None:
 
 
 def test_defaults_may_give_what_must_be_given() -> None:
-    """t and k may come from the defaults."""
+    """T and k may come from the defaults."""
     assert Workload.parse("b=2", query_length=4, key_size=8) == Workload.parse("b=2,t=4,k=8")
 
 

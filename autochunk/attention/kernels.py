@@ -56,7 +56,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Arra
       mask: boolean, False takes no part; same rank as the logits, dims of size one broadcast.
       call: scale, causality and the plans; says whether bias and mask are there.
     """
-    (out,) = attention_p.bind(*_operands(query, key, value, bias, mask), call=call)
+    operands = _operands(query, key, value, bias, mask)
+    (out,) = attention_p.bind(*_vary_alike(operands, operands), call=call)
     return cast(jax.Array, out)
 
 
@@ -149,8 +150,7 @@ class _Grid:
             cell = self.cell(index)
             return tuple(self._put(total, piece, output.axes, cell, add) for total, piece, output in zip(totals, pieces, outputs, strict=True)), None
 
-        like = next(array for array in arrays if array is not None)
-        initial = tuple(_zeros(output, like) for output in outputs)
+        initial = tuple(_vary_alike([jnp.zeros(output.shape, output.dtype) for output in outputs], arrays))
         totals, _ = jax.lax.scan(step, initial, jnp.arange(self.cells, dtype=jnp.int32))
         return totals
 
@@ -194,11 +194,14 @@ class _Grid:
         return jax.lax.dynamic_update_slice(total, piece.astype(total.dtype), starts)
 
 
-def _zeros(output: _Array, like: jax.Array) -> jax.Array:
-    """Zeros that vary over the same mesh axes as ``like``, as a scan's carry must under ``shard_map``."""
-    zeros = jnp.zeros(output.shape, output.dtype)
-    varying: frozenset[Any] = getattr(jax.typeof(like), "vma", frozenset())
-    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+def _vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array | None]) -> list[jax.Array]:
+    """The arrays, varying over all mesh axes that any array of ``like`` varies over: inside ``shard_map`` operands and carries must agree."""
+    axes: frozenset[str] = frozenset().union(*(_varying_axes(array) for array in like if array is not None))
+    return [jax.lax.pcast(array, tuple(missing), to="varying") if (missing := axes - _varying_axes(array)) else array for array in arrays]
+
+
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying  # type: ignore[no-any-return, unused-ignore]
 
 
 class _Problem:
@@ -411,17 +414,17 @@ def _forward_over_keys(problem: _Problem, call: Call, cell: _Cell, inputs: _Inpu
         old, new = jnp.exp(maximum - largest), jnp.exp(new_maximum - largest)
         return (out * old[..., None] + new_out * new[..., None], largest, total * old + new_total * new), None
 
-    first = _forward_slice_like(inputs, problem.dtype)
+    first = _nothing_seen(inputs, problem.dtype)
     (out, maximum, total), _ = jax.lax.scan(step, first, jnp.arange(grid.cells, dtype=jnp.int32))
     return out, maximum, total
 
 
-def _forward_slice_like(inputs: _Inputs, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Nothing seen yet. The maximum starts below any logit that can be stored."""
-    stats = _Array(_STATS, inputs.query.shape[:-1], dtype)
-    out = _Array(_QUERY, (*inputs.query.shape[:-1], inputs.value.shape[-1]), dtype)
-    zeros = _zeros(stats, inputs.query)
-    return _zeros(out, inputs.query), zeros + float(jnp.finfo(dtype).min), zeros
+def _nothing_seen(inputs: _Inputs, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output, maximum and sum before the first piece of keys; no logit is below the maximum."""
+    stats = inputs.query.shape[:-1]
+    empty = [jnp.zeros((*stats, inputs.value.shape[-1]), dtype), jnp.full(stats, jnp.finfo(dtype).min, dtype), jnp.zeros(stats, dtype)]
+    out, maximum, total = _vary_alike(empty, inputs)
+    return out, maximum, total
 
 
 # --- Attention, its tangent map and its cotangent map ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -132,7 +133,7 @@ def _grouped_term(term: jax.Array, kv_heads: int) -> jax.Array:
 def _plans(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, is_causal: bool,
            max_chunk_size_mb: float | Literal["auto"] | None, implementation: str | None) -> Plans:  # fmt: skip
     if max_chunk_size_mb != "auto":
-        plan = Plan(implementation or "xla", max_chunk_size_mb)
+        plan = _for_mesh(Plan(implementation or "xla", max_chunk_size_mb))
         return Plans(plan, plan)
     workload = Workload.make(
         batch=math.prod(query.shape[:-3]),
@@ -147,7 +148,17 @@ def _plans(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
         mask=_pattern(mask),
         bias=_pattern(bias),
     )
-    return resolve.plans(workload, implementation)
+    plans = resolve.plans(workload, implementation)
+    return dataclasses.replace(plans, forward=_for_mesh(plans.forward), training=_for_mesh(plans.training))
+
+
+def _for_mesh(plan: Plan) -> Plan:
+    """Rows first where batch or heads may be sharded: slicing along a sharded axis makes XLA gather it."""
+    if plan.implementation != "xla" or jax.device_count() == 1:
+        return plan
+    mesh = jax.sharding.get_abstract_mesh()
+    inside_shard_map = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return plan if inside_shard_map else dataclasses.replace(plan, implementation="xla_rows")
 
 
 def _pattern(term: jax.Array | None) -> str:

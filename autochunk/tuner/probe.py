@@ -77,7 +77,8 @@ class Probe:
         self.command = tuple(command)
         self.memory_budget_bytes = memory_budget_bytes
         self.seconds_per_request = seconds_per_request
-        self.environment = environment or {}
+        # A worker that took most of the GPU's memory at once could not tell what a plan needs, and would leave none for other processes.
+        self.environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
         self.deadline: float | None = None
         self.workload: Workload | None = None
         self.device: Device | None = None

@@ -101,10 +101,10 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
     groups = query.shape[-2] // key.shape[-2]
     keys, values = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
     logits = jnp.einsum("...thk,...shk->...hts", query, keys) / math.sqrt(query.shape[-1])
-    logits = logits if bias is None else logits + bias
-    allowed = jnp.ones((), bool) if mask is None else mask
+    logits = logits if bias is None else logits + jnp.expand_dims(bias, range(logits.ndim - bias.ndim))
+    allowed = jnp.ones((), bool) if mask is None else jnp.expand_dims(mask, range(logits.ndim - mask.ndim))
     if is_causal:
-        allowed = jnp.logical_and(allowed, jnp.tri(*logits.shape[-2:], dtype=bool))
+        allowed = jnp.logical_and(allowed, jnp.expand_dims(jnp.tri(*logits.shape[-2:], dtype=bool), range(logits.ndim - 2)))
     weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30))
     return jnp.einsum("...hts,...shv->...thv", weights, values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -301,7 +302,7 @@ def test_version_changes_with_every_change(store: ProfileStore) -> None:
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "garbage": lambda content: b"\x00\xffgarbage" * 1000,
     "text": lambda content: b"not a database\n",
-    "one byte": lambda content: b"S",
+    "two bytes": lambda content: b"SQ",
     "cut in the header": lambda content: content[:50],
     "cut after the first page": lambda content: content[:4096],
     "cut in a page": lambda content: content[: len(content) // 2 + 100],
@@ -650,13 +651,30 @@ def test_lock_that_is_released(full_store: ProfileStore) -> None:
     assert 77 in lengths(full_store.profiles())
 
 
-def test_store_is_not_held_across_a_fork(full_store: ProfileStore) -> None:
-    """Nothing stays open between operations: another program may delete or replace the file, and the next operation meets the new one."""
+def test_file_may_be_replaced_between_operations(full_store: ProfileStore) -> None:
+    """Each operation opens the file anew: where another program deletes it, the next operation meets no file, and then a new one."""
     full_store.profiles()
     full_store.path.unlink()
     assert full_store.profiles() == []
     full_store.put(make_profile(WORKLOADS[0], HERE))
     assert [Workload.parse(key) for key in full_store.workloads(HERE)] == WORKLOADS[:1]
-    if Path("/proc/self/fd").exists():
-        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
-        assert not [target for target in held if "profiles.sqlite" in target]
+
+
+_leak = pytest.mark.xfail(strict=True, reason="sqlitedict's get_tablenames, called for flag='r', leaves its connection to the garbage collector")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
+@pytest.mark.parametrize(
+    "operation",
+    [*(pytest.param(read, id=name, marks=_leak) for name, read in READERS.items()), *(pytest.param(write, id=name) for name, write in WRITERS.items())],
+)
+def test_nothing_stays_open(full_store: ProfileStore, operation: Callable[[ProfileStore], object]) -> None:
+    """No descriptor of the file is left after an operation, so that none is inherited by a forked child (SQLite's connections must not be)."""
+    gc.collect()
+    gc.disable()
+    try:
+        operation(full_store)
+        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    finally:
+        gc.enable()
+    assert str(full_store.path) not in held

@@ -101,7 +101,7 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, scripted: Callab
         probe.connect()
     with pytest.raises(ProbeError, match="cannot start a measuring process"), Probe(("false",)) as probe:
         probe.connect()
-    with pytest.raises(ProbeError, match="cannot measure attention:.*exit status 4"), Probe(scripted(load="exit 4")) as probe:
+    with pytest.raises(ProbeError, match=r"cannot measure attention:.*exit status 4"), Probe(scripted(load="exit 4")) as probe:
         probe.load(small)
 
 

@@ -124,7 +124,7 @@ for number, shape in enumerate(shapes):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_kill_at_any_moment_loses_nothing(seed: int, scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """kill -9, then the same command: what was finished is there and is not measured again, the rest completes, the store opens."""
+    """Kill -9, then the same command: what was finished is there and is not measured again, the rest completes, the store opens."""
     log = tmp_path / "log"
     shapes = [workload.shape for workload in WORKLOADS]
     command = [sys.executable, "-c", _DRIVER, json.dumps([shapes, scripted(delay=0.02, log=str(log))])]

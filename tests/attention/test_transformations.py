@@ -1,0 +1,306 @@
+"""Under every transformation of JAX's, and their compositions, the op behaves as plain attention does, with slicing in force."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.ad_checkpoint
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close, draw, draw_mask, operands, output_and_gradients, plain
+
+from autochunk import dot_product_attention
+
+Function = Callable[..., Any]
+
+# Operands are query [2, 6, 2, 4], key [2, 5, 1, 4], value [2, 5, 1, 3] and bias [2, 6, 5]: 480 bytes of logits, grouped heads, an uneven last slice.
+SHAPES = {"heads": 2, "kv_heads": 1, "value_size": 3, "bias": (2, 6, 5)}
+MASK = np.concatenate([draw_mask((1, 1, 6, 5)), np.ones((1, 1, 6, 5), bool)])
+# Two rows of a batch element at a time; three keys of one row; a row of all; two keys of a row of all.
+PLANS = {"rows": ("xla", 1e-4), "keys": ("xla", 2.4e-5), "rows first": ("xla_rows", 1e-4), "rows, then keys": ("xla_rows", 4e-5)}
+
+
+def four() -> list[jax.Array]:
+    arrays = operands(**SHAPES)
+    return [arrays[name] for name in ("query", "key", "value", "bias")]
+
+
+def scalar(function: Function) -> Function:
+    """Something with derivatives of every order."""
+    return lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
+
+
+def tangents(arrays: Any) -> Any:
+    return jax.tree.map(jnp.cos, arrays)
+
+
+def forward_of(function: Function) -> Function:
+    return lambda *arrays: jax.jvp(function, arrays, tangents(arrays))
+
+
+def gradient(function: Function) -> Function:
+    return jax.grad(scalar(function), (0, 1, 2, 3))
+
+
+def pulled(function: Function) -> Function:
+    def run(*arrays: Any) -> Any:
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(jnp.cos(out))
+
+    return run
+
+
+def linear(function: Function) -> Function:
+    def run(*arrays: Any) -> Any:
+        out, push = jax.linearize(function, *arrays)
+        return out, push(*tangents(arrays)), push(*arrays)
+
+    return run
+
+
+def spread(array: Any, axis: int | None) -> Any:
+    return array if axis is None else jnp.stack([array, -array, 0.5 * array], axis)
+
+
+def mapped(function: Function, in_axes: tuple[int | None, ...], **settings: Any) -> Function:
+    """``function`` vmapped over three variants of those operands that have an axis."""
+    run = jax.vmap(function, in_axes, **settings)
+    return lambda *arrays: run(*(spread(array, axis) for array, axis in zip(arrays, in_axes, strict=True)))
+
+
+def nested(function: Function) -> Function:
+    inner = jax.vmap(function, (1, None, 0, None), 1)
+    outer = jax.vmap(inner, (0, 0, None, 2))
+    return lambda q, k, v, b: outer(spread(spread(q, 1), 0), spread(k, 0), spread(v, 0), spread(b, 2))
+
+
+def layers(function: Function, remat: bool) -> Function:
+    """Three layers by ``lax.scan``."""
+
+    def layer(x: jax.Array, weight: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        return x + jnp.einsum("...v,vk->...k", function(x, key, value, bias), weight)
+
+    layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, weight: (layer(x, weight, key, value, bias), None), query, draw((3, 3, 4)))[0]
+
+    return run
+
+
+def named(function: Function) -> Function:
+    return lambda *arrays: jax.ad_checkpoint.checkpoint_name(function(*arrays), "attended")
+
+
+def looped(function: Function) -> Function:
+    """Inside ``cond`` inside ``while_loop``, not differentiated."""
+
+    def body(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        count, (total, arrays) = state
+        more = jax.lax.cond(count > 0, function, lambda *arrays: jnp.zeros_like(total), *arrays)
+        return count + 1, (total + more, tangents(arrays))
+
+    return lambda *arrays: jax.lax.while_loop(lambda state: state[0] < 3, body, (jnp.int32(0), (jnp.zeros((2, 6, 2, 3)), arrays)))[1][0]
+
+
+policies = jax.checkpoint_policies
+FIRST_ORDER: dict[str, Callable[[Function], Function]] = {
+    "call": lambda f: f,
+    "grad": gradient,
+    "vjp": pulled,
+    "jvp": forward_of,
+    "linearize": linear,
+    "jvp of the query": lambda f: lambda q, k, v, b: jax.jvp(lambda q: f(q, k, v, b), (q,), (q,)),
+    "grad of the key": lambda f: jax.grad(scalar(f), 1),
+    "grad of the bias": lambda f: jax.grad(scalar(f), 3),
+    "vmap(grad)": lambda f: mapped(gradient(f), (0, 0, 0, 0)),
+    "grad(vmap)": lambda f: gradient(mapped(f, (2, 1, 0, 0))),
+}
+TRANSFORMATIONS: dict[str, Callable[[Function], Function]] = {
+    "jacrev": lambda f: jax.jacrev(lambda *arrays: f(*arrays)[:, ::3, :1], (0, 1, 2, 3)),
+    "jacfwd": lambda f: jax.jacfwd(lambda k, q, v, b: f(q, k, v, b)[:, ::3], (0, 3)),
+    "vmap 0": lambda f: mapped(f, (0, 0, 0, 0)),
+    "vmap 1": lambda f: mapped(f, (1, 1, 1, 1), out_axes=1),
+    "vmap 2": lambda f: mapped(f, (2, 2, 2, 2), out_axes=2),
+    "vmap 3 and last": lambda f: mapped(f, (3, 4, -1, 3), out_axes=-1),
+    "vmap query": lambda f: mapped(f, (0, None, None, None)),
+    "vmap key and value": lambda f: mapped(f, (None, 1, 2, None)),
+    "vmap bias": lambda f: mapped(f, (None, None, None, 1)),
+    "vmap nested": nested,
+    "vmap spmd_axis_name": lambda f: mapped(f, (0, 0, None, None), spmd_axis_name="devices"),
+    "grad(vmap) query": lambda f: gradient(mapped(f, (1, None, None, None))),
+    "grad(vmap) bias": lambda f: gradient(mapped(f, (None, None, None, 0))),
+    "grad(vmap) all but bias": lambda f: gradient(mapped(f, (0, 1, 2, None))),
+    "grad(vmap nested)": lambda f: gradient(nested(f)),
+    "vmap(grad) bias": lambda f: mapped(gradient(f), (None, None, None, 2)),
+    "vmap(grad) key": lambda f: mapped(gradient(f), (None, 0, None, None)),
+    "jvp(vmap)": lambda f: forward_of(mapped(f, (0, None, 1, None))),
+    "vmap(jvp)": lambda f: mapped(forward_of(f), (None, 0, None, 1)),
+    "remat": lambda f: gradient(jax.checkpoint(f)),
+    "remat, dots saved": lambda f: gradient(jax.checkpoint(f, policy=policies.dots_saveable)),
+    "remat, everything saved": lambda f: gradient(jax.checkpoint(f, policy=policies.everything_saveable)),
+    "remat, nothing saved": lambda f: gradient(jax.checkpoint(scalar(f), policy=policies.nothing_saveable)),
+    "remat, saved by name": lambda f: gradient(jax.checkpoint(named(f), policy=policies.save_only_these_names("attended"))),
+    "remat of vmap": lambda f: gradient(jax.checkpoint(mapped(f, (0, 0, 0, None)))),
+    "jvp(remat)": lambda f: forward_of(jax.checkpoint(f)),
+    "scan": lambda f: gradient(layers(f, remat=False)),
+    "scan, remat": lambda f: gradient(layers(f, remat=True)),
+    "while and cond": looped,
+    "lax.map": lambda f: gradient(lambda *arrays: jax.lax.map(lambda q: f(q, *arrays[1:]), spread(arrays[0], 0))),
+}
+HIGHER: dict[str, Callable[[Function], Function]] = {
+    "jvp(grad)": lambda f: forward_of(gradient(f)),
+    "jvp(grad) remat": lambda f: forward_of(gradient(jax.checkpoint(f))),
+    "vmap(jvp(grad))": lambda f: mapped(forward_of(gradient(f)), (0, None, None, 0)),
+    "linearize(grad)": lambda f: linear(gradient(f)),
+    "grad(grad)": lambda f: gradient(gradient_norm(f)),
+    "grad(jvp)": lambda f: gradient(lambda *arrays: forward_of(f)(*arrays)[1]),
+    "jvp(jvp)": lambda f: forward_of(forward_of(f)),
+    "grad(grad) remat": lambda f: gradient(gradient_norm(jax.checkpoint(f))),
+    "grad(vmap(grad))": lambda f: gradient(mapped(gradient_norm(f), (0, None, 0, None))),
+    "hessian of the query": lambda f: lambda q, k, v, b: jax.hessian(lambda part: scalar(f)(q.at[0, 0, 0].set(part), k, v, b))(q[0, 0, 0]),
+    "third order": lambda f: forward_of(gradient(gradient_norm(f))),
+}
+
+
+def gradient_norm(function: Function) -> Function:
+    return lambda *arrays: sum(jnp.sum(array**2) for array in gradient(function)(*arrays))
+
+
+CASES = [(name, plan) for name in FIRST_ORDER for plan in ("rows", "rows, then keys")]
+CASES += [(name, list(PLANS)[position % 4]) for position, name in enumerate(TRANSFORMATIONS)]
+CASES += [(name, list(PLANS)[position % 3]) for position, name in enumerate(HIGHER)] + [("jvp(grad)", "rows, then keys"), ("grad(grad)", "keys")]
+
+
+@pytest.mark.parametrize(("name", "plan"), CASES)
+def test_transformations(name: str, plan: str) -> None:
+    """The transformed op gives what transformed plain attention does."""
+    implementation, limit = PLANS[plan]
+    transform = {**FIRST_ORDER, **TRANSFORMATIONS, **HIGHER}[name]
+    masked = {"mask": MASK, "is_causal": True}
+    ours = functools.partial(dot_product_attention, **masked, max_chunk_size_mb=limit, implementation=implementation)
+    theirs = functools.partial(plain, **masked)
+    received, expected = jax.jit(lambda *arrays: (transform(lambda *a: ours(*a))(*arrays), transform(lambda *a: theirs(*a))(*arrays)))(*four())
+    assert_close(received, expected, 1e-4 if name in HIGHER else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["jvp(grad)", "vmap(grad)", "grad(vmap) bias", "grad(grad)"])
+def test_transformations_with_rows_masked_throughout(name: str) -> None:
+    """A row that is masked throughout has zeros for derivatives, of any order, and no NaN."""
+    mask = MASK.copy()
+    mask[0, :, 1:3] = False
+    transform = {**FIRST_ORDER, **TRANSFORMATIONS, **HIGHER}[name]
+    ours = functools.partial(dot_product_attention, mask=mask, max_chunk_size_mb=1e-4)
+    theirs = functools.partial(plain, mask=mask)
+    received, expected = jax.jit(lambda *arrays: (transform(lambda *a: ours(*a))(*arrays), transform(lambda *a: theirs(*a))(*arrays)))(*four())
+    assert_close(received, expected, 1e-4)
+
+
+def attend(*arrays: Any, mask: Any = MASK) -> jax.Array:
+    return dot_product_attention(*arrays, mask=mask, max_chunk_size_mb=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 2, 3])
+def test_vmap_over_masks(axis: int) -> None:
+    """Masks may be vmapped, alone and under ``grad``."""
+    masks = np.stack([MASK, draw_mask(MASK.shape, 1), draw_mask(MASK.shape, 2)], axis)
+    masks[..., 0] = True
+
+    def transform(function: Function) -> Function:
+        def run(*arrays: Any) -> Any:
+            return jax.vmap(lambda mask: function(*arrays, mask=mask), axis)(masks)
+
+        return pulled(run)
+
+    assert_close(*jax.jit(lambda *arrays: (transform(attend)(*arrays), transform(plain)(*arrays)))(*four()))
+
+
+@pytest.mark.parametrize("setting", ["disable_jit", "debug_nans", "x64", "eager"])
+def test_under_settings(setting: str) -> None:
+    """Output and gradients are right without ``jit``, while JAX looks for NaN, and where 64-bit types are allowed."""
+    contexts = {"disable_jit": jax.disable_jit, "debug_nans": functools.partial(jax.debug_nans, True), "x64": functools.partial(jax.enable_x64, True)}
+    query, key, value = (draw((1, 3, 1, 2), seed) for seed in range(3))
+    mask = np.array([[True, False, True], [False] * 3, [True] * 3])
+    run = pulled(lambda *arrays: dot_product_attention(*arrays, mask=mask, max_chunk_size_mb=1.2e-5))
+    expected = jax.jit(pulled(functools.partial(plain, mask=mask[None, None])))(query, key, value)
+    if setting == "eager":
+        assert_close(run(query, key, value), expected)
+        return
+    with contexts[setting]():
+        assert_close((run if setting == "disable_jit" else jax.jit(run))(query, key, value), expected)
+
+
+def test_debug_nans_in_half_precision() -> None:
+    """In half precision, where the masked logits' value would overflow, no NaN arises on the way either."""
+    arrays = operands(dtype=np.float16)
+    arrays["mask"] = np.zeros((2, 1, 6, 5), bool)
+    with jax.debug_nans(True):
+        received = output_and_gradients(functools.partial(dot_product_attention, max_chunk_size_mb=1e-4), arrays)
+    assert not any(np.isnan(array).any() for array in received.values())
+
+
+@pytest.mark.parametrize("function", [attend, gradient(attend), forward_of(attend), mapped(attend, (0, 0, 0, 0))], ids=["call", "grad", "jvp", "vmap"])
+def test_eval_shape(function: Function) -> None:
+    """Shapes and dtypes are known without running or compiling anything."""
+    received = jax.eval_shape(function, *four())
+    index = [attend, function].index(function)
+    expected = jax.eval_shape(function, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in four()))
+    assert received == expected
+    if index == 0:
+        assert (received.shape, received.dtype) == ((2, 6, 2, 3), np.float32)
+
+
+def test_ahead_of_time() -> None:
+    """Lowered from shapes alone and compiled before there are arrays, it runs as ever."""
+    compiled = jax.jit(pulled(attend)).lower(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in four())).compile()
+    assert_close(compiled(*four()), jax.jit(pulled(functools.partial(plain, mask=MASK)))(*four()))
+
+
+def test_export() -> None:
+    """Exported, serialised and read back it runs, and can be differentiated where that was asked for."""
+    read = jax.export.export(jax.jit(attend))(*four())
+    if importlib.util.find_spec("flatbuffers"):  # JAX needs it to serialise, and does not require it
+        read = jax.export.deserialize(read.serialize(vjp_order=1))
+    assert_close(jax.jit(pulled(read.call))(*four()), jax.jit(pulled(functools.partial(plain, mask=MASK)))(*four()))
+
+
+def test_only_what_is_needed_is_kept_for_the_backward_pass() -> None:
+    """Between the passes live the operands, the output and two numbers a row, never logits."""
+    query, key, value = draw((2, 64, 2, 4)), draw((2, 64, 2, 4)), draw((2, 64, 2, 4))
+    _, pull = jax.eval_shape(lambda *arrays: jax.vjp(functools.partial(dot_product_attention, max_chunk_size_mb=0.01), *arrays), query, key, value)
+    kept = [leaf.size for leaf in jax.tree.leaves(pull)]
+    assert max(kept) == query.size
+
+
+# --- Several devices --------------------------------------------------------------------------------------------------
+
+SHARDED = ["shard_map, vma checked", "shard_map, vma not checked", "shard_map over heads", "vmap with spmd_axis_name", "sharded jit, rows", "sharded jit",
+           "no gathers"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sharded_errors() -> dict[str, Any]:
+    """What ``sharded.py`` found on four devices of a process of its own."""
+    script = Path(__file__).with_name("sharded.py")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_several_devices(case: str, sharded_errors: dict[str, Any]) -> None:
+    """Output and gradients over a mesh of devices are those of one device, and slicing over rows first needs no gathers."""
+    assert sharded_errors.keys() == set(SHARDED)
+    assert sharded_errors[case] == ""

@@ -1,0 +1,718 @@
+"""How "auto" is answered: which layer, which plan, and what is said about it."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import os
+import sqlite3
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import CURVE, make_device, make_measurement, make_profile, make_workload, one_plan, run_python
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autochunk.device import detect
+from autochunk.errors import ArgumentError, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.plan import Plan
+from autochunk.store import bundle, resolve
+from autochunk.store.database import ProfileStore
+from autochunk.store.profile import DEFAULT, Measurement, Profile
+from autochunk.store.resolve import Resolution, use
+from autochunk.workload import Workload
+
+DEVICE = make_device()
+WORKLOAD = make_workload()
+
+
+@pytest.fixture(autouse=True)
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of the shipped profiles, which differ from checkout to checkout."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(resolve, "shipped_profiles", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def store(store_path: Path) -> ProfileStore:
+    """The user's store, without a file yet."""
+    return ProfileStore(store_path)
+
+
+def ask(workload: Workload = WORKLOAD, implementation: str | None = None, **options: Any) -> Resolution:
+    """``resolve`` on the made-up device."""
+    return resolve.resolve(workload, implementation, **{"device": DEVICE, **options})
+
+
+def write(path: Path, *profiles: Profile) -> Path:
+    """A bundle file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(bundle.dump(profiles))
+    return path
+
+
+def limit_of(limit: float | None, workload: Workload = WORKLOAD) -> Profile:
+    """A profile that leaves no choice but "xla" at this limit."""
+    return make_profile(workload, measurements=one_plan(limit))
+
+
+# --- Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_in_order(store: ProfileStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """use, then AUTOCHUNK_PROFILES from left to right, then the user's store, then shipped profiles, then the default."""
+    assert ask().match == "default"
+    write(shipped / "a.json", limit_of(4.0))
+    assert ask().plan == Plan("xla", 4.0)
+    assert ask().layer == f"shipped {shipped}"
+    store.put(limit_of(3.0))
+    assert ask().plan == Plan("xla", 3.0)
+    assert ask().layer == f"user store {store.path}"
+    second, first = write(tmp_path / "second.json", limit_of(2.0)), write(tmp_path / "first.json", limit_of(1.0))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(second))
+    assert ask().plan == Plan("xla", 2.0)
+    assert ask().layer == f"AUTOCHUNK_PROFILES {second}"
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", f"{first}{os.pathsep}{second}")
+    assert ask().plan == Plan("xla", 1.0)
+    with use(max_chunk_size_mb=0.5):
+        assert ask().plan == Plan("xla", 0.5)
+        assert ask().match == "pinned"
+    assert ask().match == "exact"
+
+
+def test_asked_tells_what_each_layer_had(store: ProfileStore, shipped: Path) -> None:
+    """A Resolution explains itself: the layers asked, down to the one that answered, and the plans rejected."""
+    write(shipped / "a.json", make_profile())
+    store.put(limit_of(3.0, make_workload("t=4,k=8")))
+    resolution = ask()
+    assert resolution.asked == ((f"user store {store.path}", "nothing for this workload on this device"), (f"shipped {shipped}", "exact match"))
+    assert (resolution.workload, resolution.device, resolution.source) == (WORKLOAD, DEVICE, WORKLOAD.key)
+    assert {plan for plan, _ in resolution.rejected} == {str(m.plan) for m in CURVE if m.max_chunk_size_mb != 16.0}
+    assert resolution.reason == "fastest"
+    assert resolution.profile == make_profile()
+
+
+def test_exact_in_a_late_layer_before_nearest_in_an_early_one(store: ProfileStore, shipped: Path) -> None:
+    """What was measured for this very workload is better than the user's own measurement of another."""
+    store.put(limit_of(3.0, make_workload("b=2,t=2048,s=1024,h=8,k=64")))
+    assert ask().match == "nearest"
+    write(shipped / "a.json", limit_of(4.0))
+    assert (ask().match, ask().plan) == ("exact", Plan("xla", 4.0))
+
+
+def test_folder_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's ``*.json`` files are one layer; of two with a workload the last by name answers; other files do not matter."""
+    folder = tmp_path / "bundles"
+    write(folder / "a.json", limit_of(1.0), limit_of(7.0, make_workload("t=9,k=9")))
+    write(folder / "b.json", limit_of(2.0))
+    (folder / "notes.txt").write_text("no bundle")
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(folder))
+    assert ask().plan.max_chunk_size_mb == 2.0
+    assert ask(make_workload("t=9,k=9")).plan.max_chunk_size_mb == 7.0
+
+
+def test_profile_of_another_device_never_answers(store: ProfileStore, shipped: Path) -> None:
+    """Neither exactly nor as the nearest."""
+    others = [make_device(**fields) for fields in ({"kind": "Made/Up2"}, {"cores": 5}, {"memory_gib": 80}, {"platform": "gpu"})]
+    profiles = [make_profile(workload, device) for device in others for workload in (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))]
+    store.put_all(profiles)
+    write(shipped / "a.json", *profiles)
+    assert ask().match == "default"
+
+
+def test_unfinished_profile_answers_and_says_so(store: ProfileStore) -> None:
+    """A tuning that was cut short is better than none; the reason says that it was."""
+    store.put(make_profile(complete=False))
+    assert ask().plan == Plan("xla", 16.0)
+    assert ask().reason == "fastest; its tuning was cut short"
+
+
+def test_profile_without_a_fitting_plan_passes_on(store: ProfileStore, shipped: Path) -> None:
+    """Where a layer's profile has no usable plan, the next layer is asked, and ``asked`` says why."""
+    store.put(make_profile(measurements=[make_measurement("xla", 1.0, status="oom")]))
+    assert ask().match == "default"
+    write(shipped / "a.json", limit_of(4.0))
+    assert ask().plan == Plan("xla", 4.0)
+    assert (f"user store {store.path}", "its profile has no plan that fits") in ask().asked
+
+
+@pytest.mark.parametrize(("implementation", "expected"), [(None, Plan("xla", 16.0)), ("xla_rows", Plan("xla_rows", 4.0)), ("dense", Plan("dense", None))])
+def test_pinned_implementation(store: ProfileStore, implementation: str | None, expected: Plan) -> None:
+    """The best plan of the implementation asked for."""
+    store.put(make_profile())
+    assert ask(implementation=implementation).plan == expected
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "", "auto", 3, ["xla"]])
+def test_unknown_implementation(implementation: Any) -> None:
+    """An implementation that does not exist is an ArgumentError."""
+    with pytest.raises(ArgumentError, match="implementation must be"):
+        ask(implementation=implementation)
+
+
+# --- The default ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("implementation", "expected"), [(None, DEFAULT), ("xla", DEFAULT), ("xla_rows", Plan("xla_rows", 1000.0)), ("dense", Plan("dense", None))])
+def test_default(implementation: str | None, expected: Plan) -> None:
+    """Nothing known: 1000 MB, and the reason is the command that would make a profile."""
+    resolution = ask(implementation=implementation)
+    assert (resolution.match, resolution.layer, resolution.plan) == ("default", "default", expected)
+    assert WORKLOAD.tune_command in resolution.reason
+    assert (resolution.source, resolution.profile, resolution.stale) == ("", None, ())
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(100.0, 25.0), (4000.0, 1000.0), (1e6, 1000.0)])
+def test_default_within_a_budget(budget: float, expected: float) -> None:
+    """Without measurements one slice takes at most a quarter of the budget."""
+    with use(memory_budget_mb=budget):
+        assert ask().plan == Plan("xla", expected)
+
+
+def test_resolving_by_itself_is_silent(store: ProfileStore) -> None:
+    """Asking does not warn and does not write: only a call that uses the plan does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ask()
+        resolve.plans(WORKLOAD, None)
+    assert not store.path.exists()
+
+
+# --- The nearest ----------------------------------------------------------------------------------------------------------
+
+
+def shape(**sizes: int) -> Workload:
+    """The workload with some sizes changed."""
+    fields = {**WORKLOAD.model_dump(), "value_size": 64, **sizes}
+    return Workload.make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "near"),
+    [
+        ({"query_length": 4096}, True),
+        ({"query_length": 256}, True),
+        ({"query_length": 4097}, False),
+        ({"query_length": 255}, False),
+        ({"key_length": 4096}, True),
+        ({"key_length": 4097}, False),
+        ({"batch": 8}, True),
+        ({"batch": 9}, False),
+        ({"num_heads": 32, "num_kv_heads": 32}, True),
+        ({"num_heads": 40, "num_kv_heads": 40}, False),
+        ({"num_kv_heads": 2}, True),
+        ({"num_kv_heads": 1}, False),
+        ({"key_size": 256}, True),
+        ({"key_size": 257}, False),
+        ({"value_size": 16}, True),
+        ({"value_size": 15}, False),
+        ({"query_length": 4096, "key_length": 4096, "batch": 8}, True),
+    ],
+)
+def test_nearest_is_bounded(store: ProfileStore, sizes: dict[str, int], near: bool) -> None:
+    """A tuned workload answers for another if no size is more than a factor of four away, upwards and downwards."""
+    tuned = shape(**sizes)
+    store.put(limit_of(3.0, tuned))
+    resolution = ask()
+    assert resolution.match == ("nearest" if near else "default")
+    if near:
+        assert resolution.source == tuned.key
+        assert tuned.shape in resolution.reason
+        assert resolution.plan == Plan("xla", 3.0)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"mode": "training"}, {"causal": True}, {"mask": "b1ts"}, {"bias": "11ts"}])
+def test_nearest_is_of_the_same_kind(store: ProfileStore, change: dict[str, Any]) -> None:
+    """Only sizes may differ: another dtype, mode or mask is another computation."""
+    store.put(limit_of(3.0, shape(**change)))
+    assert ask().match == "default"
+
+
+def test_nearest_of_several(store: ProfileStore) -> None:
+    """The one whose sizes differ least, all ratios taken together."""
+    store.put(limit_of(1.0, shape(query_length=2048)))
+    store.put(limit_of(2.0, shape(query_length=1536)))
+    store.put(limit_of(3.0, shape(query_length=1536, key_length=2048)))
+    assert ask().plan == Plan("xla", 2.0)
+
+
+def test_equally_near_ones_are_decided_by_key(tmp_path: Path) -> None:
+    """Twice and half as long are as near; the answer does not depend on which was stored first."""
+    profiles = [limit_of(1.0, shape(query_length=512)), limit_of(2.0, shape(query_length=2048)), limit_of(3.0, shape(batch=4))]
+    answers = set()
+    for number, order in enumerate((profiles, profiles[::-1], [profiles[1], profiles[0], profiles[2]])):
+        store = ProfileStore(tmp_path / f"{number}.sqlite")
+        for profile in order:
+            store.put(profile)
+        with use(store=store.path):
+            answers.add((ask().match, ask().plan, ask().source))
+    assert len(answers) == 1
+    assert next(iter(answers))[0] == "nearest"
+
+
+@pytest.mark.parametrize(("implementation", "expected"), [("xla", "xla"), ("xla_rows", "xla_rows"), ("dense", "xla")])
+def test_never_slice_of_a_smaller_neighbour_becomes_a_limit(store: ProfileStore, implementation: str, expected: str) -> None:
+    """"Do not slice" was measured with the neighbour's logits; more than those are not held at once for a larger workload."""
+    small = shape(query_length=512)
+    store.put(make_profile(small, measurements=one_plan(None, implementation)))
+    assert ask().plan == Plan(expected, small.logits_bytes / 1e6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_rows", "dense"])
+def test_never_slice_of_a_larger_neighbour_stays(store: ProfileStore, implementation: str) -> None:
+    """In the other direction it is safe."""
+    store.put(make_profile(shape(query_length=2048), measurements=one_plan(None, implementation)))
+    assert ask().plan == Plan(implementation, None)
+
+
+def test_a_neighbour_s_limit_carries_over(store: ProfileStore) -> None:
+    """A limit holds whatever the size."""
+    store.put(limit_of(3.0, shape(query_length=512)))
+    assert ask().plan == Plan("xla", 3.0)
+
+
+@pytest.mark.xfail(strict=True, reason="_memory_safe looks at None only: a limit above the neighbour's logits was never reached there")
+def test_a_limit_that_the_neighbour_never_reached(store: ProfileStore) -> None:
+    """A limit above all the neighbour's logits is "do not slice" there; for a larger workload it must not mean more than was measured."""
+    small = shape(query_length=512)
+    store.put(make_profile(small, measurements=one_plan(1000.0)))
+    large = shape(query_length=2048, key_length=2048)
+    limit = ask(large).plan.max_chunk_size_mb
+    assert limit is not None
+    assert limit * 1e6 <= small.logits_bytes
+
+
+@pytest.mark.xfail(strict=True, reason="_memory_safe turns a smaller neighbour's dense into xla, also where dense was asked for")
+def test_pinned_implementation_of_the_nearest(store: ProfileStore) -> None:
+    """implementation= pins how it is computed, whichever profile answers."""
+    store.put(make_profile(shape(query_length=512), measurements=CURVE))
+    assert ask(implementation="dense").plan.implementation == "dense"
+
+
+sizes = st.integers(1, 10_000)
+sized = st.builds(lambda b, t, s, h, k: Workload.make(batch=b, query_length=t, key_length=s, num_heads=h, key_size=k), sizes, sizes, sizes, sizes, sizes)
+
+
+@given(sized, sized)
+def test_distance_is_symmetric(one: Workload, other: Workload) -> None:
+    """As near in one direction as in the other, and nothing is nearer than itself."""
+    there, back = resolve._distance(one, other), resolve._distance(other, one)
+    assert (there is None) == (back is None)
+    assert there is None or there == pytest.approx(back)
+    assert resolve._distance(one, one) == 0
+    assert there is None or (there == 0) == (one == other)
+
+
+@given(st.permutations([shape(query_length=t, key_length=s) for t in (512, 1024, 2048) for s in (512, 2048)]))
+def test_nearest_does_not_depend_on_the_order(workloads: Sequence[Workload]) -> None:
+    """The same tuned workloads, listed in any order, have the same nearest."""
+    assert resolve._nearest_workload(WORKLOAD, [workload.key for workload in workloads]) == resolve._nearest_workload(
+        WORKLOAD, sorted(workload.key for workload in workloads)
+    )
+
+
+# --- Reports --------------------------------------------------------------------------------------------------------------
+
+
+def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
+    """A miss that came to run warns once for its workload, names the exact command that cures it, and is recorded."""
+    with pytest.warns(MissWarning) as caught:
+        resolve.plans(WORKLOAD, None).used("forward")
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert WORKLOAD.key in text
+    assert "autochunk tune --shape b=2,t=1024,s=1024,h=8,k=64 --dtype float32 --mode forward" in text
+    assert text.endswith(WORKLOAD.tune_command)
+    assert str(DEFAULT) in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve.plans(WORKLOAD, None).used("forward")
+    assert store.missed(detect()) == [WORKLOAD]
+
+
+def test_only_the_mode_that_ran_is_reported(store: ProfileStore) -> None:
+    """Both modes are resolved; a call that was differentiated misses the training profile and not the other."""
+    with pytest.warns(MissWarning, match="--mode training"):
+        resolve.plans(WORKLOAD, None).used("training")
+    assert store.missed(detect()) == [WORKLOAD.with_mode("training")]
+
+
+def test_every_missed_workload_warns() -> None:
+    """Once for each workload, not once for all."""
+    for t in (1, 2):
+        with pytest.warns(MissWarning, match=f",t={t},"):
+            resolve.plans(make_workload(f"t={t},k=8"), None).used("forward")
+
+
+def test_forget_reports_warns_again() -> None:
+    """Tests, and long-lived sessions, may ask for the warnings again."""
+    for _ in range(2):
+        with pytest.warns(MissWarning):
+            resolve.plans(WORKLOAD, None).used("forward")
+        resolve.forget_reports()
+
+
+def test_nearest_is_recorded_and_does_not_warn(store: ProfileStore) -> None:
+    """An answer from a neighbour is good enough not to warn, and still worth tuning."""
+    store.put(make_profile(shape(query_length=2048), detect(), one_plan(3.0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans = resolve.plans(WORKLOAD, None)
+        plans.used("forward")
+    assert plans.forward == Plan("xla", 3.0)
+    assert store.missed(detect()) == [WORKLOAD]
+
+
+def test_exact_and_pinned_answers_are_no_misses(store: ProfileStore) -> None:
+    """Neither a warning nor a record."""
+    store.put(make_profile(device=detect()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve.plans(WORKLOAD, None).used("forward")
+        with use(max_chunk_size_mb=3):
+            resolve.plans(make_workload("t=4,k=8"), None).used("training")
+    assert store.missed(detect()) == []
+
+
+def test_miss_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """A store that cannot be written does not stop the model: the warning stands."""
+    (tmp_path / "file").touch()
+    with use(store=tmp_path / "file" / "profiles.sqlite"), pytest.warns(MissWarning):
+        resolve.plans(WORKLOAD, None).used("forward")
+
+
+def test_miss_is_recorded_in_the_store_in_use(tmp_path: Path, store: ProfileStore) -> None:
+    """``use(store=...)`` stands for the user's store in this, too."""
+    other = ProfileStore(tmp_path / "other.sqlite")
+    with use(store=other.path), pytest.warns(MissWarning):
+        resolve.plans(WORKLOAD, None).used("forward")
+    assert other.missed(detect()) == [WORKLOAD]
+    assert not store.path.exists()
+
+
+def test_stale_profile_answers_and_warns(store: ProfileStore) -> None:
+    """A profile measured with another jaxlib is used; the warning says what changed and how to measure again, once."""
+    here = detect()
+    store.put(make_profile(device=here.model_copy(update={"jaxlib": "0.1.2"})))
+    with pytest.warns(StaleWarning) as caught:
+        plans = resolve.plans(WORKLOAD, None)
+        plans.used("forward")
+        plans.used("forward")
+    assert plans.forward == Plan("xla", 16.0)
+    assert len(caught) == 1
+    assert "jaxlib 0.1.2" in str(caught[0].message)
+    assert here.jaxlib in str(caught[0].message)
+    assert WORKLOAD.tune_command in str(caught[0].message)
+
+
+def test_stale_is_said_in_the_resolution(store: ProfileStore) -> None:
+    """``resolve`` tells it without a warning."""
+    store.put(make_profile(device=make_device(jaxlib="0.11.0")))
+    assert ask().match == "exact"
+    assert ask().stale == ("measured with jaxlib 0.11.0, this is 0.12.0",)
+    assert ask(device=make_device(jaxlib="0.11.5")).stale == ()
+
+
+# --- Layers that cannot be read -------------------------------------------------------------------------------------------
+
+
+def test_unreadable_store_is_left_out(store: ProfileStore, shipped: Path) -> None:
+    """A damaged store costs one StoreWarning; the other layers still answer, for every workload."""
+    store.path.parent.mkdir()
+    store.path.write_text("no database at all")
+    write(shipped / "a.json", limit_of(4.0))
+    with pytest.warns(StoreWarning) as caught:
+        assert ask().plan == Plan("xla", 4.0)
+        ask(make_workload("t=4,k=8"))
+        ask(implementation="xla_rows")
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert text.startswith(f'"auto" goes on without user store {store.path}: ')
+    assert "AUTOCHUNK_STORE" in text
+    assert ask().asked[0][1].startswith("left out: ")
+    assert store.path.read_text() == "no database at all"
+
+
+@pytest.mark.parametrize("content", ["no bundle", "", '{"profiles": [], "schema_version": 99}', None])
+def test_unreadable_bundle_is_left_out(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None) -> None:
+    """So does a file named by AUTOCHUNK_PROFILES that is no bundle, of a newer version, or not there."""
+    path = tmp_path / "named.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(path))
+    store.put(limit_of(4.0))
+    with pytest.warns(StoreWarning, match="goes on without AUTOCHUNK_PROFILES") as caught:
+        assert ask().plan == Plan("xla", 4.0)
+        ask(make_workload("t=4,k=8"))
+    assert len(caught) == 1
+    assert str(path) in str(caught[0].message)
+
+
+def test_garbage_row_is_left_out(store: ProfileStore) -> None:
+    """A row that is no profile costs a warning, not the model; other workloads are answered."""
+    other = make_workload("t=4,k=8")
+    store.put(limit_of(3.0))
+    store.put(limit_of(5.0, other))
+    with closing(sqlite3.connect(store.path)) as file, file:
+        file.execute("UPDATE profiles SET value = '{}' WHERE key LIKE '%t=1024,%'")
+    with pytest.warns(StoreWarning, match="cannot be read"):
+        assert ask().match == "default"
+    assert ask(other).plan == Plan("xla", 5.0)
+
+
+@pytest.mark.xfail(strict=True, reason="_nearest_workload lets Workload.parse's WorkloadError out, for a row whose key is no workload")
+def test_garbage_key_is_left_out(store: ProfileStore) -> None:
+    """Nor does a row under a key that is none."""
+    store.put(limit_of(3.0, make_workload("t=4,k=8")))
+    with closing(sqlite3.connect(store.path)) as file, file:
+        file.execute("INSERT INTO profiles VALUES (?, '{}')", (f"{DEVICE.key} | attention:new=grammar",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoreWarning)
+        assert ask().match == "default"
+
+
+@pytest.mark.xfail(strict=True, reason="BundleLayer._profiles keeps what it had read before the error, and answers from it the next time")
+def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files give the same answer, whatever was asked before."""
+    folder = tmp_path / "bundles"
+    other = make_workload("t=4,k=8")
+    write(folder / "a.json", limit_of(1.0), limit_of(2.0, other))
+    (folder / "b.json").write_text("no bundle")
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(folder))
+    answers = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoreWarning)
+        for order in ((WORKLOAD, other), (other, WORKLOAD)):
+            resolve.forget_reports()
+            answers.append({workload.key: ask(workload).plan for workload in order})
+    assert answers[0] == answers[1]
+
+
+# --- Sameness and change --------------------------------------------------------------------------------------------------
+
+DESCRIBE = """
+import json, sys, warnings
+from factories import make_device, make_workload
+from autochunk.store.resolve import resolve
+for shape in json.loads(sys.argv[1]):
+    r = resolve(make_workload(shape), device=make_device())
+    print(str(r.plan), r.match, r.layer, r.reason, r.source, r.asked, r.rejected)
+"""
+
+
+def test_same_answer_in_every_process(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same profiles give the same plan, for the same reason, in every process, in whatever order it asks."""
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(write(tmp_path / "named.json", limit_of(2.0, shape(batch=3)))))
+    store.put_all([make_profile(shape(query_length=t), measurements=CURVE[:k]) for t, k in ((512, 1), (700, 2), (1024, 4), (2048, 3))])
+    shapes = [shape(query_length=t).shape for t in (1024, 1000, 300, 9000, 1434)]
+    outputs = [run_python(DESCRIBE, json.dumps(order), PYTHONHASHSEED=seed) for seed, order in (("0", shapes), ("1", shapes), ("2", shapes[::-1]))]
+    assert len(outputs[0].splitlines()) == len(shapes)
+    assert outputs[0] == outputs[1]
+    assert sorted(outputs[0].splitlines()) == sorted(outputs[2].splitlines())
+
+
+def test_changed_store_is_seen(store: ProfileStore) -> None:
+    """A profile stored by another process, or replaced or deleted, counts from the next question on."""
+    assert ask().match == "default"
+    run_python(
+        "from factories import *; from autochunk import ProfileStore; ProfileStore().put(make_profile(measurements=one_plan(3.0)))",
+    )
+    assert ask().plan == Plan("xla", 3.0)
+    store.put(limit_of(5.0))
+    assert ask().plan == Plan("xla", 5.0)
+    store.path.unlink()
+    assert ask().match == "default"
+
+
+def test_changed_bundles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does a bundle that is added to a folder, changed or taken away."""
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(folder))
+    assert ask().match == "default"
+    file = write(folder / "a.json", limit_of(3.0))
+    assert ask().plan == Plan("xla", 3.0)
+    write(file, limit_of(5.25))
+    assert ask().plan == Plan("xla", 5.25)
+    file.unlink()
+    assert ask().match == "default"
+
+
+def test_answer_is_kept_while_nothing_changes(store: ProfileStore) -> None:
+    """Asking again costs no reading: it is the same object."""
+    store.put(make_profile())
+    assert ask() is ask()
+
+
+def test_resolving_from_many_threads(store: ProfileStore) -> None:
+    """Threads that trace at the same time get the same answer."""
+    store.put(make_profile())
+    answers: list[Plan] = []
+    threads = [threading.Thread(target=lambda: answers.append(ask().plan)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == [Plan("xla", 16.0)] * 8
+
+
+# --- use ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "implementation"), [(3, "xla"), (0.5, "xla_rows"), (None, "xla"), (None, "dense")])
+def test_use_answers_every_auto(store: ProfileStore, limit: float | None, implementation: str) -> None:
+    """Inside, "auto" is this limit, whatever the profiles say; None never slices."""
+    store.put(make_profile())
+    with use(max_chunk_size_mb=limit, implementation=implementation):
+        assert ask().plan == Plan(implementation, limit)
+        assert ask().layer == "autochunk.use"
+    assert ask().match == "exact"
+
+
+def test_use_yields_to_a_pinned_implementation(store: ProfileStore) -> None:
+    """Where the call itself asks for another implementation, ``use`` has no answer for it."""
+    store.put(make_profile())
+    with use(max_chunk_size_mb=3):
+        assert ask(implementation="xla").plan == Plan("xla", 3)
+        assert ask(implementation="xla_rows").plan == Plan("xla_rows", 4.0)
+
+
+def test_use_nests(store: ProfileStore, tmp_path: Path) -> None:
+    """The inner one wins for what it sets and keeps the rest; leaving restores."""
+    store.put(make_profile())
+    with use(memory_budget_mb=20):
+        assert ask().plan == Plan("xla_rows", 4.0)
+        with use(max_chunk_size_mb=7):
+            assert ask().plan == Plan("xla", 7)
+            with use(max_chunk_size_mb=8, memory_budget_mb=1):
+                assert ask().plan == Plan("xla", 8)
+            assert ask().plan == Plan("xla", 7)
+            with use(store=tmp_path / "other.sqlite"):
+                assert ask().plan == Plan("xla", 7)
+        with use(store=tmp_path / "other.sqlite"):
+            assert ask().plan == Plan("xla", 5.0)  # a quarter of the budget
+        with use():
+            assert ask().plan == Plan("xla_rows", 4.0)
+    assert ask().plan == Plan("xla", 16.0)
+
+
+def test_use_restores_after_an_error(store: ProfileStore) -> None:
+    """Leaving by an exception restores, too."""
+    store.put(make_profile())
+    with pytest.raises(KeyError), use(max_chunk_size_mb=7):
+        raise KeyError
+    assert ask().match == "exact"
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(1000, Plan("xla", 16.0)), (39, Plan("xla_rows", 4.0)), (5, Plan("xla", 1.25))])
+def test_memory_budget(store: ProfileStore, budget: float, expected: Plan) -> None:
+    """Of the measured plans the fastest that fits; where none fits, a small default."""
+    store.put(make_profile())
+    with use(memory_budget_mb=budget):
+        assert ask().plan == expected
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_use_store(store: ProfileStore, tmp_path: Path, as_text: bool) -> None:
+    """Another store's file in place of the user's own, as text or path."""
+    other = ProfileStore(tmp_path / "other.sqlite")
+    other.put(limit_of(9.0))
+    store.put(make_profile())
+    with use(store=str(other.path) if as_text else other.path):
+        assert ask().plan == Plan("xla", 9.0)
+        assert ask().layer == f"user store {other.path}"
+    assert ask().plan == Plan("xla", 16.0)
+
+
+@pytest.mark.parametrize("limit", ["auto", "1", 0, -1, float("nan"), float("inf"), True, [1]])
+def test_use_with_a_wrong_limit(limit: Any) -> None:
+    """A limit that is none is an ArgumentError at once, and nothing is set; "auto" cannot answer "auto"."""
+    with pytest.raises(ArgumentError, match="max_chunk_size_mb"), use(max_chunk_size_mb=limit):
+        raise AssertionError("not reached")
+    assert ask().match == "default"
+
+
+def test_use_with_a_wrong_implementation() -> None:
+    """So is an implementation that does not exist."""
+    with pytest.raises(ArgumentError, match="implementation must be"), use(max_chunk_size_mb=1, implementation="cudnn"):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("budget", ["auto", "1", 0, -1, float("nan"), float("inf"), True, [1]])
+def test_use_with_a_wrong_budget(budget: Any) -> None:
+    """And a budget that is no positive number of MB."""
+    with pytest.raises(ArgumentError), use(memory_budget_mb=budget):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.xfail(strict=True, reason="use() checks memory_budget_mb with check_max_chunk_size_mb, whose message names max_chunk_size_mb")
+@pytest.mark.parametrize("budget", [0, -1, "1"])
+def test_wrong_budget_is_named(budget: Any) -> None:
+    """The error names the argument that is wrong."""
+    with pytest.raises(ArgumentError, match="memory_budget_mb must be"), use(memory_budget_mb=budget):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.xfail(strict=True, reason="use() looks at implementation only where max_chunk_size_mb is given, and drops it silently otherwise")
+def test_implementation_without_a_limit_is_not_dropped() -> None:
+    """An implementation that does not exist is an error, also alone."""
+    with pytest.raises(ArgumentError), use(implementation="cudnn"):
+        pass
+
+
+def test_use_does_not_reach_other_threads(store: ProfileStore) -> None:
+    """Settings belong to the thread that set them; a context copied inside carries them along."""
+    store.put(make_profile())
+    answers: dict[str, Plan] = {}
+    with use(max_chunk_size_mb=7):
+        inside = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: answers.update(thread=ask().plan))
+        thread.start()
+        thread.join(30)
+    answers["copied"] = inside.run(lambda: ask().plan)
+    answers["after"] = ask().plan
+    assert answers == {"thread": Plan("xla", 16.0), "copied": Plan("xla", 7), "after": Plan("xla", 16.0)}
+
+
+def test_use_as_a_decorator(store: ProfileStore) -> None:
+    """``use`` may stand over a function."""
+    store.put(make_profile())
+
+    @use(max_chunk_size_mb=7)
+    def inside() -> Plan:
+        return ask().plan
+
+    assert inside() == inside() == Plan("xla", 7)
+
+
+# --- What ships with autochunk --------------------------------------------------------------------------------------------
+
+
+def test_shipped_profiles_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bundle in the repository is one, and each of its profiles recommends a plan."""
+    monkeypatch.undo()
+    folder = resolve.shipped_profiles()
+    assert folder.is_dir()
+    for file in folder.glob("*.json"):
+        for profile in bundle.read(file).profiles:
+            assert profile.choose() is not None
+
+
+def test_layers_raise_their_own_errors_only(tmp_path: Path) -> None:
+    """The store's errors are StoreError, which resolving catches."""
+    with pytest.raises(StoreError):
+        resolve.StoreLayer(tmp_path).get(DEVICE, WORKLOAD)
+
+
+def test_measurements_of_the_future_do_not_answer(store: ProfileStore) -> None:
+    """A profile whose only plan this version cannot run counts as no profile."""
+    future: tuple[Measurement, ...] = (make_measurement("splash_v9", None, 0.1, 1),)
+    store.put(make_profile(measurements=future))
+    assert ask().match == "default"
