@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from autochunk.errors import DeviceError
 
@@ -36,13 +36,21 @@ class Device(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    platform: str = Field(min_length=1, max_length=100)
-    kind: str = Field(min_length=1, max_length=200)
+    platform: str = Field(pattern=r"^[a-z_]{1,100}$")
+    # No text that could pass for another part of a key.
+    kind: str = Field(min_length=1, max_length=200, pattern=r"^[^|\x00-\x1f\x7f]*$")
     cores: int = Field(ge=0)
     memory_gib: int = Field(ge=0)
     jax: str = ""
     jaxlib: str = ""
     driver: str = ""
+
+    @field_validator("kind")
+    @classmethod
+    def _no_key_items(cls, value: str) -> str:
+        if "cores=" in value or "memory=" in value:
+            raise ValueError(f"{value!r} has cores= or memory= in it, which are fields of their own")
+        return value
 
     @property
     def key(self) -> str:
@@ -122,7 +130,7 @@ def usable_cores() -> int:
         quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
         if not period:
             quota, period = _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
-        if quota.isdigit() and period.isdigit() and int(period):
+        if quota.isdecimal() and period.isdecimal() and int(period):
             cores = min(cores, max(1, -(-int(quota) // int(period))))
     return cores
 
@@ -151,15 +159,16 @@ def _cgroup_memory() -> list[tuple[int, int]]:
         for limit_name, used_name in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
             # Version 1 writes a number near 2^63 for "no limit".
-            if limit.isdigit() and int(limit) < 2**60:
-                bounds.append((int(limit), int(used) - _inactive_file(folder) if used.isdigit() else 0))
+            if limit.isdecimal() and int(limit) < 2**60:
+                bounds.append((int(limit), int(used) - _inactive_file(folder) if used.isdecimal() else 0))
     return bounds
 
 
 def _inactive_file(folder: Path) -> int:
     """Page cache that the kernel gives back on demand, in bytes: no reason to think memory is short."""
-    found = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-    return int(found[1]) if found else 0
+    # In version 1 the plain name leaves out the groups below, whose use counts.
+    values: dict[str, str] = dict(re.findall(r"^(total_inactive_file|inactive_file) ([0-9]+)$", _read(folder / "memory.stat"), re.MULTILINE))
+    return int(values.get("total_inactive_file") or values.get("inactive_file") or 0)
 
 
 def _cgroup_folders(controller: str) -> list[Path]:

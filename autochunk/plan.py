@@ -105,7 +105,8 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
     sizes = {axis: getattr(shape, axis) for axis in Slices._fields}
     if plan.max_chunk_size_mb is None or not SLICING_ORDER[plan.implementation]:
         return Slices(**sizes)
-    limit = int(plan.max_chunk_size_mb * BYTES_PER_MB)
+    # A limit made from whole bytes must give them back: n / 10^6 * 10^6 may come out just below n.
+    limit = math.floor(min(plan.max_chunk_size_mb * BYTES_PER_MB, 2.0**62) * (1 + 1e-12))
     unit = shape.bytes
     for axis in SLICING_ORDER[plan.implementation]:
         if unit <= limit:
@@ -136,18 +137,20 @@ def candidate_plans(shape: LogitsShape, *, step: int = 2, most_slices: int = 102
     one are left out; so are those with more than ``most_slices`` slices.
     """
     plans: dict[Slices, Plan] = {}
-    for plan in _ladder(shape, step, most_slices):
-        plans.setdefault(slice_logits(plan, shape), plan)
-    return list(plans.values())
+    for plan in _ladder(shape, step):
+        slices = slice_logits(plan, shape)
+        if math.prod(slices.counts(shape)) <= most_slices:
+            plans.setdefault(slices, plan)
+    return [plan for _, plan in sorted(plans.items(), key=lambda item: -item[0].chunk_bytes(shape))]
 
 
-def _ladder(shape: LogitsShape, step: int, most_slices: int) -> Iterator[Plan]:
+def _ladder(shape: LogitsShape, step: int) -> Iterator[Plan]:
     yield Plan("xla", None)
     exponent = math.floor(math.log(max(shape.bytes / BYTES_PER_MB, 2**-10), step))
-    while (limit := float(step) ** exponent) * BYTES_PER_MB * most_slices >= shape.bytes:
-        if limit * BYTES_PER_MB >= 2**16:  # below 64 KB a slice is all overhead
-            yield Plan("xla", limit)
-            yield Plan("xla_rows", limit)
+    smallest = max(2**16, shape.groups * shape.itemsize)  # below 64 KB a slice is all overhead
+    while (limit := float(step) ** exponent) * BYTES_PER_MB >= smallest:
+        yield Plan("xla", limit)
+        yield Plan("xla_rows", limit)
         exponent -= 1
 
 
@@ -168,11 +171,33 @@ def check_max_chunk_size_mb(value: Any) -> float | Literal["auto"] | None:
         return None
     if isinstance(value, str) and value == "auto":
         return "auto"
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        limit = float(value)
-        if math.isfinite(limit) and limit > 0:
-            return limit
-    raise ArgumentError(f'max_chunk_size_mb must be a positive finite number (MB of logits), None (never chunk) or "auto"; got {value!r}')
+    limit = _positive(value)
+    if limit is None:
+        raise ArgumentError(f'max_chunk_size_mb must be a positive finite number (MB of logits), None (never chunk) or "auto"; got {value!r}')
+    return limit
+
+
+def check_positive(name: str, value: Any, unit: str) -> float | None:
+    """Returns a positive finite number, or None.
+
+    Raises:
+      ArgumentError: the value is neither.
+    """
+    number = _positive(value)
+    if value is not None and number is None:
+        raise ArgumentError(f"{name} must be a positive finite number of {unit} or None; got {value!r}")
+    return number
+
+
+def _positive(value: Any) -> float | None:
+    """The value as a float if it is a positive finite number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) and number > 0 else None
 
 
 def check_implementation(value: Any) -> str | None:

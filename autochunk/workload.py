@@ -54,7 +54,7 @@ class Workload(BaseModel):
       WorkloadError: from ``make`` and ``parse``; says which item is wrong.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     op: Literal["attention"] = "attention"
     batch: _Size = 1
@@ -82,7 +82,7 @@ class Workload(BaseModel):
             ("value_size", "key_size", None),
         ):
             data.setdefault(name, data.get(source, default))
-        sizes = [data.get(name) for name in ("batch", "num_heads", "query_length", "key_length")]
+        sizes = [data.get("batch", 1), data.get("num_heads", 1), data.get("query_length"), data["key_length"]]
         for name in ("mask", "bias"):
             data[name] = _canonical_pattern(name, data.get(name, "none"), sizes)
         return data
@@ -176,7 +176,7 @@ def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
     if pattern == "none" or not isinstance(pattern, str):
         return pattern
     if not re.fullmatch("[b1][h1][t1][s1]", pattern):
-        raise ValueError(f"{name}={pattern} is neither 'none' nor four letters like b1ts ('1' where the array broadcasts over batch, heads, t or s)")
+        raise ValueError(f"{name}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the array broadcasts over batch, heads, t or s)")
     return "".join("1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True))
 
 
@@ -184,12 +184,12 @@ def _read_value(text: str, name: str, value: str) -> Any:
     value = value.strip()
     if name == "causal":
         if value.lower() not in _BOOLEANS:
-            raise WorkloadError(f"{text!r}: causal={value} is neither yes nor no")
+            raise WorkloadError(f"{text!r}: causal={value!r} is neither yes nor no")
         return _BOOLEANS[value.lower()]
     if name in ("dtype", "mask", "bias", "mode"):
         return value
     if not re.fullmatch("[0-9]{1,15}", value):
-        raise WorkloadError(f"{text!r}: {name}={value} is not a whole number of at least 1")
+        raise WorkloadError(f"{text!r}: {name}={value!r} is not a whole number of at least 1")
     return int(value)
 
 

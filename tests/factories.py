@@ -64,7 +64,7 @@ CURVE = (
 def make_profile(workload: Workload | str | None = None, device: Device | None = None, measurements: Sequence[Measurement] = CURVE, **fields: Any) -> Profile:
     """A complete profile; by default "xla, 16 MB" is its choice."""
     key = workload.key if isinstance(workload, Workload) else workload or make_workload().key
-    given = {"effort": "standard", "complete": True, "created": "2026-01-02T03:04:05Z", "autochunk": "0.1.0"}
+    given = {"schema_version": 1, "effort": "standard", "complete": True, "created": "2026-01-02T03:04:05Z", "autochunk": "0.1.0"}
     return Profile(workload=key, device=device or make_device(), measurements=tuple(measurements), **{**given, **fields})
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from autochunk.errors import AutochunkError, WorkloadError
+from autochunk.errors import WorkloadError
 from autochunk.workload import DTYPES, MODES, Workload
 
 LARGEST = 2**40
@@ -164,7 +164,6 @@ def test_pattern_is_canonical(shape: str, pattern: str, name: str) -> None:
     assert workload == Workload.parse(f"{shape},k=8,{name}={pattern}")
 
 
-@pytest.mark.xfail(strict=True, reason="Workload._fill_in reads the sizes before batch and num_heads have their defaults, so their letters stay")
 @pytest.mark.parametrize("shape", ["t=4,k=8", "t=4,k=8,h=2", "b=2,t=4,k=8"])
 def test_pattern_is_canonical_for_sizes_left_out(shape: str) -> None:
     """A batch or head count that is left out is one, and its letter in a pattern is 1."""
@@ -267,7 +266,7 @@ def test_make_names_the_field(fields: dict[str, Any], names: str) -> None:
 
 
 fragments = st.sampled_from(
-    [*(f"{item}=" for item in ITEMS), ",", "=", "attention:", "1", "4", "none", "bhts", "yes", "float32", "training", "-", " ", "\n", "\0", "²", "９"]
+    [*(f"{item}=" for item in ITEMS), ",", "=", "attention:", "1", "4", "none", "bhts", "yes", "float32", "training", "-", " ", "\n", "\0", "²", "\uff19"]
 )
 
 
@@ -279,14 +278,11 @@ def test_hostile_text_is_a_workload_error_or_a_workload(text: str) -> None:
     """Whatever the text, it is a workload with a canonical key, or a WorkloadError and nothing else."""
     try:
         workload = Workload.parse(text)
-    except WorkloadError as error:
-        assert isinstance(error, ValueError)
-        assert isinstance(error, AutochunkError)
-    else:
-        assert Workload.parse(workload.key).key == workload.key
+    except WorkloadError:
+        return
+    assert Workload.parse(workload.key).key == workload.key
 
 
-@pytest.mark.xfail(strict=True, reason="WorkloadError quotes the value raw, without repr, in 'not a whole number', 'neither yes nor no' and mask/bias errors")
 @pytest.mark.parametrize("text", ["t=1\n2,k=4", "t=4,k=4,causal=\x1b[31m", "t=4,k=4,mask=a\nb"])
 def test_error_is_one_printable_line(text: str) -> None:
     """An error can be printed in a terminal or a log whatever the text was: one line, no control characters."""
@@ -327,7 +323,7 @@ def test_with_mode(workload: Workload) -> None:
 def test_workload_is_frozen(change: Callable[[Workload], None]) -> None:
     """A workload never changes, so it may be a key of a dict."""
     workload = Workload.parse("t=4,k=8")
-    with pytest.raises(ValueError, match="frozen|no field"):
+    with pytest.raises(ValueError, match=r"frozen|no field"):
         change(workload)
     assert workload == Workload.parse("t=4,k=8")
 

@@ -109,10 +109,9 @@ class _Array(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """Where one slice lies: its first index and its size along each axis, and which of its elements no earlier slice had."""
+    """Where one slice lies: its first index along each axis, and which of its elements no earlier slice had."""
 
     starts: dict[str, Any]
-    sizes: dict[str, int]
     fresh: dict[str, jax.Array]
 
 
@@ -167,7 +166,7 @@ class _Grid:
             starts[axis] = jnp.minimum(position * size, length - size)
             if count * size != length:
                 fresh[axis] = starts[axis] + jnp.arange(size) >= position * size
-        return _Cell(starts, self.sizes, fresh)
+        return _Cell(starts, fresh)
 
     def _sliced(self, array: jax.Array, axes: tuple[str, ...]) -> list[tuple[int, str]]:
         """The dims of an array to slice; a dim of size one is either whole or broadcast."""
@@ -233,10 +232,6 @@ class _Problem:
         sizes = {**self.shape._asdict(), "features": features}
         leading = (self.shape.batch,) if self.flatten else self.leading
         return _Array(axes, (*leading, *(sizes[axis] for axis in axes)), dtype)
-
-    def like(self, array: jax.Array, axes: tuple[str, ...], dtype: Any) -> _Array:
-        """An output with an operand's own shape, broadcast dims included."""
-        return _Array(axes, array.shape, dtype)
 
     def grid(self, *axes: str) -> _Grid:
         return _Grid({axis: getattr(self.slices, axis) for axis in axes}, self.shape, self.differentiable)
@@ -405,7 +400,7 @@ def _forward_over_keys(problem: _Problem, call: Call, cell: _Cell, inputs: _Inpu
         def part(index: jax.Array, inputs: _Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
             piece = grid.cell(index)
             taken = inputs.map(lambda array, axes: grid.take(array, axes, piece))
-            both = _Cell({**cell.starts, **piece.starts}, {**cell.sizes, **piece.sizes}, piece.fresh)
+            both = _Cell(cell.starts | piece.starts, piece.fresh)
             return _forward_slice(taken, both, call, problem.dtype)
 
         part = jax.checkpoint(part, prevent_cse=False) if problem.differentiable else part
@@ -517,7 +512,7 @@ def _cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], diffe
         return tuple(itertools.compress((gradient() for gradient in gradients[: len(wanted)]), wanted))
 
     primals = _operands(*problem.inputs[:4])
-    outputs = [problem.like(array, axes, problem.dtype) for array, axes in zip(primals, _INPUT_AXES[: len(primals)], strict=True)]
+    outputs = [_Array(axes, array.shape, problem.dtype) for array, axes in zip(primals, _INPUT_AXES[: len(primals)], strict=True)]
     grid = problem.grid("batch", "heads", "rows", "keys")
     totals = grid.run(compute, (*problem.inputs, *extra), (*_INPUT_AXES, *extra_axes), list(itertools.compress(outputs, wanted)), add=True)
     return [problem.unfit(total, like) for total, like in zip(totals, itertools.compress(_operands(*inputs[:4]), wanted), strict=True)]

@@ -30,7 +30,7 @@ class ImportSummary(NamedTuple):
 def dump(profiles: Iterable[Profile]) -> str:
     """The profiles as a bundle's text, ordered by device and workload."""
     ordered = sorted(profiles, key=lambda profile: (profile.device.key, profile.workload))
-    bundle = Bundle(profiles=tuple(ordered))
+    bundle = Bundle(schema_version=SCHEMA_VERSION, profiles=tuple(ordered))
     return json.dumps(bundle.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 
 
@@ -46,14 +46,20 @@ def load(text: str | bytes, source: str = "bundle") -> Bundle:
         return Bundle.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "the whole text"
-        if problem["loc"] == ("schema_version",):
+        place = _one_line(".".join(map(str, problem["loc"]))) or "the whole text"
+        if problem["loc"] == ("schema_version",) and problem["type"] != "missing":
             raise BundleError(
-                f"{source}: schema_version must be {SCHEMA_VERSION}; got {str(problem['input'])[:80]}; export it again with this version"
+                f"{source}: schema_version must be {SCHEMA_VERSION}; got {_one_line(str(problem['input'])[:80])}; export it again with this version"
             ) from None
         raise BundleError(
-            f"{source}: not a bundle of profiles as `autochunk export` writes; {error.error_count()} problem(s), first at {place}: {problem['msg'][:300]}"
+            f"{source}: not a bundle of profiles as `autochunk export` writes; {error.error_count()} problem(s), "
+            f"first at {place}: {_one_line(problem['msg'][:300])}"
         ) from None
+
+
+def _one_line(text: str) -> str:
+    """Text from a file, fit for a line of an error: without line ends and control characters."""
+    return text.encode("unicode_escape").decode("ascii")
 
 
 def read(path: Path) -> Bundle:
@@ -75,8 +81,9 @@ def merge(store: ProfileStore, bundle: Bundle) -> ImportSummary:
     """Adds a bundle's profiles to a store, all or none; of two for one device and workload the later one stays."""
     stored = {(profile.device.key, profile.workload): profile for profile in store.profiles()}
     new, updated, kept = [], [], 0
-    for profile in bundle.profiles:
-        mine = stored.get((profile.device.key, profile.workload))
+    latest = {(p.device.key, p.workload): p for p in sorted(bundle.profiles, key=lambda profile: profile.created)}
+    for key, profile in latest.items():
+        mine = stored.get(key)
         if mine is None:
             new.append(profile)
         elif profile.created > mine.created:

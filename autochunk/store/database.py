@@ -22,7 +22,7 @@ from platformdirs import user_data_path
 from pydantic import ValidationError
 
 from autochunk.device import Device
-from autochunk.errors import StoreError
+from autochunk.errors import StoreError, WorkloadError
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
@@ -68,10 +68,7 @@ class ProfileStore:
         with self._open(_PROFILES, write=True) as table:
             assert table is not None
             table[key] = profile.model_dump_json()
-        with self._open(_MISSED, write=True) as table:
-            assert table is not None
-            if key in table:
-                del table[key]
+        self._forget_missed([key])
 
     def put_all(self, profiles: list[Profile]) -> None:
         """Stores many profiles: all of them, or on an error none."""
@@ -81,13 +78,20 @@ class ProfileStore:
             # One statement, because sqlitedict commits after each.
             replace = f'REPLACE INTO "{_PROFILES}" (key, value) SELECT key, value FROM json_each(?)'  # noqa: S608  (no input in it)
             table.conn.select_one(replace, (json.dumps(rows),))
+        self._forget_missed(list(rows))
+
+    def _forget_missed(self, keys: list[str]) -> None:
+        with self._open(_MISSED, write=False) as table:
+            if table is not None:
+                delete = f'DELETE FROM "{_MISSED}" WHERE key IN (SELECT value FROM json_each(?))'  # noqa: S608  (no input in it)
+                table.conn.select_one(delete, (json.dumps(keys),))
 
     def profiles(self, device: Device | None = None) -> list[Profile]:
         """All profiles, or those of one device, by key."""
         with self._open(_PROFILES, write=False) as table:
             rows = [] if table is None else list(table.items())
         prefix = "" if device is None else _row_key(device.key, "")
-        return [self._profile(text) for key, text in sorted(rows) if key.startswith(prefix)]
+        return [self._profile(text) for key, text in sorted((str(key), text) for key, text in rows) if key.startswith(prefix)]
 
     def workloads(self, device: Device) -> list[str]:
         """Keys of the workloads that have a profile on a device."""
@@ -96,7 +100,7 @@ class ProfileStore:
             if table is None:
                 return []
             rows = table.conn.select('SELECT key FROM "profiles" WHERE key >= ? AND key < ? ORDER BY key', (prefix, prefix + "\U0010ffff"))
-            return [key.removeprefix(prefix) for (key,) in rows]
+            return [key.removeprefix(prefix) for (key,) in rows if isinstance(key, str)]
 
     def record_miss(self, device: Device, workload: Workload) -> None:
         """Remembers that "auto" found no profile for a workload."""
@@ -112,8 +116,13 @@ class ProfileStore:
         """Workloads that "auto" missed on a device, by key."""
         prefix = _row_key(device.key, "")
         with self._open(_MISSED, write=False) as table:
-            keys = [] if table is None else sorted(table.keys())
-        return [Workload.parse(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)]
+            keys = [] if table is None else sorted(map(str, table.keys()))
+        workloads = []
+        for key in keys:
+            with contextlib.suppress(WorkloadError):  # written by a newer version, or by hand
+                if key.startswith(prefix):
+                    workloads.append(Workload.parse(key.removeprefix(prefix)))
+        return workloads
 
     def version(self) -> tuple[int, int, int] | None:
         """Changes whenever the file does; None while there is no file."""
@@ -144,7 +153,7 @@ class ProfileStore:
                 yield None
                 return
             options = {"autocommit": True, "journal_mode": "DELETE", "encode": str, "decode": str, "outer_stack": False}
-            with sqlitedict.SqliteDict(str(self.path), tablename=table, flag="c" if write else "r", **options) as rows:
+            with sqlitedict.SqliteDict(str(self.path), tablename=table, flag="c", **options) as rows:
                 rows.conn.select_one(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
                 rows.conn.select_one("PRAGMA synchronous = FULL")  # sqlitedict turns it off
                 yield rows
@@ -154,10 +163,13 @@ class ProfileStore:
             raise StoreError(f"cannot {'write' if write else 'read'} the profile store {self.path}: {error}; {_CURE}") from error
 
     def _tables(self) -> list[str]:
-        """The tables of a sound file. sqlitedict waits for ever on a damaged one, so it is looked at first."""
+        """The tables of a sound file. sqlitedict waits for ever on a damaged one, so it is looked at first.
+
+        Opened for writing but never created: after a crash in mid-commit the first to open the file must be able to roll it back.
+        """
         if not self.path.exists():
             return []
-        with contextlib.closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_MILLISECONDS / 1000)) as file:
+        with contextlib.closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_MILLISECONDS / 1000)) as file:
             (verdict,) = file.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(f"the file is damaged ({verdict})")

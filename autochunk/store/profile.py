@@ -162,7 +162,7 @@ class Profile(_Record):
       autochunk: the version that measured.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1]
     workload: str
     device: Device
     measurements: tuple[Measurement, ...] = Field(max_length=10_000)
@@ -189,9 +189,9 @@ class Profile(_Record):
     def baseline(self, plan: Plan) -> Measurement | None:
         """The measurement of a plan, or of one that comes to the same slices; None if it was not timed."""
         shape = logits_shape(self.parsed_workload())
-        usable = [m for m in self.measurements if m.timed and _runnable(m)]
-        exact = [m for m in usable if m.plan == plan]
-        same = exact or [m for m in usable if same_slices(m.plan, plan, shape)]
+        timed = [m for m in self.measurements if m.timed]
+        exact = [m for m in timed if m.plan == plan]
+        same = exact or [m for m in timed if _same_slices(m.plan, plan, shape)]
         return same[0] if same else None
 
     def choose(self, *, memory_budget_mb: float | None = None, implementation: str | None = None) -> Choice | None:
@@ -210,15 +210,28 @@ class Profile(_Record):
                 fitting.append(measurement)
         if not fitting:
             return None
-        fastest = min(fitting, key=lambda m: m.ratio)
+        # Ties end with the plan's name, so that the order of the measurements decides nothing.
+        fastest = min(fitting, key=lambda m: (m.ratio, m.noise, str(m.plan)))
         equal = [m for m in fitting if not slower_by(m, fastest)]
-        best = min(equal, key=lambda m: (m.temp_bytes, m.ratio))
+        best = min(equal, key=_memory_then_time)
         dense = next((m for m in fitting if m.plan == DENSE), None)
         if dense is not None and slower_by(best, dense) > 0:
-            best = min((m for m in equal if slower_by(m, dense) <= 0), key=lambda m: (m.temp_bytes, m.ratio))
+            best = min((m for m in equal if slower_by(m, dense) <= 0), key=_memory_then_time)
         rejected += [(str(other.plan), _comparison(other, best)) for other in fitting if other is not best]
         reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
+
+
+def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:
+    return measurement.temp_bytes or 0, measurement.ratio, str(measurement.plan)
+
+
+def _same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
+    """``same_slices``, of plans from a file: one that cannot run here is like no other."""
+    try:
+        return check_implementation(one.implementation) is not None and same_slices(one, other, shape)
+    except ArgumentError:
+        return False
 
 
 def _runnable(measurement: Measurement) -> bool:
@@ -259,5 +272,5 @@ def logits_shape(workload: Workload) -> LogitsShape:
 class Bundle(_Record):
     """A portable file of profiles."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1]
     profiles: tuple[Profile, ...] = Field(max_length=1_000_000)

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 from autochunk import device as devices
 from autochunk.device import Device
-from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning, WorkloadError
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
@@ -30,6 +30,7 @@ from autochunk.plan import (
     Plans,
     check_implementation,
     check_max_chunk_size_mb,
+    check_positive,
 )
 from autochunk.store import bundle
 from autochunk.store.database import STORE_VARIABLE, ProfileStore, default_path
@@ -81,9 +82,10 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``use`` sets; None leaves a setting alone. ``plan`` answers every "auto"."""
+    """What ``use`` sets; None leaves a setting alone. ``plan`` answers every "auto", ``implementation`` narrows the choice."""
 
     plan: Plan | None = None
+    implementation: str | None = None
     memory_budget_mb: float | None = None
     store: Path | None = None
 
@@ -93,35 +95,31 @@ _UNSET: Any = object()
 
 
 @contextlib.contextmanager
-def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str = "xla", memory_budget_mb: float | None = None,
+def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str | None = None, memory_budget_mb: float | None = None,
         store: str | os.PathLike[str] | None = None) -> Iterator[None]:  # fmt: skip
     """Settings for every "auto" that is resolved inside, that is, while functions are traced; a function compiled before keeps its plan.
 
     Args:
       max_chunk_size_mb: answers "auto" with this limit (MB, or None to never slice), whatever the profiles say.
-      implementation: goes with ``max_chunk_size_mb``.
+      implementation: leaves "auto" only this one to choose; with ``max_chunk_size_mb``, what runs (``"xla"`` if left out).
       memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes).
       store: a profile store's file, in place of the user's own.
 
     Raises:
       ArgumentError: a value is not usable.
     """
-    plan = None
+    changes: dict[str, Any] = {
+        "implementation": check_implementation(implementation),
+        "memory_budget_mb": check_positive("memory_budget_mb", memory_budget_mb, "MB"),
+        "store": None if store is None else Path(store),
+    }
     if max_chunk_size_mb is not _UNSET:
         limit = check_max_chunk_size_mb(max_chunk_size_mb)
         if limit == "auto":
             raise ArgumentError('use(max_chunk_size_mb=...) answers "auto", so it must be a number or None; got "auto"')
-        plan = Plan(check_implementation(implementation) or "xla", limit)
-    if memory_budget_mb is not None and check_max_chunk_size_mb(memory_budget_mb) == "auto":
-        raise ArgumentError(f"memory_budget_mb must be a positive finite number of MB or None; got {memory_budget_mb!r}")
-    outer = _settings.get()
-    token = _settings.set(
-        Settings(
-            plan if plan is not None else outer.plan,
-            memory_budget_mb if memory_budget_mb is not None else outer.memory_budget_mb,
-            Path(store) if store is not None else outer.store,
-        )
-    )
+        changes["plan"] = Plan(implementation or "xla", limit)
+    given = {name: value for name, value in changes.items() if value is not None}
+    token = _settings.set(replace(_settings.get(), **given))
     try:
         yield
     finally:
@@ -173,7 +171,7 @@ class BundleLayer:
         self.path = path
         self.label = label
         self.name = f"{label} {path}"
-        self._loaded: dict[str, dict[str, Profile]] | None = None
+        self._loaded: dict[str, dict[str, Profile]] | BundleError | None = None
 
     def version(self) -> Any:
         """Times and sizes of the files; None where there is none. What is shipped does not change."""
@@ -198,11 +196,20 @@ class BundleLayer:
 
     def _profiles(self) -> dict[str, dict[str, Profile]]:
         if self._loaded is None:
-            self._loaded = {}
+            self._loaded = self._load()
+        if isinstance(self._loaded, BundleError):  # said each time: half a layer must not answer
+            raise self._loaded
+        return self._loaded
+
+    def _load(self) -> dict[str, dict[str, Profile]] | BundleError:
+        loaded: dict[str, dict[str, Profile]] = {}
+        try:
             for file in self._files():
                 for profile in bundle.read(file).profiles:
-                    self._loaded.setdefault(profile.device.key, {})[profile.workload] = profile
-        return self._loaded
+                    loaded.setdefault(profile.device.key, {})[profile.workload] = profile
+        except BundleError as error:
+            return error
+        return loaded
 
 
 def shipped_profiles() -> Path:
@@ -256,8 +263,8 @@ def resolve(workload: Workload, implementation: str | None = None, *, device: De
       ArgumentError: no such implementation.
     """
     global _snapshot
-    implementation = check_implementation(implementation)
     settings = _settings.get()
+    implementation = check_implementation(implementation) or settings.implementation
     device = device or devices.detect()
     with _lock:
         paths = _layer_paths(settings)
@@ -291,7 +298,7 @@ def _ask(layer: Layer, device: Device, workload: Workload, asked: list[tuple[str
         profile = layer.get(device, workload)
     except (StoreError, BundleError) as error:
         asked.append((layer.name, f"left out: {error}"))
-        _warn_once(StoreWarning, f'"auto" goes on without {layer.name}: {error}')
+        _warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
         return None
     asked.append((layer.name, "exact match" if profile else "nothing for this workload on this device"))
     return profile
@@ -320,17 +327,24 @@ def _nearest(layer: Layer, workload: Workload, implementation: str | None, setti
     if not answer or near is None:
         return None
     asked.append((layer.name, f"nearest tuned workload: {near.key}"))
-    plan = _memory_safe(answer.plan, near, workload)
+    plan = _memory_safe(answer.plan, near, workload, implementation)
     return replace(answer, plan=plan, reason=f"{answer.reason} for the nearest tuned workload, {near.shape}")
 
 
 def _nearest_workload(workload: Workload, keys: list[str]) -> Workload | None:
     """The tuned workload whose sizes differ least, by the sum of |log2| of their ratios; None if none is near."""
-    candidates = [(distance, other.key, other) for other in map(_parse, keys) if (distance := _distance(workload, other)) is not None]
+    others = [other for key in keys if (other := _parse(key)) is not None]
+    candidates = [(distance, other.key, other) for other in others if (distance := _distance(workload, other)) is not None]
     return min(candidates)[2] if candidates else None
 
 
-_parse = functools.lru_cache(maxsize=None)(Workload.parse)
+@functools.lru_cache(maxsize=100_000)
+def _parse(key: str) -> Workload | None:
+    """The workload of a key; None for one that this version cannot read."""
+    try:
+        return Workload.parse(key)
+    except WorkloadError:
+        return None
 
 
 def _distance(one: Workload, other: Workload) -> float | None:
@@ -345,12 +359,13 @@ def _distance(one: Workload, other: Workload) -> float | None:
     return total
 
 
-def _memory_safe(plan: Plan, tuned: Workload, workload: Workload) -> Plan:
-    """A neighbour's plan, never letting more logits live at once than were measured there: "do not slice" becomes the neighbour's whole size."""
-    if plan.max_chunk_size_mb is not None or workload.logits_bytes <= tuned.logits_bytes:
+def _memory_safe(plan: Plan, tuned: Workload, workload: Workload, implementation: str | None) -> Plan:
+    """A neighbour's plan, never letting more logits live at once than did there: a limit that it did not reach becomes the neighbour's whole size."""
+    if workload.logits_bytes <= tuned.logits_bytes or (implementation and not SLICING_ORDER[implementation]):
         return plan
-    implementation = plan.implementation if SLICING_ORDER[plan.implementation] else "xla"
-    return Plan(implementation, tuned.logits_bytes / BYTES_PER_MB)
+    most = tuned.logits_bytes / BYTES_PER_MB
+    limit = most if plan.max_chunk_size_mb is None else min(most, plan.max_chunk_size_mb)
+    return Plan(plan.implementation if SLICING_ORDER[plan.implementation] else "xla", limit)
 
 
 def _default(implementation: str | None, settings: Settings) -> Plan:
@@ -383,17 +398,17 @@ def _report(resolution: Resolution) -> None:
         with contextlib.suppress(StoreError):
             ProfileStore(_settings.get().store).record_miss(resolution.device, resolution.workload)
     if resolution.match == "default":
-        _warn_once(MissWarning, f'max_chunk_size_mb="auto" found no profile for {resolution.workload.key} and uses {resolution.plan}. '
+        _warn_once(MissWarning, subject, f'max_chunk_size_mb="auto" found no profile for {resolution.workload.key} and uses {resolution.plan}. '
                    f"To tune it on this machine: {resolution.workload.tune_command}")  # fmt: skip
     if resolution.stale:
-        _warn_once(StaleWarning, f'max_chunk_size_mb="auto" uses a profile of {resolution.source} that may no longer hold: '
+        _warn_once(StaleWarning, subject, f'max_chunk_size_mb="auto" uses a profile of {resolution.source} that may no longer hold: '
                    f"{'; '.join(resolution.stale)}. To measure again: {resolution.workload.tune_command}")  # fmt: skip
 
 
-def _warn_once(category: type[Warning], text: str) -> None:
-    if (category, text) in _reported:
+def _warn_once(category: type[Warning], subject: Any, text: str) -> None:
+    if (category, subject) in _reported:
         return
-    _reported.add((category, text))
+    _reported.add((category, subject))
     warnings.warn(text, category, stacklevel=2)
 
 

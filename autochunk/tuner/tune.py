@@ -12,9 +12,9 @@ from typing import Literal
 import autochunk
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError
-from autochunk.plan import Plan
+from autochunk.plan import Plan, check_positive
 from autochunk.store.database import ProfileStore, utc_now
-from autochunk.store.profile import EFFORTS, Effort, Measurement, Profile
+from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
 from autochunk.store.resolve import resolve
 from autochunk.tuner.presets import STANDARD_SET, preset_shapes
 from autochunk.tuner.probe import WORKER, Probe, seconds_left
@@ -125,9 +125,8 @@ def preset_workloads(name: str, modes: Iterable[Mode] = MODES, dtype: DType = "f
 def _check(effort: str, timeout: float | None, memory_budget_mb: float | None) -> None:
     if effort not in EFFORTS:
         raise ArgumentError(f"effort must be one of {', '.join(EFFORTS)}; got {effort!r}")
-    for name, value, unit in (("timeout", timeout, "seconds"), ("memory_budget_mb", memory_budget_mb, "MB")):
-        if value is not None and not 0 < value < float("inf"):
-            raise ArgumentError(f"{name} must be a positive finite number of {unit} or None; got {value!r}")
+    check_positive("timeout", timeout, "seconds")
+    check_positive("memory_budget_mb", memory_budget_mb, "MB")
 
 
 def _good_enough(store: ProfileStore, device: Device, workload: Workload, effort: Effort) -> Profile | None:
@@ -170,6 +169,7 @@ def _keep(outcome: Outcome, workload: Workload, device: Device, effort: Effort, 
     if not any(measurement.timed for measurement in outcome.measurements):
         return None
     profile = Profile(
+        schema_version=SCHEMA_VERSION,
         workload=workload.key,
         device=device,
         measurements=outcome.measurements,

@@ -16,6 +16,9 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+# Compiling takes most of the tests' time; how well the machine code is optimised makes no difference to most of them.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+
 
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
     """Normal numbers, the same for the same arguments."""
@@ -49,7 +52,7 @@ def output_and_gradients(function: Callable[..., jax.Array], arrays: Arrays) -> 
     """The output, and the gradients of query, key, value and bias, from one compiled program."""
     moving = {name: array for name, array in arrays.items() if name not in ("mask", "cotangent")}
 
-    @jax.jit
+    @quick_jit
     def both(moving: dict[str, jax.Array], mask: jax.Array | None, cotangent: jax.Array) -> dict[str, jax.Array]:
         out, pull = jax.vjp(lambda moving: function(**moving, mask=mask), moving)
         return {"output": out, **pull(cotangent)[0]}

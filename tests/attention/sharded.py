@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from reference import assert_close, draw, plain
+from reference import assert_close, draw, plain, quick_jit
 
 from autochunk import dot_product_attention
 
-MESH = jax.make_mesh((2, 2), ("batch", "heads"))
+MESH = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+EXPLICIT = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
 ARRAYS = [draw((4, 6, 2, 4)), draw((4, 5, 2, 4)), draw((4, 5, 2, 3))]
 BIAS = draw((2, 6, 5))
 
@@ -35,7 +36,7 @@ def attend(implementation: str = "xla", **settings: Any) -> Callable[..., Any]:
 
 
 def compare(function: Callable[..., Any], *arrays: Any) -> None:
-    assert_close(jax.device_get(jax.jit(pulled(function))(*arrays)), jax.device_get(jax.jit(pulled(plain))(*arrays)))
+    assert_close(jax.device_get(quick_jit(pulled(function))(*arrays)), jax.device_get(quick_jit(pulled(plain))(*arrays)))
 
 
 def shard_map(check_vma: bool, *specs: Any) -> None:
@@ -43,22 +44,30 @@ def shard_map(check_vma: bool, *specs: Any) -> None:
     for limit in (1e-4, 8e-6):
         function = functools.partial(dot_product_attention, max_chunk_size_mb=limit, is_causal=True)
         mapped = jax.shard_map(function, mesh=MESH, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
-        received = jax.device_get(jax.jit(pulled(mapped))(*ARRAYS, BIAS))
-        assert_close(received, jax.device_get(jax.jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)))
+        received = jax.device_get(quick_jit(pulled(mapped))(*ARRAYS, BIAS))
+        assert_close(received, jax.device_get(quick_jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)))
 
 
 def vmapped() -> None:
     """``vmap`` whose axis is one of the mesh."""
     wide = [jnp.stack([array, -array]) for array in ARRAYS]
-    received = jax.jit(pulled(jax.vmap(attend("xla_rows"), spmd_axis_name="batch")))(
+    received = quick_jit(pulled(jax.vmap(attend("xla_rows"), spmd_axis_name="batch")))(
         *(jax.device_put(array, NamedSharding(MESH, P("batch"))) for array in wide)
     )
-    assert_close(jax.device_get(received), jax.device_get(jax.jit(pulled(jax.vmap(plain)))(*wide)))
+    assert_close(jax.device_get(received), jax.device_get(quick_jit(pulled(jax.vmap(plain)))(*wide)))
 
 
 def sharded(implementation: str) -> None:
     """Operands that are spread over the mesh, and no word about it in the program."""
     compare(attend(implementation), *(jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads"))) for array in ARRAYS))
+
+
+def explicit() -> None:
+    """Shardings that are part of the types."""
+    with jax.set_mesh(EXPLICIT):
+        arrays = [jax.device_put(array, NamedSharding(EXPLICIT, P("batch", None, None))) for array in ARRAYS]
+        received = jax.device_get(quick_jit(pulled(attend("xla_rows")))(*arrays))
+    assert_close(received, jax.device_get(quick_jit(pulled(plain))(*ARRAYS)))
 
 
 def gathers() -> None:
@@ -76,13 +85,14 @@ CASES: dict[str, Callable[[], None]] = {
     "sharded jit, rows": lambda: sharded("xla_rows"),
     "sharded jit": lambda: sharded("xla"),
     "no gathers": gathers,
+    "explicit shardings": explicit,
 }
 
 
 def problem(case: Callable[[], None]) -> str:
     try:
         case()
-    except Exception:  # noqa: BLE001  (told to the parent)
+    except Exception:  # told to the parent
         return traceback.format_exc()[-3000:]
     return ""
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, draw_mask
+from reference import assert_close, draw, draw_mask, quick_jit
 
 from autochunk import MultiHeadAttention
 from autochunk.errors import ArgumentError
@@ -26,9 +26,17 @@ def w_init() -> hk.initializers.Initializer:
     return hk.initializers.VarianceScaling(2.0)
 
 
+def applied(module: Module, *arguments: Any, **settings: Any) -> Callable[..., jax.Array]:
+    def run(*arrays: Any) -> jax.Array:
+        made: jax.Array = module(*arguments, **settings)(*arrays)
+        return made
+
+    return run
+
+
 def transformed(module: Module, **settings: Any) -> hk.Transformed:
     settings = {"num_heads": 2, "key_size": 4, "w_init": w_init()} | settings
-    return hk.without_apply_rng(hk.transform(lambda *arrays: module(**settings)(*arrays)))
+    return hk.without_apply_rng(hk.transform(applied(module, **settings)))
 
 
 def inputs(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, *, sizes: tuple[int, int, int] = (7, 5, 3),
@@ -41,7 +49,7 @@ def inputs(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, *, siz
 def results(function: hk.Transformed, params: Any, arrays: list[Any]) -> dict[str, Any]:
     """Output, and gradients of parameters and inputs."""
 
-    @jax.jit
+    @quick_jit
     def both(params: Any, moving: list[Any], rest: list[Any]) -> dict[str, Any]:
         out, pull = jax.vjp(lambda params, moving: function.apply(params, *moving, *rest), params, moving)
         return {"output": out, "gradients": pull(jnp.cos(out))}
@@ -51,12 +59,10 @@ def results(function: hk.Transformed, params: Any, arrays: list[Any]) -> dict[st
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {}),
-    "without bias": ({"with_bias": False}, {}),
-    "value size": ({"value_size": 3}, {}),
-    "model size": ({"model_size": 9}, {}),
+    "value size, without bias": ({"value_size": 3, "with_bias": False}, {}),
+    "model size, named": ({"model_size": 9, "name": "cross"}, {}),
     "all sizes, initialised bias": ({"value_size": 3, "model_size": 9, "b_init": hk.initializers.RandomNormal()}, {"mask": (2, 1, 6, 5)}),
     "one head": ({"num_heads": 1, "key_size": 3}, {"mask": (1, 1, 6, 5)}),
-    "named": ({"name": "cross"}, {}),
     "no leading dims": ({}, {"leading": ()}),
     "no leading dims, mask": ({}, {"leading": (), "mask": (1, 6, 5)}),
     "two leading dims": ({}, {"leading": (2, 3), "rows": 3, "keys": 4}),
@@ -72,7 +78,7 @@ def test_like_haiku(settings: dict[str, Any], shape: dict[str, Any]) -> None:
     """With the same rng the parameters have haiku's names, shapes and values; output and gradients are haiku's."""
     arrays = inputs(**shape)
     theirs, ours = transformed(hk.MultiHeadAttention, **settings), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT, **settings)
-    their_params, our_params = jax.jit(lambda: (theirs.init(KEY, *arrays), ours.init(KEY, *arrays)))()
+    their_params, our_params = quick_jit(lambda: (theirs.init(KEY, *arrays), ours.init(KEY, *arrays)))()
     assert_close(our_params, their_params, 0.0)
     assert_close(results(ours, their_params, arrays), results(theirs, their_params, arrays))
 
@@ -82,7 +88,7 @@ def test_settings(settings: dict[str, Any]) -> None:
     """Limit and implementation change how it is computed, not what."""
     arrays = inputs(mask=(2, 1, 6, 5))
     theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, **{"max_chunk_size_mb": LIMIT} | settings)
-    params = jax.jit(theirs.init)(KEY, *arrays)
+    params = quick_jit(theirs.init)(KEY, *arrays)
     assert_close(results(ours, params, arrays), results(theirs, params, arrays))
 
 
@@ -99,14 +105,14 @@ def test_a_checkpoint_loads(tmp_path: Any) -> None:
 
     theirs, ours = model(hk.MultiHeadAttention), model(MultiHeadAttention, max_chunk_size_mb=LIMIT)
     x = draw((2, 3, 8))
-    params = jax.jit(theirs.init)(KEY, x)
+    params = quick_jit(theirs.init)(KEY, x)
     np.savez(tmp_path / "checkpoint.npz", **{f"{module}:{name}": array for module, entries in params.items() for name, array in entries.items()})
     loaded: dict[str, dict[str, Any]] = {}
     for path, array in np.load(tmp_path / "checkpoint.npz").items():
         module, _, name = path.partition(":")
         loaded.setdefault(module, {})[name] = array
     assert jax.tree.structure(jax.eval_shape(ours.init, KEY, x)) == jax.tree.structure(params)
-    assert_close(jax.jit(ours.apply)(loaded, x), jax.jit(theirs.apply)(params, x))
+    assert_close(quick_jit(ours.apply)(loaded, x), quick_jit(theirs.apply)(params, x))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -114,12 +120,12 @@ def test_half_precision(dtype: Any) -> None:
     """Half-precision inputs give half-precision outputs, as close to the float32 result as haiku's are."""
     arrays = inputs(mask=(2, 1, 1, 5))
     arrays[3][..., 0] = True
-    params = jax.jit(transformed(hk.MultiHeadAttention).init)(KEY, *arrays)
+    params = quick_jit(transformed(hk.MultiHeadAttention).init)(KEY, *arrays)
     half = [array.astype(dtype) for array in arrays[:3]] + arrays[3:]
     half_params = jax.tree.map(lambda array: array.astype(dtype), params)
-    exact = jax.jit(transformed(hk.MultiHeadAttention).apply)(params, *arrays)
+    exact = quick_jit(transformed(hk.MultiHeadAttention).apply)(params, *arrays)
     theirs, ours = (
-        jax.jit(module.apply)(half_params, *half) for module in (transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT))
+        quick_jit(module.apply)(half_params, *half) for module in (transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT))
     )
     assert ours.dtype == theirs.dtype == dtype
     their_error, our_error = (float(jnp.max(jnp.abs(array.astype(jnp.float32) - exact))) for array in (theirs, ours))
@@ -132,8 +138,8 @@ def test_a_mask_of_numbers(kind: Any) -> None:
     arrays = inputs(mask=(2, 1, 6, 5))
     arrays[3] = 3 * arrays[3].astype(kind)
     theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
-    params = jax.jit(theirs.init)(KEY, *arrays)
-    assert_close(jax.jit(ours.apply)(params, *arrays), jax.jit(theirs.apply)(params, *arrays))
+    params = quick_jit(theirs.init)(KEY, *arrays)
+    assert_close(quick_jit(ours.apply)(params, *arrays), quick_jit(theirs.apply)(params, *arrays))
 
 
 def test_rows_masked_throughout() -> None:
@@ -141,7 +147,7 @@ def test_rows_masked_throughout() -> None:
     arrays = inputs(mask=(2, 1, 6, 5))
     arrays[3][0, :, :2] = arrays[3][1] = False
     theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
-    params = jax.jit(theirs.init)(KEY, *arrays)
+    params = quick_jit(theirs.init)(KEY, *arrays)
     assert_close(results(ours, params, arrays), results(theirs, params, arrays))
 
 
@@ -160,8 +166,8 @@ def test_keys_that_broadcast(key_leading: tuple[int, ...], value_leading: tuple[
     arrays = [draw((2, 6, 7)), draw((*key_leading, 5, 5)).astype(dtype), draw((*value_leading, 5, 3)).astype(dtype)]
     theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
     with jax.numpy_rank_promotion("allow"):
-        params = jax.jit(theirs.init)(KEY, *arrays)
-        assert_close(jax.jit(ours.apply)(params, *arrays), jax.jit(theirs.apply)(params, *arrays), 2e-2)
+        params = quick_jit(theirs.init)(KEY, *arrays)
+        assert_close(quick_jit(ours.apply)(params, *arrays), quick_jit(theirs.apply)(params, *arrays), 2e-2)
 
 
 # --- Errors and signature ---------------------------------------------------------------------------------------------
@@ -169,10 +175,11 @@ def test_keys_that_broadcast(key_leading: tuple[int, ...], value_leading: tuple[
 
 def error_of(module: Module, *arguments: Any, call: list[Any] | None = None, **settings: Any) -> tuple[type, str, list[tuple[type, str]]]:
     """Type and text of what is raised, and the warnings given."""
-    with warnings.catch_warnings(record=True) as caught, pytest.raises(Exception) as error:  # noqa: PT011  (compared by the test)
+    initialise = hk.transform(applied(module, *arguments, **settings)).init
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        arrays = inputs() if call is None else call
-        jax.eval_shape(hk.transform(lambda: module(*arguments, **settings)(*arrays)).init, KEY)
+        with pytest.raises(Exception) as error:  # noqa: PT011  (compared by the test)
+            jax.eval_shape(initialise, KEY, *(call or inputs()))
     return error.type, str(error.value), [(warning.category, str(warning.message)) for warning in caught]
 
 
@@ -196,9 +203,9 @@ def test_errors_are_haikus(arguments: tuple[Any, ...], settings: dict[str, Any])
 def test_w_init_scale_is_deprecated_as_in_haiku() -> None:
     """``w_init_scale`` works, third by position, gives haiku's parameters and haiku's DeprecationWarning."""
     arrays = inputs()
-    expected = jax.jit(hk.transform(lambda *arrays: hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling(0.5))(*arrays)).init)(KEY, *arrays)
+    expected = quick_jit(hk.transform(applied(hk.MultiHeadAttention, 2, 4, w_init=hk.initializers.VarianceScaling(0.5))).init)(KEY, *arrays)
     with pytest.warns(DeprecationWarning, match="w_init_scale is deprecated"):
-        params = jax.jit(hk.transform(lambda *arrays: MultiHeadAttention(2, 4, 0.5, max_chunk_size_mb=LIMIT)(*arrays)).init)(KEY, *arrays)
+        params = quick_jit(hk.transform(applied(MultiHeadAttention, 2, 4, 0.5, max_chunk_size_mb=LIMIT)).init)(KEY, *arrays)
     assert_close(params, expected, 0.0)
 
 
@@ -240,6 +247,6 @@ def test_haikus_own_transformations(wrap: Any) -> None:
     theirs, ours = model(hk.MultiHeadAttention), model(MultiHeadAttention, max_chunk_size_mb=LIMIT)
     x = draw((2, 2, 3, 8))
     with jax.numpy_rank_promotion("allow"):
-        params = jax.jit(theirs.init)(KEY, x)
-        gradients = [jax.jit(jax.grad(lambda params, model=model: jnp.sum(jnp.sin(model.apply(params, x)))))(params) for model in (ours, theirs)]
+        params = quick_jit(theirs.init)(KEY, x)
+        gradients = [quick_jit(jax.grad(lambda params, model=model: jnp.sum(jnp.sin(model.apply(params, x)))))(params) for model in (ours, theirs)]
     assert_close(*gradients, 1e-4)

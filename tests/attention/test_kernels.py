@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, exact, operands
+from reference import assert_close, draw, exact, operands, quick_jit
 
 from autochunk import Plan, dot_product_attention
 from autochunk.attention import kernels
@@ -63,7 +63,7 @@ def test_no_array_exceeds_the_limit(call: dict[str, Any], implementation: str, m
     mask = arrays.pop("mask", None)
     function = attend(mask=mask, is_causal=call.get("is_causal", False), max_chunk_size_mb=LIMIT, implementation=implementation)
     function = function if mode == "forward" else gradient(function, tuple(range(len(arrays))))
-    text = jax.jit(function).lower(*arrays.values()).compile().as_text()
+    text = quick_jit(function).lower(*arrays.values()).compile().as_text()
     assert max(array.nbytes for array in arrays.values()) <= LIMIT * 1e6
     assert largest_array(text) <= LIMIT * 1e6
 
@@ -71,7 +71,7 @@ def test_no_array_exceeds_the_limit(call: dict[str, Any], implementation: str, m
 def test_without_a_limit_all_logits_are_there() -> None:
     """The measure above does see logits: without a limit, all of them."""
     arrays = operands(**SMALL)
-    text = jax.jit(attend(max_chunk_size_mb=None)).lower(arrays["query"], arrays["key"], arrays["value"]).compile().as_text()
+    text = quick_jit(attend(max_chunk_size_mb=None)).lower(arrays["query"], arrays["key"], arrays["value"]).compile().as_text()
     assert largest_array(text) == 2 * 2 * 64 * 64 * 4
 
 
@@ -79,8 +79,8 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
+        for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+            inner = getattr(leaf, "jaxpr", leaf)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
 
@@ -143,11 +143,11 @@ def test_vmapped_arrays_keep_the_limit(implementation: str) -> None:
     """Of vmapped calls, nested or of one operand only, no array exceeds the limit either."""
     query, key, value = (draw((3, 2, 2, 16, 1, 1), seed) for seed in range(3))
     nested = jax.vmap(jax.vmap(attend(max_chunk_size_mb=LIMIT, implementation=implementation)))
-    text = jax.jit(gradient(nested)).lower(query, key, value).compile().as_text()
+    text = quick_jit(gradient(nested)).lower(query, key, value).compile().as_text()
     assert largest_array(text) <= LIMIT * 1e6
     wide = draw((8, 1, 64, 2, 2), 3)
     one = jax.vmap(attend(max_chunk_size_mb=3 * LIMIT, implementation=implementation), in_axes=(0, None, None))
-    text = jax.jit(one).lower(wide, draw((1, 64, 2, 2), 4), draw((1, 64, 2, 2), 5)).compile().as_text()
+    text = quick_jit(one).lower(wide, draw((1, 64, 2, 2), 4), draw((1, 64, 2, 2), 5)).compile().as_text()
     assert largest_array(text) <= 3 * LIMIT * 1e6
 
 
@@ -200,7 +200,7 @@ def test_slices_are_those_of_the_plan_that_runs(change: Callable[..., Any], expe
         (out,) = (kernels.attention(query, key, key, None, None, call),)
         return jnp.sum(out)
 
-    text = jax.jit(change(function)).lower(query).as_text()
+    text = quick_jit(change(function)).lower(query).as_text()
     assert Counter(re.findall(r"stablehlo.while", text)).total() >= 1
     # A loop compares its counter with the number of its slices.
     assert f"dense<{expected}> : tensor<i32>" in text
@@ -222,7 +222,7 @@ def test_slices_that_do_not_divide(rows: int, keys: int) -> None:
     names = ("query", "key", "value", "bias")
     expected = exact(arrays)
 
-    @jax.jit
+    @quick_jit
     def both(cotangent: jax.Array, *moving: jax.Array) -> Any:
         out, pull = jax.vjp(attend(max_chunk_size_mb=rows * keys * 4e-6, implementation="xla_rows" if rows < 3 else "xla"), *moving)
         return {"output": out, **dict(zip(names, pull(cotangent), strict=True))}
