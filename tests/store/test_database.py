@@ -112,7 +112,7 @@ def test_odd_names_survive(store: ProfileStore) -> None:
         assert store.get(profile.device, WORKLOADS[0]) == profile
         assert store.profiles(profile.device) == [profile]
         assert store.workloads(profile.device) == [WORKLOADS[0].key]
-    assert len(store.profiles()) == 5
+    assert len(store.profiles()) == 4
 
 
 def test_missed_workloads(store: ProfileStore) -> None:
