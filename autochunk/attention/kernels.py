@@ -179,13 +179,14 @@ class _Grid:
     def take(self, array: jax.Array, axes: tuple[str, ...], cell: _Cell) -> jax.Array:
         """An array's part in a slice."""
         dims = self._sliced(array, axes)
-        starts, sizes = [0] * array.ndim, list(array.shape)
+        starts: list[Any] = [jnp.int32(0)] * array.ndim
+        sizes = list(array.shape)
         for dim, axis in dims:
             starts[dim], sizes[dim] = cell.starts[axis], self.sizes[axis]
         return jax.lax.dynamic_slice(array, starts, sizes) if dims else array
 
     def _put(self, total: jax.Array, piece: jax.Array, axes: tuple[str, ...], cell: _Cell, add: bool) -> jax.Array:
-        starts: list[Any] = [0] * total.ndim
+        starts: list[Any] = [jnp.int32(0)] * total.ndim
         for dim, axis in self._sliced(total, axes):
             starts[dim] = cell.starts[axis]
         if add:
@@ -276,8 +277,9 @@ def _product(spec: str, one: jax.Array, other: jax.Array, dtype: Any) -> jax.Arr
 class _SliceMath:
     """Logits and weights of one slice, in either orientation: [..., H, G * T', T], or transposed [..., H, T, G * T']."""
 
-    def __init__(self, inputs: _Inputs, cell: _Cell, call: Call, dtype: Any, transposed: bool) -> None:
-        self.inputs, self.cell, self.call, self.dtype, self.transposed = inputs, cell, call, dtype, transposed
+    def __init__(self, inputs: _Inputs, cell: _Cell, call: Call, problem: _Problem, transposed: bool) -> None:
+        self.inputs, self.cell, self.call, self.transposed = inputs, cell, call, transposed
+        self.dtype, self.differentiable = problem.dtype, problem.differentiable
         self.groups, self.rows = inputs.query.shape[-3:-1]
         self.query = _merge(_scaled(inputs.query, call))
 
@@ -309,9 +311,12 @@ class _SliceMath:
         if self.inputs.bias is not None:
             logits = self.add(logits, self.inputs.bias.astype(self.dtype))
         allowed = self.allowed()
-        if allowed is not None:
-            logits = self.add(logits, jnp.where(allowed, jnp.zeros((), self.dtype), jnp.asarray(_masked(self.dtype), self.dtype)))
-        return logits
+        if allowed is None:
+            return logits
+        masked = jnp.asarray(_masked(self.dtype), self.dtype)
+        if self.differentiable:  # by JAX: the logits of a row that is masked throughout are then constant, as they should be
+            return jnp.where(self.add(jnp.zeros_like(logits), allowed.astype(self.dtype)) > 0, logits, masked)
+        return self.add(logits, jnp.where(allowed, jnp.zeros((), self.dtype), masked))
 
     def allowed(self) -> jax.Array | None:
         """Where a query may look, broadcast against [..., H, G, T', T]; None means everywhere."""
@@ -379,11 +384,12 @@ def _weigh(array: jax.Array, weight: jax.Array | None) -> jax.Array:
     return array if weight is None else array * weight[..., None]
 
 
-def _forward_slice(inputs: _Inputs, cell: _Cell, call: Call, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _forward_slice(inputs: _Inputs, cell: _Cell, call: Call, problem: _Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Unnormalised output, row maximum and sum of exponentials of one slice of keys."""
-    maths = _SliceMath(inputs, cell, call, dtype, transposed=False)
+    maths = _SliceMath(inputs, cell, call, problem, transposed=False)
     logits = maths.logits()
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    # A maximum of -inf, where a bias takes all keys of a slice out, would make NaN of the differences.
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=float(jnp.finfo(logits.dtype).min)))
     weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
     total = jnp.sum(weights, axis=-1)
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
@@ -401,7 +407,7 @@ def _forward_over_keys(problem: _Problem, call: Call, cell: _Cell, inputs: _Inpu
             piece = grid.cell(index)
             taken = inputs.map(lambda array, axes: grid.take(array, axes, piece))
             both = _Cell(cell.starts | piece.starts, piece.fresh)
-            return _forward_slice(taken, both, call, problem.dtype)
+            return _forward_slice(taken, both, call, problem)
 
         part = jax.checkpoint(part, prevent_cse=False) if problem.differentiable else part
         new_out, new_maximum, new_total = part(index, inputs)
@@ -435,7 +441,7 @@ def _forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool 
         if problem.slices.keys < problem.shape.keys:
             out, maximum, total = _forward_over_keys(problem, call, cell, taken)
         else:
-            out, maximum, total = _forward_slice(taken, cell, call, problem.dtype)
+            out, maximum, total = _forward_slice(taken, cell, call, problem)
         return (out / total[..., None]).astype(inputs.query.dtype), maximum, total
 
     stats = problem.output(_STATS, problem.dtype)
@@ -465,7 +471,7 @@ def _tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> 
 
     def compute(cell: _Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken, (out, maximum, total, d_query, d_key, d_value, *d_bias) = _Inputs(*arrays[:5]), arrays[5:]
-        maths = _SliceMath(taken, cell, call, problem.dtype, transposed=False)
+        maths = _SliceMath(taken, cell, call, problem, transposed=False)
         weights = maths.weights(maximum)
         d_logits = maths.product(_merge(_scaled(d_query, call)), taken.key) + maths.product(maths.query, d_key)
         if not _folds_scale(d_query):
@@ -493,7 +499,7 @@ def _cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], diffe
 
     def compute(cell: _Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken, (out, maximum, total, d_out) = _Inputs(*arrays[:5]), arrays[5:]
-        maths = _SliceMath(taken, cell, call, problem.dtype, transposed=True)
+        maths = _SliceMath(taken, cell, call, problem, transposed=True)
         weights = maths.weights(maximum)
         # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions instead of T' * T.
         scaled = _weigh(d_out.astype(problem.dtype) / total[..., None], maths.fresh_rows())
@@ -527,7 +533,8 @@ def _sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: Call) -> jax.Array:
     """Attention in haiku's order of operations, all logits at once, in the input dtype: what everything else is measured against.
 
-    Shapes as in ``attention``. Softmax is in the input dtype, masked logits are -1e30, as in ``hk.MultiHeadAttention``.
+    Shapes as in ``attention``. Softmax is in the input dtype, masked logits are -1e30, as in ``hk.MultiHeadAttention``; in float16, where that would be
+    -inf, they are its least number.
     """
     rows = jnp.moveaxis(query, -2, -4)  # [..., T', H, G, K]
     keys, values = jnp.swapaxes(key, -2, -3), jnp.swapaxes(value, -2, -3)  # [..., T, H, K]
@@ -538,7 +545,7 @@ def dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
         causal = jnp.expand_dims(jnp.tril(jnp.ones(logits.shape[-2:], bool)), range(logits.ndim - 2))
         mask = causal if mask is None else jnp.logical_and(mask, causal)
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.asarray(-1e30, logits.dtype))
+        logits = jnp.where(mask, logits, jnp.asarray(max(-1e30, float(jnp.finfo(logits.dtype).min)), logits.dtype))
     weights = jax.nn.softmax(logits)
     return jnp.moveaxis(jnp.einsum("...hgts,...shv->...thgv", weights, values), -4, -2)
 

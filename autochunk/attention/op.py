@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,19 @@ def dot_product_attention(
     grouped = _head_major(query)  # [..., H, T', K]
     grouped = grouped.reshape((*grouped.shape[:-3], kv_heads, heads // kv_heads, *grouped.shape[-2:]))
     bias, mask = (None if term is None else _grouped_term(term, kv_heads) for term in (bias, mask))
-    out = kernels.attention(grouped, _head_major(key), _head_major(value), bias, mask, call)
+    out = _attend(grouped, _head_major(key), _head_major(value), bias, mask, call)
     out = out.reshape((*out.shape[:-4], heads, *out.shape[-2:]))  # [..., H, T', V]
     return jnp.swapaxes(out, -2, -3).reshape((*query.shape[:-1], value.shape[-1]))
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: kernels.Call) -> jax.Array:
+    """The kernel; where mesh axes are explicit, its inside is left to XLA's own propagation and the output is sharded as the query."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+        return kernels.attention(query, key, value, bias, mask, call)
+    spec = jax.sharding.PartitionSpec(*jax.typeof(query).sharding.spec[:-1], None)
+    attend = jax.sharding.auto_axes(functools.partial(kernels.attention, call=call), out_sharding=spec)
+    return cast(jax.Array, attend(query, key, value, bias, mask))
 
 
 def _array(name: str, array: Any) -> jax.Array:

@@ -160,7 +160,6 @@ BROADCASTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 
 
 @pytest.mark.parametrize(("key_leading", "value_leading", "dtype"), BROADCASTS.values(), ids=BROADCASTS.keys())
-@pytest.mark.xfail(strict=True, raises=ArgumentError, reason="haiku's einsums broadcast leading dims and promote dtypes; the op refuses both")
 def test_keys_that_broadcast(key_leading: tuple[int, ...], value_leading: tuple[int, ...], dtype: Any) -> None:
     """Keys and values may be shared by the queries' leading dims, or have another dtype, as in haiku."""
     arrays = [draw((2, 6, 7)), draw((*key_leading, 5, 5)).astype(dtype), draw((*value_leading, 5, 3)).astype(dtype)]
