@@ -5,7 +5,7 @@ from __future__ import annotations
 from autochunk.errors import ArgumentError
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "language-model": ("b=4,t=1024,h=12,k=64,causal=yes",),
+    "language-model": ("b=2,t=1024,h=12,k=64,causal=yes",),
     "encoder": ("b=16,t=512,h=12,k=64",),
     "vision": ("b=32,t=197,h=12,k=64",),
     "protein-folding": ("b=64,t=256,h=8,k=32,bias=1hts",),

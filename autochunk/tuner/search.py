@@ -45,14 +45,15 @@ class Thoroughness:
       step: ratio between neighbouring limits in MB.
       most_slices: plans with more slices are not tried.
       hopeless: slower than the best by this factor, a plan gets no third round; slower by its square, not even a second.
-      rounds: most rounds for one plan.
-      seconds: time for the rounds of one plan, beyond the second round.
+      least_rounds, rounds: fewest and most rounds for one plan that is not given up.
+      seconds: time for the rounds of one plan, beyond the fewest.
       finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there are.
     """
 
     step: int
     most_slices: int
     hopeless: float
+    least_rounds: int
     rounds: int
     seconds: float
     finalists: int
@@ -60,9 +61,9 @@ class Thoroughness:
 
 
 THOROUGHNESS = {
-    "quick": Thoroughness(step=4, most_slices=64, hopeless=1.2, rounds=5, seconds=1.0, finalists=3, joint_rounds=3),
-    "standard": Thoroughness(step=2, most_slices=256, hopeless=1.5, rounds=10, seconds=4.0, finalists=4, joint_rounds=8),
-    "thorough": Thoroughness(step=2, most_slices=1024, hopeless=1.5, rounds=20, seconds=10.0, finalists=6, joint_rounds=20),
+    "quick": Thoroughness(step=4, most_slices=64, hopeless=1.2, least_rounds=2, rounds=5, seconds=1.0, finalists=3, joint_rounds=3),
+    "standard": Thoroughness(step=2, most_slices=256, hopeless=1.25, least_rounds=3, rounds=10, seconds=4.0, finalists=4, joint_rounds=8),
+    "thorough": Thoroughness(step=2, most_slices=1024, hopeless=1.5, least_rounds=4, rounds=20, seconds=10.0, finalists=6, joint_rounds=20),
 }
 
 
@@ -228,7 +229,7 @@ class _Search:
             # A plan that is slower by no more than noise may still win by its memory.
             if step >= 3 and slower > 1 + LARGEST_NOISE and trial.should_prune():
                 return f"probably slower than the best plan, {slower:.2f}x its time"
-            if step >= 2 and time.monotonic() - start > self.thoroughness.seconds:
+            if step + 1 >= self.thoroughness.least_rounds and time.monotonic() - start > self.thoroughness.seconds:
                 break
         return ""
 

@@ -40,7 +40,7 @@ ERROR_FACTOR = 4.0
 ERROR_ROUNDINGS = 16.0
 
 _SAMPLE_BYTES = 64 * 2**20
-_MOST_SAMPLED_ROWS = 32
+_MOST_SAMPLED_ROWS = 16
 # One timing takes at least this long, by repeating the call: shorter ones measure the clock and the dispatch.
 _SHORTEST_TIMING = 0.02
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -382,3 +383,22 @@ def test_anything_like_an_array(container: Any) -> None:
         query = query.astype(np.float32)
     shape = jax.eval_shape(functools.partial(dot_product_attention, query, query, query, max_chunk_size_mb=None))
     assert (shape.shape, shape.dtype) == ((1, 2, 1, 2), np.float32)
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_dense_is_what_haiku_computes(mode: str, heads: int) -> None:
+    """The baseline that tuning compares with needs no more memory than haiku's own operations: an extra axis once cost XLA a fusion and made it slow."""
+    from autochunk.tuner.bench import haiku_dense
+
+    query, key, value = (jnp.zeros((2, 256, number, 16)) for number in (4, heads, heads))
+
+    def temp_bytes(attend: Callable[..., jax.Array]) -> int:
+        def run(*arrays: jax.Array) -> Any:
+            return attend(*arrays) if mode == "forward" else jax.vjp(attend, *arrays)[1](query)
+
+        return int(jax.jit(run).lower(query, key, value).compile().memory_analysis().temp_size_in_bytes)
+
+    ours = temp_bytes(functools.partial(dot_product_attention, max_chunk_size_mb=None, implementation="dense"))
+    theirs = temp_bytes(lambda *arrays: haiku_dense(*arrays, None, None, causal=False))
+    assert ours <= 1.05 * theirs
