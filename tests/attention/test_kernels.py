@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, exact, operands, quick_jit
+from reference import assert_close, draw, exact, operands, output_and_gradients, quick_jit
 
 from autochunk import Plan, dot_product_attention
 from autochunk.attention import kernels
+from autochunk.attention.kernels import maps
 from autochunk.errors import ArgumentError
 from autochunk.plan import Plans
 
@@ -97,8 +98,8 @@ def test_what_is_traced_keeps_the_limit(implementation: str, limit: float) -> No
     query, cotangent = draw((2, 3, 2, 2, 60, features)), draw((2, 3, 2, 2, 60, features), 1)  # [..., H, G, T', K]
     key, stats = draw((2, 3, 2, 50, features)), draw((2, 3, 2, 2, 60), 2)
     plan = Plan(implementation, limit)
-    forward = jax.make_jaxpr(functools.partial(kernels._forward, call=_call(plan), plan=plan))(query, key, key)
-    backward = jax.make_jaxpr(functools.partial(kernels._cotangent, call=_call(plan), wanted=(True,) * 3))(query, key, key, query, stats, stats, cotangent)
+    forward = jax.make_jaxpr(functools.partial(maps.forward, call=_call(plan), plan=plan))(query, key, key)
+    backward = jax.make_jaxpr(functools.partial(maps.cotangent, call=_call(plan), wanted=(True,) * 3))(query, key, key, query, stats, stats, cotangent)
     for traced in (forward, backward):
         products = [equation for equation in equations(traced.jaxpr) if equation.primitive.name == "dot_general"]
         summed = [equation.invars[0].aval.shape[equation.params["dimension_numbers"][0][0][0]] for equation in products]
@@ -242,6 +243,30 @@ def test_half_precision_has_float32_logits() -> None:
     """Everywhere else logits, and sums over them, are float32."""
     half = np.ones((1, 2, 1, 4, 3), jnp.bfloat16)
     plan = Plan("xla", 1e-5)
-    traced = jax.make_jaxpr(functools.partial(kernels._forward, call=_call(plan), plan=plan))(half, half[:, :, 0], half[:, :, 0])
+    traced = jax.make_jaxpr(functools.partial(maps.forward, call=_call(plan), plan=plan))(half, half[:, :, 0], half[:, :, 0])
     products = [equation.outvars[0].aval.dtype for equation in equations(traced.jaxpr) if equation.primitive.name == "dot_general"]
     assert set(products) == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(600, 600), (600, 530), (530, 800), (600, 200)])
+@pytest.mark.parametrize(("implementation", "limit"), [("xla", None), ("xla", 0.3), ("xla_rows", 0.1)])
+def test_causal_blocks(rows: int, keys: int, implementation: str, limit: float | None) -> None:
+    """Long causal attention is right whatever the lengths, and leaves out the blocks that no row sees."""
+    arrays = operands((1,), rows, keys, value_size=3, bias=(2, 1, keys))
+    attend = functools.partial(dot_product_attention, is_causal=True, max_chunk_size_mb=limit, implementation=implementation)
+    ours = output_and_gradients(attend, arrays)
+    assert_close(ours, exact(arrays, is_causal=True), 1e-4)
+
+
+def test_causal_blocks_above_the_diagonal_are_not_computed() -> None:
+    """Of n by n blocks n (n + 1) / 2 are computed; with a mask all are, since a row may then see nothing and be the mean of all values."""
+    query, key = draw((1, 1, 1, 1024, 4)), draw((1, 1, 1024, 4))
+    call = kernels.Call(0.5, True, False, False, Plans(Plan(), Plan()))
+
+    def trips(call: kernels.Call, *mask: Any) -> list[int]:
+        traced = jax.make_jaxpr(functools.partial(maps.forward, call=call, plan=Plan()))(query, key, key, *mask)
+        return [equation.params["length"] for equation in equations(traced.jaxpr) if equation.primitive.name == "scan"]
+
+    assert trips(call) == [4 * 5 // 2]
+    masked = kernels.Call(0.5, True, False, True, Plans(Plan(), Plan()))
+    assert trips(masked, np.ones((1, 1, 1, 1, 1024), bool)) == []

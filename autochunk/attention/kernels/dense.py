@@ -1,0 +1,39 @@
+"""Attention without slices, in haiku's order of operations: the baseline."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.inputs import Call
+
+
+def dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: Call) -> jax.Array:
+    """Attention in haiku's order of operations, all logits at once, in the input dtype: what everything else is measured against.
+
+    Shapes as in ``attention``. Softmax is in the input dtype, masked logits are -1e30, as in ``hk.MultiHeadAttention``; in float16, where that would be
+    -inf, they are its least number.
+    """
+    *leading, heads, groups, length, size = query.shape
+    flat = query.reshape((*leading, heads * groups, length, size))
+    queries, keys, values = (jnp.swapaxes(x, -2, -3) for x in (flat, key, value))  # [..., T, H, K]
+    if groups > 1:
+        keys, values = jnp.repeat(keys, groups, axis=-2), jnp.repeat(values, groups, axis=-2)
+    logits = jnp.einsum("...thd,...Thd->...htT", queries, keys) * jnp.asarray(call.scale, query.dtype)
+    if bias is not None:
+        logits = logits + _ungrouped(bias, heads, groups).astype(logits.dtype)
+    if call.is_causal:
+        causal = jnp.expand_dims(jnp.tril(jnp.ones(logits.shape[-2:], bool)), range(logits.ndim - 2))
+        mask = causal[..., None, :, :] if mask is None else jnp.logical_and(mask, causal[..., None, :, :])
+    if mask is not None:
+        logits = jnp.where(_ungrouped(mask, heads, groups), logits, jnp.asarray(max(-1e30, float(jnp.finfo(logits.dtype).min)), logits.dtype))
+    out = jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), values)
+    return jnp.swapaxes(out, -2, -3).reshape((*query.shape[:-1], value.shape[-1]))
+
+
+def _ungrouped(term: jax.Array, heads: int, groups: int) -> jax.Array:
+    """[..., H, G, T', T] to [..., H * G, T', T]; dims of size one broadcast."""
+    *leading, own_heads, own_groups, rows, keys = term.shape
+    if own_heads != own_groups:
+        term = jnp.broadcast_to(term, (*leading, heads, groups, rows, keys))
+    return term.reshape((*leading, term.shape[-4] * term.shape[-3], rows, keys))

@@ -1,0 +1,207 @@
+"""Slices: where they lie, how the parts are taken and put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, slice_logits
+
+
+class Output(NamedTuple):
+    """An output of the sliced computation: its axes, whole shape, dtype and what it is filled with at first."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    fill: float = 0.0
+
+
+class Cell(NamedTuple):
+    """Where one slice lies: its first index along each axis, and which of its elements no earlier slice had."""
+
+    starts: dict[str, Any]
+    fresh: dict[str, jax.Array]
+
+
+Join = Callable[[tuple[jax.Array, ...], tuple[jax.Array, ...]], tuple[jax.Array, ...]]
+
+
+def add(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Parts that are summed."""
+    return tuple(one + other for one, other in zip(old, new, strict=True))
+
+
+class Grid:
+    """Runs a computation on every slice in turn and puts the parts together.
+
+    Slices along an axis have one size; where it does not divide the axis, the last one begins earlier and overlaps its neighbour. Results written twice
+    are equal; results that are joined must weigh the repeated elements with ``Cell.fresh``, zero for those.
+    """
+
+    def __init__(self, sizes: dict[str, int], shape: LogitsShape, triangular: bool, differentiable: bool) -> None:
+        self.triangular, self.differentiable = triangular, differentiable
+        self.lengths = {axis: getattr(shape, axis) for axis in sizes}
+        self.sizes = sizes
+        self.counts = {axis: -(-self.lengths[axis] // size) for axis, size in sizes.items()}
+        self.cells = math.prod(self.counts.values())
+
+    def run(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
+            outputs: Sequence[Output], join: Join | None = None) -> tuple[jax.Array, ...]:  # fmt: skip
+        """``compute(cell, *slices)`` gives one part per output; parts are written in place, or joined with what is there."""
+
+        def part(index: Any, arrays: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+            cell = self.cell(index)
+            slices = [None if array is None else self.take(array, names, cell) for array, names in zip(arrays, axes, strict=True)]
+            return compute(cell, *slices)
+
+        if self.cells == 1:
+            return tuple(piece.astype(output.dtype) for piece, output in zip(part(0, arrays), outputs, strict=True))
+        if self.differentiable:
+            # Arrays enter whole: what the checkpoint keeps is then the same for every slice, and kept once.
+            part = jax.checkpoint(part, prevent_cse=False)
+
+        def step(totals: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+            pieces = part(index, arrays)
+            cell = self.cell(index)
+            if join is not None:
+                pieces = join(tuple(self.take(total, output.axes, cell) for total, output in zip(totals, outputs, strict=True)), pieces)
+            return tuple(self._put(total, piece, output.axes, cell) for total, piece, output in zip(totals, pieces, outputs, strict=True)), None
+
+        initial = tuple(vary_alike([jnp.full(output.shape, output.fill, output.dtype) for output in outputs], arrays))
+        totals, _ = jax.lax.scan(step, initial, jnp.asarray(self._numbers(), jnp.int32))
+        return totals
+
+    def _numbers(self) -> list[int]:
+        """The slices to compute: all, or those that have a logit on or below the diagonal."""
+        if not self.triangular:
+            return list(range(self.cells))
+        return [number for number in range(self.cells) if self._sees(self._positions(number))]
+
+    def _sees(self, positions: dict[str, int]) -> bool:
+        last_row = (positions["rows"] + 1) * self.sizes["rows"] - 1
+        first_key = min(positions["keys"] * self.sizes["keys"], self.lengths["keys"] - self.sizes["keys"])
+        return bool(first_key <= last_row)
+
+    def _positions(self, number: Any) -> dict[str, Any]:
+        """Which slice along each axis; the last axis varies fastest."""
+        positions = {}
+        for axis in reversed(list(self.sizes)):
+            positions[axis], number = number % self.counts[axis], number // self.counts[axis]
+        return positions
+
+    def cell(self, number: Any) -> Cell:
+        """The slice of that number."""
+        starts: dict[str, Any] = {}
+        fresh: dict[str, jax.Array] = {}
+        for axis, position in self._positions(number).items():
+            count, size, length = self.counts[axis], self.sizes[axis], self.lengths[axis]
+            starts[axis] = jnp.minimum(position * size, length - size) if count > 1 else 0
+            if count * size != length:
+                fresh[axis] = starts[axis] + jnp.arange(size) >= position * size
+        return Cell(starts, fresh)
+
+    def _sliced(self, array: jax.Array, axes: tuple[str, ...]) -> list[tuple[int, str]]:
+        """The dims of an array to slice; a dim of size one is either whole or broadcast."""
+        first = array.ndim - len(axes)
+        dims = [(first + position, axis) for position, axis in enumerate(axes)]
+        if first == 1:
+            dims.insert(0, (0, "batch"))
+        return [(dim, axis) for dim, axis in dims if self.counts.get(axis, 1) > 1 and array.shape[dim] > 1]
+
+    def take(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
+        """An array's part in a slice."""
+        dims = self._sliced(array, axes)
+        starts: list[Any] = [jnp.int32(0)] * array.ndim
+        sizes = list(array.shape)
+        for dim, axis in dims:
+            starts[dim], sizes[dim] = cell.starts[axis], self.sizes[axis]
+        return jax.lax.dynamic_slice(array, starts, sizes) if dims else array
+
+    def _put(self, total: jax.Array, piece: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
+        starts: list[Any] = [jnp.int32(0)] * total.ndim
+        for dim, axis in self._sliced(total, axes):
+            starts[dim] = cell.starts[axis]
+        return jax.lax.dynamic_update_slice(total, piece.astype(total.dtype), starts)
+
+
+def vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array | None]) -> list[jax.Array]:
+    """The arrays, varying over all mesh axes that any array of ``like`` varies over: inside ``shard_map`` operands and carries must agree."""
+    axes: frozenset[str] = frozenset().union(*(_varying_axes(array) for array in like if array is not None))
+    return [jax.lax.pcast(array, tuple(missing), to="varying") if (missing := axes - _varying_axes(array)) else array for array in arrays]
+
+
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying  # type: ignore[no-any-return, unused-ignore]
+
+
+class Problem:
+    """One lowering: inputs with their leading dims made fit for slicing, and the slices."""
+
+    def __init__(self, inputs: Inputs, call: Call, plan: Plan, differentiable: bool) -> None:
+        query = inputs.query
+        self.leading = query.shape[:-4]
+        heads, groups, rows, _ = query.shape[-4:]
+        self.dtype = jnp.promote_types(query.dtype, jnp.float32)
+        self.shape = LogitsShape(math.prod(self.leading), heads, groups, rows, inputs.key.shape[-2], self.dtype.itemsize)
+        self.triangular = call.is_causal and inputs.mask is None
+        self.slices: Slices = slice_logits(plan, _block(self.shape) if self.triangular else self.shape)
+        self.differentiable = differentiable
+        # Flattening leading dims that are sharded would make XLA gather them; only slicing over them needs it.
+        self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][:1] == ("batch",)
+        self.inputs = inputs.map(self.fit)
+
+    def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Flattens the leading dims into one, if they are to be sliced."""
+        leading, rest = array.shape[: -len(axes)], array.shape[-len(axes) :]
+        if not self.flatten:
+            return array
+        if math.prod(leading) not in (1, self.shape.batch):
+            array = jnp.broadcast_to(array, self.leading + rest)
+            leading = self.leading
+        return array.reshape((math.prod(leading), *rest))
+
+    def output(self, axes: tuple[str, ...], dtype: Any, features: int = 1, fill: float = 0.0) -> Output:
+        """A whole output of these axes, its leading dims as those of the inputs here."""
+        sizes = {**self.shape._asdict(), "features": features}
+        leading = (self.shape.batch,) if self.flatten else self.leading
+        return Output(axes, (*leading, *(sizes[axis] for axis in axes)), dtype, fill)
+
+    def grid(self, *axes: str) -> Grid:
+        """The slices along these axes."""
+        return Grid({axis: getattr(self.slices, axis) for axis in axes}, self.shape, self.triangular, self.differentiable)
+
+    def unfit(self, total: jax.Array, operand: jax.Array) -> jax.Array:
+        """A cotangent in its operand's own shape and dtype; what ``fit`` broadcast is summed."""
+        if total.size != operand.size:
+            total = sum_to(total.reshape(self.leading + total.shape[1:]), operand.shape)
+        return total.reshape(operand.shape).astype(operand.dtype)
+
+    def restore(self, array: jax.Array, trailing: int) -> jax.Array:
+        """An output with the leading dims that the caller knows."""
+        return array.reshape(self.leading + array.shape[-trailing:]) if self.flatten else array
+
+
+# Square blocks along the diagonal: n by n of them compute (n + 1) / 2n of the logits. More gain little; in shorter ones products are less efficient.
+_MOST_BLOCKS = 8
+_SHORTEST_BLOCK = 256
+
+
+def _block(shape: LogitsShape) -> LogitsShape:
+    """The largest slice of causal attention: small enough that slices above the diagonal, which are left out, are nearly half.
+
+    With a mask none is left out: a row that the mask leaves no key at all is the mean of all values, also of those that causality hides.
+    """
+    count = max(1, min(_MOST_BLOCKS, shape.rows // _SHORTEST_BLOCK, shape.keys // _SHORTEST_BLOCK))
+    return shape._replace(rows=-(-shape.rows // count), keys=-(-shape.keys // count))
+
+
+def sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the dims that ``shape`` broadcasts."""
+    dims = tuple(dim for dim, size in enumerate(shape) if size == 1 and array.shape[dim] != 1)
+    return jnp.sum(array, axis=dims, keepdims=True) if dims else array

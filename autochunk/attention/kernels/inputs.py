@@ -1,0 +1,59 @@
+"""What a call of the kernels consists of: its arrays, the names of their axes, and what is static about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from autochunk.plan import Plans
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static about a call."""
+
+    scale: float
+    is_causal: bool
+    has_bias: bool
+    has_mask: bool
+    plans: Plans
+
+
+def operands_of(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Those arrays that are there."""
+    return tuple(array for array in arrays if array is not None)
+
+
+class Inputs(NamedTuple):
+    """The arrays that every computation starts from, whole or one slice of each."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    mask: jax.Array | None
+
+    def map(self, function: Callable[[jax.Array, tuple[str, ...]], jax.Array]) -> Inputs:
+        """``function(array, its axes)`` of each array that is there."""
+        return Inputs(*(array if array is None else function(array, axes) for array, axes in zip(self, INPUT_AXES, strict=True)))  # type: ignore[arg-type]
+
+
+# Trailing axes of each kind of array, by name; an axis that the plan slices is sliced in the array.
+QUERY = ("heads", "groups", "rows", "features")
+KEY = ("heads", "keys", "features")
+LOGITS = ("heads", "groups", "rows", "keys")
+STATS = ("heads", "groups", "rows")
+INPUT_AXES = (QUERY, KEY, KEY, LOGITS, LOGITS)
+
+
+def split(operands: Sequence[Any], call: Call) -> tuple[Inputs, list[Any]]:
+    """Separates the inputs from what a primitive takes besides."""
+    rest = list(operands)
+    query, key, value = rest[:3]
+    del rest[:3]
+    bias = rest.pop(0) if call.has_bias else None
+    mask = rest.pop(0) if call.has_mask else None
+    return Inputs(query, key, value, bias, mask), rest

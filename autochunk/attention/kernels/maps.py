@@ -1,0 +1,133 @@
+"""Attention, its tangent map and its cotangent map, slice by slice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.dense import dense
+from autochunk.attention.kernels.grid import Cell, Output, Problem, add, sum_to
+from autochunk.attention.kernels.inputs import INPUT_AXES, KEY, LOGITS, QUERY, STATS, Call, Inputs, operands_of, split
+from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
+from autochunk.plan import Plan
+
+
+def _forward_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unnormalised output, row maximum and sum of exponentials of one slice of keys."""
+    maths = SliceMath(inputs, cell, call, problem, transposed=False)
+    logits = maths.logits()
+    # A maximum of -inf, where a bias takes all keys of a slice out, would make NaN of the differences.
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=float(jnp.finfo(logits.dtype).min)))
+    weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
+    total = jnp.sum(weights, axis=-1)
+    stats = (*maximum.shape[:-1], maths.groups, maths.rows)
+    return maths.spread(maths.over_keys(weights, inputs.value)), maximum.reshape(stats), total.reshape(stats)
+
+
+def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool = False) -> list[jax.Array]:
+    """[out, row maximum, row sum of exponentials]"""
+    inputs, _ = split(operands, call)
+    problem = Problem(inputs, call, plan, differentiable)
+    whole_rows = problem.slices.keys == problem.shape.keys
+
+    def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
+        taken = Inputs(*arrays)
+        out, maximum, total = _forward_slice(taken, cell, call, problem)
+        if whole_rows:
+            return (out / total[..., None]).astype(inputs.query.dtype), maximum, total
+        fresh = SliceMath(taken, cell, call, problem, transposed=False).fresh_rows()
+        return weigh(out, fresh), maximum, total if fresh is None else total * fresh
+
+    out = problem.output(QUERY, inputs.query.dtype if whole_rows else problem.dtype, inputs.value.shape[-1])
+    maximum, total = problem.output(STATS, problem.dtype, fill=float(jnp.finfo(problem.dtype).min)), problem.output(STATS, problem.dtype)
+    grid = problem.grid("batch", "heads", "rows", "keys")
+    parts = grid.run(compute, problem.inputs, INPUT_AXES, (out, maximum, total), None if whole_rows else _join)
+    parts = parts if whole_rows else ((parts[0] / parts[2][..., None]).astype(inputs.query.dtype), *parts[1:])
+    return [problem.restore(part, trailing) for part, trailing in zip(parts, (4, 3, 3), strict=True)]
+
+
+def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Output, maximum and sum over two sets of keys, from those of each."""
+    largest = jnp.maximum(old[1], new[1])
+    one, other = jnp.exp(old[1] - largest), jnp.exp(new[1] - largest)
+    return weigh(old[0], one) + weigh(new[0], other), largest, old[2] * one + new[2] * other
+
+
+def only_output(*operands: jax.Array, call: Call) -> list[jax.Array]:
+    """[out] by the plan for calls that are not differentiated."""
+    plan = call.plans.forward
+    call.plans.used("forward")
+    if plan.implementation == "dense":
+        return [dense(*split(operands, call)[0], call)]
+    return forward(*operands, call=call, plan=plan)[:1]
+
+
+def with_stats(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
+    """[out, row maximum, row sum of exponentials] by the plan for calls that are."""
+    return forward(*operands, call=call, plan=call.plans.training, differentiable=differentiable)
+
+
+def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
+    """The output's tangent, linear in the inputs' tangents; operands are inputs, out, maximum, total, then tangents of query, key, value and bias."""
+    inputs, rest = split(operands, call)
+    problem = Problem(inputs, call, call.plans.training, differentiable)
+    extra_axes = (QUERY, STATS, STATS, QUERY, KEY, KEY, LOGITS)[: 6 + call.has_bias]
+    extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
+
+    def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
+        taken, (out, maximum, total, d_query, d_key, d_value, *d_bias) = Inputs(*arrays[:5]), arrays[5:]
+        maths = SliceMath(taken, cell, call, problem, transposed=False)
+        weights = maths.weights(maximum)
+        d_logits = maths.product(merge(scaled_query(d_query, call)), taken.key) + maths.product(maths.query, d_key)
+        if not folds_scale(d_query):
+            d_logits = d_logits * jnp.asarray(call.scale, problem.dtype)
+        if d_bias:
+            d_logits = maths.add(d_logits, d_bias[0].astype(problem.dtype))
+        moved = weights * d_logits
+        d_out = maths.spread(maths.over_keys(moved, taken.value))
+        d_out -= weigh(out.astype(problem.dtype), jnp.sum(maths.by_axes(moved), axis=-1))
+        d_out = weigh(d_out, maths.live_rows(maximum)) + maths.spread(maths.over_keys(weights, d_value))
+        return (weigh(d_out / total[..., None], maths.fresh_rows()),)
+
+    output = problem.output(QUERY, problem.dtype, inputs.value.shape[-1])
+    grid = problem.grid("batch", "heads", "rows", "keys")
+    (d_out,) = grid.run(compute, (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes), (output,), add)
+    return [problem.restore(d_out, 4).astype(inputs.query.dtype)]
+
+
+def cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], differentiable: bool = False) -> list[jax.Array]:
+    """Cotangents of those of query, key, value and bias that are wanted; operands are inputs, out, maximum, total, then the output's cotangent."""
+    inputs, rest = split(operands, call)
+    problem = Problem(inputs, call, call.plans.training, differentiable)
+    extra_axes = (QUERY, STATS, STATS, QUERY)
+    extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
+
+    def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
+        taken, (out, maximum, total, d_out) = Inputs(*arrays[:5]), arrays[5:]
+        maths = SliceMath(taken, cell, call, problem, transposed=True)
+        weights = maths.weights(maximum)
+        # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions instead of T' * T.
+        scaled = weigh(d_out.astype(problem.dtype) / total[..., None], maths.fresh_rows())
+        live = weigh(scaled, maths.live_rows(maximum))
+        offset = jnp.sum(out.astype(problem.dtype) * live, axis=-1)
+        d_weights = maths.product(merge(live).astype(taken.value.dtype), taken.value)
+        d_logits = weights * (d_weights - maths.by_row(offset))
+        scale = jnp.asarray(call.scale, problem.dtype)
+        query_factor = 1 if folds_scale(taken.query) else scale
+        gradients: tuple[Callable[[], jax.Array], ...] = (
+            lambda: maths.spread(maths.over_keys(d_logits, taken.key)) * scale,
+            lambda: maths.over_rows(d_logits, maths.query) * query_factor,
+            lambda: maths.over_rows(weights, merge(scaled).astype(taken.value.dtype)),
+            lambda: sum_to(maths.by_axes(d_logits), arrays[3].shape),
+        )
+        return tuple(itertools.compress((gradient() for gradient in gradients[: len(wanted)]), wanted))
+
+    primals = operands_of(*problem.inputs[:4])
+    outputs = [Output(axes, array.shape, problem.dtype) for array, axes in zip(primals, INPUT_AXES[: len(primals)], strict=True)]
+    grid = problem.grid("batch", "heads", "rows", "keys")
+    totals = grid.run(compute, (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes), list(itertools.compress(outputs, wanted)), add)
+    return [problem.unfit(total, like) for total, like in zip(totals, itertools.compress(operands_of(*inputs[:4]), wanted), strict=True)]

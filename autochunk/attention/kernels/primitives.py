@@ -1,0 +1,127 @@
+"""Attention as JAX primitives: how it is batched, differentiated, transposed and lowered."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from autochunk.attention.kernels.dense import dense
+from autochunk.attention.kernels.grid import vary_alike
+from autochunk.attention.kernels.inputs import Call, operands_of, split
+from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: Call) -> jax.Array:
+    """Attention by the call's plans: [..., H, G, T', V] in the query's dtype.
+
+    Args:
+      query: [..., H, G, T', K], with at least one leading dim, no dim of size zero.
+      key: [..., H, T, K].
+      value: [..., H, T, V].
+      bias: added to the scaled logits; same rank as the logits, dims of size one broadcast.
+      mask: boolean, False takes no part; same rank as the logits, dims of size one broadcast.
+      call: scale, causality and the plans; says whether bias and mask are there.
+    """
+    operands = operands_of(query, key, value, bias, mask)
+    (out,) = attention_p.bind(*vary_alike(operands, operands), call=call)
+    return cast(jax.Array, out)
+
+
+def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Callable[..., list[tuple[tuple[int, ...], Any]]]) -> Primitive:
+    """A primitive that runs ``function``, and batches by giving every operand one more leading dim; ``shapes`` gives its outputs' shapes and dtypes."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    statics = [parameter for parameter in ("call", "wanted") if parameter in inspect.signature(function).parameters]
+    primitive.def_impl(jax.jit(function, static_argnames=statics))
+
+    def abstract_eval(*avals: Any, **params: Any) -> list[Any]:
+        # Updating an input's aval keeps what it knows of meshes; a new one would lose it.
+        return [avals[0].update(shape=shape, dtype=dtype) for shape, dtype in shapes(*avals, **params)]
+
+    def batch(operands: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, **params: Any) -> tuple[list[jax.Array], list[int]]:
+        size = next(operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None)
+        shared = _shared(call, **params)
+
+        def move(position: int, operand: jax.Array, dim: int | None) -> jax.Array:
+            if dim is not None:
+                return jnp.moveaxis(operand, dim, 0)
+            return jnp.broadcast_to(operand, (1 if position in shared else size, *operand.shape))
+
+        moved = [move(position, operand, dim) for position, (operand, dim) in enumerate(zip(operands, dims, strict=True))]
+        outs = primitive.bind(*moved, call=call, **params)
+        return outs, [0] * len(outs)
+
+    primitive.def_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
+    """Positions of operands that a batch may share by broadcasting: bias and mask, unless each element needs its own cotangent."""
+    bias = {3} if call.has_bias and not wanted[3:] else set()
+    return bias | ({3 + call.has_bias} if call.has_mask else set())
+
+
+def _output_shape(query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
+    return [((*query.shape[:-1], value.shape[-1]), query.dtype)]
+
+
+def _stats_shapes(query: Any, key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
+    stats = (query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
+    return [*_output_shape(query, key, value), stats, stats]
+
+
+def _cotangent_shapes(*operands: Any, wanted: tuple[bool, ...], **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
+    return [(operand.shape, operand.dtype) for operand in itertools.compress(operands, wanted)]
+
+
+def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[jax.Array]]) -> None:
+    """Derivatives of a derivative: JAX's own, through slices that are recomputed."""
+
+    def rule(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
+        plain = functools.partial(function, differentiable=True, **params)
+        return jax.jvp(plain, tuple(primals), tuple(ad.instantiate_zeros(tangent) for tangent in tangents))
+
+    ad.primitive_jvps[primitive] = rule
+
+
+def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call) -> Any:
+    call.plans.used("training")
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    if call.plans.training.implementation == "dense":
+        return jax.jvp(lambda *operands: [dense(*split(operands, call)[0], call)], tuple(primals), tuple(tangents))
+    out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
+    moving = tangents[: 3 + call.has_bias]  # a mask does not move
+    return [out], tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
+
+
+def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> list[Any]:
+    moving = 3 + call.has_bias
+    residuals, tangents = operands[:-moving], operands[-moving:]
+    wanted = tuple(ad.is_undefined_primal(tangent) for tangent in tangents)
+    none: list[Any] = [None] * len(residuals)
+    if type(cotangents[0]) is ad.Zero:
+        return none + [ad.Zero(tangent.aval) if want else None for tangent, want in zip(tangents, wanted, strict=True)]
+    gradients = iter(cotangent_p.bind(*residuals, cotangents[0], call=call, wanted=wanted))
+    return none + [next(gradients) if want else None for want in wanted]
+
+
+attention_p = _primitive("autochunk_attention", only_output, _output_shape)
+attention_with_stats_p = _primitive("autochunk_attention_with_stats", with_stats, _stats_shapes)
+tangent_p = _primitive("autochunk_attention_tangent", tangent, _output_shape)
+cotangent_p = _primitive("autochunk_attention_cotangent", cotangent, _cotangent_shapes)
+
+ad.primitive_jvps[attention_p] = _attention_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+_differentiate_plainly(attention_with_stats_p, with_stats)
+_differentiate_plainly(tangent_p, tangent)
+_differentiate_plainly(cotangent_p, cotangent)
