@@ -23,6 +23,7 @@ from autochunk.plan import (
     Plans,
     Slices,
     candidate_plans,
+    causal_block,
     check_implementation,
     check_max_chunk_size_mb,
     same_slices,
@@ -373,3 +374,13 @@ def test_plans_tell_which_one_ran() -> None:
     silent.used("forward")
     assert plans == silent
     assert hash(plans) == hash(silent)
+
+
+@given(shapes)
+def test_causal_blocks_cover_and_are_no_shorter_than_they_should_be(shape: LogitsShape) -> None:
+    """At most eight by eight blocks, as equal as can be, none shorter than 256 unless the whole is; other axes as they were."""
+    block = causal_block(shape)
+    assert block._replace(rows=shape.rows, keys=shape.keys) == shape
+    for whole, part in ((shape.rows, block.rows), (shape.keys, block.keys)):
+        assert part <= whole <= 8 * part
+        assert part == whole or part >= 256

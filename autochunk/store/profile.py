@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
-from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB, LogitsShape, Plan, check_implementation, check_max_chunk_size_mb, same_slices
+from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB, LogitsShape, Plan, causal_block, check_implementation, check_max_chunk_size_mb, same_slices
 from autochunk.workload import Workload
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -264,9 +264,10 @@ def _comparison(other: Measurement, best: Measurement) -> str:
 
 
 def logits_shape(workload: Workload) -> LogitsShape:
-    """The sizes that slicing works on."""
+    """The sizes that slicing works on: the logits', or of causal attention one block's."""
     groups = workload.num_heads // workload.num_kv_heads
-    return LogitsShape(workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize)
+    shape = LogitsShape(workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize)
+    return causal_block(shape) if workload.causal and workload.mask == "none" else shape
 
 
 class Bundle(_Record):

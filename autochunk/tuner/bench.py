@@ -7,6 +7,8 @@ drift of the machine hits all alike.
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autochunk.attention.op import dot_product_attention
-from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB
+from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.store.resolve import resolve
 from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
 from autochunk.tuner.worker import Inputs, available_bytes, make_function, measure_growth, program_bytes
@@ -79,6 +81,20 @@ def haiku_dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Ar
     return jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)
 
 
+def row_loop(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *, causal: bool) -> jax.Array:
+    """Attention as dm-haiku pull request #679 slices it: query rows in a Python loop, 1000 MB of logits at a time."""
+    length, logits_bytes = query.shape[-3], 4 * query[..., 0].size * key.shape[-3]
+    bounds = np.linspace(0, length, 1 + math.ceil(logits_bytes / (DEFAULT_MAX_CHUNK_SIZE_MB * BYTES_PER_MB))).astype(int)
+    if causal:
+        triangle = jnp.tril(jnp.ones((1, 1, length, key.shape[-3]), bool))
+        mask = triangle if mask is None else mask & triangle
+    outs = []
+    for first, last in itertools.pairwise(bounds):
+        terms = [term if term is None or term.shape[-2] == 1 else term[..., first:last, :] for term in (bias, mask)]
+        outs.append(haiku_dense(query[..., first:last, :, :], key, value, *terms, causal=False))
+    return jnp.concatenate(outs, axis=-3)
+
+
 def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torch", "tokamax"),
           on_contender: Callable[[str], None] = lambda _: None) -> list[Contender]:  # fmt: skip
     """Times every contender on a workload, in this process.
@@ -90,8 +106,8 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
       on_contender: told of each contender as it is prepared.
 
     Returns:
-      Haiku's dense attention, the 1000 MB default, "auto", each implementation of ``jax.nn.dot_product_attention``, and the peers; also those that did not
-      run, with the reason.
+      Haiku's dense attention, the 1000 MB default, "auto", above 1000 MB of logits the pull request's loop over rows, each implementation of
+      ``jax.nn.dot_product_attention``, and the peers; also those that did not run, with the reason.
     """
     inputs = Inputs(workload)
     contenders = []
@@ -114,10 +130,15 @@ def _jax_contenders(workload: Workload) -> list[tuple[str, Attend, str]]:
         return lambda q, k, v, b, m: jax.nn.dot_product_attention(q, k, v, b, m, is_causal=workload.causal, implementation=implementation)
 
     resolution = resolve(workload)
+    sliced = workload.logits_bytes > DEFAULT_MAX_CHUNK_SIZE_MB * BYTES_PER_MB
+    loop: list[tuple[str, Attend, str]] = [
+        ("row loop", lambda q, k, v, b, m: row_loop(q, k, v, b, m, causal=workload.causal), "the pull request's way, 1000 MB")
+    ]
     return [
         (HAIKU_DENSE, lambda q, k, v, b, m: haiku_dense(q, k, v, b, m, causal=workload.causal), ""),
         (f"{DEFAULT_MAX_CHUNK_SIZE_MB:g} MB", ours(DEFAULT_MAX_CHUNK_SIZE_MB), ""),
         ("auto", ours("auto"), f"{resolution.plan} ({resolution.match})"),
+        *(loop if sliced else []),
         ("jax.nn xla", jax_nn("xla"), ""),
         ("jax.nn cudnn", jax_nn("cudnn"), ""),
     ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs
-from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, slice_logits
+from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, causal_block, slice_logits
 
 
 class Output(NamedTuple):
@@ -150,7 +150,7 @@ class Problem:
         self.dtype = jnp.promote_types(query.dtype, jnp.float32)
         self.shape = LogitsShape(math.prod(self.leading), heads, groups, rows, inputs.key.shape[-2], self.dtype.itemsize)
         self.triangular = call.is_causal and inputs.mask is None
-        self.slices: Slices = slice_logits(plan, _block(self.shape) if self.triangular else self.shape)
+        self.slices: Slices = slice_logits(plan, causal_block(self.shape) if self.triangular else self.shape)
         self.differentiable = differentiable
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over them needs it.
         self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][:1] == ("batch",)
@@ -185,20 +185,6 @@ class Problem:
     def restore(self, array: jax.Array, trailing: int) -> jax.Array:
         """An output with the leading dims that the caller knows."""
         return array.reshape(self.leading + array.shape[-trailing:]) if self.flatten else array
-
-
-# Square blocks along the diagonal: n by n of them compute (n + 1) / 2n of the logits. More gain little; in shorter ones products are less efficient.
-_MOST_BLOCKS = 8
-_SHORTEST_BLOCK = 256
-
-
-def _block(shape: LogitsShape) -> LogitsShape:
-    """The largest slice of causal attention: small enough that slices above the diagonal, which are left out, are nearly half.
-
-    With a mask none is left out: a row that the mask leaves no key at all is the mean of all values, also of those that causality hides.
-    """
-    count = max(1, min(_MOST_BLOCKS, shape.rows // _SHORTEST_BLOCK, shape.keys // _SHORTEST_BLOCK))
-    return shape._replace(rows=-(-shape.rows // count), keys=-(-shape.keys // count))
 
 
 def sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

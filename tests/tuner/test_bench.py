@@ -1,0 +1,41 @@
+"""What ``bench`` compares: every contender computes the same, and what does not run says why."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from autochunk.tuner import bench, worker
+from autochunk.workload import Workload
+
+SHAPES = ["b=2,t=12,s=9,h=4,kv_heads=2,k=8", "b=2,t=12,h=2,k=4,causal=yes,mask=b1ts", "b=1,t=10,h=2,k=4,bias=1hts"]
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_baselines_are_right(shape: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Haiku's dense attention and the pull request's loop agree with the float64 reference; a baseline that is wrong is worth no comparison."""
+    monkeypatch.setattr(bench, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)  # so that the loop has several turns
+    inputs = worker.Inputs(Workload.parse(shape, mode=mode))
+    for attend in (bench.haiku_dense, bench.row_loop):
+        function = worker.make_function(inputs.workload, functools.partial(attend, causal=inputs.workload.causal))
+        results = inputs.on_sample(jax.jit(function)(*inputs.arguments))
+        assert worker.relative_error(results, worker.reference(inputs)) < 1e-5
+
+
+def test_every_contender_has_figures_or_a_reason() -> None:
+    """Ratios are to haiku's dense attention in the same round, one for each round."""
+    seen: list[str] = []
+    contenders = bench.bench(Workload.parse("b=1,t=32,h=2,k=8"), rounds=3, peers=("no_such_library",), on_contender=seen.append)
+    assert [contender.name for contender in contenders] == seen == ["haiku dense", "1000 MB", "auto", "jax.nn xla", "jax.nn cudnn"]
+    for contender in contenders:
+        if contender.run is None:
+            assert contender.detail
+            assert contender.ratio is contender.spread is contender.seconds_median is None
+        else:
+            assert len(contender.seconds) == len(contender.ratios) == 3
+            assert contender.temp_bytes is not None
+    np.testing.assert_array_equal(contenders[0].ratios, 1.0)
