@@ -18,7 +18,7 @@ from autochunk.store import bundle
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS
 from autochunk.store.resolve import resolve, use
-from autochunk.tuner.presets import PRESETS
+from autochunk.tuner.presets import PRESETS, preset_shapes
 from autochunk.workload import DTYPES, MODES, Mode, Workload
 
 _EXAMPLE = "b=1,t=4096,s=4096,h=8,k=64"
@@ -59,7 +59,11 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON 
 
 def _workloads(shapes: tuple[str, ...], dtype: str, mode: str) -> list[Workload]:
     modes: tuple[Mode, ...] = MODES if mode == "both" else (mode,)  # type: ignore[assignment]
-    return [Workload.parse(shape, **({"dtype": dtype} | {"mode": each})) for shape in shapes for each in modes]
+    return [Workload.parse(shape, dtype=dtype, mode=each) for shape in shapes for each in modes]
+
+
+def _with_presets(shapes: tuple[str, ...], presets: tuple[str, ...]) -> tuple[str, ...]:
+    return (*shapes, *(shape for preset in presets for shape in preset_shapes(preset)))
 
 
 def _console(stderr: bool = False) -> Console:
@@ -90,12 +94,11 @@ def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...
 
     Without --shape, --preset or --missed: what "auto" has missed here, then a standard set of shapes.
     """
-    from autochunk.tuner.presets import preset_shapes
     from autochunk.tuner.tune import tune as run
 
     profile_store = ProfileStore(store)
-    named = [*shapes, *(shape for preset in presets for shape in preset_shapes(preset))]
-    workloads: list[Workload] | None = _workloads(tuple(named), dtype, mode)
+    named = _with_presets(shapes, presets)
+    workloads: list[Workload] | None = _workloads(named, dtype, mode)
     if missed:
         workloads = [*(workloads or []), *profile_store.missed(detect())]
         if not workloads:
@@ -168,9 +171,8 @@ def bench(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ..
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
     """
     from autochunk.tuner.bench import bench as run
-    from autochunk.tuner.presets import preset_shapes
 
-    named = (*shapes, *(shape for preset in presets for shape in preset_shapes(preset)))
+    named = _with_presets(shapes, presets)
     workloads = _workloads(named, dtype, mode) if named else [profile.parsed_workload() for profile in ProfileStore(store).profiles(detect())]
     if not workloads:
         raise click.UsageError("the store has no profile of this machine; name a --shape or a --preset, or run `autochunk tune`")

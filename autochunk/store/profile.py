@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -109,10 +110,7 @@ class Measurement(_Record):
     @property
     def spread(self) -> float:
         """Half the interquartile range of the ratios, relative to their median; 0 for a single repeat."""
-        if len(self.ratios) < 2 or not self.ratio:
-            return 0.0
-        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
-        return (high - low) / 2 / self.ratio
+        return relative_spread(self.ratios) or 0.0
 
     @property
     def noise(self) -> float:
@@ -121,6 +119,14 @@ class Measurement(_Record):
         Normal approximation: 1.4826 makes a standard deviation of half the interquartile range, 1.2533 the median's error of the mean's.
         """
         return 1.2533 * 1.4826 * self.spread / math.sqrt(len(self.ratios)) if self.ratios else 0.0
+
+
+def relative_spread(values: Sequence[float]) -> float | None:
+    """Half the interquartile range of positive values, relative to their median; None for fewer than two values or a median of zero."""
+    if len(values) < 2:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle if middle else None
 
 
 def slower_by(one: Measurement, other: Measurement) -> float:

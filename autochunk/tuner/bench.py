@@ -21,12 +21,12 @@ import numpy as np
 
 from autochunk.attention.op import dot_product_attention
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
+from autochunk.store.profile import relative_spread
 from autochunk.store.resolve import resolve
 from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
-from autochunk.tuner.worker import Inputs, available_bytes, make_function, measure_growth, program_bytes
+from autochunk.tuner.worker import SHORTEST_TIMING, Inputs, available_bytes, make_function, measure_growth, program_bytes
 from autochunk.workload import Workload
 
-_SHORTEST_TIMING = 0.02
 HAIKU_DENSE = "haiku dense"
 
 Attend = Callable[..., jax.Array]
@@ -60,10 +60,7 @@ class Contender:
     @property
     def spread(self) -> float | None:
         """Half the interquartile range of the ratios, relative to their median."""
-        if len(self.ratios) < 2:
-            return None
-        low, middle, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
-        return (high - low) / 2 / middle
+        return relative_spread(self.ratios)
 
 
 def haiku_dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *, causal: bool) -> jax.Array:
@@ -204,7 +201,7 @@ _PEERS: dict[str, Callable[[Inputs], Contender]] = {"torch": _torch, "tokamax": 
 
 
 def _time_all(contenders: list[Contender], rounds: int) -> None:
-    calls = {contender.name: max(1, round(_SHORTEST_TIMING / max(_time(contender, 1), 1e-6))) for contender in contenders}
+    calls = {contender.name: max(1, round(SHORTEST_TIMING / max(_time(contender, 1), 1e-6))) for contender in contenders}
     dense = next((contender for contender in contenders if contender.name == HAIKU_DENSE), None)
     for step in range(rounds):
         shift = step % max(1, len(contenders))

@@ -42,7 +42,7 @@ ERROR_ROUNDINGS = 16.0
 _SAMPLE_BYTES = 64 * 2**20
 _MOST_SAMPLED_ROWS = 16
 # One timing takes at least this long, by repeating the call: shorter ones measure the clock and the dispatch.
-_SHORTEST_TIMING = 0.02
+SHORTEST_TIMING = 0.02
 
 
 class Inputs:
@@ -266,7 +266,7 @@ class Session:
         result |= {"error": min(deviation, 1e30), "first_seconds": first}
         if not deviation <= self.error_limit:
             return result | {"status": "inaccurate", "detail": f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is allowed"}
-        self.prepared[chosen] = (compiled, max(1, math.ceil(_SHORTEST_TIMING / max(first, 1e-6))))
+        self.prepared[chosen] = (compiled, max(1, math.ceil(SHORTEST_TIMING / max(first, 1e-6))))
         return result | {"status": "ok", "detail": ""}
 
     def _least_working_bytes(self, plan: Plan) -> int:

@@ -116,18 +116,20 @@ class Grid:
 
     def take(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
         """An array's part in a slice."""
-        dims = self._sliced(array, axes)
-        starts: list[Any] = [jnp.int32(0)] * array.ndim
         sizes = list(array.shape)
-        for dim, axis in dims:
-            starts[dim], sizes[dim] = cell.starts[axis], self.sizes[axis]
-        return jax.lax.dynamic_slice(array, starts, sizes) if dims else array
+        for dim, axis in self._sliced(array, axes):
+            sizes[dim] = self.sizes[axis]
+        return jax.lax.dynamic_slice(array, self._starts(array, axes, cell), sizes) if sizes != list(array.shape) else array
 
     def _put(self, total: jax.Array, piece: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
-        starts: list[Any] = [jnp.int32(0)] * total.ndim
-        for dim, axis in self._sliced(total, axes):
+        return jax.lax.dynamic_update_slice(total, piece.astype(total.dtype), self._starts(total, axes, cell))
+
+    def _starts(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> list[Any]:
+        """Where a slice begins in each dim of an array."""
+        starts: list[Any] = [jnp.int32(0)] * array.ndim
+        for dim, axis in self._sliced(array, axes):
             starts[dim] = cell.starts[axis]
-        return jax.lax.dynamic_update_slice(total, piece.astype(total.dtype), starts)
+        return starts
 
 
 def vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array | None]) -> list[jax.Array]:
