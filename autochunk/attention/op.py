@@ -65,12 +65,11 @@ def dot_product_attention(
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
     plans = _plans(query, key, value, bias, mask, bool(is_causal), max_chunk_size_mb, implementation)
     call = kernels.Call(scale, bool(is_causal), bias is not None, mask is not None, plans)
-    grouped = _head_major(query)  # [..., H, T', K]
-    grouped = grouped.reshape((*grouped.shape[:-3], kv_heads, heads // kv_heads, *grouped.shape[-2:]))
+    leading = query.shape[:-3] or (1,)
+    grouped = query.reshape((*leading, query.shape[-3], kv_heads, heads // kv_heads, query.shape[-1]))
+    keys, values = (array.reshape((*leading, *array.shape[-3:])) for array in (key, value))
     bias, mask = (None if term is None else _grouped_term(term, kv_heads) for term in (bias, mask))
-    out = _attend(grouped, _head_major(key), _head_major(value), bias, mask, call)
-    out = out.reshape((*out.shape[:-4], heads, *out.shape[-2:]))  # [..., H, T', V]
-    return jnp.swapaxes(out, -2, -3).reshape((*query.shape[:-1], value.shape[-1]))
+    return _attend(grouped, keys, values, bias, mask, call).reshape((*query.shape[:-1], value.shape[-1]))
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: kernels.Call) -> jax.Array:
@@ -126,12 +125,6 @@ def _check_scale(scale: Any) -> float:
         return float(scale)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise ArgumentError(f"scale must be a number known while tracing, or None; got {scale!r}. Multiply the query by a traced scale instead") from None
-
-
-def _head_major(array: jax.Array) -> jax.Array:
-    """[..., T, H, K] to [..., H, T, K], with at least one leading dim."""
-    array = jnp.swapaxes(array, -2, -3)
-    return array[None] if array.ndim == 3 else array
 
 
 def _grouped_term(term: jax.Array, kv_heads: int) -> jax.Array:

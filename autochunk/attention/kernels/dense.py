@@ -14,12 +14,11 @@ def dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
     Shapes as in ``attention``. Softmax is in the input dtype, masked logits are -1e30, as in ``hk.MultiHeadAttention``; in float16, where that would be
     -inf, they are its least number.
     """
-    *leading, heads, groups, length, size = query.shape
-    flat = query.reshape((*leading, heads * groups, length, size))
-    queries, keys, values = (jnp.swapaxes(x, -2, -3) for x in (flat, key, value))  # [..., T, H, K]
+    *leading, length, heads, groups, size = query.shape
+    flat = query.reshape((*leading, length, heads * groups, size))
     if groups > 1:
-        keys, values = jnp.repeat(keys, groups, axis=-2), jnp.repeat(values, groups, axis=-2)
-    logits = jnp.einsum("...thd,...Thd->...htT", queries, keys) * jnp.asarray(call.scale, query.dtype)
+        key, value = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
+    logits = jnp.einsum("...thd,...Thd->...htT", flat, key) * jnp.asarray(call.scale, query.dtype)
     if bias is not None:
         logits = logits + _ungrouped(bias, heads, groups).astype(logits.dtype)
     if call.is_causal:
@@ -27,8 +26,8 @@ def dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
         mask = causal[..., None, :, :] if mask is None else jnp.logical_and(mask, causal[..., None, :, :])
     if mask is not None:
         logits = jnp.where(_ungrouped(mask, heads, groups), logits, jnp.asarray(max(-1e30, float(jnp.finfo(logits.dtype).min)), logits.dtype))
-    out = jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), values)
-    return jnp.swapaxes(out, -2, -3).reshape((*query.shape[:-1], value.shape[-1]))
+    out = jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)
+    return out.reshape((*query.shape[:-1], value.shape[-1]))
 
 
 def _ungrouped(term: jax.Array, heads: int, groups: int) -> jax.Array:

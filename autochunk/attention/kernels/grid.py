@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels.inputs import Call, Inputs, caller_major, head_major, in_head_major
 from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, causal_block, slice_logits
 
 
@@ -45,7 +45,7 @@ class Grid:
     """
 
     def __init__(self, sizes: dict[str, int], shape: LogitsShape, triangular: bool, differentiable: bool) -> None:
-        self.triangular, self.differentiable = triangular, differentiable
+        self.shape, self.triangular, self.differentiable = shape, triangular, differentiable
         self.lengths = {axis: getattr(shape, axis) for axis in sizes}
         self.sizes = sizes
         self.counts = {axis: -(-self.lengths[axis] // size) for axis, size in sizes.items()}
@@ -53,7 +53,36 @@ class Grid:
 
     def run(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
             outputs: Sequence[Output], join: Join | None = None) -> tuple[jax.Array, ...]:  # fmt: skip
-        """``compute(cell, *slices)`` gives one part per output; parts are written in place, or joined with what is there."""
+        """``compute(cell, *slices)`` gives one part per output; parts are written in place, or joined with what is there. Slices and parts are head-major."""
+        outer, inner = ({axis: size for axis, size in self.sizes.items() if (axis in ("rows", "keys")) == within} for within in (False, True))
+        if self.differentiable or self._cells(outer) == 1 or self._cells(inner) == 1:
+            return self._scan(compute, arrays, axes, outputs, join)
+        # Keys, values and their cotangents are taken and put once for each batch element and head, not for each slice of its rows.
+        groups = Grid(outer, self.shape, triangular=False, differentiable=False)
+        within = Grid(inner, self.shape, self.triangular, differentiable=False)
+
+        def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
+            def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
+                return compute(Cell(cell.starts | place.starts, cell.fresh | place.fresh), *slices)
+
+            parts = [Output(in_head_major(output.axes), groups.part_shape(output), output.dtype, output.fill) for output in outputs]
+            return within._scan(one, arrays, [in_head_major(names) for names in axes], parts, join)
+
+        return groups._scan(group, arrays, axes, outputs, join)
+
+    def _cells(self, axes: Sequence[str] | dict[str, int]) -> int:
+        return math.prod(self.counts[axis] for axis in axes)
+
+    def part_shape(self, output: Output) -> tuple[int, ...]:
+        """The shape of an output's part in a slice, head-major."""
+        sizes = list(output.shape)
+        for dim, axis in self._sliced(output.shape, output.axes):
+            sizes[dim] = self.sizes[axis]
+        leading = len(sizes) - len(output.axes)
+        return (*sizes[:leading], *(sizes[leading + output.axes.index(axis)] for axis in in_head_major(output.axes)))
+
+    def _scan(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
+              outputs: Sequence[Output], join: Join | None) -> tuple[jax.Array, ...]:  # fmt: skip
 
         def part(index: Any, arrays: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
             cell = self.cell(index)
@@ -61,7 +90,7 @@ class Grid:
             return compute(cell, *slices)
 
         if self.cells == 1:
-            return tuple(piece.astype(output.dtype) for piece, output in zip(part(0, arrays), outputs, strict=True))
+            return tuple(caller_major(piece.astype(output.dtype), output.axes) for piece, output in zip(part(0, arrays), outputs, strict=True))
         if self.differentiable:
             # Arrays enter whole: what the checkpoint keeps is then the same for every slice, and kept once.
             part = jax.checkpoint(part, prevent_cse=False)
@@ -106,28 +135,30 @@ class Grid:
                 fresh[axis] = starts[axis] + jnp.arange(size) >= position * size
         return Cell(starts, fresh)
 
-    def _sliced(self, array: jax.Array, axes: tuple[str, ...]) -> list[tuple[int, str]]:
+    def _sliced(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> list[tuple[int, str]]:
         """The dims of an array to slice; a dim of size one is either whole or broadcast."""
-        first = array.ndim - len(axes)
+        first = len(shape) - len(axes)
         dims = [(first + position, axis) for position, axis in enumerate(axes)]
         if first == 1:
             dims.insert(0, (0, "batch"))
-        return [(dim, axis) for dim, axis in dims if self.counts.get(axis, 1) > 1 and array.shape[dim] > 1]
+        return [(dim, axis) for dim, axis in dims if self.counts.get(axis, 1) > 1 and shape[dim] > 1]
 
     def take(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
-        """An array's part in a slice."""
+        """An array's part in a slice, head-major."""
         sizes = list(array.shape)
-        for dim, axis in self._sliced(array, axes):
+        for dim, axis in self._sliced(array.shape, axes):
             sizes[dim] = self.sizes[axis]
-        return jax.lax.dynamic_slice(array, self._starts(array, axes, cell), sizes) if sizes != list(array.shape) else array
+        if sizes != list(array.shape):
+            array = jax.lax.dynamic_slice(array, self._starts(array, axes, cell), sizes)
+        return head_major(array, axes)
 
     def _put(self, total: jax.Array, piece: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
-        return jax.lax.dynamic_update_slice(total, piece.astype(total.dtype), self._starts(total, axes, cell))
+        return jax.lax.dynamic_update_slice(total, caller_major(piece.astype(total.dtype), axes), self._starts(total, axes, cell))
 
     def _starts(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> list[Any]:
         """Where a slice begins in each dim of an array."""
         starts: list[Any] = [jnp.int32(0)] * array.ndim
-        for dim, axis in self._sliced(array, axes):
+        for dim, axis in self._sliced(array.shape, axes):
             starts[dim] = cell.starts[axis]
         return starts
 
@@ -148,9 +179,9 @@ class Problem:
     def __init__(self, inputs: Inputs, call: Call, plan: Plan, differentiable: bool) -> None:
         query = inputs.query
         self.leading = query.shape[:-4]
-        heads, groups, rows, _ = query.shape[-4:]
+        rows, heads, groups, _ = query.shape[-4:]
         self.dtype = jnp.promote_types(query.dtype, jnp.float32)
-        self.shape = LogitsShape(math.prod(self.leading), heads, groups, rows, inputs.key.shape[-2], self.dtype.itemsize)
+        self.shape = LogitsShape(math.prod(self.leading), heads, groups, rows, inputs.key.shape[-3], self.dtype.itemsize)
         self.triangular = call.is_causal and inputs.mask is None
         self.slices: Slices = slice_logits(plan, causal_block(self.shape) if self.triangular else self.shape)
         self.differentiable = differentiable

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from autochunk.plan import Plans
 
@@ -42,11 +43,35 @@ class Inputs(NamedTuple):
 
 
 # Trailing axes of each kind of array, by name; an axis that the plan slices is sliced in the array.
-QUERY = ("heads", "groups", "rows", "features")
-KEY = ("heads", "keys", "features")
+QUERY = ("rows", "heads", "groups", "features")
+KEY = ("keys", "heads", "features")
 LOGITS = ("heads", "groups", "rows", "keys")
 STATS = ("heads", "groups", "rows")
 INPUT_AXES = (QUERY, KEY, KEY, LOGITS, LOGITS)
+
+_HEAD_MAJOR = ("heads", "groups", "rows", "keys", "features")
+
+
+def head_major(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Heads before rows and keys, as products want them."""
+    return _permute(array, axes, in_head_major(axes))
+
+
+def caller_major(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """From head-major back to the order of ``axes``."""
+    return _permute(array, in_head_major(axes), axes)
+
+
+def in_head_major(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes in the order that products want."""
+    return tuple(sorted(axes, key=_HEAD_MAJOR.index))
+
+
+def _permute(array: jax.Array, axes: tuple[str, ...], wanted: tuple[str, ...]) -> jax.Array:
+    if axes == wanted:
+        return array
+    leading = array.ndim - len(axes)
+    return jnp.transpose(array, (*range(leading), *(leading + axes.index(axis) for axis in wanted)))
 
 
 def split(operands: Sequence[Any], call: Call) -> tuple[Inputs, list[Any]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels.dense import dense
 from autochunk.attention.kernels.grid import Cell, Output, Problem, add, sum_to
-from autochunk.attention.kernels.inputs import INPUT_AXES, KEY, LOGITS, QUERY, STATS, Call, Inputs, operands_of, split
+from autochunk.attention.kernels.inputs import INPUT_AXES, KEY, LOGITS, QUERY, STATS, Call, Inputs, caller_major, operands_of, split
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
 from autochunk.plan import Plan
 
@@ -46,7 +46,8 @@ def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool =
     maximum, total = problem.output(STATS, problem.dtype, fill=float(jnp.finfo(problem.dtype).min)), problem.output(STATS, problem.dtype)
     grid = problem.grid("batch", "heads", "rows", "keys")
     parts = grid.run(compute, problem.inputs, INPUT_AXES, (out, maximum, total), None if whole_rows else _join)
-    parts = parts if whole_rows else ((parts[0] / parts[2][..., None]).astype(inputs.query.dtype), *parts[1:])
+    if not whole_rows:
+        parts = ((parts[0] / caller_major(parts[2][..., None], QUERY)).astype(inputs.query.dtype), *parts[1:])
     return [problem.restore(part, trailing) for part, trailing in zip(parts, (4, 3, 3), strict=True)]
 
 

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from autochunk.attention.kernels.grid import Cell, Problem
 from autochunk.attention.kernels.inputs import Call, Inputs
 
+# With fewer rows, transposing the keys costs more than it gains.
+_LONG = 256
+
 
 def masked_logit(dtype: Any) -> float:
     """Added to logits that take no part: so large that it absorbs any logit, and a fully masked row comes out uniform; finite, so that no NaN arises."""
@@ -55,7 +58,13 @@ class SliceMath:
     def over_keys(self, weights: jax.Array, keys: jax.Array) -> jax.Array:
         """Sums over keys: [..., G * T', V]."""
         weights = weights.astype(keys.dtype)
-        return _product("...st,...sv->...tv" if self.transposed else "...ts,...sv->...tv", weights, keys, self.dtype)
+        if not self.transposed:
+            return _product("...ts,...sv->...tv", weights, keys, self.dtype)
+        if self.groups * self.rows < _LONG:
+            return _product("...st,...sv->...tv", weights, keys, self.dtype)
+        # XLA:CPU multiplies by a transposed left side at half the speed, so the narrow arrays are transposed instead; barriers keep XLA from undoing that.
+        narrow = jax.lax.optimization_barrier(jnp.swapaxes(keys, -1, -2))
+        return jnp.swapaxes(jax.lax.optimization_barrier(_product("...vs,...st->...vt", narrow, weights, self.dtype)), -1, -2)
 
     def over_rows(self, weights: jax.Array, rows: jax.Array) -> jax.Array:
         """Sums over rows: [..., T, K]."""

@@ -20,14 +20,14 @@ from autochunk.attention.kernels.maps import cotangent, only_output, tangent, wi
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: Call) -> jax.Array:
-    """Attention by the call's plans: [..., H, G, T', V] in the query's dtype.
+    """Attention by the call's plans: [..., T', H, G, V] in the query's dtype.
 
     Args:
-      query: [..., H, G, T', K], with at least one leading dim, no dim of size zero.
-      key: [..., H, T, K].
-      value: [..., H, T, V].
-      bias: added to the scaled logits; same rank as the logits, dims of size one broadcast.
-      mask: boolean, False takes no part; same rank as the logits, dims of size one broadcast.
+      query: [..., T', H, G, K], with at least one leading dim, no dim of size zero.
+      key: [..., T, H, K].
+      value: [..., T, H, V].
+      bias: [..., H, G, T', T], added to the scaled logits; dims of size one broadcast.
+      mask: [..., H, G, T', T], boolean, False takes no part; dims of size one broadcast.
       call: scale, causality and the plans; says whether bias and mask are there.
     """
     operands = operands_of(query, key, value, bias, mask)
@@ -76,7 +76,8 @@ def _output_shape(query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any
 
 
 def _stats_shapes(query: Any, key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
-    stats = (query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
+    *leading, rows, heads, groups, _ = query.shape
+    stats = ((*leading, heads, groups, rows), jnp.promote_types(query.dtype, jnp.float32))
     return [*_output_shape(query, key, value), stats, stats]
 
 
