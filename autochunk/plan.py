@@ -18,9 +18,10 @@ BYTES_PER_MB = 10**6
 DEFAULT_MAX_CHUNK_SIZE_MB = 1000.0
 """What dm-haiku pull request #679 proposed, and what "auto" falls back to."""
 
-# The axes along which each implementation slices, first choice first. "dense" is haiku's order of operations, never sliced.
+# The axes along which each implementation slices, first choice first. "dense" is haiku's order of operations and "cudnn" cuDNN's kernel, never sliced.
 SLICING_ORDER: dict[str, tuple[str, ...]] = {
     "dense": (),
+    "cudnn": (),
     "xla": ("batch", "heads", "rows", "keys"),
     "xla_rows": ("rows", "keys", "batch", "heads"),
 }
@@ -32,13 +33,19 @@ class Plan:
     """How one attention call runs.
 
     Attributes:
-      implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys), ``"xla_rows"`` (query rows first) or ``"dense"`` (haiku's own
-        order of operations, unsliced).
+      implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys), ``"xla_rows"`` (query rows first), ``"dense"`` (haiku's own
+        order of operations, unsliced) or ``"cudnn"`` (cuDNN's fused kernel, on NVIDIA GPUs, in half precision).
       max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None never slices.
     """
 
     implementation: str = "xla"
     max_chunk_size_mb: float | None = None
+
+    def sliced(self) -> Plan:
+        """The plan itself if it slices; else the slices for what a kernel that does not slice cannot do, rows first since that suits every mesh."""
+        if SLICING_ORDER[self.implementation]:
+            return self
+        return Plan("xla_rows", self.max_chunk_size_mb or DEFAULT_MAX_CHUNK_SIZE_MB)
 
     def __str__(self) -> str:
         if not SLICING_ORDER.get(self.implementation, ("unknown",)):
@@ -179,7 +186,7 @@ def _round(limit: float) -> float:
 
 def same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
     """Whether two plans come to the same computation at these sizes."""
-    if (one.implementation == "dense") != (other.implementation == "dense"):
+    if one.implementation != other.implementation and not (SLICING_ORDER[one.implementation] and SLICING_ORDER[other.implementation]):
         return False
     return slice_logits(one, shape) == slice_logits(other, shape)
 

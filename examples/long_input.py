@@ -80,7 +80,7 @@ def measure(kind: str, sizes: Sizes, repeats: int) -> tuple[float, float]:
 
 
 def peak_mb() -> float:
-    """This process's peak resident memory in MB."""
+    """Peak resident memory of the running process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -8,6 +8,7 @@ import math
 from typing import Any, Literal, cast
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
 from autochunk.attention import kernels
@@ -44,20 +45,20 @@ def dot_product_attention(
       is_causal: query i sees keys 0 to i only.
       max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None never to slice, or "auto" to take what ``autochunk tune`` found best on this
         device for these shapes. Logits are float32 for half-precision inputs.
-      implementation: pins how it is computed: "xla", "xla_rows" or "dense" (see ``autochunk.Plan``); None lets "auto" choose, and is "xla" for a number.
+      implementation: pins how it is computed: "xla", "xla_rows", "dense" or "cudnn" (see ``autochunk.Plan``); None lets "auto" choose, and is "xla" for a
+        number. What cuDNN cannot differentiate (forward mode, higher orders, a bias) runs in slices.
 
     Returns:
       [..., T', H, V] in the query's dtype.
 
     Raises:
-      ArgumentError: shapes or dtypes do not fit, or a setting is not one of those above. It is a ValueError.
+      ArgumentError: shapes or dtypes do not fit, a setting is not one of those above, or the implementation pinned does not take this call. It is a ValueError.
     """
     max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
     implementation = check_implementation(implementation)
     query, key, value = (_array(name, array) for name, array in (("query", query), ("key", key), ("value", value)))
     _check_shapes(query, key, value)
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    logits_shape = (*query.shape[:-3], heads, query.shape[-3], key.shape[-3])
+    logits_shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
     bias = None if bias is None else _check_term("bias", _array("bias", bias), logits_shape)
     mask = None if mask is None else _check_term("mask", _array("mask", mask), logits_shape)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _check_scale(scale)
@@ -65,21 +66,69 @@ def dot_product_attention(
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
     plans = _plans(query, key, value, bias, mask, bool(is_causal), max_chunk_size_mb, implementation)
     call = kernels.Call(scale, bool(is_causal), bias is not None, mask is not None, plans)
-    leading = query.shape[:-3] or (1,)
+    inputs = _grouped(query, key, value, bias, mask)
+    return _attend(inputs, _taken(call, inputs, implementation)).reshape((*query.shape[:-1], value.shape[-1]))
+
+
+def why_not(implementation: str, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *,
+            is_causal: bool, training: bool) -> str:  # fmt: skip
+    """Why an implementation does not take a call, on jax's default device; empty if it does. Arrays as in ``dot_product_attention``, of rank 4."""
+    if implementation not in kernels.FUSED:
+        return ""
+    plan = Plan(implementation)
+    call = kernels.Call(1.0, is_causal, bias is not None, mask is not None, Plans(plan, plan))
+    try:
+        kernels.check_taken(implementation, _grouped(query, key, value, bias, mask), call, _platform(), training=training)
+    except kernels.NotTaken as refusal:
+        return str(refusal)
+    return ""
+
+
+def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> kernels.Call:
+    """The call with slices in the place of a fused kernel that does not take it.
+
+    Raises:
+      ArgumentError: the fused kernel was asked for by name. Only a refusal of the forward pass counts: what it cannot differentiate runs in slices.
+    """
+    plans = call.plans
+    for mode in ("forward", "training"):
+        plan: Plan = getattr(plans, mode)
+        if plan.implementation not in kernels.FUSED:
+            continue
+        try:
+            kernels.check_taken(plan.implementation, inputs, call, _platform(), training=mode == "training")
+        except kernels.NotTaken as refusal:
+            if pinned == plan.implementation and mode == "forward":
+                raise ArgumentError(f'implementation={pinned!r} does not take this call: {refusal}. Leave implementation out to let "auto" choose') from None
+            plans = dataclasses.replace(plans, **{mode: plan.sliced()})
+    return dataclasses.replace(call, plans=plans)
+
+
+def _platform() -> str:
+    """Jax's default platform as lowering rules name it."""
+    backend = jax.extend.backend.get_backend()
+    if backend.platform != "gpu":
+        return cast(str, backend.platform)
+    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
+
+
+def _grouped(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None) -> kernels.Inputs:
+    """The arrays as the kernels want them: query heads [H] as [N, H / N], at least one leading dim."""
+    leading, heads, kv_heads = query.shape[:-3] or (1,), query.shape[-2], key.shape[-2]
     grouped = query.reshape((*leading, query.shape[-3], kv_heads, heads // kv_heads, query.shape[-1]))
     keys, values = (array.reshape((*leading, *array.shape[-3:])) for array in (key, value))
     bias, mask = (None if term is None else _grouped_term(term, kv_heads) for term in (bias, mask))
-    return _attend(grouped, keys, values, bias, mask, call).reshape((*query.shape[:-1], value.shape[-1]))
+    return kernels.Inputs(grouped, keys, values, bias, mask)
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: kernels.Call) -> jax.Array:
+def _attend(inputs: kernels.Inputs, call: kernels.Call) -> jax.Array:
     """The kernel; where mesh axes are explicit, its inside is left to XLA's own propagation and the output is sharded as the query."""
     mesh = jax.sharding.get_abstract_mesh()
     if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
-        return kernels.attention(query, key, value, bias, mask, call)
-    spec = jax.sharding.PartitionSpec(*jax.typeof(query).sharding.spec[:-1], None)
+        return kernels.attention(*inputs, call)
+    spec = jax.sharding.PartitionSpec(*jax.typeof(inputs.query).sharding.spec[:-1], None)
     attend = jax.sharding.auto_axes(functools.partial(kernels.attention, call=call), out_sharding=spec)
-    return cast(jax.Array, attend(query, key, value, bias, mask))
+    return cast(jax.Array, attend(*inputs))
 
 
 def _array(name: str, array: Any) -> jax.Array:

@@ -20,7 +20,7 @@ from autochunk.workload import Workload
 
 SCHEMA_VERSION: Literal[1] = 1
 
-Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "pruned"]
+Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "unsupported", "pruned"]
 Effort = Literal["quick", "standard", "thorough"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
 
@@ -33,6 +33,7 @@ SAME_TIME = 0.01
 LARGEST_NOISE = 0.03
 
 DENSE = Plan("dense", None)
+CUDNN = Plan("cudnn", None)
 DEFAULT = Plan("xla", DEFAULT_MAX_CHUNK_SIZE_MB)
 
 

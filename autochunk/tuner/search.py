@@ -25,7 +25,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
-from autochunk.store.profile import DEFAULT, DENSE, LARGEST_NOISE, Measurement, logits_shape
+from autochunk.store.profile import CUDNN, DEFAULT, DENSE, LARGEST_NOISE, Measurement, logits_shape
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
 from autochunk.workload import Workload
 
@@ -126,7 +126,7 @@ class _Search:
                  on_measurement: Callable[[Measurement, int, int], None]) -> None:  # fmt: skip
         self.probe, self.workload, self.thoroughness, self.on_measurement = probe, workload, thoroughness, on_measurement
         self.shape = logits_shape(workload)
-        self.plans = _all_plans(self.shape, thoroughness)
+        self.plans = _all_plans(self.shape, thoroughness, probe.connect().platform)
         self.first = [*(plan for hint in hints if (plan := _equivalent(hint, self.plans, self.shape))), *_likely(self.plans)]
         storage = _open_journal(journal)
         self.study = optuna.create_study(
@@ -288,9 +288,10 @@ def _parameter(implementation: str) -> str:
     return f"{implementation}.max_chunk_size_mb"
 
 
-def _all_plans(shape: LogitsShape, thoroughness: Thoroughness) -> list[Plan]:
-    """Dense, the default limit, and the ladder of limits; plans that come to the same slices once."""
-    plans = [DENSE, *candidate_plans(shape, step=thoroughness.step, most_slices=thoroughness.most_slices)]
+def _all_plans(shape: LogitsShape, thoroughness: Thoroughness, platform: str) -> list[Plan]:
+    """Dense, fused kernels where there may be any, the default limit, and the ladder of limits; plans that come to the same slices once."""
+    fused = [CUDNN] if platform == "gpu" else []
+    plans = [DENSE, *fused, *candidate_plans(shape, step=thoroughness.step, most_slices=thoroughness.most_slices)]
     return plans if _equivalent(DEFAULT, plans, shape) else [*plans, DEFAULT]
 
 

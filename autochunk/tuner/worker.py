@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autochunk import device as devices
-from autochunk.attention.op import dot_product_attention
+from autochunk.attention.op import dot_product_attention, why_not
 from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import logits_shape
 from autochunk.workload import Workload
@@ -103,6 +103,11 @@ class Inputs:
                 implementation=plan.implementation,
             ),
         )
+
+    def refusal(self, plan: Plan) -> str:
+        """Why the plan's implementation does not take the workload; empty if it does."""
+        arrays = (self.query, self.key, self.value, self.bias, self.mask)
+        return why_not(plan.implementation, *arrays, is_causal=self.workload.causal, training=self.workload.mode == "training")
 
     def sampled(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
         """query, key, value, bias, mask and cotangent with the sampled query rows only; a causal mask becomes an array."""
@@ -244,6 +249,8 @@ class Session:
         """Compiles a plan, and if it should fit runs and checks it once."""
         inputs = self._loaded()
         chosen = Plan(*plan)
+        if refusal := inputs.refusal(chosen):
+            return {"status": "unsupported", "detail": refusal[:2000]}
         try:
             start = time.perf_counter()
             compiled = jax.jit(inputs.function(chosen)).lower(*inputs.arguments).compile()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from autochunk.attention.kernels import fused
 from autochunk.attention.kernels.dense import dense
 from autochunk.attention.kernels.grid import Cell, Output, Problem, add, sum_to
 from autochunk.attention.kernels.inputs import INPUT_AXES, KEY, LOGITS, QUERY, STATS, Call, Inputs, caller_major, operands_of, split
@@ -58,24 +59,29 @@ def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.A
     return weigh(old[0], one) + weigh(new[0], other), largest, old[2] * one + new[2] * other
 
 
-def only_output(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def only_output(*operands: jax.Array, call: Call, platforms: tuple[str, ...] = ()) -> list[jax.Array]:
     """[out] by the plan for calls that are not differentiated."""
     plan = call.plans.forward
     call.plans.used("forward")
     if plan.implementation == "dense":
         return [dense(*split(operands, call)[0], call)]
-    return forward(*operands, call=call, plan=plan)[:1]
+    if fused.runs(plan, platforms):
+        return [fused.attend(plan.implementation, split(operands, call)[0], call)]
+    return forward(*operands, call=call, plan=plan.sliced())[:1]
 
 
-def with_stats(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
+def with_stats(*operands: jax.Array, call: Call, differentiable: bool = False, platforms: tuple[str, ...] = ()) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials] by the plan for calls that are."""
-    return forward(*operands, call=call, plan=call.plans.training, differentiable=differentiable)
+    plan = call.plans.training
+    if fused.runs(plan, platforms) and not differentiable:
+        return fused.with_stats(plan.implementation, split(operands, call)[0], call)
+    return forward(*operands, call=call, plan=plan.sliced(), differentiable=differentiable)
 
 
 def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
     """The output's tangent, linear in the inputs' tangents; operands are inputs, out, maximum, total, then tangents of query, key, value and bias."""
     inputs, rest = split(operands, call)
-    problem = Problem(inputs, call, call.plans.training, differentiable)
+    problem = Problem(inputs, call, call.plans.training.sliced(), differentiable)
     extra_axes = (QUERY, STATS, STATS, QUERY, KEY, KEY, LOGITS)[: 6 + call.has_bias]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
@@ -100,10 +106,14 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
     return [problem.restore(d_out, 4).astype(inputs.query.dtype)]
 
 
-def cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], differentiable: bool = False) -> list[jax.Array]:
+def cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], differentiable: bool = False,
+              platforms: tuple[str, ...] = ()) -> list[jax.Array]:  # fmt: skip
     """Cotangents of those of query, key, value and bias that are wanted; operands are inputs, out, maximum, total, then the output's cotangent."""
     inputs, rest = split(operands, call)
-    problem = Problem(inputs, call, call.plans.training, differentiable)
+    if fused.runs(call.plans.training, platforms) and not differentiable and not any(wanted[3:]):
+        out, maximum, _, d_out = rest
+        return list(itertools.compress(fused.cotangent(call.plans.training.implementation, inputs, call, out, maximum, d_out), wanted))
+    problem = Problem(inputs, call, call.plans.training.sliced(), differentiable)
     extra_axes = (QUERY, STATS, STATS, QUERY)
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 

@@ -39,8 +39,14 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
     """A primitive that runs ``function``, and batches by giving every operand one more leading dim; ``shapes`` gives its outputs' shapes and dtypes."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    statics = [parameter for parameter in ("call", "wanted") if parameter in inspect.signature(function).parameters]
-    primitive.def_impl(jax.jit(function, static_argnames=statics))
+    parameters = inspect.signature(function).parameters
+    statics = [parameter for parameter in ("call", "wanted") if parameter in parameters]
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=statics))
+
+    def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        if "platforms" in parameters:
+            params["platforms"] = tuple(context.module_context.platforms)
+        return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:
         # Updating an input's aval keeps what it knows of meshes; a new one would lose it.
@@ -60,7 +66,7 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
         return outs, [0] * len(outs)
 
     primitive.def_abstract_eval(abstract_eval)
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+    mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
 
