@@ -78,30 +78,30 @@ def why_not(implementation: str, query: jax.Array, key: jax.Array, value: jax.Ar
     plan = Plan(implementation)
     call = kernels.Call(1.0, is_causal, bias is not None, mask is not None, Plans(plan, plan))
     try:
-        kernels.check_taken(implementation, _grouped(query, key, value, bias, mask), call, _platform(), training=training)
+        kernels.trace(implementation, _grouped(query, key, value, bias, mask), call, _platform(), training=training)
     except kernels.NotTaken as refusal:
         return str(refusal)
     return ""
 
 
 def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> kernels.Call:
-    """The call with slices in the place of a fused kernel that does not take it.
+    """The call with its fused kernel, or with slices in the place of one that does not take it.
 
     Raises:
       ArgumentError: the fused kernel was asked for by name. Only a refusal of the forward pass counts: what it cannot differentiate runs in slices.
     """
-    plans = call.plans
+    plans, kernel = call.plans, None
     for mode in ("forward", "training"):
         plan: Plan = getattr(plans, mode)
         if plan.implementation not in kernels.FUSED:
             continue
         try:
-            kernels.check_taken(plan.implementation, inputs, call, _platform(), training=mode == "training")
+            kernel = kernels.trace(plan.implementation, inputs, call, _platform(), training=mode == "training")
         except kernels.NotTaken as refusal:
             if pinned == plan.implementation and mode == "forward":
                 raise ArgumentError(f'implementation={pinned!r} does not take this call: {refusal}. Leave implementation out to let "auto" choose') from None
-            plans = dataclasses.replace(plans, **{mode: plan.sliced()})
-    return dataclasses.replace(call, plans=plans)
+            plans = dataclasses.replace(plans, **{mode: plan.sliced()})  # type: ignore[arg-type]
+    return call._replace(plans=plans, kernel=kernel)
 
 
 def _platform() -> str:

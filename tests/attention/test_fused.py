@@ -64,6 +64,7 @@ class Recorded:
         self.traced = 0
 
     def __call__(self, query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: float, is_causal: bool) -> jax.Array:
+        """Takes key sizes that are multiples of 8."""
         if query.shape[-1] % 8:
             raise NotImplementedError("the key size must be a multiple of 8")
         self.traced += 1
@@ -84,10 +85,10 @@ def attend(**settings: Any) -> Callable[..., jax.Array]:
 
 
 SHAPES = {
-    "plain": dict(leading=(2,), rows=6, keys=5, heads=2, key_size=8),
-    "no leading dim": dict(leading=(), rows=6, keys=5, heads=2, key_size=8),
-    "several leading dims": dict(leading=(2, 3), rows=4, keys=5, heads=2, key_size=8),
-    "shared keys": dict(leading=(2,), rows=6, keys=5, heads=4, kv_heads=2, key_size=8),
+    "plain": {"leading": (2,), "rows": 6, "keys": 5, "heads": 2, "key_size": 8},
+    "no leading dim": {"leading": (), "rows": 6, "keys": 5, "heads": 2, "key_size": 8},
+    "several leading dims": {"leading": (2, 3), "rows": 4, "keys": 5, "heads": 2, "key_size": 8},
+    "shared keys": {"leading": (2,), "rows": 6, "keys": 5, "heads": 4, "kv_heads": 2, "key_size": 8},
 }
 
 
@@ -146,7 +147,7 @@ def test_a_bias_has_a_gradient(recorded: Recorded) -> None:
     """Where the kernel has none, training runs in slices."""
     arrays = operands((2,), 6, 5, 2, key_size=8, bias=(1, 2, 6, 5))
     names = (*NAMES, "bias")
-    out, pull = jax.vjp(lambda *moving: attend()(*moving), *(arrays[name] for name in names))
+    out, pull = jax.vjp(attend(), *(arrays[name] for name in names))
     ours = {"output": out, **dict(zip(names, pull(arrays["cotangent"]), strict=True))}
     assert_close(ours, exact(arrays))
 

@@ -123,7 +123,7 @@ def test_memory(implementation: str, mode: str) -> None:
     dense = temp_bytes(change(attend(implementation="dense", max_chunk_size_mb=None)), *arrays)
     sliced = temp_bytes(change(attend(implementation=implementation, max_chunk_size_mb=0.5)), *arrays)
     assert dense >= 16e6
-    assert sliced <= 3e6  # operands and gradients are 0.26 MB each
+    assert sliced <= 4e6  # operands and gradients are 0.26 MB each
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])

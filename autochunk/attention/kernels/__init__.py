@@ -31,8 +31,8 @@ What was tried on CPU (Xeon, 2 cores, jax 0.12, f32, T=4096, 8 heads of 64; rati
 from __future__ import annotations
 
 from autochunk.attention.kernels.dense import dense
-from autochunk.attention.kernels.fused import FUSED, Fused, NotTaken, check_taken
+from autochunk.attention.kernels.fused import FUSED, Fused, NotTaken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.primitives import attention
 
-__all__ = ["FUSED", "Call", "Fused", "Inputs", "NotTaken", "attention", "check_taken", "dense"]
+__all__ = ["FUSED", "Call", "Fused", "Inputs", "NotTaken", "attention", "dense", "trace"]

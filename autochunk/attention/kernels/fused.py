@@ -11,6 +11,7 @@ and the forward pass that it would run again is then dead code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs
-from autochunk.plan import Plan
+from autochunk.plan import Plan, Plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,12 @@ def runs(plan: Plan, platforms: tuple[str, ...]) -> bool:
     return plan.implementation in FUSED and bool(platforms) and set(platforms) <= set(FUSED[plan.implementation].platforms)
 
 
-def check_taken(name: str, inputs: Inputs, call: Call, platform: str, *, training: bool) -> None:
-    """Raises NotTaken, with the reason, if a fused kernel does not take a call; arrays may be abstract."""
+def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: bool) -> Any:
+    """A fused kernel's forward pass as a ClosedJaxpr; arrays may be abstract.
+
+    Raises:
+      NotTaken: it does not take the call, or with ``training`` not its gradient; says why.
+    """
     fused = FUSED[name]
     if platform not in fused.platforms:
         raise NotTaken(f"it runs on {', '.join(fused.platforms)}, not on {platform}")
@@ -62,12 +67,28 @@ def check_taken(name: str, inputs: Inputs, call: Call, platform: str, *, trainin
         raise NotTaken("it has no gradient for every form of bias")
     if training and inputs.mask is not None:
         raise NotTaken("its gradients for rows that a mask leaves no key are not zero")
+    shapes = tuple(None if array is None else (array.shape, array.dtype) for array in inputs)
+    traced = _trace(fused, shapes, call._replace(plans=Plans(Plan(), Plan())), training)
+    if isinstance(traced, NotTaken):
+        raise traced
+    return traced
+
+
+@functools.lru_cache(maxsize=1024)
+def _trace(fused: Fused, shapes: tuple[Any, ...], call: Call, training: bool) -> Any:
+    """The same call gives the same object, since programs are cached by it."""
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        taken = iter(arrays)
+        inputs = Inputs(*(None if shape is None else next(taken) for shape in shapes))  # type: ignore[arg-type]
+        return _forward(fused, inputs, call)[0] if training else _function(fused, call)(*_flat(inputs))
+
     try:
-        jax.eval_shape(lambda *arrays: _forward(fused, Inputs(*arrays), call) if training else attend(name, Inputs(*arrays), call), *inputs)
-    except NotTaken:
-        raise
+        return jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes if shape is not None))
+    except NotTaken as refusal:
+        return refusal
     except Exception as error:  # another library's refusal, in whatever words it has
-        raise NotTaken(f"{type(error).__name__}: {error}") from error
+        return NotTaken(f"{type(error).__name__}: {error}")
 
 
 def attend(name: str, inputs: Inputs, call: Call) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +11,19 @@ import jax.numpy as jnp
 from autochunk.plan import Plans
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is static about a call."""
+class Call(NamedTuple):
+    """What is static about a call.
+
+    ``kernel`` is the traced fused kernel, if a plan has one. Only JAX looks at it: it looks into tuples among a primitive's parameters for kernels that have to
+    know their devices when they are lowered, as cuDNN's has.
+    """
 
     scale: float
     is_causal: bool
     has_bias: bool
     has_mask: bool
     plans: Plans
+    kernel: Any = None
 
 
 def operands_of(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
