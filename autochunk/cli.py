@@ -12,7 +12,7 @@ from rich.console import Console
 
 import autochunk
 from autochunk import report
-from autochunk.device import detect
+from autochunk.device import detect, visible_gpus
 from autochunk.errors import AutochunkError
 from autochunk.store import bundle
 from autochunk.store.database import ProfileStore
@@ -86,10 +86,11 @@ def main() -> None:
 @click.option("--timeout", type=float, metavar="SECONDS", help="Time for all of it; the default is the effort's: 110 s quick, 570 s standard, none thorough.")
 @click.option("--memory-budget-mb", type=float, metavar="MB", help="Most working memory that a measurement may take; the default is 80% of what is free.")
 @click.option("--force", is_flag=True, help="Measure again what is stored.")
+@click.option("--devices", metavar="all|LIST", help="GPUs to share the work, such as 0,1; they must be alike. The default is jax's default device.")
 @_store_option
 @_json_option
 def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...], missed: bool, effort: str, timeout: float | None,
-         memory_budget_mb: float | None, force: bool, store: Path | None, as_json: bool) -> None:  # fmt: skip
+         memory_budget_mb: float | None, force: bool, devices: str | None, store: Path | None, as_json: bool) -> None:  # fmt: skip
     """Measure this machine and keep what is best.
 
     Without --shape, --preset or --missed: what "auto" has missed here, then a standard set of shapes.
@@ -107,7 +108,10 @@ def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...
         workloads = None
     try:
         with report.TuneProgress(_console(stderr=True)) as progress:
-            profiles = run(workloads, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress)  # type: ignore[arg-type]
+            profiles = run(
+                workloads, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress,  # type: ignore[arg-type]
+                gpus=visible_gpus(devices) if devices else (),
+            )  # fmt: skip
     except KeyboardInterrupt:
         click.echo("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
         sys.exit(130)

@@ -7,6 +7,8 @@ process may use. All of it comes from ``/proc`` and ``/sys``.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -30,8 +32,9 @@ class Device(BaseModel):
       platform: "cpu", "gpu" or "tpu", as in jax.
       kind: the accelerator's name, or for a CPU vendor/family/model/stepping, a hash of its instruction-set flags and its cache sizes.
       cores: CPU cores this process may use (affinity and cgroup quota); 0 on accelerators.
-      memory_gib: memory of the device in GiB, rounded; on CPU the lesser of the machine's and the cgroup's.
-      jax, jaxlib, driver: versions; recorded, and compared for staleness only. driver is "" where there is none.
+      memory_gib: memory of the device in GiB, rounded; on CPU the lesser of the machine's and the cgroup's, on a GPU (or a slice of one) all that it has,
+        whoever uses it.
+      jax, jaxlib, driver, cuda, cudnn: versions; recorded, and compared for staleness only. "" where there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +47,8 @@ class Device(BaseModel):
     jax: str = ""
     jaxlib: str = ""
     driver: str = ""
+    cuda: str = ""
+    cudnn: str = ""
 
     @field_validator("kind")
     @classmethod
@@ -61,11 +66,11 @@ class Device(BaseModel):
     def stale_reasons(self, now: Device) -> list[str]:
         """Why results of this device may no longer hold on ``now``, the same device today; empty if they do.
 
-        Only jaxlib's minor version counts: it was seen to move the best slice on CPU; its patch releases and jax itself were not.
+        Only minor versions of jaxlib and cuDNN count: jaxlib's were seen to move the best slice on CPU, and cuDNN's kernels are candidates themselves; patch
+        releases, jax and the driver were not seen to matter.
         """
-        if _minor(self.jaxlib) == _minor(now.jaxlib):
-            return []
-        return [f"measured with jaxlib {self.jaxlib or 'unknown'}, this is {now.jaxlib}"]
+        versions = (("jaxlib", self.jaxlib, now.jaxlib), ("cuDNN", self.cudnn, now.cudnn))
+        return [f"measured with {name} {then or 'unknown'}, this is {today or 'unknown'}" for name, then, today in versions if _minor(then) != _minor(today)]
 
 
 def _minor(version: str) -> tuple[str, ...]:
@@ -94,8 +99,83 @@ def _describe(jax_device: Any) -> Device:
     if jax_device.platform == "cpu":
         return Device(platform="cpu", kind=_cpu_kind(), cores=usable_cores(), memory_gib=round(cpu_memory_bytes() / _GIB), **versions)
     memory = (jax_device.memory_stats() or {}).get("bytes_limit", 0)
-    driver = str(getattr(jax_device.client, "platform_version", "")).replace("\n", " ").strip()
-    return Device(platform=jax_device.platform, kind=jax_device.device_kind, cores=0, memory_gib=round(memory / _GIB), driver=driver, **versions)
+    if jax_device.platform == "gpu":
+        # Jax's own limit follows its settings for preallocation; the GPU's memory does not.
+        memory = (gpu_memory(jax_device.local_hardware_id or 0) or (memory, 0))[0]
+        versions |= {"driver": _nvidia_driver(), "cuda": _cuda_version(jax_device), "cudnn": _cudnn_version()}
+    return Device(platform=jax_device.platform, kind=jax_device.device_kind, cores=0, memory_gib=round(memory / _GIB), **versions)
+
+
+# --- NVIDIA GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory(index: int) -> tuple[int, int] | None:
+    """(all, free) bytes of a GPU, counting every process's use, from CUDA's driver library; None where that is not there.
+
+    ``index`` counts the GPUs that this process sees. The process must have the GPU in use already, as it has once jax has started its backend.
+    """
+    driver = _cuda_driver()
+    if driver is None:
+        return None
+    device, context, all_bytes, free_bytes = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return None
+    try:
+        if driver.cuCtxPushCurrent_v2(context):
+            return None
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free_bytes), ctypes.byref(all_bytes))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        return None if failed else (all_bytes.value, free_bytes.value)
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+
+
+def visible_gpus(wanted: str = "all") -> list[str]:
+    """GPUs as ``CUDA_VISIBLE_DEVICES`` names them: all that this process sees, or those of a list such as "0,1", counted among them. Takes none into use.
+
+    Raises:
+      DeviceError: there are none, or not those.
+    """
+    driver, count = _cuda_driver(), ctypes.c_int()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        raise DeviceError("this process sees no NVIDIA GPU; leave --devices out to tune jax's default device")
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = (named or [str(index) for index in range(count.value)])[: count.value]
+    if wanted == "all":
+        return names
+    numbers = [part.strip() for part in wanted.split(",")]
+    if not all(number.isdecimal() and int(number) < len(names) for number in numbers) or len(set(numbers)) < len(numbers):
+        raise DeviceError(f'devices must be "all" or different numbers from 0 to {len(names) - 1} such as "0,1"; got {wanted!r}')
+    return [names[int(number)] for number in numbers]
+
+
+@functools.cache
+def _cuda_driver() -> Any:
+    """CUDA's driver library, initialised; None without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return None if driver.cuInit(0) else driver
+
+
+def _nvidia_driver() -> str:
+    found = re.search(r"(?:Kernel Module|Kernel Module for \S+)\s+(\d+\.[\d.]+)", _read("/proc/driver/nvidia/version"))
+    return found[1] if found else ""
+
+
+def _cuda_version(jax_device: Any) -> str:
+    """Of the CUDA that jaxlib runs on, such as "13.0"."""
+    found = re.search(r"cuda (\d+)", str(getattr(jax_device.client, "platform_version", "")).lower())
+    return f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else ""
+
+
+def _cudnn_version() -> str:
+    """Of the cuDNN package that jax's CUDA plugin installs; "" where cuDNN came another way."""
+    for major in ("13", "12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(f"nvidia-cudnn-cu{major}")
+    return ""
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class Measurement(_Record):
       detail: what happened, in words, for a status other than "ok".
       seconds: device time of each repeat.
       ratios: each repeat over the anchor plan's time in the same round; rounds of one workload share the anchor, so these compare across plans.
-      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and, on CPU, the process's growth.
+      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and ``measured_bytes``.
+      measured_bytes: working memory that the process or the device's allocator was seen to take, where that could be told.
       compile_seconds: time to compile.
       error: largest error of output and gradients relative to the largest reference value, against float64 on sampled rows.
     """
@@ -62,6 +63,7 @@ class Measurement(_Record):
     seconds: tuple[_Seconds, ...] = Field(default=(), max_length=1000)
     ratios: tuple[_Seconds, ...] = Field(default=(), max_length=1000)
     temp_bytes: _Bytes | None = None
+    measured_bytes: _Bytes | None = None
     compile_seconds: _Seconds | None = None
     error: Annotated[float, Field(ge=0)] | None = None
 

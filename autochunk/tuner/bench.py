@@ -24,7 +24,7 @@ from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.store.profile import relative_spread
 from autochunk.store.resolve import resolve
 from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
-from autochunk.tuner.worker import SHORTEST_TIMING, Inputs, available_bytes, make_function, measure_growth, program_bytes
+from autochunk.tuner.worker import SHORTEST_TIMING, Inputs, Timed, available_bytes, make_function, measure_growth, program_bytes
 from autochunk.workload import Workload
 
 HAIKU_DENSE = "haiku dense"
@@ -34,14 +34,14 @@ Attend = Callable[..., jax.Array]
 
 @dataclass
 class Contender:
-    """One way to compute the workload: ``run`` does so once and waits for the result.
+    """One way to compute the workload: ``run`` does so, often enough to be timed, and returns the seconds that it took once.
 
     ``detail`` says why it did not run, or what "auto" chose. ``ratios`` are to haiku's dense attention in the same round, below one is faster; empty where
     dense did not run.
     """
 
     name: str
-    run: Callable[[], Any] | None = None
+    run: Callable[[], float] | None = None
     detail: str = ""
     temp_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
@@ -144,18 +144,21 @@ def _jax_contenders(workload: Workload) -> list[tuple[str, Attend, str]]:
 def _compile(name: str, attend: Attend, detail: str, inputs: Inputs) -> Contender:
     contender = Contender(name, detail=detail)
     try:
-        compiled = jax.jit(make_function(inputs.workload, attend)).lower(*inputs.arguments).compile()
+        function = make_function(inputs.workload, attend)
+        compiled = jax.jit(function).lower(*inputs.arguments).compile()
         temp, out = program_bytes(compiled)
         allowed = available_bytes(jax.default_backend()) * SHARE_OF_FREE_MEMORY
         if temp + out > allowed:
             contender.detail = f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
             return contender
+        start = time.perf_counter()
         _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
+        timed = Timed.of(compiled, function, inputs.arguments, time.perf_counter() - start)
     except Exception as error:  # another library's refusal, in whatever words it has
         contender.detail = f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         return contender
-    contender.temp_bytes = max(temp, grown - out) if grown is not None and jax.default_backend() == "cpu" else temp
-    contender.run = lambda: jax.block_until_ready(compiled(*inputs.arguments))
+    contender.temp_bytes = temp if grown is None else max(temp, grown - out)
+    contender.run = lambda: timed.seconds(inputs.arguments)
     return contender
 
 
@@ -169,13 +172,13 @@ def _torch(inputs: Inputs) -> Contender:
 
     w = inputs.workload
     dtype = getattr(torch, w.dtype)
-    heads = [torch.from_numpy(np.array(x.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous() for x in (inputs.query, inputs.key, inputs.value)]
+    heads: list[Any] = [_to_torch(x, dtype) for x in (inputs.query, inputs.key, inputs.value)]
     mask = None if inputs.mask is None else torch.from_numpy(np.array(inputs.mask))
-    cotangent = torch.from_numpy(np.array(inputs.cotangent.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous()
+    cotangent = _to_torch(inputs.cotangent, dtype)
     grouped = w.num_kv_heads != w.num_heads
 
     def forward() -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=w.causal, enable_gqa=grouped)
+        return torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, is_causal=w.causal, enable_gqa=grouped)
 
     def training() -> Any:
         for array in heads:
@@ -186,8 +189,29 @@ def _torch(inputs: Inputs) -> Contender:
         with torch.no_grad():
             return forward()
 
-    contender.run = training if w.mode == "training" else without_gradients
+    contender.run = _repeating(training if w.mode == "training" else without_gradients)
     return contender
+
+
+def _to_torch(array: jax.Array, dtype: Any) -> Any:
+    """[B, T, H, K] as a torch tensor [B, H, T, K]."""
+    import torch
+
+    return torch.from_numpy(np.array(array.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous()
+
+
+def _repeating(run: Callable[[], Any]) -> Callable[[], float]:
+    """Runs a function that waits for its result for long enough to time it; gives seconds per call."""
+
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+
+    timed(1)
+    calls = max(1, math.ceil(SHORTEST_TIMING / max(timed(1), 1e-6)))
+    return lambda: timed(calls)
 
 
 def _tokamax(inputs: Inputs) -> Contender:
@@ -201,20 +225,12 @@ _PEERS: dict[str, Callable[[Inputs], Contender]] = {"torch": _torch, "tokamax": 
 
 
 def _time_all(contenders: list[Contender], rounds: int) -> None:
-    calls = {contender.name: max(1, round(SHORTEST_TIMING / max(_time(contender, 1), 1e-6))) for contender in contenders}
     dense = next((contender for contender in contenders if contender.name == HAIKU_DENSE), None)
     for step in range(rounds):
         shift = step % max(1, len(contenders))
         for contender in contenders[shift:] + contenders[:shift]:
-            contender.seconds.append(_time(contender, calls[contender.name]))
+            assert contender.run is not None
+            contender.seconds.append(contender.run())
         if dense is not None:
             for contender in contenders:
                 contender.ratios.append(contender.seconds[-1] / dense.seconds[-1])
-
-
-def _time(contender: Contender, calls: int) -> float:
-    assert contender.run is not None
-    start = time.perf_counter()
-    for _ in range(calls):
-        contender.run()
-    return (time.perf_counter() - start) / calls

@@ -41,9 +41,9 @@ class Prepared:
     status: Status
     detail: str = ""
     temp_bytes: int | None = None
+    measured_bytes: int | None = None
     compile_seconds: float | None = None
     error: float | None = None
-    first_seconds: float | None = None
 
 
 class WorkerFailure(Exception):
@@ -70,6 +70,7 @@ class Probe:
 
     Attributes:
       deadline: ``time.monotonic()`` time at which a request in progress is given up with OutOfTime; None waits as long as a request may take.
+      abandoned: whether ``abandon`` was called.
     """
 
     def __init__(self, command: Sequence[str] = WORKER, *, memory_budget_bytes: int | None = None, seconds_per_request: float = 300.0,
@@ -85,6 +86,7 @@ class Probe:
         self._worker: _Worker | None = None
         self._ready: dict[Plan, Prepared] = {}
         self._available = 0
+        self.abandoned = False
 
     def __enter__(self) -> Probe:
         return self
@@ -97,6 +99,13 @@ class Probe:
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+
+    def abandon(self) -> None:
+        """Makes a request in progress in another thread, and every later one, raise OutOfTime."""
+        self.abandoned = True
+        worker = self._worker
+        if worker is not None:
+            worker.process.kill()
 
     @property
     def worker_pid(self) -> int | None:
@@ -172,12 +181,14 @@ class Probe:
 
     def _ask(self, action: str, *, within: float | None = None, **request: Any) -> dict[str, Any]:
         assert self._worker is not None
+        if self.abandoned:
+            raise OutOfTime
         left = seconds_left(self.deadline)
         try:
             reply = self._worker.ask({"do": action, **request}, max(0.0, min(within or self.seconds_per_request, left)))
         except WorkerFailure as failure:
             self.close()
-            if failure.status == "timeout" and seconds_left(self.deadline) <= 0:
+            if self.abandoned or (failure.status == "timeout" and seconds_left(self.deadline) <= 0):
                 raise OutOfTime from None
             raise
         except BaseException:  # an interrupted worker may still answer the old request

@@ -314,6 +314,7 @@ def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measureme
         "status": prepared.status,
         "detail": prepared.detail[:2000],
         "temp_bytes": prepared.temp_bytes,
+        "measured_bytes": prepared.measured_bytes,
         "compile_seconds": prepared.compile_seconds,
         "error": prepared.error,
     }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -58,8 +61,9 @@ def tune(
     memory_budget_mb: float | None = None,
     on_event: Callable[[Event], None] = lambda _: None,
     worker_command: Sequence[str] = WORKER,
+    gpus: Sequence[str] = (),
 ) -> list[Profile]:
-    """Measures workloads on this machine's default device and stores a profile of each.
+    """Measures workloads on this machine's default device, or on several GPUs at once, and stores a profile of each.
 
     Args:
       workloads: what to measure; None is what "auto" has missed here, then the standard set, in both modes.
@@ -70,6 +74,7 @@ def tune(
       memory_budget_mb: most working memory that a measurement may take (10^6 bytes); None is most of what is free.
       on_event: told of progress.
       worker_command: starts a measuring process.
+      gpus: GPUs to measure on, as ``CUDA_VISIBLE_DEVICES`` names them; each takes the next workload when it has finished one. They must be alike.
 
     Returns:
       A profile for each workload that has one now, in order.
@@ -77,7 +82,7 @@ def tune(
     Raises:
       ArgumentError: an argument is not usable.
       StoreError: the store cannot be written; found out before anything is measured.
-      ProbeError: no measuring process can be started.
+      ProbeError: no measuring process can be started, or the GPUs are not alike.
     """
     _check(effort, timeout, memory_budget_mb)
     store = store or ProfileStore()
@@ -85,27 +90,66 @@ def tune(
     limit = timeout if timeout is not None else DEFAULT_TIMEOUT[effort]
     deadline = None if limit is None else time.monotonic() + limit
     budget = None if memory_budget_mb is None else int(memory_budget_mb * 1e6)
-    profiles: list[Profile] = []
-    with Probe(worker_command, memory_budget_bytes=budget, seconds_per_request=_REQUEST_SECONDS[effort]) as probe:
-        device = probe.connect()
+    environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]
+    probes = [
+        Probe(worker_command, memory_budget_bytes=budget, seconds_per_request=_REQUEST_SECONDS[effort], environment=environment) for environment in environments
+    ]
+    with contextlib.ExitStack() as stack:
+        for probe in probes:
+            stack.enter_context(probe)
+        device = _same_device(probes)
         on_event(Event("device", device=device))
         todo = list(dict.fromkeys(standard_workloads(store, device, effort) if workloads is None else workloads))
         # Skipping costs nothing, so the time is shared out among those that need measuring.
         stored = {} if force else {w: p for w in todo if (p := _good_enough(store, device, w, effort))}
-        left = len(todo) - len(stored)
+        found: dict[Workload, Profile] = dict(stored)
+        waiting: queue.SimpleQueue[Event] = queue.SimpleQueue()
         for number, workload in enumerate(todo, 1):
             event = Event("skipped", workload, number, len(todo), device)
             if workload in stored:
-                profiles.append(stored[workload])
                 on_event(_but(event, profile=stored[workload]))
-                continue
-            share = seconds_left(deadline) / left
-            left -= 1
-            probe.deadline = None if deadline is None else min(deadline, time.monotonic() + share)
-            profile = _tune_one(probe, workload, effort, force, store, device, event, on_event)
-            if profile is not None:
-                profiles.append(profile)
-    return profiles
+            else:
+                waiting.put(event)
+
+        def measure(probe: Probe) -> None:
+            with contextlib.suppress(queue.Empty):
+                while not probe.abandoned:
+                    left = waiting.qsize()
+                    event = waiting.get_nowait()
+                    share = seconds_left(deadline) * len(probes) / max(left, len(probes))
+                    probe.deadline = None if deadline is None else min(deadline, time.monotonic() + share)
+                    assert event.workload is not None
+                    profile = _tune_one(probe, event.workload, effort, force, store, device, event, on_event)
+                    if profile is not None:
+                        found[event.workload] = profile
+
+        _on_each(probes, measure)
+    return [found[workload] for workload in todo if workload in found]
+
+
+def _same_device(probes: Sequence[Probe]) -> Device:
+    devices = {probe.connect().key: probe.device for probe in probes}
+    if len(devices) > 1:
+        raise ProbeError(f"GPUs that are tuned together must be alike; these are {', '.join(devices)}. Tune each kind by itself")
+    (device,) = devices.values()
+    assert device is not None
+    return device
+
+
+def _on_each(probes: Sequence[Probe], measure: Callable[[Probe], None]) -> None:
+    """Runs ``measure`` on every probe, on several at once in threads. When one fails or Ctrl-C comes, the others keep what they have and stop."""
+    if len(probes) == 1:
+        measure(probes[0])
+        return
+    with ThreadPoolExecutor(len(probes)) as threads:
+        running = [threads.submit(contextvars.copy_context().run, measure, probe) for probe in probes]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:
+            for probe in probes:
+                probe.abandon()
+            raise
 
 
 def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "standard") -> list[Workload]:

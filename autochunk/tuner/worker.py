@@ -6,7 +6,7 @@ a session; every reply is an object with ``ok``, or ``error`` where the request 
     {"do": "hello"}                          -> {"device": {...}, "available_bytes": n}
     {"do": "load", "workload": key}          -> {"argument_bytes": n, "dense_error": x}
     {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
-                                             -> {"status": ..., "detail": ..., "temp_bytes": n, "compile_seconds": x, "error": x, "first_seconds": x}
+                                             -> {"status": ..., "detail": ..., "temp_bytes": n, "measured_bytes": n, "compile_seconds": x, "error": x}
     {"do": "time", "plans": [[name, mb], ...]} -> {"seconds": [x, ...]}   one round, in the order given
     {"do": "drop", "plan": [name, mb]}       -> {}
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -43,6 +44,8 @@ _SAMPLE_BYTES = 64 * 2**20
 _MOST_SAMPLED_ROWS = 16
 # One timing takes at least this long, by repeating the call: shorter ones measure the clock and the dispatch.
 SHORTEST_TIMING = 0.02
+# Longer computations hide what it takes to start them.
+_LONGEST_REPEATED = 0.002
 
 
 class Inputs:
@@ -222,6 +225,56 @@ def relative_error(results: list[np.ndarray[Any, Any]], references: list[np.ndar
     return worst
 
 
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A compiled program, how often it computes the workload each time it is run, and how often it is run for one timing."""
+
+    program: Any
+    repeats: int
+    runs: int
+
+    @classmethod
+    def of(cls, compiled: Any, function: Callable[..., Any], arguments: tuple[jax.Array, ...], first: float) -> Timed:
+        """What makes one timing long enough, given the seconds that the first run took.
+
+        On an accelerator a short workload is repeated within one program: starting one takes longer than it does.
+        """
+        once = cls(compiled, 1, 1)
+        took = first if first > 2 * SHORTEST_TIMING else min(once.seconds(arguments) for _ in range(2))
+        wanted = max(1, math.ceil(SHORTEST_TIMING / max(took, 1e-6)))
+        if jax.default_backend() == "cpu" or took > _LONGEST_REPEATED:
+            return cls(compiled, 1, wanted)
+        program = jax.jit(repeated(function, wanted)).lower(*arguments).compile()
+        jax.block_until_ready(program(*arguments))
+        return cls(program, wanted, 1)
+
+    def seconds(self, arguments: tuple[jax.Array, ...]) -> float:
+        """Seconds per computation. An accelerator is given all runs before the first is waited for."""
+        wait = jax.default_backend() == "cpu"
+        start = time.perf_counter()
+        for _ in range(self.runs):
+            results = self.program(*arguments)
+            if wait:
+                jax.block_until_ready(results)
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / self.runs / self.repeats
+
+
+def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """The function computed ``times`` times, one after the other, in one program."""
+
+    def run(*arguments: jax.Array) -> Any:
+        def again(_: Any, carry: Any) -> Any:
+            arguments, _ = carry
+            # Arguments that seem to wait for the results keep XLA from computing once what is the same each time.
+            return jax.lax.optimization_barrier((arguments, function(*arguments)))
+
+        results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments))
+        return jax.lax.fori_loop(0, times, again, (arguments, results))[1]
+
+    return run
+
+
 class Session:
     """Answers requests about one workload."""
 
@@ -229,7 +282,7 @@ class Session:
         self.inputs: Inputs | None = None
         self.references: list[np.ndarray[Any, Any]] = []
         self.error_limit = 0.0
-        self.prepared: dict[Plan, tuple[Any, int]] = {}
+        self.prepared: dict[Plan, Timed] = {}
 
     def hello(self) -> dict[str, Any]:
         """Where this process computes, and the memory it finds."""
@@ -263,17 +316,19 @@ class Session:
             start = time.perf_counter()
             results, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
             first = time.perf_counter() - start
+            deviation = relative_error(inputs.on_sample(results), self.references)
+            del results
+            timed = Timed.of(compiled, inputs.function(chosen), inputs.arguments, first)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
             return {"status": "oom", "detail": str(error)[:500]}
-        deviation = relative_error(inputs.on_sample(results), self.references)
-        if jax.default_backend() == "cpu" and grown is not None:
-            result["temp_bytes"] = max(temp, grown - out)
-        result |= {"error": min(deviation, 1e30), "first_seconds": first}
+        if grown is not None:
+            result |= {"measured_bytes": max(0, grown - out), "temp_bytes": max(temp, grown - out)}
+        result["error"] = min(deviation, 1e30)
         if not deviation <= self.error_limit:
             return result | {"status": "inaccurate", "detail": f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is allowed"}
-        self.prepared[chosen] = (compiled, max(1, math.ceil(SHORTEST_TIMING / max(first, 1e-6))))
+        self.prepared[chosen] = timed
         return result | {"status": "ok", "detail": ""}
 
     def _least_working_bytes(self, plan: Plan) -> int:
@@ -284,14 +339,7 @@ class Session:
     def time(self, plans: list[list[Any]]) -> dict[str, Any]:
         """One round."""
         arguments = self._loaded().arguments
-        seconds = []
-        for plan in plans:
-            compiled, calls = self.prepared[Plan(*plan)]
-            start = time.perf_counter()
-            for _ in range(calls):
-                jax.block_until_ready(compiled(*arguments))
-            seconds.append((time.perf_counter() - start) / calls)
-        return {"seconds": seconds}
+        return {"seconds": [self.prepared[Plan(*plan)].seconds(arguments) for plan in plans]}
 
     def drop(self, plan: list[Any]) -> dict[str, Any]:
         """Lets a plan's program go."""
@@ -314,19 +362,35 @@ def available_bytes(platform: str) -> int:
     """Memory free for this process on its device, in bytes."""
     if platform == "cpu":
         return devices.available_cpu_bytes()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+    stats = _allocator_stats()
+    in_use = stats.get("bytes_in_use", 0)
+    own = stats.get("bytes_limit", 0) - in_use
+    gpu = devices.gpu_memory(jax.local_devices()[0].local_hardware_id or 0) if platform == "gpu" else None
+    # What jax's allocator holds and does not use is free for this process though not for others.
+    return own if gpu is None else min(own, gpu[1] + stats.get("pool_bytes", in_use) - in_use)
+
+
+def _allocator_stats() -> dict[str, int]:
+    return jax.local_devices()[0].memory_stats() or {}
 
 
 def measure_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
-    """Runs and returns (result, bytes by which the process's resident memory rose above where it stood); None where the system cannot tell."""
+    """Runs and returns (result, bytes by which memory in use rose above where it stood); None where the system cannot tell.
+
+    On CPU that is the process's resident memory. On accelerators it is what jax's allocator handed out; its record never goes down, so that only a run that
+    takes more than every earlier one can tell.
+    """
+    if jax.default_backend() != "cpu":
+        before, result, after = _allocator_stats(), run(), _allocator_stats()
+        risen = after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0)
+        return result, after["peak_bytes_in_use"] - before.get("bytes_in_use", 0) if risen else None
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide growth
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present
-        before = _status_bytes("VmRSS")
+        resident = _status_bytes("VmRSS")
         result = run()
-        return result, max(0, _status_bytes("VmHWM") - before)
+        return result, max(0, _status_bytes("VmHWM") - resident)
     except OSError:
         return run(), None
 

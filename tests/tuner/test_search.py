@@ -43,9 +43,9 @@ def test_a_real_search_measures_every_plan_and_both_baselines(small: Workload, t
 
 def test_the_fastest_plan_is_found_whatever_its_place(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """With noiseless times the exhaustive search ends with the fastest plan's ratio least, and the hopeless given up after a round."""
-    plans = {"xla_rows, 16 MB": {"seconds": 0.08, "temp": 500}, "dense": {"seconds": 1.0, "temp": 10**6}}
+    plans = {"xla_rows, 16.8 MB": {"seconds": 0.08, "temp": 500}, "dense": {"seconds": 1.0, "temp": 10**6}}
     found = by_plan(run(scripted(plans=plans, default={"seconds": 0.1, "temp": 1000}), tmp_path / "study"))
-    assert min(found, key=lambda plan: found[plan].ratio) == "xla_rows, 16 MB"
+    assert min(found, key=lambda plan: found[plan].ratio) == "xla_rows, 16.8 MB"
     assert found["dense"].status == "pruned"
     assert len(found["dense"].ratios) == 1
     assert found["dense"].ratio == pytest.approx(10.0)
@@ -58,10 +58,10 @@ def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., A
     plans = {
         "dense": {"do": "oom"},
         "xla, do not chunk": {"do": "over_budget"},
-        "xla, 16 MB": {"do": f"die {int(signal.SIGKILL)}"},
-        "xla_rows, 16 MB": {"do": f"time:die {int(signal.SIGSEGV)}"},
-        "xla_rows, 64 MB": {"do": "hang"},
-        "xla_rows, 4 MB": {"do": "inaccurate"},
+        "xla, 16.8 MB": {"do": f"die {int(signal.SIGKILL)}"},
+        "xla_rows, 16.8 MB": {"do": f"time:die {int(signal.SIGSEGV)}"},
+        "xla_rows, 67.2 MB": {"do": "hang"},
+        "xla_rows, 4.2 MB": {"do": "inaccurate"},
     }
     outcome = run(scripted(plans=plans), tmp_path / "study", effort)
     found = by_plan(outcome)
@@ -74,8 +74,8 @@ def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., A
 
 def test_the_anchor_is_a_plan_that_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """If the likeliest plan fails, another is what the rest is timed beside."""
-    found = by_plan(run(scripted(plans={"xla, 16 MB": {"do": "oom"}, "xla, 64 MB": {"do": "oom"}}), tmp_path / "study"))
-    assert found["xla, 16 MB"].status == "oom"
+    found = by_plan(run(scripted(plans={"xla, 16.8 MB": {"do": "oom"}, "xla, 67.2 MB": {"do": "oom"}}), tmp_path / "study"))
+    assert found["xla, 16.8 MB"].status == "oom"
     assert found["xla, do not chunk"].ratio == 1.0
 
 
@@ -143,14 +143,14 @@ def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_
 def test_hints_are_measured_first(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """What a similar workload found best comes before anything else; a hint that means other slices here is taken for its equivalent."""
     order: list[str] = []
-    run(scripted(), tmp_path / "study", hints=[Plan("xla_rows", 4.0)], on_measurement=lambda m, *_: order.append(str(m.plan)))
-    assert order[0] == "xla_rows, 4 MB"
+    run(scripted(), tmp_path / "study", hints=[Plan("xla_rows", 4.2)], on_measurement=lambda m, *_: order.append(str(m.plan)))
+    assert order[0] == "xla_rows, 4.2 MB"
 
 
 def test_finalists_meet_in_joint_rounds(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """Plans that are close are timed together at the end, the others are not."""
     log = tmp_path / "log"
-    plans = {"xla, 16 MB": {"seconds": 0.1}, "xla_rows, 16 MB": {"seconds": 0.101}, "dense": {"seconds": 0.3}}
+    plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": 0.101}, "dense": {"seconds": 0.3}}
     run(scripted(plans=plans, default={"seconds": 0.2}, log=str(log)), tmp_path / "study")
     last = json.loads(log.read_text().splitlines()[-1])
-    assert sorted(map(tuple, last["plans"])) == [("xla", 16.0), ("xla_rows", 16.0)]
+    assert sorted(map(tuple, last["plans"])) == [("xla", 16.8), ("xla_rows", 16.8)]

@@ -188,8 +188,8 @@ def test_presets_are_workloads(name: str) -> None:
 
 def test_a_hint_comes_from_the_nearest_profile(scripted: Callable[..., Any]) -> None:
     """A workload like a tuned one begins with the plan that was best there."""
-    best = "xla_rows, 1 MB"
+    best = "xla_rows, 1.05 MB"
     command = scripted(plans={best: {"seconds": 0.005}}, default={"seconds": 0.01})
     measured(command, WORKLOADS[:1])
     events = measured(command, WORKLOADS[1:2])
-    assert next(e.measurement.plan for e in events if e.measurement) == Plan("xla_rows", 1.0)
+    assert next(e.measurement.plan for e in events if e.measurement) == Plan("xla_rows", 1.05)

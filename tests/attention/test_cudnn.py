@@ -1,0 +1,105 @@
+"""cuDNN's kernel against float64, on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import draw, exact, operands
+
+from autochunk import dot_product_attention
+from autochunk.errors import ArgumentError
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("query", "key", "value")
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {"rows": 256, "keys": 256},
+    "lengths that do not divide": {"rows": 100, "keys": 77, "key_size": 40},
+    "more keys than rows": {"rows": 64, "keys": 128},
+    "more rows than keys": {"rows": 128, "keys": 64},
+    "shared keys": {"rows": 64, "keys": 64, "heads": 8, "kv_heads": 2},
+    "several leading dims": {"leading": (2, 3), "rows": 64, "keys": 64},
+    "one row": {"rows": 1, "keys": 64},
+}
+
+
+def attend(**settings: Any) -> Any:
+    return functools.partial(dot_product_attention, implementation="cudnn", max_chunk_size_mb=None, **settings)
+
+
+def error(ours: jax.Array, expected: Any) -> float:
+    """Largest error, relative to the largest value."""
+    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool) -> None:
+    """CuDNN's output and gradients are what attention is, to half precision; causal is counted from the first key, as everywhere here."""
+    arrays = operands(**({"heads": 4, "key_size": 64} | shape), dtype=dtype)
+    expected = exact({name: np.asarray(array, np.float64) for name, array in arrays.items()}, is_causal=is_causal)
+
+    @jax.jit
+    def both(cotangent: jax.Array, *moving: jax.Array) -> Any:
+        out, pull = jax.vjp(attend(is_causal=is_causal), *moving)
+        return {"output": out, **dict(zip(NAMES, pull(cotangent), strict=True))}
+
+    lowered = both.lower(arrays["cotangent"], *(arrays[name] for name in NAMES))
+    assert "__cudnn$fmha" in lowered.as_text()
+    ours = both(arrays["cotangent"], *(arrays[name] for name in NAMES))
+    for name, array in ours.items():
+        assert error(array, expected[name]) < 16 * float(jnp.finfo(dtype).eps), name
+
+
+def test_the_forward_pass_is_not_run_again() -> None:
+    """A gradient is one call of cuDNN's forward and one of its backward, though a scan keeps the two apart."""
+    x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+
+    def loss(query: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(lambda x, _: (attend()(x, key, key), None), query, None, length=3)[0].astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss)).lower(x, x).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],
+        lambda f: jax.hessian(lambda x: jnp.sum(f(x).astype(jnp.float32))),
+        lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])),
+        lambda f: lambda x: jax.vmap(jax.grad(lambda y: jnp.sum(f(y).astype(jnp.float32))))(jnp.stack([x, 2 * x])),
+    ],
+    ids=["jvp", "hessian", "vmap", "vmap of grad"],
+)
+def test_every_transformation(change: Any) -> None:
+    """What cuDNN cannot do is done in slices, from what it saved."""
+    query, key = (jnp.asarray(draw((1, 8, 2, 8), seed), jnp.bfloat16) for seed in (0, 1))
+    ours = jax.jit(change(lambda x: attend()(x, key, key)))(query)
+    wide = [array.astype(jnp.float32) for array in (query, key)]
+    with jax.default_matmul_precision("highest"):
+        plain = jax.jit(change(lambda x: dot_product_attention(x, wide[1], wide[1], implementation="dense", max_chunk_size_mb=None)))(wide[0])
+    assert error(ours, np.asarray(plain, np.float64)) < 0.05
+
+
+def test_rows_without_a_key() -> None:
+    """Where cuDNN takes a mask, a row that is masked throughout is the mean of all values, as elsewhere."""
+    arrays = operands(rows=64, keys=64, key_size=64, dtype=jnp.bfloat16)
+    mask = np.ones((2, 1, 64, 64), bool)
+    mask[:, :, 3] = False
+    ours = jax.jit(attend())(*(arrays[name] for name in NAMES), None, mask)
+    assert error(ours[:, 3], np.asarray(arrays["value"], np.float64).mean(1)) < 0.02
+
+
+def test_what_it_does_not_take() -> None:
+    """The refusal says why: float32 is not for cuDNN."""
+    x = draw((1, 64, 2, 64))
+    with pytest.raises(ArgumentError, match="implementation='cudnn' does not take this call.*fp16/bf16"):
+        attend()(x, x, x)

@@ -1,0 +1,61 @@
+"""Measuring on a GPU."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from autochunk.device import detect, gpu_memory, visible_gpus
+from autochunk.plan import Plan
+from autochunk.store.resolve import resolve
+from autochunk.tuner.probe import Probe
+from autochunk.tuner.tune import tune
+from autochunk.workload import Workload
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
+    """In a fresh process, what jax's allocator hands out beyond arguments and results is what XLA said it would, to 5%."""
+    workload = Workload.parse("b=4,t=2048,h=8,k=64", dtype="float32", mode=mode)
+    for plan in (Plan("dense"), Plan("xla", 67.2), Plan("xla_rows", 134.4)):
+        with Probe() as probe:
+            probe.load(workload)
+            prepared = probe.prepare(plan)
+        assert prepared.status == "ok", prepared.detail
+        assert prepared.measured_bytes is not None
+        assert prepared.temp_bytes is not None
+        assert prepared.measured_bytes == pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20), plan
+
+
+def test_what_does_not_fit_is_not_run() -> None:
+    """A plan for which there is no memory is a result; smaller ones still run."""
+    workload = Workload.parse("b=1,t=65536,h=16,k=64", dtype="float32")
+    with Probe() as probe:
+        probe.load(workload)
+        assert probe.prepare(Plan("dense")).status in ("over_budget", "oom")
+        assert probe.prepare(Plan("xla", 268.8)).status == "ok"
+
+
+def test_cudnn_is_a_candidate() -> None:
+    """In half precision it is measured; in float32 its refusal is a result that says why."""
+    (half,) = tune([Workload.parse("b=2,t=1024,h=8,k=64", dtype="bfloat16")], effort="quick")
+    statuses = {m.plan: m.status for m in half.measurements}
+    assert statuses[Plan("cudnn")] in ("ok", "pruned")
+    (single,) = tune([Workload.parse("b=2,t=1024,h=8,k=64")], effort="quick")
+    refused = next(m for m in single.measurements if m.plan == Plan("cudnn"))
+    assert refused.status == "unsupported"
+    assert "fp16/bf16" in refused.detail
+    assert resolve(single.parsed_workload()).match == "exact"
+
+
+def test_the_fingerprint() -> None:
+    """All of the GPU's memory, whatever jax may use of it, and the versions that matter."""
+    here, memory = detect(), gpu_memory(0)
+    assert memory is not None
+    assert here.memory_gib == round(memory[0] / 2**30)
+    assert here.driver
+    assert here.cuda
+    assert here.cudnn
+    assert len(visible_gpus()) == jax.device_count()
