@@ -101,5 +101,5 @@ def test_rows_without_a_key() -> None:
 def test_what_it_does_not_take() -> None:
     """The refusal says why: float32 is not for cuDNN."""
     x = draw((1, 64, 2, 64))
-    with pytest.raises(ArgumentError, match="implementation='cudnn' does not take this call.*fp16/bf16"):
+    with pytest.raises(ArgumentError, match=r"implementation='cudnn' does not take this call.*fp16/bf16"):
         attend()(x, x, x)
