@@ -51,7 +51,8 @@ def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool
         return {"output": out, **dict(zip(NAMES, pull(cotangent), strict=True))}
 
     lowered = both.lower(arrays["cotangent"], *(arrays[name] for name in NAMES))
-    assert "__cudnn$fmha" in lowered.as_text()
+    even = shape["rows"] % 2 == shape["keys"] % 2 == 0  # of odd lengths cuDNN has no gradient: our slices have
+    assert ("__cudnn$fmha" in lowered.as_text()) == even
     ours = both(arrays["cotangent"], *(arrays[name] for name in NAMES))
     for name, array in ours.items():
         assert error(array, expected[name]) < 16 * float(jnp.finfo(dtype).eps), name

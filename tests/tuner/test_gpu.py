@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -16,14 +18,19 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
-def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
-    """In a fresh process, what jax's allocator hands out beyond arguments and results is what XLA said it would, to 5%."""
+def test_the_compilers_memory_is_the_allocators(mode: str, tmp_path: Path) -> None:
+    """In a fresh process, what jax's allocator hands out beyond arguments and results is what XLA said it would, to 5%.
+
+    Compiling tries kernels out, which may take more than the program: so it is done before, in another process that leaves its programs in a cache.
+    """
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     workload = Workload.parse("b=4,t=2048,h=8,k=64", dtype="float32", mode=mode)
     for plan in (Plan("dense"), Plan("xla", 67.2), Plan("xla_rows", 134.4)):
-        with Probe() as probe:
-            probe.load(workload)
-            prepared = probe.prepare(plan)
-        assert prepared.status == "ok", prepared.detail
+        for _ in range(2):
+            with Probe(environment=cache) as probe:
+                probe.load(workload)
+                prepared = probe.prepare(plan)
+            assert prepared.status == "ok", prepared.detail
         assert prepared.measured_bytes is not None
         assert prepared.temp_bytes is not None
         assert prepared.measured_bytes == pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20), plan

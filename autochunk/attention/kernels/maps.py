@@ -16,30 +16,37 @@ from autochunk.attention.kernels.inputs import INPUT_AXES, KEY, LOGITS, QUERY, S
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
 from autochunk.plan import Plan
 
+_DIVIDE_LAST = {"cpu"}
 
-def _forward_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unnormalised output, row maximum and sum of exponentials of one slice of keys."""
+
+def _forward_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem, normalised: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output, row maximum and sum of exponentials of one slice of keys; the output is of weights that add up to one if ``normalised``, else to that sum."""
     maths = SliceMath(inputs, cell, call, problem, transposed=False)
     logits = maths.logits()
-    # A maximum of -inf, where a bias takes all keys of a slice out, would make NaN of the differences.
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=float(jnp.finfo(logits.dtype).min)))
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    if inputs.bias is not None:  # of -inf for all keys of a slice: that as the maximum would make NaN of the differences
+        maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
     weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
     total = jnp.sum(weights, axis=-1)
+    if normalised:
+        weights = weights / total[..., None]
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
     return maths.spread(maths.over_keys(weights, inputs.value)), maximum.reshape(stats), total.reshape(stats)
 
 
-def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool = False) -> list[jax.Array]:
+def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool = False, platforms: tuple[str, ...] = ()) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials]"""
     inputs, _ = split(operands, call)
     problem = Problem(inputs, call, plan, differentiable)
     whole_rows = problem.slices.keys == problem.shape.keys
+    # On GPUs XLA makes one kernel of a whole softmax; on CPUs dividing the output instead saves a pass over the weights.
+    divide_first = whole_rows and bool(platforms) and not set(platforms) & _DIVIDE_LAST
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken = Inputs(*arrays)
-        out, maximum, total = _forward_slice(taken, cell, call, problem)
+        out, maximum, total = _forward_slice(taken, cell, call, problem, divide_first)
         if whole_rows:
-            return (out / total[..., None]).astype(inputs.query.dtype), maximum, total
+            return (out if divide_first else out / total[..., None]).astype(inputs.query.dtype), maximum, total
         fresh = SliceMath(taken, cell, call, problem, transposed=False).fresh_rows()
         return weigh(out, fresh), maximum, total if fresh is None else total * fresh
 
@@ -67,7 +74,7 @@ def only_output(*operands: jax.Array, call: Call, platforms: tuple[str, ...] = (
         return [dense(*split(operands, call)[0], call)]
     if fused.runs(plan, platforms):
         return [fused.attend(plan.implementation, split(operands, call)[0], call)]
-    return forward(*operands, call=call, plan=plan.sliced())[:1]
+    return forward(*operands, call=call, plan=plan.sliced(), platforms=platforms)[:1]
 
 
 def with_stats(*operands: jax.Array, call: Call, differentiable: bool = False, platforms: tuple[str, ...] = ()) -> list[jax.Array]:
@@ -75,7 +82,7 @@ def with_stats(*operands: jax.Array, call: Call, differentiable: bool = False, p
     plan = call.plans.training
     if fused.runs(plan, platforms) and not differentiable:
         return fused.with_stats(plan.implementation, split(operands, call)[0], call)
-    return forward(*operands, call=call, plan=plan.sliced(), differentiable=differentiable)
+    return forward(*operands, call=call, plan=plan.sliced(), differentiable=differentiable, platforms=platforms)
 
 
 def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:

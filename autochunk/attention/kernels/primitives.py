@@ -41,7 +41,9 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
     primitive.multiple_results = True
     parameters = inspect.signature(function).parameters
     statics = [parameter for parameter in ("call", "wanted") if parameter in parameters]
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=statics))
+    compiled = jax.jit(primitive.bind, static_argnames=statics)
+    # Lowering is what knows the platform; with jit disabled there is none.
+    primitive.def_impl(lambda *operands, **params: (function if jax.config.jax_disable_jit else compiled)(*operands, **params))  # type: ignore[attr-defined]
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
         if "platforms" in parameters:
