@@ -42,8 +42,13 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
     parameters = inspect.signature(function).parameters
     statics = [parameter for parameter in ("call", "wanted") if parameter in parameters]
     compiled = jax.jit(primitive.bind, static_argnames=statics)
-    # Lowering is what knows the platform; with jit disabled there is none.
-    primitive.def_impl(lambda *operands, **params: (function if jax.config.jax_disable_jit else compiled)(*operands, **params))  # type: ignore[attr-defined]
+
+    def implement(*operands: jax.Array, **params: Any) -> list[jax.Array]:
+        # Lowering is what knows the platform; with jit disabled there is none.
+        run = function if jax.config.jax_disable_jit else compiled
+        return cast(list[jax.Array], run(*operands, **params))
+
+    primitive.def_impl(implement)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
         if "platforms" in parameters:
