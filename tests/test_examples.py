@@ -54,6 +54,20 @@ def test_the_long_inputs_kinds_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(output, outputs[0], atol=1e-5)
 
 
+def test_the_long_gpu_example_runs_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on any device where it is not asked to limit a GPU's memory."""
+    seconds = load("long_gpu", monkeypatch).run(length=64, heads=2, key_size=8, max_chunk_size_mb=0.01, repeats=1)
+    assert set(seconds) == {"forward", "training"}
+
+
+@pytest.mark.gpu
+def test_the_long_gpu_example_keeps_to_its_limit() -> None:
+    """At a fifth of the length, 1.5 GB for what needs 4.6 GB."""
+    command = [sys.executable, str(EXAMPLES / "long_gpu.py"), "--length", "6000", "--memory-gb", "1.5", "--max-chunk-size-mb", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert all(float(peak) < 1.5 for peak in re.findall(r"at most ([\d.]+) GB", done.stdout))
+
+
 def test_every_example_is_tested() -> None:
     """A new example needs a test here."""
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"transformer", "long_input"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"transformer", "long_input", "long_gpu"}
