@@ -226,7 +226,7 @@ class Profile(_Record):
         dense = next((m for m in fitting if m.plan == DENSE), None)
         if dense is not None and slower_by(best, dense) > 0:
             best = min((m for m in equal if slower_by(m, dense) <= 0), key=_memory_then_time)
-        rejected += [(str(other.plan), _comparison(other, best)) for other in fitting if other is not best]
+        rejected += [(str(other.plan), _comparison(other, best, fastest)) for other in fitting if other is not best]
         reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
 
@@ -265,8 +265,10 @@ def _objection(measurement: Measurement, memory_budget_mb: float | None, impleme
     return ""
 
 
-def _comparison(other: Measurement, best: Measurement) -> str:
+def _comparison(other: Measurement, best: Measurement, fastest: Measurement) -> str:
     slower, memory = slower_by(other, best), (other.temp_bytes or 0) - (best.temp_bytes or 0)
+    if not slower and (behind := slower_by(other, fastest)):  # two plans may each be near a third and not near each other
+        return f"{behind:+.0%} time against the fastest, {memory / 1e6:+.0f} MB of working memory"
     if not slower:
         return f"as fast, {memory / 1e6:+.0f} MB of working memory"
     return f"{slower:+.0%} time, {memory / 1e6:+.0f} MB of working memory"
