@@ -231,6 +231,25 @@ def test_slices_that_do_not_divide(rows: int, keys: int) -> None:
     assert_close(both(arrays["cotangent"], *(arrays[name] for name in names)), expected)
 
 
+@pytest.mark.parametrize("limit", [None, 1e-4])
+@pytest.mark.parametrize("terms", [{}, {"bias": (1, 2, 6, 5)}, {"mask": (2, 1, 6, 5)}, {"bias": (2, 1, 1, 5)}], ids=str)
+def test_the_softmax_of_accelerators(monkeypatch: pytest.MonkeyPatch, terms: dict[str, Any], limit: float | None) -> None:
+    """The arithmetic that is for accelerators is right, here run on whatever there is; a bias of -inf takes keys out."""
+    monkeypatch.setattr(maps, "_DIVIDE_LAST", frozenset())
+    jax.clear_caches()
+    arrays = operands(heads=2, **terms)
+    if terms == {"bias": (2, 1, 1, 5)}:
+        arrays["bias"][:, :, :, :2] = -np.inf
+    try:
+        ours = output_and_gradients(attend(implementation="xla", max_chunk_size_mb=limit), arrays)
+        alone = jax.jit(attend(max_chunk_size_mb=limit))(arrays["query"], arrays["key"], arrays["value"], arrays.get("bias"), arrays.get("mask"))
+    finally:
+        jax.clear_caches()
+    expected = exact(arrays)
+    assert_close(ours, expected)
+    np.testing.assert_allclose(alone, expected["output"], atol=1e-5)
+
+
 def test_dense_is_haikus() -> None:
     """``dense`` keeps haiku's dtype for the logits, that of the inputs."""
     half = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.bfloat16)

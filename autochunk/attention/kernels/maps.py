@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from autochunk.attention.kernels import fused
 from autochunk.attention.kernels.dense import dense
@@ -19,32 +21,63 @@ from autochunk.plan import Plan
 _DIVIDE_LAST = {"cpu"}
 
 
-def _forward_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem, normalised: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output, row maximum and sum of exponentials of one slice of keys; the output is of weights that add up to one if ``normalised``, else to that sum."""
+def _softmax_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem, need_stats: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output, row maximum and sum of exponentials of whole rows, as accelerators like it: each pass over the logits costs as much as their product.
+
+    XLA makes one kernel of a plain softmax, which tells neither maximum nor sum. Where those are needed one pass finds both, by online softmax (Milakov and
+    Gimelshein 2018, https://arxiv.org/abs/1805.02867), and another makes the weights.
+    """
     maths = SliceMath(inputs, cell, call, problem, transposed=False)
     logits = maths.logits()
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    if inputs.bias is not None:  # of -inf for all keys of a slice: that as the maximum would make NaN of the differences
-        maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
-    weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
-    total = jnp.sum(weights, axis=-1)
-    if normalised:
-        weights = weights / total[..., None]
+    maximum, total = _online_stats(logits) if need_stats else _stats(logits, inputs.bias is not None)
+    weights = jnp.exp(logits - maximum[..., None]) / total[..., None]
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
     return maths.spread(maths.over_keys(weights, inputs.value)), maximum.reshape(stats), total.reshape(stats)
 
 
-def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool = False, platforms: tuple[str, ...] = ()) -> list[jax.Array]:
+def _stats(logits: jax.Array, may_be_infinite: bool) -> tuple[jax.Array, jax.Array]:
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    if may_be_infinite:  # a bias of -inf for all keys: that as the maximum would make NaN of the differences
+        maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
+    return maximum, jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1)
+
+
+def _online_stats(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row maximum and sum of exponentials in one pass; has no derivative."""
+    least = np.asarray(jnp.finfo(logits.dtype).min, logits.dtype)
+
+    def combine(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        largest = jnp.maximum(jnp.maximum(one[0], other[0]), least)
+        return largest, one[1] * jnp.exp(one[0] - largest) + other[1] * jnp.exp(other[0] - largest)
+
+    maximum, total = jax.lax.reduce((logits, jnp.ones_like(logits)), (least, np.zeros((), logits.dtype)), combine, (logits.ndim - 1,))
+    return maximum, total
+
+
+def _forward_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unnormalised output, row maximum and sum of exponentials of one slice of keys."""
+    maths = SliceMath(inputs, cell, call, problem, transposed=False)
+    logits = maths.logits()
+    maximum, _ = _stats(logits, inputs.bias is not None)
+    weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
+    total = jnp.sum(weights, axis=-1)
+    stats = (*maximum.shape[:-1], maths.groups, maths.rows)
+    return maths.spread(maths.over_keys(weights, inputs.value)), maximum.reshape(stats), total.reshape(stats)
+
+
+def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool = False, platforms: tuple[str, ...] = (),
+            need_stats: bool = True) -> list[jax.Array]:  # fmt: skip
     """[out, row maximum, row sum of exponentials]"""
     inputs, _ = split(operands, call)
     problem = Problem(inputs, call, plan, differentiable)
     whole_rows = problem.slices.keys == problem.shape.keys
-    # On GPUs XLA makes one kernel of a whole softmax; on CPUs dividing the output instead saves a pass over the weights.
+    # On CPUs dividing the output, not the weights, saves a pass over those.
     divide_first = whole_rows and bool(platforms) and not set(platforms) & _DIVIDE_LAST
+    kernel = functools.partial(_softmax_slice, need_stats=need_stats and not differentiable) if divide_first else _forward_slice
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken = Inputs(*arrays)
-        out, maximum, total = _forward_slice(taken, cell, call, problem, divide_first)
+        out, maximum, total = kernel(taken, cell, call, problem)
         if whole_rows:
             return (out if divide_first else out / total[..., None]).astype(inputs.query.dtype), maximum, total
         fresh = SliceMath(taken, cell, call, problem, transposed=False).fresh_rows()
@@ -74,7 +107,7 @@ def only_output(*operands: jax.Array, call: Call, platforms: tuple[str, ...] = (
         return [dense(*split(operands, call)[0], call)]
     if fused.runs(plan, platforms):
         return [fused.attend(plan.implementation, split(operands, call)[0], call)]
-    return forward(*operands, call=call, plan=plan.sliced(), platforms=platforms)[:1]
+    return forward(*operands, call=call, plan=plan.sliced(), platforms=platforms, need_stats=False)[:1]
 
 
 def with_stats(*operands: jax.Array, call: Call, differentiable: bool = False, platforms: tuple[str, ...] = ()) -> list[jax.Array]:
