@@ -77,7 +77,7 @@ def main() -> None:
         request = json.loads(line)
         if "log" in script:
             with Path(script["log"]).open("a") as log:
-                log.write(line)
+                log.write(json.dumps(request | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}) + "\n")
         try:
             reply = {"ok": True} | answer(script, request)
         except ValueError as error:

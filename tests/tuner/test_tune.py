@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from autochunk.device import Device
-from autochunk.errors import ArgumentError, StoreError
+from autochunk.errors import ArgumentError, ProbeError, StoreError
 from autochunk.plan import Plan
 from autochunk.store.database import ProfileStore
 from autochunk.tuner.presets import PRESETS, STANDARD_SET
@@ -69,6 +69,45 @@ def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(scripted: C
     assert "exit status 7" in next(event.detail for event in events if event.kind == "failed")
     assert kinds(measured(scripted(default={"do": "oom"}), WORKLOADS[2:])) == ["start", "failed"]
     assert [profile.workload for profile in ProfileStore().profiles()] == [WORKLOADS[1].key]
+
+
+def test_several_gpus_share_the_work(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Each workload is measured once, on whichever is free; every worker sees the GPU that is its own."""
+    log = tmp_path / "log"
+    workloads = [Workload.parse(f"t={length},h=4,k=8") for length in (512, 600, 700, 800, 900)]
+    events: list[Event] = []
+    profiles = tune(workloads, effort="quick", worker_command=scripted(log=str(log)), on_event=events.append, gpus=["3", "7"])
+    assert [profile.workload for profile in profiles] == [workload.key for workload in workloads]
+    assert sorted(kinds(events)) == ["finished"] * 5 + ["start"] * 5
+    requests = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(request["workload"] for request in requests if request["do"] == "load") == sorted(workload.key for workload in workloads)
+    assert {request["gpu"] for request in requests} == {"3", "7"}
+
+
+def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """An error that is no workload's own ends all; what was stored before stays."""
+
+    def fail(event: Event) -> None:
+        if event.kind == "finished":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(WORKLOADS, effort="quick", worker_command=scripted(), on_event=fail, gpus=["0", "1"])
+    assert 1 <= len(ProfileStore().profiles()) < 3
+
+
+def test_gpus_must_be_alike(tmp_path: Path) -> None:
+    """Profiles of different devices are not made under one name."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, sys\n"
+        "for line in sys.stdin:\n"
+        "    kind = 'GPU ' + os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "    device = {'platform': 'gpu', 'kind': kind, 'cores': 0, 'memory_gib': 8}\n"
+        "    print(json.dumps({'ok': True, 'device': device, 'available_bytes': 10**9}), flush=True)\n"
+    )
+    with pytest.raises(ProbeError, match="GPUs that are tuned together must be alike; these are gpu GPU 0 memory=8GiB, gpu GPU 1 memory=8GiB"):
+        tune(WORKLOADS, worker_command=(sys.executable, str(worker)), gpus=["0", "1"])
 
 
 def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted: Callable[..., Any]) -> None:
