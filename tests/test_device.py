@@ -9,6 +9,8 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -93,7 +95,61 @@ def test_detect_gpu() -> None:
     assert here.driver
 
 
-@pytest.mark.parametrize("field", ["jax", "jaxlib", "driver"])
+class FakeDriver:
+    """CUDA's driver library, of a machine with some GPUs."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        """As in CUDA's driver API."""
+        count._obj.value = self.count
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted", "expected"),
+    [(None, "all", ["0", "1", "2"]), (None, "2,0", ["2", "0"]), ("5,GPU-abc,7", "all", ["5", "GPU-abc", "7"]), ("5,GPU-abc,7", "1", ["GPU-abc"])],
+)
+def test_visible_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, wanted: str, expected: list[str]) -> None:
+    """Numbers count the GPUs that this process sees; names are those that a process of its own is given."""
+    monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.visible_gpus(wanted) == expected
+
+
+@pytest.mark.parametrize("wanted", ["3", "0,0", "", "-1", "one", "0,,1"])
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """What was asked for is named with what there is."""
+    monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
+    with pytest.raises(DeviceError, match=r'devices must be "all" or different numbers from 0 to 2'):
+        device.visible_gpus(wanted)
+
+
+@pytest.mark.parametrize("driver", [None, FakeDriver(0)], ids=["no driver", "no GPU"])
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
+    """Without a GPU there is an error that says how to go on, and no memory to tell."""
+    monkeypatch.setattr(device, "_cuda_driver", lambda: driver)
+    with pytest.raises(DeviceError, match="this process sees no NVIDIA GPU; leave --devices out"):
+        device.visible_gpus()
+    assert driver is not None or device.gpu_memory(0) is None
+
+
+def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read from what the driver and jax say of themselves."""
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version:  gcc version 15.3.0\n"
+    monkeypatch.setattr(device, "_read", lambda path: text)
+    assert device._nvidia_driver() == "580.159.04"
+    monkeypatch.setattr(device, "_read", lambda path: "")
+    assert device._nvidia_driver() == ""
+    assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 13000"))) == "13.0"
+    assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12080"))) == "12.8"
+    assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="rocm 7"))) == ""
+
+
+@pytest.mark.parametrize("field", ["jax", "jaxlib", "driver", "cuda", "cudnn"])
 def test_key_has_no_version_in_it(field: str) -> None:
     """An upgrade makes a profile stale, not unknown."""
     assert make_device(**{field: "99.88.77"}).key == make_device().key
@@ -130,7 +186,14 @@ def test_stale_by_jaxlib_s_minor_version(then: str, now: str, stale: bool) -> No
         assert (then or "unknown") in reasons[0]
 
 
-@pytest.mark.parametrize("field", ["jax", "driver"])
+def test_stale_by_cudnns_minor_version() -> None:
+    """A newer cuDNN brings other kernels, and those are candidates."""
+    then = make_device(cudnn="9.19.0.56")
+    assert then.stale_reasons(make_device(cudnn="9.19.1.2")) == []
+    assert then.stale_reasons(make_device(cudnn="9.20.0.48")) == ["measured with cuDNN 9.19.0.56, this is 9.20.0.48"]
+
+
+@pytest.mark.parametrize("field", ["jax", "driver", "cuda"])
 def test_other_versions_are_recorded_only(field: str) -> None:
     """Jax itself and the driver were not seen to move the best plan."""
     assert make_device(**{field: "1"}).stale_reasons(make_device(**{field: "2"})) == []
