@@ -140,9 +140,9 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
 def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read from what the driver and jax say of themselves."""
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version:  gcc version 15.3.0\n"
-    monkeypatch.setattr(device, "_read", lambda path: text)
+    monkeypatch.setattr(device, "_read", lambda _: text)
     assert device._nvidia_driver() == "580.159.04"
-    monkeypatch.setattr(device, "_read", lambda path: "")
+    monkeypatch.setattr(device, "_read", lambda _: "")
     assert device._nvidia_driver() == ""
     assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 13000"))) == "13.0"
     assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12080"))) == "12.8"
