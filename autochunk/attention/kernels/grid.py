@@ -55,10 +55,12 @@ class Grid:
             outputs: Sequence[Output], join: Join | None = None) -> tuple[jax.Array, ...]:  # fmt: skip
         """``compute(cell, *slices)`` gives one part per output; parts are written in place, or joined with what is there. Slices and parts are head-major."""
         outer, inner = ({axis: size for axis, size in self.sizes.items() if (axis in ("rows", "keys")) == within} for within in (False, True))
-        if self.differentiable or self._cells(outer) == 1 or self._cells(inner) == 1:
-            return self._scan(compute, arrays, axes, outputs, join)
-        # Keys, values and their cotangents are taken and put once for each batch element and head, not for each slice of its rows.
+        # Keys, values and their cotangents are taken and put once for each batch element and head, not for each slice of its rows: unless an output, such as
+        # the cotangent of a broadcast bias, is shared by all, and would be joined whole each time.
         groups = Grid(outer, self.shape, triangular=False, differentiable=False)
+        shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
+        if self.differentiable or shared or self._cells(outer) == 1 or self._cells(inner) == 1:
+            return self._scan(compute, arrays, axes, outputs, join)
         within = Grid(inner, self.shape, self.triangular, differentiable=False)
 
         def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
