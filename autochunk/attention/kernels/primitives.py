@@ -45,7 +45,7 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
 
     def implement(*operands: jax.Array, **params: Any) -> list[jax.Array]:
         # Lowering is what knows the platform; with jit disabled there is none.
-        run = function if jax.config.jax_disable_jit else compiled
+        run = function if jax.config.jax_disable_jit else compiled  # type: ignore[attr-defined, unused-ignore]
         return cast(list[jax.Array], run(*operands, **params))
 
     primitive.def_impl(implement)
