@@ -346,10 +346,10 @@ def test_implementation_is_accepted(name: str | None) -> None:
     assert check_implementation(name) == name
 
 
-@pytest.mark.parametrize("value", ["", "XLA", "auto", "cudnn", " xla", True, 0, b"xla", ["xla"], {}, np.array(["xla"]), object()])
+@pytest.mark.parametrize("value", ["", "XLA", "auto", "cudnn_v8", " xla", True, 0, b"xla", ["xla"], {}, np.array(["xla"]), object()])
 def test_implementation_is_refused(value: object) -> None:
     """Anything else is an ArgumentError that lists the names."""
-    with pytest.raises(ArgumentError, match=r"implementation must be None or one of 'dense', 'xla', 'xla_rows'.*; got "):
+    with pytest.raises(ArgumentError, match=r"implementation must be None or one of 'dense', 'cudnn', 'xla', 'xla_rows'.*; got "):
         check_implementation(value)
 
 

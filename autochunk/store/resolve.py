@@ -34,7 +34,7 @@ from autochunk.plan import (
 )
 from autochunk.store import bundle
 from autochunk.store.database import STORE_VARIABLE, ProfileStore, default_path
-from autochunk.store.profile import Profile
+from autochunk.store.profile import CUDNN, Profile
 from autochunk.workload import Mode, Workload
 
 PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
@@ -361,7 +361,8 @@ def _distance(one: Workload, other: Workload) -> float | None:
 
 def _memory_safe(plan: Plan, tuned: Workload, workload: Workload, implementation: str | None) -> Plan:
     """A neighbour's plan, never letting more logits live at once than did there: a limit that it did not reach becomes the neighbour's whole size."""
-    if workload.logits_bytes <= tuned.logits_bytes or (implementation and not SLICING_ORDER[implementation]):
+    # A fused kernel holds no logits, whatever their size.
+    if workload.logits_bytes <= tuned.logits_bytes or plan == CUDNN or (implementation and not SLICING_ORDER[implementation]):
         return plan
     most = tuned.logits_bytes / BYTES_PER_MB
     limit = most if plan.max_chunk_size_mb is None else min(most, plan.max_chunk_size_mb)

@@ -156,7 +156,7 @@ def test_pinned_implementation(store: ProfileStore, implementation: str | None, 
     assert ask(implementation=implementation).plan == expected
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "", "auto", 3, ["xla"]])
+@pytest.mark.parametrize("implementation", ["cudnn_v8", "", "auto", 3, ["xla"]])
 def test_unknown_implementation(implementation: Any) -> None:
     """An implementation that does not exist is an ArgumentError."""
     with pytest.raises(ArgumentError, match="implementation must be"):
@@ -294,6 +294,13 @@ def test_a_limit_that_the_neighbour_never_reached(store: ProfileStore) -> None:
     limit = ask(large).plan.max_chunk_size_mb
     assert limit is not None
     assert limit * 1e6 <= small.logits_bytes
+
+
+def test_a_neighbour_s_fused_kernel_carries_over(store: ProfileStore) -> None:
+    """It holds no logits, so that a larger neighbour is as safe; the op looks whether it takes the call."""
+    store.put(make_profile(shape(query_length=512), measurements=one_plan(None, "cudnn")))
+    resolution = ask(shape(query_length=1024))
+    assert (resolution.match, resolution.plan) == ("nearest", Plan("cudnn", None))
 
 
 def test_pinned_implementation_of_the_nearest(store: ProfileStore) -> None:
@@ -646,7 +653,7 @@ def test_use_with_a_wrong_limit(limit: Any) -> None:
 
 def test_use_with_a_wrong_implementation() -> None:
     """So is an implementation that does not exist."""
-    with pytest.raises(ArgumentError, match="implementation must be"), use(max_chunk_size_mb=1, implementation="cudnn"):
+    with pytest.raises(ArgumentError, match="implementation must be"), use(max_chunk_size_mb=1, implementation="cudnn_v8"):
         raise AssertionError("not reached")
 
 
@@ -666,7 +673,7 @@ def test_wrong_budget_is_named(budget: Any) -> None:
 
 def test_implementation_without_a_limit_is_not_dropped() -> None:
     """An implementation that does not exist is an error, also alone."""
-    with pytest.raises(ArgumentError), use(implementation="cudnn"):
+    with pytest.raises(ArgumentError), use(implementation="cudnn_v8"):
         pass
 
 
