@@ -160,7 +160,7 @@ def _cuda_driver() -> Any:
 
 
 def _nvidia_driver() -> str:
-    found = re.search(r"(?:Kernel Module|Kernel Module for \S+)\s+(\d+\.[\d.]+)", _read("/proc/driver/nvidia/version"))
+    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d+\.[\d.]+)", _read("/proc/driver/nvidia/version"))
     return found[1] if found else ""
 
 

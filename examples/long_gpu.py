@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +26,6 @@ def limit_memory(gigabytes: float) -> None:
 
 def total_bytes(gpu: str) -> int:
     """All memory of a GPU."""
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i", gpu]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
 

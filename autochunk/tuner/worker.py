@@ -326,7 +326,8 @@ class Session:
                 raise
             return {"status": "oom", "detail": str(error)[:500]}
         if grown is not None:
-            result |= {"measured_bytes": max(0, grown - out), "temp_bytes": max(temp, grown - out)}
+            measured = max(0, grown - out)
+            result |= {"measured_bytes": measured, "temp_bytes": max(temp, measured)}
         result["error"] = min(deviation, 1e30)
         if not deviation <= self.error_limit:
             return result | {"status": "inaccurate", "detail": f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is allowed"}

@@ -29,17 +29,20 @@ def _softmax_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem, nee
     """
     maths = SliceMath(inputs, cell, call, problem, transposed=False)
     logits = maths.logits()
-    maximum, total = _online_stats(logits) if need_stats else _stats(logits, inputs.bias is not None)
-    weights = jnp.exp(logits - maximum[..., None]) / total[..., None]
+    maximum, total = _online_stats(logits) if need_stats else (_row_maximum(logits, inputs.bias is not None), None)
+    weights = jnp.exp(logits - maximum[..., None])
+    if total is None:
+        total = jnp.sum(weights, axis=-1)
+    weights = weights / total[..., None]
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
     return maths.spread(maths.over_keys(weights, inputs.value)), maximum.reshape(stats), total.reshape(stats)
 
 
-def _stats(logits: jax.Array, may_be_infinite: bool) -> tuple[jax.Array, jax.Array]:
+def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     if may_be_infinite:  # a bias of -inf for all keys: that as the maximum would make NaN of the differences
         maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
-    return maximum, jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1)
+    return maximum
 
 
 def _online_stats(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +61,7 @@ def _forward_slice(inputs: Inputs, cell: Cell, call: Call, problem: Problem) -> 
     """Unnormalised output, row maximum and sum of exponentials of one slice of keys."""
     maths = SliceMath(inputs, cell, call, problem, transposed=False)
     logits = maths.logits()
-    maximum, _ = _stats(logits, inputs.bias is not None)
+    maximum = _row_maximum(logits, inputs.bias is not None)
     weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
     total = jnp.sum(weights, axis=-1)
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
