@@ -8,6 +8,8 @@ Callers catch by family; the second base keeps ``except ValueError`` and ``excep
     ├── DeviceError (RuntimeError)   the device asked for is not there
     ├── StoreError (OSError)         the profile store cannot be read or written
     ├── BundleError (ValueError)     a file of profiles is not what it should be
+    ├── AgreementError (RuntimeError)  processes of one program do not agree on the profiles that answer "auto"
+    ├── StorageError (RuntimeError)  the storage that machines tune through cannot be used
     └── ProbeError (RuntimeError)    the measuring process cannot be started or understood
 
     AutochunkWarning (UserWarning)
@@ -17,6 +19,7 @@ Callers catch by family; the second base keeps ``except ValueError`` and ``excep
 """
 
 __all__ = [
+    "AgreementError",
     "ArgumentError",
     "AutochunkError",
     "AutochunkWarning",
@@ -25,6 +28,7 @@ __all__ = [
     "MissWarning",
     "ProbeError",
     "StaleWarning",
+    "StorageError",
     "StoreError",
     "StoreWarning",
     "WorkloadError",
@@ -53,6 +57,14 @@ class StoreError(AutochunkError, OSError):
 
 class BundleError(AutochunkError, ValueError):
     """A file of profiles is not a bundle, or not one that this version reads."""
+
+
+class AgreementError(AutochunkError, RuntimeError):
+    """The processes of one program do not agree on the profiles that answer "auto"; they would compile different programs and wait for each other for ever."""
+
+
+class StorageError(AutochunkError, RuntimeError):
+    """The storage that machines tune through cannot be reached, or is not what it should be."""
 
 
 class ProbeError(AutochunkError, RuntimeError):

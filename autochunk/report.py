@@ -241,6 +241,8 @@ class TuneProgress:
     def _ending(self, event: Any) -> str:
         if event.kind == "skipped":
             return f"tuned before ({event.profile.effort}, {event.profile.created}); --force measures again"
+        if event.kind == "awaited":
+            return "other workers are still at it"
         if event.kind == "failed":
             return f"not measured: {event.detail}"
         if event.kind == "out_of_time":

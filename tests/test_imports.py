@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Heavy or risky packages, and the only module that imports each.
 ONLY_IMPORTER = {
-    "optuna": "autochunk.tuner.search",
+    "optuna": "autochunk.tuner.study",
     "sqlitedict": "autochunk.store.database",
     "haiku": "autochunk.attention.haiku",
     "click": "autochunk.cli",

@@ -20,7 +20,7 @@ from autochunk.workload import Workload
 
 SCHEMA_VERSION: Literal[1] = 1
 
-Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "unsupported", "pruned"]
+Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "unsupported", "pruned", "skipped"]
 Effort = Literal["quick", "standard", "thorough"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
 
@@ -46,7 +46,8 @@ class Measurement(_Record):
 
     Attributes:
       implementation, max_chunk_size_mb: the plan.
-      status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others say why there are none.
+      status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others say why there are none ("skipped":
+        larger limits had got slower and slower).
       detail: what happened, in words, for a status other than "ok".
       seconds: device time of each repeat.
       ratios: each repeat over the anchor plan's time in the same round; rounds of one workload share the anchor, so these compare across plans.
@@ -281,8 +282,38 @@ def logits_shape(workload: Workload) -> LogitsShape:
     return causal_block(shape) if workload.causal and workload.mask == "none" else shape
 
 
-class Bundle(_Record):
-    """A portable file of profiles."""
+# What a terminal or a log shows as one line.
+_ONE_LINE = r"^[^\p{Cc}\u{2028}\u{2029}]*$"
 
-    schema_version: Literal[1]
+
+class Provenance(_Record):
+    """Where a bundle comes from; all but ``autochunk`` and ``note`` follows from its profiles.
+
+    Attributes:
+      autochunk: the version that wrote it; "" of a bundle that was written before bundles said so.
+      devices: keys of the devices that were measured.
+      oldest, newest: when the first and the last of its profiles was created; None without profiles.
+      profiles: how many it has.
+      note: what whoever wrote it had to say, in one line.
+    """
+
+    autochunk: Annotated[str, Field(max_length=100, pattern=_ONE_LINE)] = ""
+    devices: tuple[str, ...] = ()
+    oldest: str | None = None
+    newest: str | None = None
+    profiles: int = 0
+    note: Annotated[str, Field(max_length=1000, pattern=_ONE_LINE)] = ""
+
+
+class Bundle(_Record):
+    """The profiles of a file that travels, read and checked.
+
+    Attributes:
+      schema_version: of the layout that the file had; older ones are brought up to date in reading.
+      profiles: in the file's order, at most one of each device and workload.
+      provenance: where they come from.
+    """
+
+    schema_version: int
     profiles: tuple[Profile, ...] = Field(max_length=1_000_000)
+    provenance: Provenance = Provenance()

@@ -1,40 +1,34 @@
-"""The search over one workload's plans, by Optuna.
+"""The search over one workload's plans.
 
-One trial is one plan. The space is small and discrete, so it is searched exhaustively, the likely best first; what makes it quick is giving up early. Every
-round times the plan beside one fixed plan, the anchor, in alternating order: drift of the machine hits both alike, and the ratios of different trials
-compare. A plan that is clearly hopeless goes after a round or two, one that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
-``WilcoxonPruner``). Those that are left and close meet once more in joint rounds.
+The space is small and discrete, so it is searched exhaustively, the likely best first; what makes it quick is giving up early. Every round times the plan
+beside one fixed plan, the anchor, in alternating order: drift of the machine hits both alike, and the ratios of different plans, measured by different
+workers too, compare. A plan that is clearly hopeless goes after a round or two, one that is probably worse by Wilcoxon's signed-rank test over the paired
+rounds (Optuna's ``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at all. Those plans that are left and close
+meet once more in joint rounds.
 
-The study lives in a journal file until the workload is done: an interrupted search goes on where it stopped.
+Who measures what is the study's business (``study.py``): an interrupted search goes on where it stopped, and several workers share one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
+import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
 from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
-from autochunk.store.profile import CUDNN, DEFAULT, DENSE, LARGEST_NOISE, Measurement, logits_shape
+from autochunk.store.profile import CUDNN, DEFAULT, DENSE, LARGEST_NOISE, Effort, Measurement, logits_shape
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
+from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
-
-logging.getLogger("optuna").setLevel(logging.ERROR)
 
 # Within this of the best, a plan takes part in the joint rounds.
 _CLOSE = 1.08
-
-_NEVER_SLICE = "none"  # Optuna tells parameters by their choices; None among numbers reads badly in its tools
+_MIDDLE_MB = 32.0
 
 
 @dataclass(frozen=True)
@@ -69,10 +63,11 @@ THOROUGHNESS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: measurements in the order they were made, and whether it looked at everything."""
+    """What a search found: measurements by whomever, whether everything was looked at, and whether other workers are still looking."""
 
     measurements: tuple[Measurement, ...]
     complete: bool
+    awaited: bool = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -83,151 +78,111 @@ class Interrupted(KeyboardInterrupt):
         self.outcome = outcome
 
 
-def search(probe: Probe, workload: Workload, effort: str, journal: Path, *, hints: Iterable[Plan] = (),
+def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hints: Iterable[Plan] = (),
            on_measurement: Callable[[Measurement, int, int], None] = lambda *_: None) -> Outcome:  # fmt: skip
-    """Measures a workload's plans until all are, or the probe's deadline comes.
+    """Measures those of a workload's plans that nobody else does, until none is left, or the probe's deadline comes.
 
     Args:
       probe: measures; is turned to the workload here.
       workload: what to measure.
       effort: a key of THOROUGHNESS.
-      journal: file that keeps the study, for going on after an interruption; the caller removes it when the outcome is stored.
+      study: keeps what is measured, for going on after an interruption and for other workers.
       hints: plans to measure first, such as the best of a similar workload.
       on_measurement: told of each measurement, with how many are done and how many there are.
 
     Raises:
       ProbeError: no worker can be started, or the workload's arguments do not fit.
+      StorageError: the study cannot be read or written.
       Interrupted: on Ctrl-C.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # A plan may have more rounds than the best one had time for; those are simply not compared.
-        warnings.filterwarnings("ignore", "WilcoxonPruner finds steps")
-        warnings.filterwarnings("ignore", "The value of `grace_period` might be too small")  # see _open_journal
-        running = _Search(probe, workload, THOROUGHNESS[effort], journal, tuple(hints), on_measurement)
-        try:
-            probe.load(workload)
-            running.run()
-        except OutOfTime:
-            return Outcome(running.measurements(), complete=False)
-        except KeyboardInterrupt:
-            raise Interrupted(Outcome(running.measurements(), complete=False)) from None
-        return Outcome(running.measurements(), complete=True)
+    running = _Search(probe, workload, THOROUGHNESS[effort], study, tuple(hints), on_measurement)
+    try:
+        complete = running.run()
+    except OutOfTime:
+        return Outcome(running.measurements(), complete=False)
+    except KeyboardInterrupt:
+        raise Interrupted(Outcome(running.measurements(), complete=False)) from None
+    return Outcome(running.measurements(), complete, awaited=not complete)
 
 
-def journal_path(folder: Path, device_key: str, workload: Workload, effort: str) -> Path:
-    """Where the study of a workload is kept while it is unfinished."""
-    name = hashlib.sha256(f"{device_key} | {workload.key} | {effort}".encode()).hexdigest()[:16]
-    return folder / f"{name}.journal"
+def journal_path(folder: Path, name: str) -> Path:
+    """Where a study of that name is kept while it is unfinished, if no other place is given."""
+    return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.journal"
 
 
 class _Search:
-    def __init__(self, probe: Probe, workload: Workload, thoroughness: Thoroughness, journal: Path, hints: tuple[Plan, ...],
+    def __init__(self, probe: Probe, workload: Workload, thoroughness: Thoroughness, study: Study, hints: tuple[Plan, ...],
                  on_measurement: Callable[[Measurement, int, int], None]) -> None:  # fmt: skip
-        self.probe, self.workload, self.thoroughness, self.on_measurement = probe, workload, thoroughness, on_measurement
+        self.probe, self.workload, self.thoroughness, self.study, self.on_measurement = probe, workload, thoroughness, study, on_measurement
         self.shape = logits_shape(workload)
-        self.plans = _all_plans(self.shape, thoroughness, probe.connect().platform)
-        self.first = [*(plan for hint in hints if (plan := _equivalent(hint, self.plans, self.shape))), *_likely(self.plans)]
-        storage = _open_journal(journal)
-        self.study = optuna.create_study(
-            study_name=journal.stem,
-            storage=storage,
-            sampler=optuna.samplers.BruteForceSampler(seed=0),
-            pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
-            load_if_exists=True,
-        )
-        # BruteForceSampler would end a search that has not begun when it is told of the last plan's failure.
-        self._unsampled = optuna.load_study(study_name=journal.stem, storage=storage, sampler=optuna.samplers.RandomSampler())
-        self.measured: dict[Plan, Measurement] = {}
+        plans = _all_plans(self.shape, thoroughness, probe.connect().platform)
+        first = [*(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))), *_likely(plans)]
+        self.plans = list(dict.fromkeys([*first, *sorted(plans, key=_from_the_middle)]))
+        self.measured: dict[Plan, Measurement] = study.measured()
         self.anchor: Plan | None = None
+        self._loaded = False
+        self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
 
-    def run(self) -> None:
-        self._resume()
-        self._find_anchor()
-        while waiting := [plan for plan in self.plans if plan not in self.measured]:
-            if not self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)) and self._exhausted():
-                self._enqueue(waiting[:1])
-            self.study.optimize(self._objective, n_trials=1)
-        self._joint_rounds()
+    def run(self) -> bool:
+        """Returns whether everything is measured; if not, other workers are at it."""
+        while claim := self.study.claim(self.plans):
+            with claim:
+                self._load()
+                self._take(claim)
+        self.measured = self.study.measured()
+        if self.study.workers():
+            return False
+        if claim := self.study.claim_joint_rounds():
+            with claim:
+                self._load()
+                claim.done(self._joint_rounds(), self.anchor)
+            self.measured = self.study.measured()
+        return not self.study.workers()
 
     def measurements(self) -> tuple[Measurement, ...]:
         return tuple(self.measured.values())
 
-    # Interruption
-
-    def _resume(self) -> None:
-        """Takes up what an interrupted search has measured. A trial that was running has measured nothing: its plan is queued again."""
-        states = optuna.trial.TrialState
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state == states.RUNNING:
-                self._unsampled.tell(trial.number, state=states.FAIL)
-            elif text := trial.user_attrs.get("measurement"):
-                measurement = Measurement.model_validate_json(text)
-                self.measured[measurement.plan] = measurement
-        anchor = self.study.user_attrs.get("anchor")
-        self.anchor = Plan(*anchor) if anchor else None
-        self._enqueue(plan for plan in dict.fromkeys(self.first) if plan not in self.measured)
-
-    def _enqueue(self, plans: Iterable[Plan]) -> None:
-        for plan in plans:
-            name, limit = _parameter(plan.implementation), _NEVER_SLICE if plan.max_chunk_size_mb is None else plan.max_chunk_size_mb
-            self.study.enqueue_trial({"implementation": plan.implementation, name: limit}, skip_if_exists=False)
-
-    def _exhausted(self) -> bool:
-        """Whether the sampler believes that nothing is left: it counts trials that failed or were interrupted."""
-        tried = {tuple(trial.params.values()) for trial in self.study.get_trials(deepcopy=False)}
-        return len(tried) >= len(self.plans)
-
     # One plan
 
-    def _suggest(self, trial: optuna.Trial) -> Plan:
-        implementation = trial.suggest_categorical("implementation", list(dict.fromkeys(plan.implementation for plan in self.plans)))
-        limits = [plan.max_chunk_size_mb for plan in self.plans if plan.implementation == implementation]
-        choices = [_NEVER_SLICE if limit is None else limit for limit in limits]
-        limit = trial.suggest_categorical(_parameter(implementation), choices)
-        return Plan(implementation, float(limit) if isinstance(limit, float) else None)
-
-    def _objective(self, trial: optuna.Trial) -> float:
-        plan = self._suggest(trial)
-        if plan in self.measured:
-            raise optuna.TrialPruned
-        measurement = self._measure(plan, trial)
-        self.measured[plan] = measurement
-        trial.set_user_attr("measurement", measurement.model_dump_json())
+    def _take(self, claim: Claim) -> None:
+        assert claim.plan is not None
+        self.measured |= self.study.measured()
+        self._follow_anchor()
+        measurement = self._measure(claim.plan, claim)
+        claim.done([measurement], self.anchor)
+        self.measured[claim.plan] = measurement
         self.on_measurement(measurement, len(self.measured), len(self.plans))
-        trial.set_constraint("fits", -1.0 if measurement.status not in ("oom", "over_budget") else 1.0)
-        if not measurement.timed:
-            raise optuna.TrialPruned(measurement.status)
-        return measurement.ratio
 
-    def _measure(self, plan: Plan, trial: optuna.Trial) -> Measurement:
-        prepared = self.probe.prepare(plan)
+    def _measure(self, plan: Plan, claim: Claim) -> Measurement:
+        if reason := self._beneath_the_hopeless(plan):
+            return _measurement(plan, Prepared("skipped", reason))
+        prepared = self._failed.pop(plan, None) or self.probe.prepare(plan)
         if prepared.status != "ok":
             return _measurement(plan, prepared)
         seconds: list[float] = []
         ratios: list[float] = []
         try:
-            given_up = self._rounds(plan, trial, seconds, ratios)
+            given_up = self._rounds(plan, claim, seconds, ratios)
             if plan not in (self.anchor, *self._best_plans()):
                 self.probe.drop(plan)
         except WorkerFailure as failure:
             return _measurement(plan, prepared, status=failure.status, detail=failure.detail)
         return _measurement(plan, prepared, status="pruned" if given_up else "ok", detail=given_up, seconds=seconds, ratios=ratios)
 
-    def _rounds(self, plan: Plan, trial: optuna.Trial, seconds: list[float], ratios: list[float]) -> str:
+    def _rounds(self, plan: Plan, claim: Claim, seconds: list[float], ratios: list[float]) -> str:
         """Times a plan beside the anchor; returns why it was given up, or nothing."""
         start = time.monotonic()
-        best = min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)  # the anchor's own ratio is one
+        best = self._best_ratio()
         for step in range(self.thoroughness.rounds):
             own, anchor = self._pair(plan, step)
             seconds.append(own)
             ratios.append(own / anchor)
-            trial.report(ratios[-1], step)
+            claim.report(ratios[-1], step)
             slower = statistics.median(ratios) / best if plan != self.anchor else 1.0
             if slower > self.thoroughness.hopeless ** (2 if step == 0 else 1):
                 return f"{slower:.1f}x the best plan's time"
             # A plan that is slower by no more than noise may still win by its memory.
-            if step >= 3 and slower > 1 + LARGEST_NOISE and trial.should_prune():
+            if step >= 3 and slower > 1 + LARGEST_NOISE and claim.hopeless():
                 return f"probably slower than the best plan, {slower:.2f}x its time"
             if step + 1 >= self.thoroughness.least_rounds and time.monotonic() - start > self.thoroughness.seconds:
                 break
@@ -242,32 +197,72 @@ class _Search:
             own, anchor = self.probe.time([plan, self.anchor])
         return own, anchor
 
+    def _best_ratio(self) -> float:
+        return min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)  # the anchor's own ratio is one
+
+    def _beneath_the_hopeless(self, plan: Plan) -> str:
+        """Why a limit need not be tried, if the two next larger ones say so; else nothing."""
+        if plan.max_chunk_size_mb is None:
+            return ""
+        siblings = [m for m in self.measured.values() if m.implementation == plan.implementation and (m.max_chunk_size_mb or 0) > plan.max_chunk_size_mb]
+        nearest = sorted(siblings, key=lambda m: m.max_chunk_size_mb or 0)[:2]
+        if nearest and nearest[0].status == "skipped":
+            return nearest[0].detail
+        slower = [m.ratio / self._best_ratio() for m in nearest if m.timed]
+        if len(slower) < 2 or not slower[0] > slower[1] > self.thoroughness.hopeless**2:
+            return ""
+        return f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB took {slower[1]:.1f}x and {slower[0]:.1f}x the best time"
+
     # Comparisons
 
+    def _load(self) -> None:
+        """Makes the probe ready: only when there is something to measure, since it takes seconds."""
+        if not self._loaded:
+            self.probe.load(self.workload)
+            self._find_anchor()
+            self._loaded = True
+
     def _find_anchor(self) -> None:
-        """The first likely plan that runs here; what others are timed beside."""
-        if self.anchor is not None and self.probe.prepare(self.anchor).status == "ok":
-            return
-        self.measured = {plan: m for plan, m in self.measured.items() if not m.timed}  # ratios to another anchor do not compare
-        for plan in dict.fromkeys([*_likely(self.plans), *self.plans]):
-            if plan != DENSE and plan not in self.measured:
-                prepared = self.probe.prepare(plan)
-                if prepared.status == "ok":
-                    self.anchor = plan
-                    self.study.set_user_attr("anchor", [plan.implementation, plan.max_chunk_size_mb])
-                    return
-                self.measured[plan] = _measurement(plan, prepared)
+        """The study's anchor, or the first likely plan that runs here, dense last; what others are timed beside."""
+        likely = [*filter(None, [self.study.anchor]), *_likely(self.plans), *self.plans]
+        for plan in dict.fromkeys([*(plan for plan in likely if plan != DENSE), DENSE]):
+            if plan in self.measured and not self.measured[plan].timed:
+                continue
+            failed = self._try(plan)
+            if failed is None:
+                self._follow_anchor(plan)
+                return
+            self._failed[plan] = failed
+
+    def _try(self, plan: Plan) -> Prepared | None:
+        """Prepares a plan and times it once; returns what came in the way."""
+        prepared = self.probe.prepare(plan)
+        if prepared.status != "ok":
+            return prepared
+        try:
+            self.probe.time([plan])
+        except WorkerFailure as failure:
+            return replace(prepared, status=failure.status, detail=failure.detail)
+        return None
+
+    def _follow_anchor(self, otherwise: Plan | None = None) -> None:
+        """Takes the anchor that the study has, which may be another worker's; sets it if ``otherwise`` is given and differs."""
+        if otherwise is not None and self.study.anchor != otherwise:
+            self.study.anchor = otherwise
+        if self.study.anchor != self.anchor:
+            self.anchor = self.study.anchor
+            self.measured = self.study.measured()  # ratios to another anchor do not compare
 
     def _best_plans(self) -> list[Plan]:
         """The plans that could still win, best first."""
         ranked = sorted((m for m in self.measured.values() if m.status == "ok"), key=lambda m: m.ratio)
         return [m.plan for m in ranked if m.ratio <= _CLOSE * ranked[0].ratio][: self.thoroughness.finalists]
 
-    def _joint_rounds(self) -> None:
-        """More rounds for the plans that are close, all in each round."""
+    def _joint_rounds(self) -> list[Measurement]:
+        """More rounds for the plans that are close, all in each round; returns their measurements with those added."""
         finalists = self._best_plans()
         if len(finalists) < 2 or self.anchor is None:
-            return
+            return []
         everyone = list(dict.fromkeys([self.anchor, *finalists]))
         extra: dict[Plan, list[tuple[float, float]]] = {plan: [] for plan in finalists}
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
@@ -278,14 +273,17 @@ class _Search:
                     # The anchor beside itself would be a ratio of exactly one, and look surer than it is.
                     if plan != self.anchor:
                         extra[plan].append((times[plan], times[plan] / times[self.anchor]))
-        for plan, pairs in extra.items():
-            old = self.measured[plan]
-            update = {"seconds": (*old.seconds, *(p[0] for p in pairs)), "ratios": (*old.ratios, *(p[1] for p in pairs))}
-            self.measured[plan] = old.model_copy(update=update)
+        return [_with_rounds(self.measured[plan], pairs) for plan, pairs in extra.items()]
 
 
-def _parameter(implementation: str) -> str:
-    return f"{implementation}.max_chunk_size_mb"
+def _with_rounds(old: Measurement, pairs: list[tuple[float, float]]) -> Measurement:
+    return old.model_copy(update={"seconds": (*old.seconds, *(p[0] for p in pairs)), "ratios": (*old.ratios, *(p[1] for p in pairs))})
+
+
+def _from_the_middle(plan: Plan) -> tuple[bool, float]:
+    """Order in which limits are tried: from ``_MIDDLE_MB`` outwards, so that a plan's larger neighbours come before it if it is small."""
+    limit = plan.max_chunk_size_mb
+    return (True, 0.0) if limit is None else (False, abs(math.log(limit / _MIDDLE_MB)))
 
 
 def _all_plans(shape: LogitsShape, thoroughness: Thoroughness, platform: str) -> list[Plan]:
@@ -300,9 +298,9 @@ def _equivalent(plan: Plan, plans: list[Plan], shape: LogitsShape) -> Plan | Non
 
 
 def _likely(plans: list[Plan]) -> list[Plan]:
-    """What to measure first: a fused kernel, which wins by far where there is one; a limit near 32 MB, which often wins and always fits; the baselines."""
+    """What to measure first: a fused kernel, which wins by far where there is one; a limit near _MIDDLE_MB, which often wins and always fits; the baselines."""
     sliced = [plan for plan in plans if plan.implementation == "xla" and plan.max_chunk_size_mb is not None]
-    middle = min(sliced, key=lambda plan: abs((plan.max_chunk_size_mb or 0) - 32), default=None)
+    middle = min(sliced, key=_from_the_middle, default=None)
     unsliced = [plan for plan in plans if plan.max_chunk_size_mb is None]
     fused = [plan for plan in plans if plan == CUDNN]
     others = [plan for plan in unsliced if plan != CUDNN]
@@ -321,9 +319,3 @@ def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measureme
         "error": prepared.error,
     }
     return Measurement.model_validate(fields | changes)
-
-
-def _open_journal(journal: Path) -> JournalStorage:
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    # A process that was killed leaves its lock behind; nobody holds one for longer than it takes to append a line.
-    return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal), grace_period=2)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +23,13 @@ from autochunk.store.resolve import resolve
 from autochunk.tuner.presets import STANDARD_SET, preset_shapes
 from autochunk.tuner.probe import WORKER, Probe, seconds_left
 from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
+from autochunk.tuner.study import Storage, Study, study_name
 from autochunk.workload import MODES, DType, Mode, Workload
 
 DEFAULT_TIMEOUT = {"quick": 110.0, "standard": 570.0, "thorough": None}
 """Seconds that an effort takes at most where no timeout is given."""
 
+_POLL_SECONDS = 1.0  # between looks at what other workers have measured
 _REQUEST_SECONDS = {"quick": 60.0, "standard": 120.0, "thorough": 600.0}
 
 
@@ -35,11 +38,11 @@ class Event:
     """Progress of a tune.
 
     ``kind`` is "device" (``device`` is known), "start" (of ``workload``), "measured" (one plan, ``done`` of ``total``), "finished" (``profile`` is stored;
-    not ``complete`` if time ran out), "skipped" (``profile`` was there already), "failed" (``detail`` says why nothing was measured) or "out_of_time"
-    (nothing was measured, time ran out before). ``number`` of ``count`` workloads.
+    not ``complete`` if time ran out), "awaited" (other workers of a shared storage are still at it), "skipped" (``profile`` was there already), "failed"
+    (``detail`` says why nothing was measured) or "out_of_time" (nothing was measured, time ran out before). ``number`` of ``count`` workloads.
     """
 
-    kind: Literal["device", "start", "measured", "finished", "skipped", "failed", "out_of_time"]
+    kind: Literal["device", "start", "measured", "finished", "awaited", "skipped", "failed", "out_of_time"]
     workload: Workload | None = None
     number: int = 0
     count: int = 0
@@ -62,6 +65,7 @@ def tune(
     on_event: Callable[[Event], None] = lambda _: None,
     worker_command: Sequence[str] = WORKER,
     gpus: Sequence[str] = (),
+    storage: str | None = None,
 ) -> list[Profile]:
     """Measures workloads on this machine's default device, or on several GPUs at once, and stores a profile of each.
 
@@ -75,6 +79,8 @@ def tune(
       on_event: told of progress.
       worker_command: starts a measuring process.
       gpus: GPUs to measure on, as ``CUDA_VISIBLE_DEVICES`` names them; each takes the next workload when it has finished one. They must be alike.
+      storage: where to tune together with other machines: a database's URL or the path of a journal file that all of them reach. Each workload is
+        shared among the machines whose device is the same, and every one of them stores all profiles.
 
     Returns:
       A profile for each workload that has one now, in order.
@@ -82,9 +88,13 @@ def tune(
     Raises:
       ArgumentError: an argument is not usable.
       StoreError: the store cannot be written; found out before anything is measured.
+      StorageError: the storage cannot be reached.
       ProbeError: no measuring process can be started, or the GPUs are not alike.
     """
     _check(effort, timeout, memory_budget_mb)
+    if storage is not None and force:
+        raise ArgumentError("what a shared storage has measured cannot be measured again in it: name a new storage, or leave out force")
+    shared = None if storage is None else Storage(storage)
     store = store or ProfileStore()
     store.check_writable()
     limit = timeout if timeout is not None else DEFAULT_TIMEOUT[effort]
@@ -103,28 +113,84 @@ def tune(
         # Skipping costs nothing, so the time is shared out among those that need measuring.
         stored = {} if force else {w: p for w in todo if (p := _good_enough(store, device, w, effort))}
         found: dict[Workload, Profile] = dict(stored)
-        waiting: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        for number, workload in enumerate(todo, 1):
-            event = Event("skipped", workload, number, len(todo), device)
-            if workload in stored:
-                on_event(_but(event, profile=stored[workload]))
-            else:
-                waiting.put(event)
-
-        def measure(probe: Probe) -> None:
-            with contextlib.suppress(queue.Empty):
-                while not probe.abandoned:
-                    left = waiting.qsize()
-                    event = waiting.get_nowait()
-                    share = seconds_left(deadline) * len(probes) / max(left, len(probes))
-                    probe.deadline = None if deadline is None else min(deadline, time.monotonic() + share)
-                    assert event.workload is not None
-                    profile = _tune_one(probe, event.workload, effort, force, store, device, event, on_event)
-                    if profile is not None:
-                        found[event.workload] = profile
-
-        _on_each(probes, measure)
+        events = [Event("skipped", workload, number, len(todo), device) for number, workload in enumerate(todo, 1)]
+        for event in events:
+            if event.workload in stored:
+                on_event(_but(event, profile=stored[event.workload]))
+        task = _Task(effort, force, store, device, deadline, on_event)
+        waiting = [event for event in events if event.workload not in stored]
+        _on_each(probes, _sharer(task, shared, waiting, found) if shared else _queue_taker(task, waiting, found, len(probes)))
     return [found[workload] for workload in todo if workload in found]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all workloads of one tune have in common."""
+
+    effort: Effort
+    force: bool
+    store: ProfileStore
+    device: Device
+    deadline: float | None
+    on_event: Callable[[Event], None]
+
+
+def _queue_taker(task: _Task, waiting: Sequence[Event], found: dict[Workload, Profile], probes: int) -> Callable[[Probe], None]:
+    """What each of this machine's probes does: takes the next workload, and its share of the time."""
+    todo: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    for event in waiting:
+        todo.put(event)
+
+    def measure(probe: Probe) -> None:
+        with contextlib.suppress(queue.Empty):
+            while not probe.abandoned:
+                left = todo.qsize()
+                event = todo.get_nowait()
+                share = seconds_left(task.deadline) * probes / max(left, probes)
+                probe.deadline = None if task.deadline is None else min(task.deadline, time.monotonic() + share)
+                assert event.workload is not None
+                journal = journal_path(task.store.path.parent / "unfinished", study_name(task.device, event.workload, task.effort))
+                if task.force:
+                    _remove(journal)
+                profile, _ = _tune_one(probe, Storage(journal).study(task.device, event.workload, task.effort), task, event)
+                if profile is not None:
+                    found[event.workload] = profile
+                    if profile.complete:
+                        _remove(journal)
+
+    return measure
+
+
+def _sharer(task: _Task, storage: Storage, waiting: Sequence[Event], found: dict[Workload, Profile]) -> Callable[[Probe], None]:
+    """What each worker of a shared storage does: goes to the workload that fewest are at, until none is left to do or to wait for."""
+    todo = {event.workload: event for event in waiting if event.workload is not None}
+
+    def measure(probe: Probe) -> None:
+        probe.deadline = task.deadline
+        studies = {workload: storage.study(task.device, workload, task.effort) for workload in _rotated(list(todo), os.getpid())}
+        awaited: set[Workload] = set()
+        while studies and not probe.abandoned and seconds_left(task.deadline) > 0:
+            workers = {workload: study.workers() for workload, study in studies.items()}
+            open_to_us = [workload for workload in studies if workload not in awaited or not workers[workload]]
+            if not open_to_us:
+                time.sleep(min(_POLL_SECONDS, max(0.0, seconds_left(task.deadline))))
+                continue
+            workload = min(open_to_us, key=lambda workload: workers[workload])
+            profile, others = _tune_one(probe, studies[workload], task, todo[workload])
+            if profile is not None:
+                found[workload] = profile
+            if others:
+                awaited.add(workload)
+            else:
+                del studies[workload]
+
+    return measure
+
+
+def _rotated(items: list[Workload], by: int) -> list[Workload]:
+    """The same in turn from another one on, so that workers that start together do not begin with the same."""
+    start = by % max(1, len(items))
+    return items[start:] + items[:start]
 
 
 def _same_device(probes: Sequence[Probe]) -> Device:
@@ -181,50 +247,55 @@ def _good_enough(store: ProfileStore, device: Device, workload: Workload, effort
     return profile if EFFORTS.index(profile.effort) >= EFFORTS.index(effort) else None
 
 
-def _tune_one(probe: Probe, workload: Workload, effort: Effort, force: bool, store: ProfileStore, device: Device, event: Event,
-              on_event: Callable[[Event], None]) -> Profile | None:  # fmt: skip
-    on_event(_but(event, kind="start"))
-    journal = journal_path(store.path.parent / "unfinished", device.key, workload, effort)
-    if force:
-        _remove(journal)
+def _tune_one(probe: Probe, study: Study, task: _Task, event: Event) -> tuple[Profile | None, bool]:
+    """Measures a workload as far as this worker can; returns its profile, and whether others are still at it."""
+    workload = event.workload
+    assert workload is not None
+    task.on_event(_but(event, kind="start"))
+    if (profile := study.profile) is not None:  # others have finished it
+        task.store.put(profile)
+        task.on_event(_but(event, kind="finished", profile=profile))
+        return profile, False
     try:
         outcome = search(
-            probe, workload, effort, journal, hints=_hints(workload, device),
-            on_measurement=lambda m, done, total: on_event(_but(event, kind="measured", measurement=m, done=done, total=total)),
+            probe, workload, task.effort, study, hints=_hints(workload, task.device),
+            on_measurement=lambda m, done, total: task.on_event(_but(event, kind="measured", measurement=m, done=done, total=total)),
         )  # fmt: skip
     except ProbeError as error:
-        on_event(_but(event, kind="failed", detail=str(error)))
-        return None
+        task.on_event(_but(event, kind="failed", detail=str(error)))
+        return None, False
     except Interrupted as interruption:
-        _keep(interruption.outcome, workload, device, effort, store)
+        _keep(interruption.outcome, workload, task)
         raise
-    profile = _keep(outcome, workload, device, effort, store)
-    if profile is None:
-        on_event(_but(event, kind="failed" if outcome.complete else "out_of_time", detail="no plan could be timed"))
-        return None
-    if profile.complete:
-        _remove(journal)
-    on_event(_but(event, kind="finished", profile=profile))
-    return profile
+    profile = _keep(outcome, workload, task)
+    if outcome.awaited:
+        task.on_event(_but(event, kind="awaited"))
+    elif profile is None:
+        task.on_event(_but(event, kind="failed" if outcome.complete else "out_of_time", detail="no plan could be timed"))
+    else:
+        if profile.complete:
+            study.profile = profile
+        task.on_event(_but(event, kind="finished", profile=profile))
+    return profile, outcome.awaited
 
 
-def _keep(outcome: Outcome, workload: Workload, device: Device, effort: Effort, store: ProfileStore) -> Profile | None:
+def _keep(outcome: Outcome, workload: Workload, task: _Task) -> Profile | None:
     """Stores what was found, unless that is nothing; an unfinished profile never takes the place of a finished one."""
     if not any(measurement.timed for measurement in outcome.measurements):
         return None
     profile = Profile(
         schema_version=SCHEMA_VERSION,
         workload=workload.key,
-        device=device,
+        device=task.device,
         measurements=outcome.measurements,
-        effort=effort,
+        effort=task.effort,
         complete=outcome.complete,
         created=utc_now(),
         autochunk=autochunk.__version__,
     )
-    old = store.get(device, workload)
+    old = task.store.get(task.device, workload)
     if profile.complete or old is None or not old.complete:
-        store.put(profile)
+        task.store.put(profile)
     return profile
 
 

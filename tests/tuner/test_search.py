@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import make_device
 
 from autochunk.plan import Plan
-from autochunk.store.profile import DENSE, Measurement
+from autochunk.store.profile import Effort, Measurement
 from autochunk.tuner.probe import Probe
 from autochunk.tuner.search import Interrupted, Outcome, search
+from autochunk.tuner.study import Storage, Study
 from autochunk.workload import Workload
 
 WORKLOAD = Workload.parse("b=2,t=2048,h=4,k=8")  # 134 MB of logits
@@ -24,15 +26,19 @@ def by_plan(outcome: Outcome) -> dict[str, Measurement]:
     return {str(measurement.plan): measurement for measurement in outcome.measurements}
 
 
-def run(command: tuple[str, ...], journal: Path, effort: str = "quick", **options: Any) -> Outcome:
+def run(command: tuple[str, ...], journal: Path, effort: Effort = "quick", **options: Any) -> Outcome:
     with Probe(command, seconds_per_request=1.0) as probe:
-        return search(probe, options.pop("workload", WORKLOAD), effort, journal, **options)
+        return search(probe, WORKLOAD, effort, study(journal, effort), **options)
+
+
+def study(journal: Path, effort: Effort = "quick", workload: Workload = WORKLOAD) -> Study:
+    return Storage(journal).study(make_device(), workload, effort)
 
 
 def test_a_real_search_measures_every_plan_and_both_baselines(small: Workload, tmp_path: Path) -> None:
     """Real worker, real journal: dense, the default and the slices are measured, checked, and each plan once."""
     with Probe() as probe:
-        outcome = search(probe, small, "quick", tmp_path / "study.journal")
+        outcome = search(probe, small, "quick", study(tmp_path / "study.journal", workload=small))
     found = by_plan(outcome)
     assert outcome.complete
     assert len(found) == len(outcome.measurements)
@@ -69,7 +75,7 @@ def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., A
     assert [found[plan].status for plan in plans] == ["oom", "over_budget", "crashed", "crashed", "timeout", "inaccurate"]
     others = [m for plan, m in found.items() if plan not in plans]
     assert others
-    assert all(m.timed for m in others)
+    assert [m for m in others if not m.timed] == []
 
 
 def test_the_anchor_is_a_plan_that_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
@@ -105,26 +111,15 @@ def test_an_interrupted_search_keeps_what_it_has_and_goes_on(scripted: Callable[
     assert sorted(seen + again) == sorted(by_plan(outcome))
 
 
-def test_a_plan_that_was_being_measured_when_the_process_died_is_measured_again(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """A trial left running has measured nothing; its plan is queued anew rather than skipped for ever."""
-    import optuna
-
-    outcome = run(scripted(), tmp_path / "study")
-    (tmp_path / "study").unlink()
-
-    class Gone(BaseException):
-        pass
-
-    def die(measurement: Measurement, _done: int, _total: int) -> None:
-        if measurement.plan == DENSE:
-            raise Gone  # after measuring, before the study is told
-
-    with pytest.raises(Gone):
-        run(scripted(), tmp_path / "study", on_measurement=die)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study")))
-    (left,) = optuna.get_all_study_names(storage)
-    assert any(t.state == optuna.trial.TrialState.RUNNING for t in optuna.load_study(study_name=left, storage=storage).trials)
-    assert set(by_plan(run(scripted(), tmp_path / "study"))) == set(by_plan(outcome))
+def test_hopeless_limits_end_the_ladder(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Below two limits that were hopeless, the smaller one more so, nothing is tried; larger limits and other implementations are."""
+    limits = {"xla_rows, 8.4 MB": 0.5, "xla_rows, 4.2 MB": 0.9}
+    plans = {plan: {"seconds": seconds} for plan, seconds in limits.items()}
+    found = by_plan(run(scripted(plans=plans, default={"seconds": 0.1}), tmp_path / "study", "standard"))
+    skipped = {plan for plan, m in found.items() if m.status == "skipped"}
+    assert skipped == {f"xla_rows, {limit:g} MB" for limit in (2.1, 1.05, 0.525)} & set(found)
+    assert skipped
+    assert found["xla_rows, 2.1 MB"].detail == "limits of 8.4 and 4.2 MB took 5.0x and 9.0x the best time"
 
 
 def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_path: Path) -> None:
@@ -132,7 +127,7 @@ def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_
     command = scripted(delay=0.05)
     with Probe(command) as probe:
         probe.deadline = time.monotonic() + 1.5
-        outcome = search(probe, WORKLOAD, "thorough", tmp_path / "study")
+        outcome = search(probe, WORKLOAD, "thorough", study(tmp_path / "study", "thorough"))
     assert not outcome.complete
     assert time.monotonic() < probe.deadline + 2
     rest = run(scripted(), tmp_path / "study", "thorough")
