@@ -267,13 +267,16 @@ def _tune_one(probe: Probe, study: Study, task: _Task, event: Event) -> tuple[Pr
     except Interrupted as interruption:
         _keep(interruption.outcome, workload, task)
         raise
-    profile = _keep(outcome, workload, task)
+    if outcome.complete and (profile := study.profile) is not None:  # another worker held the joint rounds
+        task.store.put(profile)
+    else:
+        profile = _keep(outcome, workload, task)
     if outcome.awaited:
         task.on_event(_but(event, kind="awaited"))
     elif profile is None:
         task.on_event(_but(event, kind="failed" if outcome.complete else "out_of_time", detail="no plan could be timed"))
     else:
-        if profile.complete:
+        if profile.complete and study.profile is None:
             study.profile = profile
         task.on_event(_but(event, kind="finished", profile=profile))
     return profile, outcome.awaited
