@@ -1,10 +1,15 @@
-"""Scripted measuring processes for the tuner's tests."""
+"""Scripted measuring processes and real storages for the tuner's tests."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +34,49 @@ def scripted() -> Callable[..., Command]:
 def small() -> Workload:
     """A workload that takes a real worker milliseconds, and still has something to slice."""
     return Workload.parse("b=2,t=96,s=80,h=4,kv_heads=2,k=8,v=16", mode="training")
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of this test session's own, on a free port; skipped where there is none to start."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    programs = [folder for folder in (*sorted(Path("/usr/lib/postgresql").glob("*/bin")), *map(Path, os.get_exec_path())) if (folder / "initdb").exists()]
+    if not programs:
+        pytest.skip("no PostgreSQL server is installed (Debian's package postgresql)")
+    # PostgreSQL refuses to run as root.
+    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir="/tmp"))  # a socket's path is short, and others' folders are not for its user to enter
+    if user:
+        shutil.chown(folder, "postgres", "postgres")
+    data, port = folder / "data", _free_port()
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+    commands = [
+        [programs[-1] / "initdb", "-D", data, "-U", "autochunk", "--auth=trust", "-E", "UTF8", "--no-sync"],
+        [programs[-1] / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"],
+    ]
+    for command in commands:
+        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+    yield f"postgresql://autochunk:secret@127.0.0.1:{port}/postgres"
+    subprocess.run([str(programs[-1] / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where studies are kept: each kind of storage that machines share, empty."""
+    if request.param == "journal":
+        return str(tmp_path / "shared" / "studies.journal")
+    url: str = request.getfixturevalue("postgresql")
+    import psycopg
+
+    name = f"test_{tmp_path.name.lower().replace('-', '_')}"[:60]
+    with psycopg.connect(url, autocommit=True) as server:
+        server.execute(f'DROP DATABASE IF EXISTS "{name}"')
+        server.execute(f'CREATE DATABASE "{name}"')
+    return url.removesuffix("postgres") + name

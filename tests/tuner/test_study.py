@@ -1,0 +1,223 @@
+"""Studies that several workers share: who may measure what, and what becomes of the plans of the dead."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import make_device, make_measurement, make_profile, start_python
+
+from autochunk.errors import ArgumentError, StorageError
+from autochunk.plan import Plan
+from autochunk.store.database import ProfileStore
+from autochunk.tuner import study as studies
+from autochunk.tuner.study import Storage, Study, study_name
+from autochunk.tuner.tune import tune
+from autochunk.workload import Workload
+
+WORKLOAD = Workload.parse("t=512,h=4,k=8")
+PLANS = [Plan("xla", 16.0), Plan("xla_rows", 16.0), Plan("dense", None)]
+
+
+def open_study(place: str) -> Study:
+    return Storage(place).study(make_device(), WORKLOAD, "quick")
+
+
+def measure(study: Study, plan: Plan, ratio: float = 1.0) -> None:
+    claim = study.claim([plan])
+    assert claim is not None
+    with claim:
+        claim.done([make_measurement(plan.implementation, plan.max_chunk_size_mb, ratio)], study.anchor)
+
+
+def test_each_plan_is_claimed_once(place: str) -> None:
+    """Two workers that ask in turn get different plans, then nothing."""
+    one, other = open_study(place), open_study(place)
+    claims = [study.claim(PLANS) for study in (one, other, one, other)]
+    assert [claim and claim.plan for claim in claims] == [*PLANS, None]
+    assert one.workers() == 3
+
+
+def test_what_one_measured_the_other_sees(place: str) -> None:
+    """With its times; an unmeasured plan stays free."""
+    one, other = open_study(place), open_study(place)
+    one.anchor = PLANS[0]
+    measure(one, PLANS[0], 0.5)
+    assert other.anchor == PLANS[0]
+    assert other.measured()[PLANS[0]].ratio == 0.5
+    claim = other.claim(PLANS)
+    assert claim is not None
+    assert claim.plan == PLANS[1]
+
+
+def test_a_claim_that_is_left_is_free_again(place: str) -> None:
+    """An error in the middle of a measurement gives the plan to whoever asks next."""
+    study = open_study(place)
+    claim = study.claim(PLANS[:1])
+    assert claim is not None
+    with pytest.raises(ZeroDivisionError), claim:
+        _ = 1 / 0
+    again = open_study(place).claim(PLANS[:1])
+    assert again is not None
+    assert again.plan == PLANS[0]
+
+
+def test_times_beside_another_anchor_do_not_count(place: str) -> None:
+    """They are left out and measured again; a plan that has no times is known whatever the anchor."""
+    study = open_study(place)
+    study.anchor = PLANS[0]
+    measure(study, PLANS[1], 0.5)
+    with study.claim([PLANS[2]]) as claim:  # type: ignore[union-attr]
+        claim.done([make_measurement("dense", None, status="oom")], study.anchor)
+    study.anchor = PLANS[2]
+    assert list(study.measured()) == [PLANS[2]]
+    assert study.claim([PLANS[2]]) is None
+    again = study.claim([PLANS[1]])
+    assert again is not None
+    assert again.plan == PLANS[1]
+
+
+def test_joint_rounds_are_held_once_and_overwrite(place: str) -> None:
+    """Whoever holds them hands in the finalists anew."""
+    study = open_study(place)
+    study.anchor = PLANS[0]
+    measure(study, PLANS[0], 0.5)
+    claim = study.claim_joint_rounds()
+    assert claim is not None
+    assert open_study(place).claim_joint_rounds() is None
+    with claim:
+        claim.done([make_measurement("xla", 16.0, 0.4)], study.anchor)
+    assert open_study(place).claim_joint_rounds() is None
+    assert study.measured()[PLANS[0]].ratio == 0.4
+
+
+_CLAIMER = """
+import os, sys
+from factories import make_device
+from autochunk.plan import Plan
+from autochunk.tuner.study import Storage
+from autochunk.workload import Workload
+claim = Storage(sys.argv[1]).study(make_device(), Workload.parse(sys.argv[2]), "quick").claim([Plan("xla", 16.0)])
+print(claim.plan, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_dead_of_this_machine_are_found_at_once(place: str) -> None:
+    """A process that was killed with a claim in its hands holds it no longer."""
+    killed = start_python(_CLAIMER, place, WORKLOAD.shape)
+    out, complaints = killed.communicate(timeout=60)
+    assert out == "xla, 16 MB\n", complaints
+    assert killed.returncode == -signal.SIGKILL
+    claim = open_study(place).claim(PLANS[:1])
+    assert claim is not None
+    assert claim.plan == PLANS[0]
+
+
+def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process cannot be looked at is dead when it has written nothing for a while; what it hands in late is not taken."""
+    study = open_study(place)
+    monkeypatch.setattr(studies, "_worker_name", lambda: "elsewhere pid:[1] 1")
+    claim = study.claim(PLANS[:1])
+    assert claim is not None
+    monkeypatch.undo()
+    assert open_study(place).claim(PLANS[:1]) is None
+    monkeypatch.setattr(studies, "SILENT_SECONDS", 0.05)
+    time.sleep(0.1)
+    second = open_study(place).claim(PLANS[:1])
+    assert second is not None
+    assert second.plan == PLANS[0]
+    claim.done([make_measurement("xla", 16.0, 0.1)], None)
+    assert study.measured() == {}
+
+
+def test_a_living_worker_is_not_silent(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes while it measures, however long that takes."""
+    monkeypatch.setattr(studies, "BEAT_SECONDS", 0.05)
+    claim = open_study(place).claim(PLANS[:1])
+    assert claim is not None
+    with claim:
+        monkeypatch.setattr(studies, "SILENT_SECONDS", 0.5)
+        time.sleep(1.0)
+        assert open_study(place).claim(PLANS[:1]) is None
+
+
+def test_finished_profiles_are_kept(place: str) -> None:
+    """For the other workers, and for one bundle of the whole cluster; different kinds of device side by side."""
+    devices = [make_device(), make_device(kind="Another/Kind")]
+    for device in devices:
+        study = Storage(place).study(device, WORKLOAD, "quick")
+        assert study.profile is None
+        study.profile = make_profile(device=device)
+    assert open_study(place).profile == make_profile(device=devices[0])
+    assert sorted(profile.device.kind for profile in Storage(place).profiles()) == ["Another/Kind", "Made/Up"]
+
+
+def test_another_jaxlib_is_another_study() -> None:
+    """Its programs are others, and so are their times."""
+    assert study_name(make_device(), WORKLOAD, "quick") != study_name(make_device(jaxlib="0.13.0"), WORKLOAD, "quick")
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:hunter2@127.0.0.1:1/nothing", "nosuchdatabase://me:hunter2@host/name", "postgresql://me:hunter2@no port/x"])
+def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
+    """Without the password."""
+    with pytest.raises(StorageError, match="cannot be used") as error:
+        Storage(url)
+    assert "hunter2" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_journal_in_an_impossible_place(tmp_path: Path) -> None:
+    """A file where a folder should be."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be used"):
+        Storage(tmp_path / "file" / "journal")
+
+
+def test_force_and_a_shared_storage_do_not_mix(tmp_path: Path) -> None:
+    """What others measured is not for one worker to throw away."""
+    with pytest.raises(ArgumentError, match="name a new storage"):
+        tune([WORKLOAD], force=True, storage=str(tmp_path / "journal"))
+
+
+_WORKER = """
+import json, sys
+from autochunk.store.database import ProfileStore
+from autochunk.tuner.tune import tune
+from autochunk.workload import Workload
+place, store, shapes, command = json.loads(sys.argv[1])
+def tell(event):
+    if event.kind == "measured":
+        print(event.workload.key, event.measurement.plan, sep="; ", flush=True)
+tune([Workload.parse(shape) for shape in shapes], effort="standard", worker_command=command, storage=place, store=ProfileStore(store), on_event=tell)
+"""
+
+
+def test_workers_share_and_one_is_killed(place: str, scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """Three processes on one storage, one of them killed half-way: every plan is measured, none twice, and the two others end with the same profiles."""
+    shapes = ["b=2,t=2048,h=4,k=8", "b=2,t=1024,h=4,k=8", "b=2,t=1500,h=4,k=8"]
+    keys = sorted(Workload.parse(shape).key for shape in shapes)
+    stores = [ProfileStore(tmp_path / f"store{number}") for number in range(3)]
+    workers = [start_python(_WORKER, json.dumps([place, str(store.path), shapes, scripted(delay=0.02)])) for store in stores]
+    assert workers[0].stdout is not None
+    lines = [workers[0].stdout.readline() for _ in range(3)]
+    workers[0].kill()
+    lines += workers[0].communicate()[0].splitlines(keepends=True)
+    for worker in workers[1:]:
+        out, complaints = worker.communicate(timeout=120)
+        assert worker.returncode == 0, complaints
+        lines += out.splitlines(keepends=True)
+    profiles = stores[1].profiles()
+    assert profiles == stores[2].profiles()
+    assert [profile.workload for profile in profiles] == keys
+    assert all(profile.complete for profile in profiles)
+    measured = Counter(line.strip() for line in lines)
+    assert max(measured.values()) == 1
+    assert set(measured) == {f"{profile.workload}; {m.plan}" for profile in profiles for m in profile.measurements}
+    assert {(p.workload, p.created) for p in Storage(place).profiles()} == {(p.workload, p.created) for p in profiles}
