@@ -109,6 +109,12 @@ class ProfileStore:
         """Keys of the workloads that have a profile on a device."""
         return self._workload_keys(_PROFILES, device)
 
+    def keys(self) -> list[tuple[str, str]]:
+        """Device key and workload key of every profile, in order; of rows under keys that are neither, nothing."""
+        rows = self._select(_PROFILES, f'SELECT CAST(key AS BLOB) FROM "{_PROFILES}" ORDER BY key')  # noqa: S608  (no input in it)
+        parts = ((key or b"").decode(errors="backslashreplace").partition(_BETWEEN) for (key,) in rows)
+        return [(device_key, workload_key) for device_key, between, workload_key in parts if between]
+
     def missed(self, device: Device) -> list[Workload]:
         """Workloads that "auto" missed on a device, by key."""
         workloads = []
@@ -316,6 +322,8 @@ class ProfileStore:
 # Closing a file drops all locks that SQLite has on it in this process: nobody else may have a file open that is being made.
 _making = threading.Lock()
 
+# No device's name has it.
+_BETWEEN = " | "
 _OF_DEVICE = "WHERE key >= ? AND key < ?"
 _AMONG = "WHERE key IN (SELECT value FROM json_each(?))"
 # A list is one statement, because sqlitedict commits after each.
@@ -357,7 +365,7 @@ def _profile_key(profile: Profile) -> str:
 
 
 def _row_key(device_key: str, workload_key: str) -> str:
-    return f"{device_key} | {workload_key}"
+    return f"{device_key}{_BETWEEN}{workload_key}"
 
 
 def _first(error: ValidationError) -> str:

@@ -35,6 +35,7 @@ READERS: dict[str, Callable[[ProfileStore], object]] = {
     "profiles": lambda store: store.profiles(),
     "profiles of one device": lambda store: store.profiles(HERE),
     "workloads": lambda store: store.workloads(HERE),
+    "keys": lambda store: store.keys(),
     "missed": lambda store: store.missed(HERE),
     "unreadable": lambda store: store.unreadable(),
 }
@@ -102,6 +103,7 @@ def test_devices_are_kept_apart(store: ProfileStore) -> None:
     assert store.workloads(THERE) == sorted(workload.key for workload in WORKLOADS)
     assert store.get(make_device(kind="nowhere"), WORKLOADS[0]) is None
     assert store.workloads(make_device(kind="her")) == []
+    assert store.keys() == [(device.key, key) for device in (HERE, THERE) for key in store.workloads(device)]
     assert store.get(make_device(kind="here", jaxlib="9.9"), WORKLOADS[0]) is not None
 
 
