@@ -15,7 +15,7 @@ Callers catch by family; the second base keeps ``except ValueError`` and ``excep
     AutochunkWarning (UserWarning)
     ├── MissWarning                  "auto" found no profile; names the command that makes one
     ├── StaleWarning                 "auto" used a profile measured with other versions
-    └── StoreWarning                 a layer of profiles could not be read and was left out
+    └── StoreWarning                 a layer, or rows of a store, could not be read and were left out; a damaged store was set aside
 """
 
 __all__ = [
@@ -84,4 +84,4 @@ class StaleWarning(AutochunkWarning):
 
 
 class StoreWarning(AutochunkWarning):
-    """A layer of profiles could not be read; "auto" went on without it."""
+    """Profiles could not be read: a layer or rows were left out, or a damaged store was set aside and what is whole in it rescued."""

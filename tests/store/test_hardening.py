@@ -95,11 +95,11 @@ def test_look_ups_use_the_index(store: ProfileStore, condition: str) -> None:
 
 
 def test_commits_are_synchronous(store: ProfileStore) -> None:
-    """The connection that writes, which sqlitedict opens, waits for the disk at each commit (2 is FULL)."""
+    """The connection that writes, which sqlitedict opens, waits for the disk at each commit (3 is EXTRA)."""
     with database._table(store.path, "profiles") as table:
-        assert table.conn.select_one("PRAGMA synchronous") == (2,)
+        assert table.conn.select_one("PRAGMA synchronous") == (3,)
         table["key"] = "value"
-        assert table.conn.select_one("PRAGMA synchronous") == (2,)
+        assert table.conn.select_one("PRAGMA synchronous") == (3,)
         assert table.conn.select_one("PRAGMA busy_timeout") == (30_000,)
 
 
