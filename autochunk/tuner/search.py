@@ -95,7 +95,11 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
       StorageError: the study cannot be read or written.
       Interrupted: on Ctrl-C.
     """
-    running = _Search(probe, workload, THOROUGHNESS[effort], study, tuple(hints), on_measurement)
+    try:
+        platform = probe.connect().platform
+    except OutOfTime:
+        return Outcome(tuple(study.measured().values()), complete=False)
+    running = _Search(probe, platform, workload, THOROUGHNESS[effort], study, tuple(hints), on_measurement)
     try:
         complete = running.run()
     except OutOfTime:
@@ -111,11 +115,11 @@ def journal_path(folder: Path, name: str) -> Path:
 
 
 class _Search:
-    def __init__(self, probe: Probe, workload: Workload, thoroughness: Thoroughness, study: Study, hints: tuple[Plan, ...],
+    def __init__(self, probe: Probe, platform: str, workload: Workload, thoroughness: Thoroughness, study: Study, hints: tuple[Plan, ...],
                  on_measurement: Callable[[Measurement, int, int], None]) -> None:  # fmt: skip
         self.probe, self.workload, self.thoroughness, self.study, self.on_measurement = probe, workload, thoroughness, study, on_measurement
         self.shape = logits_shape(workload)
-        plans = _all_plans(self.shape, thoroughness, probe.connect().platform)
+        plans = _all_plans(self.shape, thoroughness, platform)
         first = [*(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))), *_likely(plans)]
         self.plans = list(dict.fromkeys([*first, *sorted(plans, key=_from_the_middle)]))
         self.measured: dict[Plan, Measurement] = study.measured()

@@ -26,7 +26,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from autochunk.device import Device
 from autochunk.errors import StorageError
@@ -39,6 +39,8 @@ logging.getLogger("optuna").setLevel(logging.ERROR)
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """A worker that has not written for so long is taken for dead."""
+
+_ATTEMPTS = 10  # at opening a database
 
 _JOINT = "joint rounds"
 _LARGEST_LIMIT = 1e12
@@ -320,6 +322,11 @@ def _open_database(url: str) -> RDBStorage:
     # SQLAlchemy's default for PostgreSQL is psycopg2; psycopg is its successor.
     for scheme in ("postgresql://", "postgres://"):
         url = url.replace(scheme, "postgresql+psycopg://", 1) if url.startswith(scheme) else url
+    for _ in range(_ATTEMPTS):
+        # Workers that start together make the tables of a new database at the same time.
+        with contextlib.suppress(IntegrityError, ProgrammingError):
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        time.sleep(0.5)
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
 

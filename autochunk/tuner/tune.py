@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import autochunk
 from autochunk.device import Device
-from autochunk.errors import ArgumentError, ProbeError
+from autochunk.errors import ArgumentError, ProbeError, StorageError
 from autochunk.plan import Plan, check_positive
 from autochunk.store.database import ProfileStore, utc_now
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
@@ -78,7 +77,7 @@ def tune(
       memory_budget_mb: most working memory that a measurement may take (10^6 bytes); None is most of what is free.
       on_event: told of progress.
       worker_command: starts a measuring process.
-      gpus: GPUs to measure on, as ``CUDA_VISIBLE_DEVICES`` names them; each takes the next workload when it has finished one. They must be alike.
+      gpus: GPUs to measure on, as ``CUDA_VISIBLE_DEVICES`` names them; they share the workloads, and the plans of the last ones. They must be alike.
       storage: where to tune together with other machines: a database's URL or the path of a journal file that all of them reach. Each workload is
         shared among the machines whose device is the same, and every one of them stores all profiles.
 
@@ -119,7 +118,15 @@ def tune(
                 on_event(_but(event, profile=stored[event.workload]))
         task = _Task(effort, force, store, device, deadline, on_event)
         waiting = [event for event in events if event.workload not in stored]
-        _on_each(probes, _sharer(task, shared, waiting, found) if shared else _queue_taker(task, waiting, found, len(probes)))
+        if shared is not None:
+            _on_each(probes, _sharer(task, shared, waiting, found))
+        elif len(probes) > 1:
+            _all_together(task, probes, waiting, found)
+        else:
+            _in_turn(task, probes[0], waiting, found)
+        for event in waiting:
+            if event.workload not in task.begun:
+                on_event(_but(event, kind="out_of_time"))
     return [found[workload] for workload in todo if workload in found]
 
 
@@ -133,41 +140,52 @@ class _Task:
     device: Device
     deadline: float | None
     on_event: Callable[[Event], None]
+    begun: set[Workload] = field(default_factory=set)
 
 
-def _queue_taker(task: _Task, waiting: Sequence[Event], found: dict[Workload, Profile], probes: int) -> Callable[[Probe], None]:
-    """What each of this machine's probes does: takes the next workload, and its share of the time."""
-    todo: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    for event in waiting:
-        todo.put(event)
-
-    def measure(probe: Probe) -> None:
-        with contextlib.suppress(queue.Empty):
-            while not probe.abandoned:
-                left = todo.qsize()
-                event = todo.get_nowait()
-                share = seconds_left(task.deadline) * probes / max(left, probes)
-                probe.deadline = None if task.deadline is None else min(task.deadline, time.monotonic() + share)
-                assert event.workload is not None
-                journal = journal_path(task.store.path.parent / "unfinished", study_name(task.device, event.workload, task.effort))
-                if task.force:
-                    _remove(journal)
-                profile, _ = _tune_one(probe, Storage(journal).study(task.device, event.workload, task.effort), task, event)
-                if profile is not None:
-                    found[event.workload] = profile
-                    if profile.complete:
-                        _remove(journal)
-
-    return measure
+def _in_turn(task: _Task, probe: Probe, waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
+    """What a lone probe does: one workload after the other, each with its share of the time and a journal of its own."""
+    for number, event in enumerate(waiting):
+        workload = event.workload
+        assert workload is not None
+        share = seconds_left(task.deadline) / (len(waiting) - number)
+        probe.deadline = None if task.deadline is None else min(task.deadline, time.monotonic() + share)
+        journal = _journal(task, study_name(task.device, workload, task.effort))
+        try:
+            profile, _ = _tune_one(probe, Storage(journal).study(task.device, workload, task.effort), task, event)
+        except StorageError:
+            if journal.exists():
+                raise
+            profile = task.store.get(task.device, workload)  # another tune with this store has finished it
+        if profile is not None:
+            found[workload] = profile
+            if profile.complete:
+                _remove(journal)
 
 
-def _sharer(task: _Task, storage: Storage, waiting: Sequence[Event], found: dict[Workload, Profile]) -> Callable[[Probe], None]:
+def _journal(task: _Task, name: str) -> Path:
+    """A journal file that goes with the store, for what is unfinished."""
+    journal = journal_path(task.store.path.with_name(f"{task.store.path.name}.unfinished"), name)
+    if task.force:
+        _remove(journal)
+    return journal
+
+
+def _all_together(task: _Task, probes: Sequence[Probe], waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
+    """What the GPUs of one machine do: they share the workloads, and the plans of the last ones, in one journal."""
+    journal = _journal(task, f"{task.device.key} | several GPUs | {task.effort}")
+    _on_each(probes, _sharer(task, Storage(journal), waiting, found))
+    if all((profile := found.get(event.workload)) is not None and profile.complete for event in waiting if event.workload):
+        _remove(journal)
+
+
+def _sharer(task: _Task, storage: Storage, waiting: Sequence[Event], found: dict[Workload, Profile]) -> Callable[[Probe, int], None]:
     """What each worker of a shared storage does: goes to the workload that fewest are at, until none is left to do or to wait for."""
     todo = {event.workload: event for event in waiting if event.workload is not None}
 
-    def measure(probe: Probe) -> None:
+    def measure(probe: Probe, number: int) -> None:
         probe.deadline = task.deadline
-        studies = {workload: storage.study(task.device, workload, task.effort) for workload in _rotated(list(todo), os.getpid())}
+        studies = {workload: storage.study(task.device, workload, task.effort) for workload in _rotated(list(todo), os.getpid() + number)}
         awaited: set[Workload] = set()
         while studies and not probe.abandoned and seconds_left(task.deadline) > 0:
             workers = {workload: study.workers() for workload, study in studies.items()}
@@ -202,13 +220,13 @@ def _same_device(probes: Sequence[Probe]) -> Device:
     return device
 
 
-def _on_each(probes: Sequence[Probe], measure: Callable[[Probe], None]) -> None:
-    """Runs ``measure`` on every probe, on several at once in threads. When one fails or Ctrl-C comes, the others keep what they have and stop."""
+def _on_each(probes: Sequence[Probe], measure: Callable[[Probe, int], None]) -> None:
+    """Runs ``measure`` on every probe and its number, on several in threads. When one fails or Ctrl-C comes, the others keep what they have and stop."""
     if len(probes) == 1:
-        measure(probes[0])
+        measure(probes[0], 0)
         return
     with ThreadPoolExecutor(len(probes)) as threads:
-        running = [threads.submit(contextvars.copy_context().run, measure, probe) for probe in probes]
+        running = [threads.submit(contextvars.copy_context().run, measure, probe, number) for number, probe in enumerate(probes)]
         try:
             for future in as_completed(running):
                 future.result()
@@ -251,6 +269,7 @@ def _tune_one(probe: Probe, study: Study, task: _Task, event: Event) -> tuple[Pr
     """Measures a workload as far as this worker can; returns its profile, and whether others are still at it."""
     workload = event.workload
     assert workload is not None
+    task.begun.add(workload)
     task.on_event(_but(event, kind="start"))
     if (profile := study.profile) is not None:  # others have finished it
         task.store.put(profile)

@@ -180,6 +180,13 @@ def test_a_journal_in_an_impossible_place(tmp_path: Path) -> None:
         Storage(tmp_path / "file" / "journal")
 
 
+def test_workers_may_open_a_new_storage_at_the_same_time(place: str) -> None:
+    """All make its file or tables, one after the other or not."""
+    code = "import sys; from autochunk.tuner.study import Storage; Storage(sys.argv[1]).profiles(); print('open')"
+    opened = [start_python(code, place) for _ in range(6)]
+    assert [process.communicate(timeout=120)[0] for process in opened] == ["open\n"] * 6
+
+
 def test_force_and_a_shared_storage_do_not_mix(tmp_path: Path) -> None:
     """What others measured is not for one worker to throw away."""
     with pytest.raises(ArgumentError, match="name a new storage"):

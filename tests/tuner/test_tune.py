@@ -47,7 +47,7 @@ def test_a_real_tune_is_read_back_by_auto(small: Workload) -> None:
     assert resolution.plan == choice.plan
     assert resolution.match == "exact"
     assert profile.complete
-    assert not list((ProfileStore().path.parent / "unfinished").iterdir())
+    assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
 
 
 def test_what_is_tuned_is_not_tuned_again(scripted: Callable[..., Any]) -> None:
@@ -72,16 +72,33 @@ def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(scripted: C
 
 
 def test_several_gpus_share_the_work(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Each workload is measured once, on whichever is free; every worker sees the GPU that is its own."""
+    """Each plan is measured once, on whichever is free; every worker sees the GPU that is its own; nothing unfinished stays behind."""
     log = tmp_path / "log"
     workloads = [Workload.parse(f"t={length},h=4,k=8") for length in (512, 600, 700, 800, 900)]
     events: list[Event] = []
     profiles = tune(workloads, effort="quick", worker_command=scripted(log=str(log)), on_event=events.append, gpus=["3", "7"])
     assert [profile.workload for profile in profiles] == [workload.key for workload in workloads]
-    assert sorted(kinds(events)) == ["finished"] * 5 + ["start"] * 5
-    requests = [json.loads(line) for line in log.read_text().splitlines()]
-    assert sorted(request["workload"] for request in requests if request["do"] == "load") == sorted(workload.key for workload in workloads)
-    assert {request["gpu"] for request in requests} == {"3", "7"}
+    assert all(profile.complete for profile in profiles)
+    measured = [(event.workload, event.measurement.plan) for event in events if event.measurement and event.workload]
+    assert len(set(measured)) == len(measured) == sum(len(profile.measurements) for profile in profiles)
+    assert {json.loads(line)["gpu"] for line in log.read_text().splitlines()} == {"3", "7"}
+    assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
+
+
+def test_several_gpus_share_the_last_workload(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """The GPU that has nothing left to do helps the other with its plans."""
+    log = tmp_path / "log"
+    tune([Workload.parse("b=2,t=2048,h=4,k=8")], effort="standard", worker_command=scripted(log=str(log), delay=0.05), gpus=["3", "7"])
+    prepared = [json.loads(line) for line in log.read_text().splitlines() if '"prepare"' in line]
+    assert min(sum(request["gpu"] == gpu for request in prepared) for gpu in ("3", "7")) > 3
+
+
+def test_out_of_time_before_a_worker_is_up_is_told(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """The deadline may come while a worker starts: each workload is said to be unmeasured, and nothing fails."""
+    slow = tmp_path / "slow.sh"
+    slow.write_text(f'#!/bin/sh\n[ -e {tmp_path}/up ] && sleep 30\ntouch {tmp_path}/up\nexec "$@"\n')
+    events = measured(("sh", str(slow), *scripted(load="exit 1")), WORKLOADS, timeout=4.0)
+    assert kinds(events) == ["start", "out_of_time"] * 3 or kinds(events) == ["start", "failed", *["start", "out_of_time"] * 2]
 
 
 def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted: Callable[..., Any], tmp_path: Path) -> None:
