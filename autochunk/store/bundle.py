@@ -1,95 +1,623 @@
 """Bundles: profiles as one JSON file that travels between machines.
 
-A bundle is an object with ``schema_version`` and a list ``profiles``. Its text is deterministic: the same profiles give the same bytes.
+Its text is deterministic, so that the same profiles give the same bytes, and laid out for people and for diffs: each field on its own line, each
+measurement on one. Every profile stands beside the digest of its content, and the checksum is over the digests: a layer of many profiles checks its list
+at once, and each profile when it is asked for.
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import io
 import json
-from collections.abc import Iterable
+import os
+import reprlib
+import secrets
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic_core import from_json
 
-from autochunk.errors import BundleError
+from autochunk.device import Device
+from autochunk.errors import ArgumentError, BundleError, WorkloadError
+from autochunk.store import remote
 from autochunk.store.database import ProfileStore
-from autochunk.store.profile import SCHEMA_VERSION, Bundle, Profile
+from autochunk.store.profile import EFFORTS, Bundle, Profile, Provenance
+from autochunk.workload import Workload
+
+BUNDLE_VERSION: Literal[2] = 2
 
 MOST_BYTES = 256 * 2**20
+# Python takes up to some 100 bytes for a value that JSON writes in three; a bundle has one in about 20 bytes of text.
+MOST_VALUES = 2**24
+# Pydantic keeps an error for each field that it does not know.
+_MOST_FIELDS = 50
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes"
+
+_T = TypeVar("_T")
+
+_Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
-class ImportSummary(NamedTuple):
-    """How many profiles of a bundle were new to the store, replaced an older one, or were left out because the store's is as new."""
-
-    new: int
-    updated: int
-    kept: int
+# --- Writing --------------------------------------------------------------------------------------------------------------
 
 
-def dump(profiles: Iterable[Profile]) -> str:
-    """The profiles as a bundle's text, ordered by device and workload."""
-    ordered = sorted(profiles, key=lambda profile: (profile.device.key, profile.workload))
-    bundle = Bundle(schema_version=SCHEMA_VERSION, profiles=tuple(ordered))
-    return json.dumps(bundle.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+def dump(profiles: Iterable[Profile], note: str = "") -> str:
+    """The profiles as a bundle's text, ordered by device and workload.
+
+    Args:
+      profiles: at most one of each device and workload.
+      note: a line about them, for whoever imports them.
+
+    Raises:
+      ArgumentError: ``note`` is not one line of at most 1000 characters.
+      BundleError: two profiles are of one device and workload.
+    """
+    ordered = sorted(profiles, key=_key)
+    _refuse_twice(ordered, "a bundle cannot be written")
+    entries = [_entry(profile.model_dump(mode="json")) for profile in ordered]
+    content = {
+        "schema_version": BUNDLE_VERSION,
+        "checksum": _checksum(entry["digest"] for entry in entries),
+        "provenance": _provenance(ordered, _own_version(), note).model_dump(mode="json"),
+        "profiles": entries,
+    }
+    # Bundle, list, entry, profile and its list of measurements are spread out; a measurement is not.
+    return _lay_out(content, levels=5) + "\n"
+
+
+def _lay_out(value: Any, levels: int, line: str = "\n") -> str:
+    """JSON with the items of the outermost ``levels`` on lines of their own, and what is inside those on one line."""
+    if not levels or not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    inner = line + " "
+    if isinstance(value, list):
+        return "[" + ",".join(inner + _lay_out(item, levels - 1, inner) for item in value) + line + "]"
+    return "{" + ",".join(f"{inner}{json.dumps(name)}: {_lay_out(item, levels - 1, inner)}" for name, item in value.items()) + line + "}"
+
+
+def _entry(profile: dict[str, Any]) -> dict[str, Any]:
+    return {"digest": _digest(profile), "profile": profile}
+
+
+def _digest(profile: dict[str, Any]) -> str:
+    """Of the content, however it is laid out. Raises ValueError for 1e999, which is read as infinity."""
+    return _sha256(json.dumps(profile, sort_keys=True, separators=(",", ":"), allow_nan=False))
+
+
+def _checksum(digests: Iterable[str]) -> str:
+    return _sha256("".join(digests))
+
+
+def _sha256(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _provenance(profiles: Iterable[Profile], autochunk: str, note: str) -> Provenance:
+    profiles = list(profiles)
+    created = sorted(profile.created for profile in profiles)
+    devices = sorted({profile.device.key for profile in profiles})
+    oldest, newest = (created[0], created[-1]) if created else (None, None)
+    try:
+        return Provenance(autochunk=autochunk, devices=tuple(devices), oldest=oldest, newest=newest, profiles=len(profiles), note=note)
+    except ValidationError:
+        raise ArgumentError(f"note must be one line of at most 1000 characters, none of them control characters; got {reprlib.repr(note)}") from None
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("autochunk")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from sources that were never installed
+
+
+def _key(profile: Profile) -> tuple[str, str]:
+    return profile.device.key, profile.workload
+
+
+def _refuse_twice(profiles: Iterable[Profile], source: str) -> None:
+    seen = set()
+    for profile in profiles:
+        if _key(profile) in seen:
+            raise BundleError(f"{source}: {_twice(_key(profile))}")
+        seen.add(_key(profile))
+
+
+def _twice(key: tuple[str, str]) -> str:
+    return f"a bundle has one profile of each device and workload; there are two of {_one_line(' | '.join(key))}"
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------------
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Entry(_Strict):
+    digest: _Digest
+    profile: dict[str, Any]
+
+
+class _File(_Strict):
+    """A file's content, but for what is in its profiles."""
+
+    schema_version: Literal[2]
+    checksum: _Digest
+    # None if it was written before bundles said where they come from.
+    provenance: Provenance | None
+    profiles: Annotated[list[_Entry], FailFast()] = Field(max_length=1_000_000)
+
+
+class _File1(_Strict):
+    """The same of version 1."""
+
+    schema_version: Literal[1]
+    profiles: Annotated[list[dict[str, Any]], FailFast()] = Field(max_length=1_000_000)
+
+
+class _Subject(BaseModel):
+    """What a profile is of, without what was measured."""
+
+    device: Device
+    workload: str
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    entries = [_entry(profile) for profile in _File1.model_validate(content).profiles]
+    return {"schema_version": 2, "checksum": _checksum(entry["digest"] for entry in entries), "provenance": None, "profiles": entries}
+
+
+# From each older version to the next; a released one is never taken out.
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+
+
+class Index(Mapping[tuple[str, str], Profile]):
+    """A bundle's profiles by (device key, workload key): each is compared with its digest and validated when it is asked for.
+
+    Asking raises BundleError where a profile is damaged; one that is damaged leaves the others usable.
+
+    Attributes:
+      source: names the bundle in errors.
+      schema_version: of the layout that the file had.
+      provenance: as the file says; None if it does not.
+    """
+
+    def __init__(self, content: Any, source: str) -> None:
+        self.source = source
+        self.schema_version, file = _checked(lambda: _file(content), source)
+        self.provenance = file.provenance
+        self._entries: dict[tuple[str, str], tuple[str, _Entry]] = {}
+        for number, entry in enumerate(file.profiles):
+            place = f"profiles.{number}"
+            key = _checked(functools.partial(_subject, entry), source, place)
+            if key in self._entries:
+                raise BundleError(f"{source}: {place}: {_twice(key)}, the other at {self._entries[key][0]}")
+            self._entries[key] = place, entry
+
+    def __getitem__(self, key: tuple[str, str]) -> Profile:
+        place, entry = self._entries[key]
+        return _checked(lambda: _profile(entry, key), self.source, place)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def workloads(self, device_key: str) -> list[str]:
+        """Keys of the workloads that have a profile on a device."""
+        return sorted(workload for device, workload in self._entries if device == device_key)
+
+
+def _file(content: Any) -> tuple[int, _File]:
+    """The version of a file's layout, and its content in today's; ValueError where it is no bundle."""
+    version = _version(content)
+    _refuse_wide(content, levels=2)
+    for step in range(version, BUNDLE_VERSION):
+        content = _UPGRADES[step](content)
+    file = _File.model_validate(content)
+    _check_list(file)
+    return version, file
+
+
+def _subject(entry: _Entry) -> tuple[str, str]:
+    _refuse_wide(entry.profile, levels=2)
+    subject = _Subject.model_validate(entry.profile)
+    return subject.device.key, subject.workload
+
+
+def _profile(entry: _Entry, key: tuple[str, str]) -> Profile:
+    if _digest(entry.profile) != entry.digest:
+        raise ValueError(f"the profile of {' | '.join(key)} is not what its digest was made of: the file was damaged or edited; export it again")
+    return Profile.model_validate(entry.profile)
+
+
+def scan(data: str | bytes, source: str = "bundle") -> Index:
+    """Reads a bundle's text, or that text compressed with gzip, without validating the profiles in it: each is when it is asked for.
+
+    Raises:
+      BundleError: it is no bundle, or of a newer version, or its checksum does not fit its list of profiles.
+    """
+    return Index(_checked(lambda: _parse(_json_bytes(data)), source), source)
 
 
 def load(text: str | bytes, source: str = "bundle") -> Bundle:
-    """Reads a bundle's text; ``source`` names it in errors.
+    """Reads a bundle's text, or that text compressed with gzip, and checks all of it; ``source`` names it in errors.
 
     Raises:
-      BundleError: the text is no bundle, or one of another schema version.
+      BundleError: it is no bundle, or of a newer version, or it was damaged or edited.
     """
-    if len(text) > MOST_BYTES:
-        raise BundleError(f"{source}: a bundle has at most {MOST_BYTES >> 20} MiB; this has {len(text) >> 20}")
+    data = _checked(lambda: _json_bytes(text), source)
+    index = scan(data, source)
+    _checked(lambda: json.loads(data, object_pairs_hook=_refuse_repeated_names), source)
+    profiles = tuple(index.values())
+    said = index.provenance
+    provenance = _provenance(profiles, said.autochunk if said else "", said.note if said else "")
+    if said not in (None, provenance):
+        raise BundleError(f"{source}: its provenance does not fit its profiles: the file was damaged or edited; export it again")
+    return Bundle(schema_version=index.schema_version, profiles=profiles, provenance=provenance)
+
+
+def _json_bytes(data: str | bytes) -> bytes:
+    """The JSON text as UTF-8, decompressed."""
+    _refuse_large(len(data))
+    data = data.encode() if isinstance(data, str) else _decompressed(data)
+    _refuse_large(len(data))
+    return data
+
+
+def _decompressed(data: bytes) -> bytes:
+    """At most one byte more than a bundle has, of whatever that data may unfold to."""
+    if not data.startswith(_GZIP_MAGIC):
+        return data
     try:
-        return Bundle.model_validate_json(text)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            return file.read(MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"damaged gzip data: {error}") from None
+
+
+def _refuse_large(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"a bundle has at most {MOST_BYTES >> 20} MiB; this has {'more' if size == MOST_BYTES + 1 else size >> 20}")
+
+
+def _parse(data: bytes) -> Any:
+    """The value that a JSON text stands for."""
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > MOST_VALUES:
+        raise ValueError(f"{_NO_BUNDLE}; a bundle has at most {MOST_VALUES} values, this has about {values}")
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{_NO_BUNDLE}; {error}") from None
+
+
+def _version(content: Any) -> int:
+    if not isinstance(content, dict):
+        raise ValueError(f"{_NO_BUNDLE}; it must be an object; got {reprlib.repr(content)}")
+    version = content.get("schema_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{_NO_BUNDLE}; its schema_version must be a whole number from 1 to {BUNDLE_VERSION}; got {reprlib.repr(version)}")
+    if version > BUNDLE_VERSION:
+        raise ValueError(f"its schema_version is {reprlib.repr(version)}, and this autochunk reads those up to {BUNDLE_VERSION}; upgrade autochunk to read it")
+    return version
+
+
+def _check_list(file: _File) -> None:
+    """Raises ValueError where the list of profiles is not the one that was written."""
+    if _checksum(entry.digest for entry in file.profiles) != file.checksum:
+        raise ValueError("its checksum does not fit its list of profiles: the file was damaged or edited, or a merge left it mixed; export it again")
+    if file.provenance is not None and file.provenance.profiles != len(file.profiles):
+        raise ValueError(f"its provenance says {file.provenance.profiles} profiles; there are {len(file.profiles)}")
+
+
+def _refuse_wide(value: Any, levels: int) -> None:
+    """Raises ValueError where an object in the outer ``levels`` has more fields than any of a bundle."""
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        raise ValueError(f"{_NO_BUNDLE}; an object has {len(value)} fields")
+    if levels and isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_wide(item, levels - 1)
+
+
+def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> None:
+    # Readers differ in which of two they take, so what was checked need not be what is used.
+    names = {name for name, _ in pairs}
+    if len(names) < len(pairs):
+        raise ValueError(f"{_NO_BUNDLE}; a name is given twice in one object, among {reprlib.repr(sorted(names))}")
+
+
+def _checked(work: Callable[[], _T], source: str, place: str = "") -> _T:
+    """What ``work`` returns; what goes wrong in it is a BundleError of one line that names the source and the place in it."""
+    try:
+        return work()
+    except BundleError:
+        raise
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = _one_line(".".join(map(str, problem["loc"]))) or "the whole text"
-        if problem["loc"] == ("schema_version",) and problem["type"] != "missing":
-            raise BundleError(
-                f"{source}: schema_version must be {SCHEMA_VERSION}; got {_one_line(str(problem['input'])[:80])}; export it again with this version"
-            ) from None
-        raise BundleError(
-            f"{source}: not a bundle of profiles as `autochunk export` writes; {error.error_count()} problem(s), "
-            f"first at {place}: {_one_line(problem['msg'][:300])}"
-        ) from None
+        message = _explanation(error, place)
+    except (ValueError, RecursionError) as error:
+        message = f"{place + ': ' if place else ''}{_one_line(str(error)[:1000])}"
+    # Not inside the `except`, where pydantic's error would become this one's context: it holds on to all that was read, out of the garbage collector's sight.
+    raise BundleError(f"{source}: {message}")
+
+
+def _explanation(error: ValidationError, place: str) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = _one_line(".".join(map(str, (*filter(None, [place]), *problem["loc"]))))
+    return f"{_NO_BUNDLE}; {error.error_count()} problem(s), first at {where[:300]}: {_one_line(problem['msg'][:300])}"
 
 
 def _one_line(text: str) -> str:
-    """Text from a file, fit for a line of an error: without line ends and control characters."""
-    return text.encode("unicode_escape").decode("ascii")
+    """Text from a file, fit for a line of an error: line ends and whatever else does not print are escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def read(path: Path) -> Bundle:
-    """Reads a bundle file.
+# --- Files ----------------------------------------------------------------------------------------------------------------
+
+
+def read(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> Bundle:
+    """Reads a bundle from a path, a URL (in ``timeout`` seconds) or "-", standard input; see ``load``.
 
     Raises:
-      BundleError: the file cannot be read, or is no bundle.
+      BundleError: it cannot be read, or is no bundle.
     """
+    return load(fetch(place, timeout), _name(place))
+
+
+def fetch(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> bytes:
+    """The bytes at a path, a URL (in ``timeout`` seconds) or "-", standard input, for ``load`` or ``scan``; compressed they may still be.
+
+    Raises:
+      BundleError: they cannot be read, or are more than a bundle has.
+    """
+    path, name = os.fspath(place), _name(place)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise BundleError(f"{path}: a bundle has at most {MOST_BYTES >> 20} MiB; this has {path.stat().st_size >> 20}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror or error}") from error
-    return load(data, str(path))
-
-
-def merge(store: ProfileStore, bundle: Bundle) -> ImportSummary:
-    """Adds a bundle's profiles to a store, all or none; of two for one device and workload the later one stays."""
-    stored = {(profile.device.key, profile.workload): profile for profile in store.profiles()}
-    new, updated, kept = [], [], 0
-    latest = {(p.device.key, p.workload): p for p in sorted(bundle.profiles, key=lambda profile: profile.created)}
-    for key, profile in latest.items():
-        mine = stored.get(key)
-        if mine is None:
-            new.append(profile)
-        elif profile.created > mine.created:
-            updated.append(profile)
+        if remote.is_url(path):
+            data = remote.read(path, MOST_BYTES + 1, timeout)
+        elif path == "-":
+            data = sys.stdin.buffer.read(MOST_BYTES + 1)
         else:
-            kept += 1
-    if new or updated:
-        store.put_all([*new, *updated])
-    return ImportSummary(len(new), len(updated), kept)
+            data = _read_file(Path(path), name)
+    except OSError as error:
+        raise BundleError(f"{name}: {_reason(error)}") from error
+    _checked(lambda: _refuse_large(len(data)), name)
+    return data
+
+
+def _read_file(path: Path, name: str) -> bytes:
+    with path.open("rb") as file:
+        _checked(lambda: _refuse_large(os.fstat(file.fileno()).st_size), name)
+        return file.read(MOST_BYTES + 1)  # a pipe does not tell its size
+
+
+def write(place: str | os.PathLike[str], text: str, timeout: float = remote.TIMEOUT_SECONDS) -> None:
+    """Writes a bundle's text to a path, a URL (in ``timeout`` seconds) or "-", standard output; to a name that ends in ``.gz`` compressed.
+
+    A file is there whole or, on an error, as it was before; at a URL that depends on the protocol.
+
+    Raises:
+      BundleError: it cannot be written.
+    """
+    path = os.fspath(place)
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    data = _compressed(text.encode()) if path.endswith(".gz") else text.encode()
+    try:
+        if remote.is_url(path):
+            remote.write(path, data, timeout)
+        else:
+            _write_file(Path(path), data)
+    except OSError as error:
+        raise BundleError(f"{_name(place)}: {_reason(error)}") from error
+
+
+def _compressed(data: bytes) -> bytes:
+    """In gzip's format, without a name or a time, so that equal data gives equal bytes."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=buffer, mtime=0) as file:
+        file.write(data)
+    return buffer.getvalue()
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)  # a pipe or a device is written to, not replaced
+        return
+    target = Path(os.path.realpath(path))  # a link stays one
+    # Not by tempfile, whose files no one else may read.
+    beside = target.parent / f".autochunk-{secrets.token_hex(8)}"
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _reason(error: OSError) -> str:
+    return _one_line((error.strerror or str(error))[:1000])
+
+
+def _name(place: str | os.PathLike[str]) -> str:
+    path = os.fspath(place)
+    return "standard input" if path == "-" else _one_line(path)
+
+
+# --- Choosing what travels ------------------------------------------------------------------------------------------------
+
+
+def select(
+    profiles: Iterable[Profile], *, device: str | None = None, shapes: Iterable[str] = (), dtype: str | None = None, mode: str | None = None
+) -> list[Profile]:
+    """Those of the profiles that every filter lets through, in their order.
+
+    Args:
+      profiles: from which to choose.
+      device: a part of the device's key, in any case.
+      shapes: any of these; each is items such as ``t=4096,h=8``, of which all that are given must be equal.
+      dtype: as a workload has it.
+      mode: "forward" or "training".
+
+    Raises:
+      WorkloadError: a shape has an item that no workload has.
+    """
+    also = {name: value for name, value in (("dtype", dtype), ("mode", mode)) if value is not None}
+    wanted = [{**_shape_items(shape), **also} for shape in shapes] or [also]
+    return [
+        profile
+        for profile in profiles
+        if (device or "").lower() in profile.device.key.lower() and any(items.items() <= _items(profile.workload).items() for items in wanted)
+    ]
+
+
+def _items(text: str) -> dict[str, str]:
+    pairs = (item.partition("=") for item in text.removeprefix("attention:").split(","))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _shape_items(shape: str) -> dict[str, str]:
+    items, known = _items(shape), _items(Workload.make(query_length=1, key_size=1).key)
+    if not items.keys() <= known.keys() or not all(items.values()):
+        raise WorkloadError(f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of {', '.join(known)}; for example t=4096,h=8")
+    return items
+
+
+# --- Import ---------------------------------------------------------------------------------------------------------------
+
+Preference = Literal["newest", "best-effort", "theirs", "ours"]
+PREFERENCES: tuple[Preference, ...] = get_args(Preference)
+
+Relation = Literal["new", "same", "newer", "older", "conflicting"]
+
+# What is compared in turn; more is better.
+_CRITERIA: dict[Preference, tuple[str, ...]] = {"newest": ("created",), "best-effort": ("complete", "effort", "created")}
+
+
+@dataclass(frozen=True)
+class ImportEntry:
+    """What an import does with one profile of a bundle.
+
+    Attributes:
+      profile: the bundle's.
+      stored: the store's of the same device and workload; None if it has none.
+      relation: "new" to the store, the "same" as the store's, created "newer" or "older", or "conflicting": created at the same time and yet different.
+      taken: whether it is stored; if not, what is stored stays.
+      reason: what decided, in words.
+    """
+
+    profile: Profile
+    stored: Profile | None
+    relation: Relation
+    taken: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """What an import does, profile by profile in the bundle's order."""
+
+    entries: tuple[ImportEntry, ...]
+
+    @property
+    def taken(self) -> list[Profile]:
+        """The profiles to store."""
+        return [entry.profile for entry in self.entries if entry.taken]
+
+    @property
+    def new(self) -> int:
+        """How many the store has nothing of."""
+        return self.count("new")
+
+    @property
+    def updated(self) -> int:
+        """How many replace one of the store's."""
+        return len(self.taken) - self.new
+
+    @property
+    def kept(self) -> int:
+        """How many are left out because the store's stays."""
+        return len(self.entries) - len(self.taken)
+
+    def count(self, relation: Relation) -> int:
+        """How many have this relation to what is stored."""
+        return sum(entry.relation == relation for entry in self.entries)
+
+
+def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = "best-effort") -> ImportPlan:
+    """What importing a bundle would do to a store with these profiles.
+
+    Args:
+      stored: the store's profiles.
+      bundle: what is to be imported.
+      prefer: which of two different profiles of one device and workload stays: "newest", the one created later; "best-effort", a complete one before one
+        that was cut short, then the one of higher effort, then the one created later; "theirs", the bundle's; "ours", the store's. Of two that this does
+        not tell apart the store's stays.
+
+    Raises:
+      ArgumentError: ``prefer`` is none of these.
+      BundleError: the bundle has two profiles of one device and workload.
+    """
+    if prefer not in PREFERENCES:
+        raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
+    _refuse_twice(bundle.profiles, "bundle")
+    mine = {_key(profile): profile for profile in stored}
+    return ImportPlan(tuple(_import_entry(profile, mine.get(_key(profile)), prefer) for profile in bundle.profiles))
+
+
+def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort", dry_run: bool = False) -> ImportPlan:
+    """Adds a bundle's profiles to a store, all that the plan takes or, on an error, none; with ``dry_run`` only says what it would do. See ``plan_import``.
+
+    Raises:
+      ArgumentError: ``prefer`` is no preference.
+      BundleError: the bundle has two profiles of one device and workload.
+      StoreError: the store cannot be read or written.
+    """
+    plan = plan_import(store.profiles(), bundle, prefer)
+    if plan.taken and not dry_run:
+        store.put_all(plan.taken)
+    return plan
+
+
+def _import_entry(profile: Profile, mine: Profile | None, prefer: Preference) -> ImportEntry:
+    if mine is None:
+        return ImportEntry(profile, None, "new", True, "the store has none of this device and workload")
+    if profile == mine:
+        return ImportEntry(profile, mine, "same", False, "the store has the very same")
+    taken, reason = _decide(profile, mine, prefer)
+    return ImportEntry(profile, mine, _relation(profile, mine), taken, reason)
+
+
+def _relation(profile: Profile, mine: Profile) -> Relation:
+    if profile.created == mine.created:
+        return "conflicting"
+    return "newer" if profile.created > mine.created else "older"
+
+
+def _decide(theirs: Profile, ours: Profile, prefer: Preference) -> tuple[bool, str]:
+    """Whether the bundle's profile is stored in place of ours, and why."""
+    if prefer in ("theirs", "ours"):
+        return prefer == "theirs", f"prefer is {prefer!r}"
+    for criterion in _CRITERIA[prefer]:
+        if _rank(theirs, criterion) != _rank(ours, criterion):
+            reason = f"{criterion} is {getattr(theirs, criterion)} in the bundle and {getattr(ours, criterion)} in the store"
+            return _rank(theirs, criterion) > _rank(ours, criterion), reason
+    return False, f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or 'ours'"
+
+
+def _rank(profile: Profile, criterion: str) -> Any:
+    return EFFORTS.index(profile.effort) if criterion == "effort" else getattr(profile, criterion)

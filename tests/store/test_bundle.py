@@ -3,61 +3,179 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import gzip
 import json
+import os
+import pickle
 import random
+import shutil
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from factories import make_device, make_measurement, make_profile, make_workload, run_python
+from fuzz_bundle import check, sealed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autochunk.errors import BundleError, StoreError
+from autochunk.errors import ArgumentError, BundleError, StoreError, WorkloadError
 from autochunk.store import bundle
-from autochunk.store.bundle import ImportSummary
+from autochunk.store.bundle import PREFERENCES, ImportPlan
 from autochunk.store.database import ProfileStore
-from autochunk.store.profile import Bundle, Profile
+from autochunk.store.profile import Bundle, Profile, Provenance
+
+RELEASED = Path(__file__).parent / "released"
 
 OLD, MIDDLE, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z", "2026-03-01T00:00:00Z"
 PROFILES = [make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind)) for kind in ("A", "B") for t in (1, 2, 3)]
+TEXT = bundle.dump(PROFILES, "made up")
+KEYS = [(profile.device.key, profile.workload) for profile in PROFILES]
+
+
+def refused(data: str | bytes) -> str:
+    """The error of data that is no bundle: one line that names its source."""
+    with pytest.raises(BundleError) as error:
+        bundle.load(data, "from here")
+    message = str(error.value)
+    assert message.startswith("from here: ")
+    assert message.isprintable()
+    assert len(message) < 1500
+    return message
+
+
+def rewritten(change: Callable[[dict[str, Any]], object]) -> str:
+    """``TEXT``, its content changed, and nothing else done about it."""
+    content = json.loads(TEXT)
+    change(content)
+    return json.dumps(content)
+
+
+def version_1(*profiles: Profile) -> str:
+    """A bundle as version 1 was written."""
+    return json.dumps({"schema_version": 1, "profiles": [profile.model_dump(mode="json") for profile in profiles]}, indent=1, sort_keys=True) + "\n"
+
+
+# --- Writing --------------------------------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
-    """What is dumped is loaded again, whole."""
-    loaded = bundle.load(bundle.dump(PROFILES))
-    assert sorted(loaded.profiles, key=repr) == sorted(PROFILES, key=repr)
+    """What is dumped is loaded again, whole, and says where it comes from."""
+    loaded = bundle.load(TEXT)
+    assert loaded.profiles == tuple(PROFILES)
+    assert loaded.schema_version == bundle.BUNDLE_VERSION
+    created = PROFILES[0].created
+    devices = tuple(sorted({profile.device.key for profile in PROFILES}))
+    assert loaded.provenance == Provenance(autochunk="0.1.0", devices=devices, oldest=created, newest=created, profiles=len(PROFILES), note="made up")
 
 
 @given(st.permutations(PROFILES))
 def test_dump_is_deterministic(profiles: list[Profile]) -> None:
     """The same profiles give the same bytes, in whatever order they come."""
-    assert bundle.dump(profiles) == bundle.dump(PROFILES)
-    assert bundle.dump(bundle.load(bundle.dump(profiles)).profiles) == bundle.dump(PROFILES)
+    assert bundle.dump(profiles, "made up") == TEXT
+    assert bundle.dump(bundle.load(bundle.dump(profiles)).profiles, "made up") == TEXT
 
 
 def test_dump_is_the_same_in_another_process() -> None:
-    """Nor do the bytes depend on the process."""
-    code = "import sys; from autochunk.store import bundle; sys.stdout.write(bundle.dump(bundle.load(sys.argv[1]).profiles))"
-    text = bundle.dump(PROFILES)
-    assert run_python(code, text, PYTHONHASHSEED="5") == text
+    """Nor do the bytes depend on the process, compressed or not."""
+    code = "import sys; from autochunk.store import bundle; bundle.write(sys.argv[2], bundle.dump(bundle.load(sys.argv[1]).profiles, 'made up'))"
+    assert run_python(code, TEXT, "-", PYTHONHASHSEED="5") == TEXT
 
 
-def test_dump_is_json_for_people() -> None:
-    """One object, sorted and indented, that ends in a newline: it can be read, compared and kept in a repository."""
-    text = bundle.dump(PROFILES)
-    assert text.endswith("}\n")
-    assert text.isascii()
-    content = json.loads(text)
-    assert sorted(content) == ["profiles", "schema_version"]
-    assert content["schema_version"] == 1
-    assert text == json.dumps(content, indent=1, sort_keys=True) + "\n"
+def test_layout_is_for_people_and_diffs() -> None:
+    """The head comes first and a field to a line; each profile's fields are on lines of their own, and so is each measurement, whole."""
+    lines = TEXT.splitlines()
+    assert TEXT.isascii()
+    assert lines[1:4] == [' "schema_version": 2,', f' "checksum": "{json.loads(TEXT)["checksum"]}",', ' "provenance": {']
+    assert '  "note": "made up"' in lines
+    assert lines.count('    "complete": true,') == len(PROFILES)
+    measurements = [json.loads(line.rstrip(",")) for line in lines if '"implementation"' in line]
+    assert measurements == [m.model_dump(mode="json") for profile in PROFILES for m in profile.measurements]
+
+
+def test_one_changed_measurement_is_a_diff_of_few_lines() -> None:
+    """The measurement, its profile's digest and the checksum."""
+    first = PROFILES[0]
+    other = first.model_copy(update={"measurements": (*first.measurements[:-1], make_measurement("xla_rows", 4.0, 0.8))})
+    changed = bundle.dump([other, *PROFILES[1:]], "made up")
+    assert sum(one != two for one, two in zip(TEXT.splitlines(), changed.splitlines(), strict=True)) == 3
 
 
 def test_empty_bundle() -> None:
     """No profiles are a bundle, too."""
-    assert bundle.load(bundle.dump([])).profiles == ()
+    loaded = bundle.load(bundle.dump([]))
+    assert loaded.profiles == ()
+    assert (loaded.provenance.oldest, loaded.provenance.profiles) == (None, 0)
+
+
+@given(st.floats(min_value=0, allow_infinity=False), st.integers(0, 2**60))
+def test_numbers_survive_to_the_last_bit(seconds: float, memory: int) -> None:
+    """A digest holds for every number that a profile may have."""
+    profile = make_profile(measurements=[make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)])
+    assert check(bundle.dump([profile])).profiles == (profile,)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("note", ["two\nlines", "\x1b[31m", "x" * 1001, "a\u2028b", "\ud800"])
+def test_note_is_one_line(note: str) -> None:
+    """It is printed where the bundle is imported."""
+    with pytest.raises(ArgumentError, match="note must be one line"):
+        bundle.dump([], note)
+
+
+def test_two_profiles_of_one_workload_are_not_written() -> None:
+    """Which of them is meant is for the caller to say."""
+    with pytest.raises(BundleError, match=r"there are two of cpu A cores=4 memory=8GiB \| attention:b=1,t=1,"):
+        bundle.dump([*PROFILES, at(NEW).model_copy(update={"device": PROFILES[0].device})])
+
+
+# --- Versions -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(RELEASED.iterdir()), ids=lambda file: file.name)
+def test_every_released_format_can_be_read(file: Path, tmp_path: Path) -> None:
+    """What any version wrote is read for ever: each file here holds the same three profiles.
+
+    For a new version of a format: write these profiles with it (``bundle.load`` an older file, ``bundle.dump`` or ``ProfileStore.put_all`` them), add the
+    file as ``bundle-<version>.json`` or ``store-<version>.sqlite``, and never change one that is there.
+    """
+    copy = Path(shutil.copy(file, tmp_path))
+    profiles = ProfileStore(copy).profiles() if file.suffix == ".sqlite" else list(bundle.read(copy).profiles)
+    assert sorted(profiles, key=repr) == sorted(bundle.read(RELEASED / "bundle-1.json").profiles, key=repr)
+    assert len(profiles) == 3
+    assert {str(choice.plan) for profile in profiles if (choice := profile.choose())} == {"cudnn", "xla, 16 MB"}
+
+
+def test_released_store_keeps_what_was_missed(tmp_path: Path) -> None:
+    """Not only its profiles."""
+    store = ProfileStore(shutil.copy(RELEASED / "store-1.sqlite", tmp_path))
+    assert [workload.shape for workload in store.missed(make_device())] == ["b=1,t=77,s=77,h=1,k=8"]
+
+
+def test_version_1_is_brought_up_to_date() -> None:
+    """Written again it is of today's version."""
+    old = bundle.load(version_1(*PROFILES))
+    assert (old.schema_version, old.provenance.autochunk) == (1, "")
+    assert bundle.dump(old.profiles, "made up") == TEXT
+    assert dict(bundle.scan(version_1(*PROFILES))) == dict(zip(KEYS, PROFILES, strict=True))
+
+
+def test_every_older_version_has_an_upgrade() -> None:
+    """From each to the next."""
+    assert sorted(bundle._UPGRADES) == list(range(1, bundle.BUNDLE_VERSION))
+
+
+@pytest.mark.parametrize("version", [3, 99, 10**3000])
+def test_newer_version_says_to_upgrade(version: int) -> None:
+    """It names both versions and the cure, whatever else the file has."""
+    message = refused(f'{{"schema_version": {version}, "layout": [1]}}')
+    assert f"its schema_version is {str(version)[:10]}" in message
+    assert "reads those up to 2; upgrade autochunk" in message
+
+
+# --- What is no bundle ----------------------------------------------------------------------------------------------------
 
 
 def changed(**fields: Any) -> str:
@@ -66,102 +184,275 @@ def changed(**fields: Any) -> str:
     return json.dumps({"schema_version": 1, "profiles": [{name: value for name, value in profile.items() if value is not None}]})
 
 
+NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
+
+
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("data", "says"),
     [
-        ("", "the whole text"),
-        (b"", "the whole text"),
-        ("not json", "the whole text"),
-        ("{", "the whole text"),
-        (b"\xff\xfe\x00", "the whole text"),
-        (b"SQLite format 3\0", "the whole text"),
-        ("\ud800", "the whole text"),
-        ("null", "the whole text"),
-        ("3", "the whole text"),
-        ("[]", "the whole text"),
-        ('"text"', "the whole text"),
-        ("{}", "schema_version: Field required"),
-        ('{"profiles": 3, "schema_version": 1}', "profiles"),
-        ('{"profiles": {}, "schema_version": 1}', "profiles"),
-        ('{"profiles": [3], "schema_version": 1}', "profiles.0"),
-        ('{"profiles": [{}], "schema_version": 1}', "profiles.0.schema_version: Field required"),
+        ("", NO_BUNDLE + "EOF"),
+        (b"", NO_BUNDLE + "EOF"),
+        ("not json", NO_BUNDLE),
+        ("{", NO_BUNDLE + "EOF"),
+        (b"\xff\xfe\x00", NO_BUNDLE),
+        (b"SQLite format 3\0", NO_BUNDLE),
+        (pickle.dumps(PROFILES), NO_BUNDLE),
+        ("/etc/passwd", NO_BUNDLE),
+        ("\ufeff" + TEXT, NO_BUNDLE),
+        (TEXT.encode("utf-16"), NO_BUNDLE),
+        ("\ud800", "surrogates not allowed"),
+        ('"\\ud800"', NO_BUNDLE),
+        (TEXT.replace("made up", "\\ud800"), NO_BUNDLE),
+        (gzip.compress(TEXT.encode())[:-9], "damaged gzip data"),
+        (gzip.compress(TEXT.encode()) + b"x", "damaged gzip data"),
+        (b"\x1f\x8b", "damaged gzip data"),
+        (b"\x1f\x8b\x08" + b"x" * 99, "damaged gzip data"),
+        ("null", "it must be an object; got None"),
+        ("3", "it must be an object; got 3"),
+        ("[]", "it must be an object; got []"),
+        ('"text"', "it must be an object; got 'text'"),
+        ("[" + "1" * 4000 + "]", "it must be an object; got [1111"),
+        ("1" + "0" * 5000, "number out of range"),
+        ('{"schema_version": 1, "profiles": [{"a": 1' + "0" * 5000 + "}]}", "number out of range"),
+        ("{}", "schema_version must be a whole number from 1 to 2; got None"),
+        ('{"profiles": [], "schema_version": 0}', "schema_version must be a whole number from 1 to 2; got 0"),
+        ('{"profiles": [], "schema_version": "1"}', "schema_version must be a whole number from 1 to 2; got '1'"),
+        ('{"profiles": [], "schema_version": true}', "schema_version must be a whole number from 1 to 2; got True"),
+        ('{"profiles": [], "schema_version": 1.0}', "schema_version must be a whole number from 1 to 2; got 1.0"),
+        ('{"openapi": "3.0", "$schema": "x"}', "schema_version must be"),
+        ('{"schema_version": 1}', "profiles: Field required"),
+        ('{"profiles": 3, "schema_version": 1}', "first at profiles: "),
+        ('{"profiles": {}, "schema_version": 1}', "first at profiles: "),
+        ('{"profiles": [3], "schema_version": 1}', "first at profiles.0: "),
+        ('{"profiles": [{}], "schema_version": 1}', "first at profiles.0.device: Field required"),
         ('{"profiles": [], "schema_version": 1, "more": 2}', "more: Extra inputs"),
-        ('{"profiles": [], "schema_version": 2}', "schema_version must be 1; got 2"),
-        ('{"profiles": [], "schema_version": 0}', "schema_version must be 1; got 0"),
-        ('{"profiles": [], "schema_version": null}', "schema_version must be 1; got None"),
-        ('{"profiles": [], "schema_version": "1"}', "schema_version must be 1; got 1"),
-        ('{"profiles": [{"new": "layout"}], "schema_version": 7, "extra": []}', "schema_version must be 1; got 7"),
-        ("[" * 100_000, "recursion"),
-        ('{"a":' * 100_000, "recursion"),
-        (bundle.dump(PROFILES)[:-20], "the whole text"),
-        (bundle.dump(PROFILES)[: len(bundle.dump(PROFILES)) // 2], "the whole text"),
-        (bundle.dump(PROFILES) + "x", "the whole text"),
-        (bundle.dump(PROFILES).replace("0.1", "NaN"), "should be a finite number"),
-        (bundle.dump(PROFILES).replace("0.1", "Infinity"), "should be a finite number"),
-        (changed(workload=None), "profiles.0.workload: "),
+        ('{"profiles": [], "schema_version": 1, "a\\nb": 2}', "a\\nb: Extra inputs"),
+        ('{"profiles": [], "schema_version": 2}', "checksum: Field required"),
+        ('{"profiles": [], "profiles": [], "schema_version": 1}', "a name is given twice in one object"),
+        (TEXT.replace('"complete": true', '"complete": true, "complete": true', 1), "a name is given twice in one object"),
+        ("[" * 100_000, "recursion limit"),
+        ('{"a":' * 100_000, "recursion limit"),
+        (TEXT + "x", NO_BUNDLE + "trailing characters"),
+        (TEXT + TEXT, NO_BUNDLE + "trailing characters"),
+        (version_1(PROFILES[0]).replace("0.1", "NaN"), NO_BUNDLE),
+        (version_1(PROFILES[0]).replace("0.1", "-Infinity"), NO_BUNDLE),
+        (version_1(PROFILES[0]).replace("0.1", "1e999"), "not JSON compliant"),
+        (changed(workload=None), "profiles.0.workload: Field required"),
         (changed(device=None), "profiles.0.device: Field required"),
+        (changed(device={"platform": "cpu"}), "profiles.0.device.kind: Field required"),
+        (changed(device=[[]]), "profiles.0.device: "),
         (changed(measurements=None), "profiles.0.measurements: Field required"),
         (changed(complete=None), "profiles.0.complete: Field required"),
         (changed(workload="t=1,k=1"), "not a canonical workload key"),
         (changed(workload="nonsense"), "profiles.0.workload"),
+        (changed(workload="attention:t=1\n2,k=3"), "profiles.0.workload"),
+        (changed(workload=["\x1b[31m"]), "profiles.0.workload"),
         (changed(measurements=[{"implementation": "xla"}]), "profiles.0.measurements.0"),
         (changed(schema_version=3), "profiles.0.schema_version"),
         (changed(unknown=3), "profiles.0.unknown: Extra inputs"),
         (changed(created="now"), "profiles.0.created"),
+        (version_1(PROFILES[0], PROFILES[0]), f"there are two of {KEYS[0][0]} | {KEYS[0][1]}"),
+        (version_1(at1 := PROFILES[0], at1.model_copy(update={"created": NEW})), "there are two of"),
     ],
 )
-def test_what_is_no_bundle(text: str | bytes, says: str) -> None:
-    """Whatever is no bundle is a BundleError of one line that names the source and the place."""
-    with pytest.raises(BundleError) as error:
-        bundle.load(text, "from here")
-    message = str(error.value)
-    assert message.startswith("from here: ")
-    assert says in message
-    assert "\n" not in message
-    assert len(message) < 1000
+def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
+    """Whatever is no bundle is a BundleError of one line that names the source and the place, and nothing is read from it by scanning either."""
+    assert says in refused(data)
+    assert isinstance(check(data), BundleError)
 
 
-def test_nan_is_refused() -> None:
-    """NaN, which is not JSON but which Python writes, does not get in as a time."""
-    text = bundle.dump([make_profile()]).replace('"compile_seconds": 0.5', '"compile_seconds": NaN')
-    assert "NaN" in text
-    with pytest.raises(BundleError, match=r"profiles.0.measurements.0.compile_seconds"):
-        bundle.load(text)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c["profiles"][2]["profile"].update(complete=False), "profiles.2: the profile of cpu A"),
+        (lambda c: c["profiles"][2]["profile"]["measurements"].pop(), "profiles.2: the profile of cpu A"),
+        (lambda c: c["profiles"][2]["profile"]["measurements"][0]["seconds"].reverse() or c["profiles"][2]["profile"].update(effort="quick"), "is not what"),
+        (lambda c: c["profiles"][2].update(digest="sha256:" + "0" * 64), "its checksum does not fit"),
+        (lambda c: c["profiles"][2].update(digest="md5:0"), "profiles.2.digest"),
+        (lambda c: c.update(checksum="sha256:" + "0" * 64), "its checksum does not fit"),
+        (lambda c: c.update(checksum=3), "first at checksum"),
+        (lambda c: c["profiles"].pop(), "its checksum does not fit"),
+        (lambda c: c["profiles"].reverse(), "its checksum does not fit"),
+        (lambda c: c["profiles"].append(c["profiles"][0]), "its checksum does not fit"),
+        (lambda c: c["provenance"].update(profiles=5), "its provenance says 5 profiles; there are 6"),
+        (lambda c: c["provenance"].update(devices=["cpu C"]), "its provenance does not fit"),
+        (lambda c: c["provenance"].update(newest=NEW), "its provenance does not fit"),
+        (lambda c: c["provenance"].update(note="\x1b[31m"), "provenance.note"),
+        (lambda c: c["provenance"].update(by="me"), "provenance.by"),
+        (lambda c: c.pop("provenance"), "provenance: Field required"),
+    ],
+)
+def test_damage_is_found(change: Callable[[dict[str, Any]], object], says: str) -> None:
+    """What was changed on the way is told by a digest, the checksum or the provenance; the message says where."""
+    text = rewritten(change)
+    assert says in refused(text)
+    check(text)
 
 
-def test_bundle_without_a_schema_version() -> None:
-    """A bundle says its schema version; an object without is none."""
-    with pytest.raises(BundleError, match="schema_version"):
-        bundle.load('{"profiles": []}')
+def test_another_layout_is_the_same_bundle() -> None:
+    """Digests are of the content: whoever lays a file out anew, or sorts its fields, has not damaged it."""
+    for text in (json.dumps(json.loads(TEXT)), json.dumps(json.loads(TEXT), indent=4, sort_keys=True), TEXT.replace("\n", "\r\n")):
+        assert bundle.load(text) == bundle.load(TEXT)
 
 
-@pytest.mark.parametrize("text", ['{"profiles": [], "schema_version": 1, "a\\nb": 1}', changed(workload="attention:t=1\n2,k=3")])
-def test_error_is_one_line_whatever_the_text(text: str) -> None:
-    """A name or a value with a newline in it does not break the message into lines."""
-    with pytest.raises(BundleError) as error:
-        bundle.load(text)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("text", [bundle.dump(PROFILES[:1], "x"), version_1(PROFILES[0])])
+def test_truncated_at_every_byte(text: str) -> None:
+    """No beginning of a bundle is one."""
+    data = text.rstrip().encode()
+    for length in range(len(data)):
+        with pytest.raises(BundleError):
+            bundle.load(data[:length])
+        with pytest.raises(BundleError):
+            bundle.scan(data[:length])
 
 
 @given(st.one_of(st.text(), st.binary()))
-def test_hostile_text_is_a_bundle_error(text: str | bytes) -> None:
-    """No text that was not written as a bundle raises anything else."""
-    with pytest.raises(BundleError):
-        bundle.load(text)
+def test_hostile_text_is_a_bundle_error(data: str | bytes) -> None:
+    """No text that was not written as a bundle is one."""
+    assert isinstance(check(data), BundleError)
 
 
-@given(st.data())
-def test_damaged_bundle_is_a_bundle_error_or_a_bundle(data: st.DataObject) -> None:
-    """A bundle with a few bytes changed raises nothing but a BundleError."""
-    content = bytearray(bundle.dump(PROFILES[:1]).encode())
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.data(), JSON, st.sampled_from([TEXT, version_1(*PROFILES)]))
+def test_any_value_in_any_place_is_a_bundle_or_a_bundle_error(data: st.DataObject, value: Any, text: str) -> None:
+    """Wrong types and lengths are found in every place, also behind digests and a checksum that fit."""
+    content = json.loads(text)
+    place, name = content, "profiles"
+    for _ in range(data.draw(st.integers(0, 6))):
+        inner = place[name]
+        if not isinstance(inner, dict | list) or not inner:
+            break
+        place, name = inner, data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))))
+    place[name] = value
+    damaged = json.dumps(content).encode()
+    check(damaged)
+    check(sealed(damaged))
+
+
+@given(st.data(), st.sampled_from([bundle.dump(PROFILES[:1]), version_1(PROFILES[0])]))
+def test_damaged_bytes_are_a_bundle_or_a_bundle_error(data: st.DataObject, text: str) -> None:
+    """A bundle with a few bytes changed, left out or doubled raises nothing but a BundleError."""
+    content = bytearray(text.encode())
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(BundleError):
-        assert isinstance(bundle.load(bytes(content)), Bundle)
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    check(bytes(content))
+    check(sealed(bytes(content)))
+    check(gzip.compress(bytes(content)))
+
+
+HEAD = '{"schema_version": 1, "profiles": ['
+# (before, what is repeated until the file is as large as a bundle may be, or that often, after)
+HUGE = {
+    "deep lists": ("", "[", None, ""),
+    "deep objects": ("", '{"a":', None, ""),
+    "lists": ("[", "[],", None, "[]]"),
+    "objects": ("[", "{},", None, "{}]"),
+    "profiles that are lists": (HEAD, "[],", None, "[]]}"),
+    "as many lists as are let through": ("[", "[],", 2**23 - 9, "[]]"),
+    "as many profiles as are let through": (HEAD, "3,", 2**24 - 9, "3]}"),
+    "many objects as profiles": (HEAD, "{},", 299_999, "{}]}"),
+    "many devices": ('{"schema_version": 2, "profiles": [], "provenance": {"devices": [', "3,", 10**7, "3]}}"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_what_is_made_to_take_time_and_memory(case: str) -> None:
+    """A file of as many brackets as fit, deep or side by side, or of as many values as are let through, is refused in some seconds and gigabytes."""
+    code = """
+import resource, sys
+from autochunk.errors import BundleError
+from autochunk.store import bundle
+before, unit, count, after = sys.argv[1:]
+text = before + unit * (int(count) if count != "None" else (bundle.MOST_BYTES - 99) // len(unit)) + after
+for read in (bundle.load, bundle.scan):
+    try:
+        read(text)
+    except BundleError as error:
+        assert len(str(error)) < 1000
+    else:
+        raise AssertionError("that is no bundle")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    started = time.monotonic()
+    assert int(run_python(code, *HUGE[case])) < 3000
+    assert time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("place", ["", "provenance", "profiles.0", "profiles.0.profile", "profiles.0.profile.device", "profiles.0.profile.measurements.0"])
+def test_an_object_of_many_fields_is_refused_unvalidated(place: str) -> None:
+    """An error for each of them would take a thousand times the file's memory."""
+    content: Any = json.loads(TEXT)
+    inner = content
+    for name in place.split(".") if place else []:
+        inner = inner[int(name)] if name.isdecimal() else inner[name]
+    inner.update({f"field {number}": 1 for number in range(1000)})
+    assert "an object has 10" in refused(json.dumps(content))
+
+
+def test_an_error_that_is_kept_does_not_keep_what_was_read() -> None:
+    """Pydantic's errors hold objects that the garbage collector cannot see; in a cycle with a kept error, the file's whole content would stay for ever."""
+    text = changed(workload="attention:b=1,t=8,s=8,h=3,kv_heads=2,k=8,v=8,dtype=float32,causal=no,mask=none,bias=none,mode=forward")
+
+    def keep() -> None:
+        kept = []
+        for read in (bundle.load, lambda data: bundle.scan(data)[make_device().key, json.loads(data)["profiles"][0]["workload"]]):
+            with pytest.raises(BundleError) as error:
+                read(text)
+            kept.append(error.value)
+
+    def objects_after(times: int) -> int:
+        for _ in range(times):
+            keep()
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = objects_after(3)
+    assert objects_after(50) < before + 50
+
+
+# --- Reading a part -------------------------------------------------------------------------------------------------------
+
+
+def test_scan() -> None:
+    """A bundle is a mapping from device and workload to the profile."""
+    index = bundle.scan(TEXT)
+    assert dict(index) == dict(zip(KEYS, PROFILES, strict=True))
+    assert index.workloads(KEYS[0][0]) == [workload for _, workload in KEYS[:3]]
+    assert index.workloads("cpu C") == []
+    assert index.get(("cpu C", KEYS[0][1])) is None
+    assert index.provenance == bundle.load(TEXT).provenance
+    assert bundle.scan(gzip.compress(TEXT.encode())) == index
+
+
+def test_damaged_profile_leaves_the_others_usable() -> None:
+    """It is found when it is asked for."""
+    index = bundle.scan(rewritten(lambda content: content["profiles"][2]["profile"].update(complete=False)), "from here")
+    assert [index[key] for key in KEYS[:2]] == PROFILES[:2]
+    with pytest.raises(BundleError, match=r"from here: profiles.2: the profile of cpu A .* is not what its digest was made of"):
+        index[KEYS[2]]
+
+
+def test_invalid_profile_is_found_when_asked_for() -> None:
+    """Also one whose digest fits."""
+    damaged = sealed(rewritten(lambda content: content["profiles"][2]["profile"].update(created="now")).encode())
+    index = bundle.scan(damaged)
+    assert index[KEYS[1]] == PROFILES[1]
+    with pytest.raises(BundleError, match=r"profiles.2.created"):
+        index[KEYS[2]]
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------------
 
 
 def test_bundle_of_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file larger than any bundle is refused unread."""
+    """A file larger than any bundle is refused unread, and what is no file after that much."""
     monkeypatch.setattr(bundle, "MOST_BYTES", 2**20)
     with pytest.raises(BundleError, match="at most 1 MiB; this has 3"):
         bundle.load(" " * (3 << 20))
@@ -169,16 +460,119 @@ def test_bundle_of_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         file.truncate(3 << 20)
     with pytest.raises(BundleError, match="at most 1 MiB; this has 3"):
         bundle.read(tmp_path / "large.json")
+    with pytest.raises(BundleError, match="/dev/zero: a bundle has at most 1 MiB; this has more"):
+        bundle.read("/dev/zero")
 
 
-def test_read(tmp_path: Path) -> None:
-    """A bundle file is read; errors name it."""
+def test_a_file_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
+    """By its size."""
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(2**30)
+    started = time.monotonic()
+    with pytest.raises(BundleError, match="at most 256 MiB; this has 1024"):
+        bundle.read(tmp_path / "large.json")
+    assert time.monotonic() - started < 1
+
+
+def test_gzip_that_unfolds_to_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is unfolded up to the limit only."""
+    monkeypatch.setattr(bundle, "MOST_BYTES", 2**20)
+    bomb = gzip.compress(bytes(2**26))
+    assert len(bomb) < 2**17
+    with pytest.raises(BundleError, match="at most 1 MiB; this has more"):
+        bundle.load(bomb)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "bundle.json.gz", "a name with ä and {}.json"])
+def test_write_and_read(tmp_path: Path, name: str) -> None:
+    """What is written is read; a name that ends in .gz is compressed, and known by its content."""
+    bundle.write(tmp_path / name, TEXT)
+    assert bundle.read(tmp_path / name) == bundle.read(str(tmp_path / name)) == bundle.load(TEXT)
+    data = (tmp_path / name).read_bytes()
+    assert data == TEXT.encode() if not name.endswith(".gz") else data.startswith(b"\x1f\x8b")
+    renamed = (tmp_path / name).rename(tmp_path / "renamed")
+    assert bundle.read(renamed) == bundle.load(TEXT)
+
+
+def test_compressed_bytes_are_deterministic(tmp_path: Path) -> None:
+    """They have neither time nor name in them."""
+    bundle.write(tmp_path / "one.gz", TEXT)
+    time.sleep(1.1)
+    bundle.write(tmp_path / "other.gz", TEXT)
+    assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "other.gz").read_bytes()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_written_file_has_plain_permissions(tmp_path: Path, umask: int, mode: int) -> None:
+    """Those that any new file would get."""
+    before = os.umask(umask)
+    try:
+        bundle.write(tmp_path / "bundle.json", TEXT)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "bundle.json").stat().st_mode & 0o777 == mode
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """And nothing beside it."""
     file = tmp_path / "bundle.json"
-    file.write_text(bundle.dump(PROFILES))
-    assert bundle.dump(bundle.read(file).profiles) == bundle.dump(PROFILES)
+    file.write_text("old")
+    code = """
+import resource, signal, sys
+from autochunk.errors import BundleError
+from autochunk.store import bundle
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    bundle.write(sys.argv[1], "x" * 5000)
+except BundleError as error:
+    print(error)
+"""
+    assert run_python(code, file) == f"{file}: File too large\n"
+    assert file.read_text() == "old"
+    assert list(tmp_path.glob("[!s]*")) == [file]
+
+
+def test_write_through_a_link_keeps_it(tmp_path: Path) -> None:
+    """What it points to is written."""
+    (tmp_path / "link.json").symlink_to(tmp_path / "bundle.json")
+    bundle.write(tmp_path / "link.json", TEXT)
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "bundle.json").read_text() == TEXT
+
+
+def test_write_to_what_is_no_file(tmp_path: Path) -> None:
+    """A device is written to, not replaced; a folder and a missing one are BundleErrors."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        bundle.write(pipe, "text")
+        assert os.read(reader, 99) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(BundleError, match=f"{tmp_path}: Is a directory"):
+        bundle.write(tmp_path, TEXT)
+    with pytest.raises(BundleError, match="No such file or directory"):
+        bundle.write(tmp_path / "missing" / "bundle.json", TEXT)
+
+
+def test_standard_streams(tmp_path: Path) -> None:
+    """A place named "-" is standard output in writing and standard input in reading."""
+    bundle.write(tmp_path / "bundle.json.gz", TEXT)
+    code = "from autochunk.store import bundle; b = bundle.read('-'); bundle.write('-', bundle.dump(b.profiles, b.provenance.note))"
+    shell = f"import os; os.dup2(os.open({str(tmp_path / 'bundle.json.gz')!r}, os.O_RDONLY), 0)\n"
+    assert run_python(shell + code) == TEXT
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    """Also one whose name has a line end in it, in one line."""
+    file = tmp_path / "a\nb.json"
     file.write_text("no bundle")
-    with pytest.raises(BundleError, match=f"{file}: not a bundle"):
+    with pytest.raises(BundleError) as error:
         bundle.read(file)
+    assert str(error.value).startswith(f"{tmp_path}/a\\nb.json: not a bundle")
 
 
 def test_read_of_what_is_no_file(tmp_path: Path) -> None:
@@ -189,30 +583,147 @@ def test_read_of_what_is_no_file(tmp_path: Path) -> None:
         bundle.read(tmp_path)
 
 
+# --- Choosing what travels ------------------------------------------------------------------------------------------------
+
+MIXED = [
+    make_profile(make_workload("t=4096,h=8,k=64"), make_device(kind="A")),
+    make_profile(make_workload("t=4096,h=8,k=64", dtype="bfloat16"), make_device(kind="A")),
+    make_profile(make_workload("b=2,t=4096,h=4,k=64", mode="training"), make_device(platform="gpu", kind="Made Up 80GB", cores=0)),
+    make_profile(make_workload("t=40960,h=8,k=64"), make_device(platform="gpu", kind="Made Up 80GB", cores=0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("filters", "chosen"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"device": "80gb"}, [2, 3]),
+        ({"device": "GPU"}, [2, 3]),
+        ({"device": "no such"}, []),
+        ({"dtype": "bfloat16"}, [1]),
+        ({"mode": "training"}, [2]),
+        ({"mode": "forward", "dtype": "float32"}, [0, 3]),
+        ({"shapes": ["t=4096"]}, [0, 1, 2]),
+        ({"shapes": ["t=4096,h=8"]}, [0, 1]),
+        ({"shapes": [" t = 4096 , h=4"]}, [2]),
+        ({"shapes": ["h=4", "t=40960"]}, [2, 3]),
+        ({"shapes": ["h=8"], "device": "kind of"}, []),
+        ({"shapes": ["h=8"], "device": "cpu", "dtype": "float32"}, [0]),
+        ({"shapes": [MIXED[1].workload]}, [1]),
+    ],
+)
+def test_select(filters: dict[str, Any], chosen: list[int]) -> None:
+    """Every filter must let a profile through; of shapes one, with all the items that it names."""
+    assert bundle.select(MIXED, **filters) == [MIXED[index] for index in chosen]
+
+
+@pytest.mark.parametrize("shape", ["", "t", "t=", "q=3", "t=4096;h=8,", "=4"])
+def test_select_of_what_is_no_shape(shape: str) -> None:
+    """A filter that could let nothing through is a mistake, and told."""
+    with pytest.raises(WorkloadError, match="a filter of shapes is NAME=VALUE items"):
+        bundle.select(MIXED, shapes=[shape])
+
+
 # --- Merging --------------------------------------------------------------------------------------------------------------
 
 
-def at(created: str, t: int = 1, limit: float = 1.0) -> Profile:
-    return make_profile(make_workload(f"t={t},k=8"), measurements=[make_measurement("xla", limit)], created=created)
+def at(created: str, t: int = 1, limit: float = 1.0, **fields: Any) -> Profile:
+    return make_profile(make_workload(f"t={t},k=8"), measurements=[make_measurement("xla", limit)], created=created, **fields)
+
+
+def of(*profiles: Profile) -> Bundle:
+    return Bundle(schema_version=2, profiles=profiles)
+
+
+def counts(plan: ImportPlan) -> tuple[int, int, int]:
+    return plan.new, plan.updated, plan.kept
+
+
+QUICK, THOROUGH, PARTIAL = {"effort": "quick"}, {"effort": "thorough"}, {"complete": False}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "relation", "taken_by"),
+    [
+        (None, at(OLD), "new", PREFERENCES),
+        (at(OLD), at(OLD), "same", ()),
+        (at(OLD), at(NEW, limit=9), "newer", ("newest", "best-effort", "theirs")),
+        (at(NEW), at(OLD, limit=9), "older", ("theirs",)),
+        (at(OLD), at(OLD, limit=9), "conflicting", ("theirs",)),
+        (at(OLD, **PARTIAL), at(OLD), "conflicting", ("best-effort", "theirs")),
+        (at(OLD), at(NEW, **PARTIAL), "newer", ("newest", "theirs")),
+        (at(NEW, **PARTIAL), at(OLD), "older", ("best-effort", "theirs")),
+        (at(NEW), at(OLD, **THOROUGH), "older", ("best-effort", "theirs")),
+        (at(OLD), at(NEW, **QUICK), "newer", ("newest", "theirs")),
+        (at(OLD, **THOROUGH, **PARTIAL), at(OLD, **QUICK), "conflicting", ("best-effort", "theirs")),
+        (at(OLD), at(OLD, autochunk="0.2.0"), "conflicting", ("theirs",)),
+    ],
+)
+@pytest.mark.parametrize("prefer", PREFERENCES)
+def test_which_of_two_stays(store_path: Path, mine: Profile | None, theirs: Profile, relation: str, taken_by: tuple[str, ...], prefer: Any) -> None:
+    """As the preference says; where it does not tell them apart the store's stays, and the plan says so."""
+    store = ProfileStore(store_path)
+    store.put_all([] if mine is None else [mine])
+    plan = bundle.merge(store, of(theirs), prefer)
+    assert plan == bundle.plan_import([mine] if mine else [], of(theirs), prefer)
+    (entry,) = plan.entries
+    assert (entry.profile, entry.stored, entry.relation) == (theirs, mine, relation)
+    assert entry.taken == (prefer in taken_by)
+    assert entry.reason
+    assert store.profiles() == [theirs if entry.taken or mine is None else mine]
+
+
+def test_reasons_say_what_decided() -> None:
+    """In the words of the fields, so that a user can check."""
+    reasons = {
+        entry.profile.workload: entry.reason
+        for entry in bundle.plan_import([at(NEW, 1, **PARTIAL), at(OLD, 2), at(OLD, 3)], of(at(OLD, 1), at(OLD, 2, **QUICK), at(OLD, 3, 9))).entries
+    }
+    assert list(reasons.values()) == [
+        "complete is True in the bundle and False in the store",
+        "effort is quick in the bundle and standard in the store",
+        "different, but equal in complete, effort, created; choose with prefer='theirs' or 'ours'",
+    ]
+
+
+def test_preference_must_be_known() -> None:
+    """A misspelt one changes nothing."""
+    with pytest.raises(ArgumentError, match="prefer must be one of newest, best-effort, theirs, ours; got 'latest'"):
+        bundle.plan_import([], of(), "latest")  # type: ignore[arg-type]
 
 
 def test_merge_counts_new_updated_and_kept(store_path: Path) -> None:
     """What the store lacks is new, what is later than the store's replaces it, and what is as old or older is left out."""
     store = ProfileStore(store_path)
     store.put_all([at(MIDDLE, t) for t in (1, 2, 3)])
-    incoming = [at(OLD, 1, 9.0), at(MIDDLE, 2, 9.0), at(NEW, 3, 9.0), at(OLD, 4, 9.0)]
-    assert bundle.merge(store, Bundle(schema_version=1, profiles=tuple(incoming))) == ImportSummary(new=1, updated=1, kept=2)
+    plan = bundle.merge(store, of(at(OLD, 1, 9.0), at(MIDDLE, 2, 9.0), at(NEW, 3, 9.0), at(OLD, 4, 9.0)))
+    assert counts(plan) == (1, 1, 2)
+    assert [plan.count(relation) for relation in ("new", "same", "newer", "older", "conflicting")] == [1, 0, 1, 1, 1]
     limits = {profile.parsed_workload().query_length: profile.measurements[0].max_chunk_size_mb for profile in store.profiles()}
     assert limits == {1: 1.0, 2: 1.0, 3: 9.0, 4: 9.0}
+
+
+@pytest.mark.parametrize("prefer", PREFERENCES)
+def test_dry_run_changes_nothing(store_path: Path, prefer: Any) -> None:
+    """It says what would be done, and is the same plan."""
+    store = ProfileStore(store_path)
+    assert counts(bundle.merge(store, of(*PROFILES), prefer, dry_run=True)) == (len(PROFILES), 0, 0)
+    assert not store_path.exists()
+    store.put_all([at(MIDDLE, t) for t in (1, 2)])
+    before = store_path.read_bytes()
+    incoming = of(at(NEW, 1, 9.0), at(OLD, 3))
+    plan = bundle.merge(store, incoming, prefer, dry_run=True)
+    assert store_path.read_bytes() == before
+    assert bundle.merge(store, incoming, prefer) == plan
 
 
 def test_merge_twice_changes_nothing(store_path: Path) -> None:
     """Importing the same bundle again leaves the store as it is, to the byte."""
     store = ProfileStore(store_path)
-    incoming = Bundle(schema_version=1, profiles=tuple(PROFILES))
-    assert bundle.merge(store, incoming) == ImportSummary(len(PROFILES), 0, 0)
+    assert counts(bundle.merge(store, of(*PROFILES))) == (len(PROFILES), 0, 0)
     before = store_path.read_bytes()
-    assert bundle.merge(store, incoming) == ImportSummary(0, 0, len(PROFILES))
+    again = bundle.merge(store, of(*PROFILES), "theirs")
+    assert (counts(again), again.count("same")) == ((0, 0, len(PROFILES)), len(PROFILES))
     assert store_path.read_bytes() == before
 
 
@@ -224,30 +735,29 @@ def test_merge_of_export_and_import(store_path: Path, tmp_path: Path) -> None:
     assert other.profiles() == one.profiles()
 
 
-def test_merge_in_either_order(tmp_path: Path) -> None:
-    """Two machines' bundles end in the same store, whichever comes first."""
-    bundles = [
-        Bundle(schema_version=1, profiles=(at(OLD, 1, 2.0), at(NEW, 2, 2.0))),
-        Bundle(schema_version=1, profiles=(at(NEW, 1, 3.0), at(OLD, 2, 3.0), at(OLD, 3, 3.0))),
-    ]
-    stores = [ProfileStore(tmp_path / name) for name in ("one", "other")]
-    for store, order in zip(stores, (bundles, bundles[::-1]), strict=True):
-        for one in order:
-            bundle.merge(store, one)
-    assert stores[0].profiles() == stores[1].profiles()
+@pytest.mark.parametrize("prefer", ["newest", "best-effort"])
+@given(data=st.data())
+def test_merge_in_either_order(prefer: Any, data: st.DataObject) -> None:
+    """Two machines' bundles end in the same profiles, whichever comes first, but for conflicts that were reported."""
+    times, efforts = st.sampled_from([OLD, MIDDLE, NEW]), st.sampled_from(["quick", "standard", "thorough"])
+    one, other = (
+        of(*(at(data.draw(times), t, limit, effort=data.draw(efforts), complete=data.draw(st.booleans())) for t in (1, 2, 3))) for limit in (2.0, 3.0)
+    )
+    plan, back = bundle.plan_import(one.profiles, other, prefer), bundle.plan_import(other.profiles, one, prefer)
+    for entry, reverse in zip(plan.entries, back.entries, strict=True):
+        assert entry.taken != reverse.taken or (entry.relation == reverse.relation == "conflicting" and "different, but equal" in entry.reason)
 
 
-def test_merge_of_a_bundle_with_two_of_one_workload(store_path: Path) -> None:
-    """Of two for one device and workload the later one stays, also where both are in the bundle, and it counts once."""
-    store = ProfileStore(store_path)
-    summary = bundle.merge(store, Bundle(schema_version=1, profiles=(at(NEW, 1, 9.0), at(OLD, 1, 1.0))))
-    assert store.profiles() == [at(NEW, 1, 9.0)]
-    assert summary.new == 1
+def test_a_bundle_with_two_of_one_workload_is_refused(store_path: Path) -> None:
+    """Which of them is meant cannot be told; it names them, and nothing changes."""
+    with pytest.raises(BundleError, match=r"there are two of cpu Made/Up cores=4 memory=8GiB \| attention:b=1,t=1,"):
+        bundle.merge(ProfileStore(store_path), of(at(NEW, 2), at(NEW, 1, 9.0), at(OLD, 1, 1.0)))
+    assert not store_path.exists()
 
 
 def test_merge_of_nothing_does_not_create_a_store(store_path: Path) -> None:
     """An empty bundle writes nothing."""
-    assert bundle.merge(ProfileStore(store_path), Bundle(schema_version=1, profiles=())) == ImportSummary(0, 0, 0)
+    assert counts(bundle.merge(ProfileStore(store_path), of())) == (0, 0, 0)
     assert not store_path.exists()
 
 
@@ -255,18 +765,21 @@ def test_failed_merge_changes_nothing(store_path: Path) -> None:
     """All profiles of a bundle are stored or, where one cannot be, none."""
     store = ProfileStore(store_path)
     store.put_all(PROFILES[:2])
-    with sqlite3.connect(store_path) as file:
+    with contextlib.closing(sqlite3.connect(store_path)) as file, file:
         file.execute("CREATE TRIGGER no BEFORE INSERT ON profiles WHEN NEW.key LIKE '%t=3,%' BEGIN SELECT RAISE(ABORT, 'disk on fire'); END")
-    file.close()
     before = store_path.read_bytes()
     rng = random.Random(1)
     with pytest.raises(StoreError, match="disk on fire"):
-        bundle.merge(store, Bundle(schema_version=1, profiles=tuple(rng.sample(PROFILES, len(PROFILES)))))
+        bundle.merge(store, of(*rng.sample(PROFILES, len(PROFILES))))
     assert store_path.read_bytes() == before
     assert len(store.profiles()) == 2
 
 
-def test_bundle_of_several_devices() -> None:
-    """A bundle holds profiles of several devices side by side."""
-    kinds = {profile.device.kind for profile in bundle.load(bundle.dump(PROFILES)).profiles}
-    assert kinds == {"A", "B"}
+def test_damaged_bundle_changes_nothing(store_path: Path) -> None:
+    """It is found before anything is stored."""
+    store = ProfileStore(store_path)
+    store.put_all(PROFILES[:2])
+    before = store_path.read_bytes()
+    with pytest.raises(BundleError):
+        bundle.merge(store, bundle.load(rewritten(lambda content: content["profiles"][5]["profile"].update(complete=False))), "theirs")
+    assert store_path.read_bytes() == before

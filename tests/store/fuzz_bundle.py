@@ -1,0 +1,84 @@
+"""Looks for bytes that reading a bundle answers with anything but a bundle or a BundleError of one line; guided by coverage, through atheris.
+
+Not collected by pytest, for it ends when it is told to; ``check``, which says what holds for all bytes, is also what test_bundle.py checks with. To run it,
+where atheris can be imported (its wheels are for Python 3.11) besides autochunk and what its tests need::
+
+    mkdir corpus
+    python tests/store/fuzz_bundle.py corpus tests/store/released -max_total_time=600 -max_len=20000
+
+New inputs are kept in ``corpus``; one that fails is written to ``crash-...``, and is tried alone by naming it as the only argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Any
+
+from autochunk.errors import BundleError
+from autochunk.store import bundle
+from autochunk.store.bundle import Index
+from autochunk.store.profile import Bundle
+
+
+def check(data: str | bytes) -> Bundle | BundleError:
+    """What holds for whatever is read: it loads or it is a BundleError of one line, and what loads is found by scanning and can be written again."""
+    loaded, index = _outcome(bundle.load, data), _outcome(bundle.scan, data)
+    if isinstance(loaded, Bundle):
+        assert isinstance(index, Index), index
+        assert tuple(index.values()) == loaded.profiles
+        text = bundle.dump(loaded.profiles, loaded.provenance.note)
+        again = bundle.load(text)
+        assert again.profiles == tuple(sorted(loaded.profiles, key=lambda profile: (profile.device.key, profile.workload)))
+        assert bundle.dump(again.profiles, again.provenance.note) == text
+    elif isinstance(index, Index):
+        found = {key: _outcome(index.__getitem__, key) for key in index}
+        assert all(isinstance(one, BundleError) or (one.device.key, one.workload) == key for key, one in found.items())
+        # Only loading looks at these.
+        damaged = any(isinstance(one, BundleError) for one in found.values())
+        assert damaged or "its provenance does not fit" in str(loaded) or "given twice" in str(loaded), loaded
+    return loaded
+
+
+def _outcome(function: Any, argument: Any) -> Any:
+    """What a function returns, or its BundleError."""
+    try:
+        return function(argument)
+    except BundleError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1, message
+        assert message.isprintable(), message
+        assert len(message) < 3000
+        return error
+
+
+def sealed(data: bytes) -> bytes:
+    """The bytes with digests and a checksum that fit, where they are a bundle at all, so that what lies behind these is reached."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        content = json.loads(data)
+        for entry in content["profiles"]:
+            entry["digest"] = bundle._digest(entry["profile"])
+        content["checksum"] = bundle._checksum(entry["digest"] for entry in content["profiles"])
+        return json.dumps(content).encode()
+    return data
+
+
+def _try(data: bytes) -> None:
+    check(data)
+    again = sealed(data)
+    if again != data:
+        check(again)
+
+
+def main() -> None:
+    """Hands the process to the fuzzer."""
+    import atheris
+
+    atheris.instrument_all()
+    atheris.Setup(sys.argv, _try)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
