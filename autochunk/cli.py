@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -14,7 +14,7 @@ import autochunk
 from autochunk import report
 from autochunk.device import detect, visible_gpus
 from autochunk.errors import AutochunkError
-from autochunk.store import bundle
+from autochunk.store import bundle, layers
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS
 from autochunk.store.resolve import resolve, use
@@ -85,32 +85,32 @@ def main() -> None:
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Time for all of it; the default is the effort's: 110 s quick, 570 s standard, none thorough.")
 @click.option("--memory-budget-mb", type=float, metavar="MB", help="Most working memory that a measurement may take; the default is 80% of what is free.")
+@click.option("--stale", is_flag=True, help="What was measured on this machine with other versions.")
 @click.option("--force", is_flag=True, help="Measure again what is stored.")
 @click.option("--devices", metavar="all|LIST", help="GPUs to share the work, such as 0,1; they must be alike. The default is jax's default device.")
+@click.option(
+    "--storage", metavar="URL|FILE", help="Tune together with other machines: a database (postgresql://user@host/name) or a journal file that all reach."
+)
 @_store_option
 @_json_option
-def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...], missed: bool, effort: str, timeout: float | None,
-         memory_budget_mb: float | None, force: bool, devices: str | None, store: Path | None, as_json: bool) -> None:  # fmt: skip
+def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...], missed: bool, stale: bool, effort: str, timeout: float | None,
+         memory_budget_mb: float | None, force: bool, devices: str | None, storage: str | None, store: Path | None, as_json: bool) -> None:  # fmt: skip
     """Measure this machine and keep what is best.
 
-    Without --shape, --preset or --missed: what "auto" has missed here, then a standard set of shapes.
+    Without --shape, --preset, --missed or --stale: what "auto" has missed here, then a standard set of shapes.
     """
     from autochunk.tuner.tune import tune as run
 
     profile_store = ProfileStore(store)
     named = _with_presets(shapes, presets)
-    workloads: list[Workload] | None = _workloads(named, dtype, mode)
-    if missed:
-        workloads = [*(workloads or []), *profile_store.missed(detect())]
-        if not workloads:
-            click.echo('"auto" has missed nothing on this machine.', err=True)
-    elif not named:
-        workloads = None
+    workloads: list[Workload] | None = _workloads(named, dtype, mode) if named or missed or stale else None
+    if workloads is not None:
+        workloads += [*(_missed(profile_store) if missed else []), *(_stale(profile_store) if stale else [])]
     try:
         with report.TuneProgress(_console(stderr=True)) as progress:
             profiles = run(
                 workloads, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress,  # type: ignore[arg-type]
-                gpus=visible_gpus(devices) if devices else (),
+                gpus=visible_gpus(devices) if devices else (), storage=storage,
             )  # fmt: skip
     except KeyboardInterrupt:
         click.echo("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
@@ -120,17 +120,34 @@ def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...
         sys.exit(1)
 
 
+def _missed(store: ProfileStore) -> list[Workload]:
+    found = store.missed(detect())
+    if not found:
+        click.echo('"auto" has missed nothing on this machine.', err=True)
+    return found
+
+
+def _stale(store: ProfileStore) -> list[Workload]:
+    now = detect()
+    found = [profile.parsed_workload() for profile in store.profiles(now) if profile.device.stale_reasons(now)]
+    if not found:
+        click.echo("Nothing stored of this machine is stale.", err=True)
+    return found
+
+
 @main.command()
+@click.option("--stale", is_flag=True, help="Only those of this machine that were measured with other versions.")
 @_store_option
 @_json_option
-def show(store: Path | None, as_json: bool) -> None:
+def show(stale: bool, store: Path | None, as_json: bool) -> None:
     """List the profiles in the store."""
     profile_store = ProfileStore(store)
     now = detect()
     profiles = profile_store.profiles()
     rows = [report.profile_row(profile, now if profile.device.key == now.key else None) for profile in profiles]
+    rows = [row for row in rows if row["stale"] or not stale]
     if not rows and not as_json:
-        click.echo(f"No profiles in {profile_store.path}. `autochunk tune` makes some.")
+        click.echo(f"No {'stale ' if stale else ''}profiles in {profile_store.path}.{'' if stale else ' `autochunk tune` makes some.'}")
         return
     _print_profiles(rows, as_json)
 
@@ -156,11 +173,13 @@ def explain(shapes: tuple[str, ...], dtype: str, mode: str, implementation: str 
     """Say what "auto" would do for a shape, and why."""
     with use(memory_budget_mb=memory_budget_mb, store=store):
         resolutions = [resolve(workload, implementation) for workload in _workloads(shapes, dtype, mode)]
+    every = [layers.make_layer(kind, place) for kind, place in layers.places(store)]
+    for resolution in resolutions:
+        accounts = [(layer.name, layers.account(layer, resolution.device, resolution.workload)) for layer in every]
+        if not as_json:
+            _console().print(report.resolution_text(resolution, accounts), "")
     if as_json:
         click.echo(report.as_json([report.resolution_record(resolution) for resolution in resolutions]))
-        return
-    for resolution in resolutions:
-        _console().print(report.resolution_text(resolution), "")
 
 
 @main.command()
@@ -191,24 +210,115 @@ def bench(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ..
         click.echo(report.as_json(results))
 
 
+def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--device, --shape, --dtype and --mode, which choose among profiles."""
+    for option in (
+        click.option("--mode", type=click.Choice(MODES), help="Only of this mode."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Only of this dtype."),
+        click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="Only of workloads with these items, such as t=4096,h=8. Repeatable."),
+        click.option("--device", metavar="TEXT", help="Only of devices whose name has this in it, as `autochunk show` prints them."),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.argument("file", type=click.File("w", lazy=True))
+@click.argument("place", metavar="FILE|URL|-")
+@_filter_options
+@click.option("--note", default="", metavar="TEXT", help="A line for whoever imports them.")
+@click.option("--storage", metavar="URL|FILE", help="The profiles that machines have tuned together there, in place of the store's.")
 @_store_option
-def export(file: IO[str], store: Path | None) -> None:
-    """Write all profiles of the store to FILE (- is standard output)."""
-    profiles = ProfileStore(store).profiles()
-    file.write(bundle.dump(profiles))
-    click.echo(f"{len(profiles)} profiles exported.", err=True)
+def export(place: str, device: str | None, shapes: tuple[str, ...], dtype: str | None, mode: str | None, note: str, storage: str | None,
+           store: Path | None) -> None:  # fmt: skip
+    """Write profiles to a bundle: a file (compressed if its name ends in .gz), a URL, or - for standard output."""
+    if storage is None:
+        found = ProfileStore(store).profiles()
+    else:
+        from autochunk.tuner.study import Storage
+
+        found = Storage(storage).profiles()
+    profiles = bundle.select(found, device=device, shapes=shapes, dtype=dtype, mode=mode)
+    text = bundle.dump(profiles, note)
+    if place == "-":
+        click.echo(text, nl=False)
+    else:
+        bundle.write(place, text)
+    click.echo(f"{len(profiles)} profiles exported{'' if len(profiles) == len(found) else f', {len(found) - len(profiles)} left out'}.", err=True)
 
 
 @main.command("import")
-@click.argument("file", type=click.File("rb"))
+@click.argument("place", metavar="FILE|URL|-")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option(
+    "--prefer", type=click.Choice(bundle.PREFERENCES), default="best-effort", show_default=True,
+    help="Which of two different profiles of one device and workload stays: the newest, the one of best effort (complete, thorough, then newest), "
+    "the bundle's (theirs) or the store's (ours).",
+)  # fmt: skip
 @_store_option
-def import_(file: IO[bytes], store: Path | None) -> None:
-    """Add the profiles in FILE (- is standard input) to the store; of two for one device and workload the later one stays."""
-    found = bundle.load(file.read(bundle.MOST_BYTES + 1), getattr(file, "name", "standard input"))
-    summary = bundle.merge(ProfileStore(store), found)
-    click.echo(f"{summary.new} new, {summary.updated} updated, {summary.kept} kept as they were.", err=True)
+@_json_option
+def import_(place: str, dry_run: bool, prefer: bundle.Preference, store: Path | None, as_json: bool) -> None:
+    """Add the profiles of a bundle (a file, a URL, or - for standard input) to the store: all that --prefer lets in, or on an error none."""
+    plan = bundle.merge(ProfileStore(store), bundle.read(place), prefer, dry_run)
+    if as_json:
+        click.echo(report.as_json(report.import_records(plan)))
+        return
+    _console().print(report.import_text(plan, dry_run))
+
+
+@main.command()
+@_filter_options
+@click.option("--stale", is_flag=True, help="Only those of this machine that were measured with other versions.")
+@click.option("--older-than", type=click.IntRange(0), metavar="DAYS", help="Only those measured more than so many days ago.")
+@click.option("--unreadable", is_flag=True, help="Rows of the store that no version can read, and nothing else.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_store_option
+def forget(device: str | None, shapes: tuple[str, ...], dtype: str | None, mode: str | None, stale: bool, older_than: int | None, unreadable: bool, yes: bool,
+           store: Path | None) -> None:  # fmt: skip
+    """Delete profiles from the store: those that every option lets through. Asks first."""
+    profile_store = ProfileStore(store)
+    if unreadable:
+        keys = profile_store.unreadable()
+        if _agreed_to_forget(keys, yes):
+            click.echo(f"{profile_store.forget_unreadable()} rows forgotten.", err=True)
+        return
+    if not (device or shapes or dtype or mode or stale or older_than is not None):
+        raise click.UsageError("name what to forget: --device, --shape, --dtype, --mode, --stale, --older-than or --unreadable (all of it: --older-than 0)")
+    chosen = bundle.select(profile_store.profiles(), device=device, shapes=shapes, dtype=dtype, mode=mode)
+    if stale:
+        now = detect()
+        chosen = [profile for profile in chosen if profile.device.key == now.key and profile.device.stale_reasons(now)]
+    if older_than is not None:
+        chosen = [profile for profile in chosen if profile.age_days() >= older_than]
+    if _agreed_to_forget([f"{profile.device.key} | {profile.workload}" for profile in chosen], yes):
+        click.echo(f"{profile_store.forget(chosen)} profiles forgotten.", err=True)
+
+
+def _agreed_to_forget(names: list[str], yes: bool) -> bool:
+    if not names:
+        click.echo("There is nothing to forget.", err=True)
+        return False
+    for name in names:
+        click.echo(name, err=True)
+    return yes or click.confirm(f"Forget these {len(names)}?", err=True)
+
+
+@main.command()
+@click.option("--verify", "count", type=click.IntRange(0), default=0, metavar="N", help="Time N profiles of this machine again, the oldest first.")
+@_store_option
+@_json_option
+def doctor(count: int, store: Path | None, as_json: bool) -> None:
+    """Look over the whole set-up, and say how to cure what is wrong with it. Exit status 1 if anything is."""
+    from autochunk.doctor import examine
+
+    findings = []
+    for finding in examine(store, verify_count=count):
+        findings.append(finding)
+        if not as_json:
+            _console().print(report.finding_text(finding))
+    if as_json:
+        click.echo(report.as_json([report.finding_record(finding) for finding in findings]))
+    if any(finding.level == "problem" for finding in findings):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, get_args
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autochunk.device import Device
+from autochunk.store.bundle import ImportPlan, Relation
 from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile
 from autochunk.store.resolve import Resolution
 
@@ -77,6 +79,19 @@ def resolution_record(resolution: Resolution) -> dict[str, Any]:
         "asked": [{"layer": layer, "answer": answer} for layer, answer in resolution.asked],
         "rejected": [{"plan": plan, "why": why} for plan, why in resolution.rejected],
     }
+
+
+def import_records(plan: ImportPlan) -> list[dict[str, Any]]:
+    """What an import does, as plain data."""
+    return [
+        {"device": entry.profile.device.key, "workload": entry.profile.workload, "relation": entry.relation, "taken": entry.taken, "reason": entry.reason}
+        for entry in plan.entries
+    ]
+
+
+def finding_record(finding: Any) -> dict[str, Any]:
+    """A doctor's finding as plain data."""
+    return asdict(finding)
 
 
 def bench_record(contender: Any) -> dict[str, Any]:
@@ -146,8 +161,8 @@ def _notes(row: dict[str, Any]) -> str:
     return "; ".join(notes)
 
 
-def resolution_text(resolution: Resolution) -> Group:
-    """The answer to "why did it pick that?"."""
+def resolution_text(resolution: Resolution, accounts: Sequence[tuple[str, str]] = ()) -> Group:
+    """The answer to "why did it pick that?"; ``accounts`` says of each layer what it has."""
     plan = resolution.plan
     lines = [
         f"workload  {resolution.workload.key}",
@@ -161,6 +176,8 @@ def resolution_text(resolution: Resolution) -> Group:
         measured = resolution.profile
         lines.append(f"measured  {measured.created}, effort {measured.effort}, jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}")
     parts: list[Any] = [Text("\n".join(lines)), Text("\nasked, in this order:"), _pairs(resolution.asked or [("use(...)", "answered")])]
+    if accounts:
+        parts += [Text("\nwhat each layer has:"), _pairs(accounts)]
     if resolution.rejected:
         parts += [Text("\nother plans:"), _pairs(resolution.rejected)]
     return Group(*parts)
@@ -171,6 +188,24 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
     for first, second in pairs:
         table.add_row(Text("  " + first), Text(second))
     return table
+
+
+def import_text(plan: ImportPlan, dry_run: bool) -> Group:
+    """What an import did, or would do: each profile that is not simply new or the same, and how many there are of each kind."""
+    told = [entry for entry in plan.entries if entry.relation not in ("new", "same")]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for entry in told:
+        table.add_row(entry.relation, "stored" if entry.taken else "left out", Text(entry.profile.workload), Text(entry.profile.device.key), Text(entry.reason))
+    counts = ", ".join(f"{plan.count(relation)} {relation}" for relation in get_args(Relation))
+    stored = f"{len(plan.taken)} of {len(plan.entries)} profiles {'would be' if dry_run else 'were'} stored."
+    return Group(*([table] if told else []), Text(f"{counts}. {stored}"))
+
+
+def finding_text(finding: Any) -> Text:
+    """One line of ``autochunk doctor``, and its cure under it."""
+    style = {"ok": "green", "note": "yellow", "problem": "red"}[finding.level]
+    text = Text.assemble((f"{finding.level:8}", style), (finding.subject, "bold"), f": {finding.detail}")
+    return text.append(f"\n        to do: {finding.cure}") if finding.cure else text
 
 
 def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:

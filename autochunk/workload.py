@@ -7,6 +7,7 @@ order, so that equal workloads have equal keys; a shape may leave items out. Bot
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -178,6 +179,14 @@ def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
     if not re.fullmatch("[b1][h1][t1][s1]", pattern):
         raise ValueError(f"{name}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the array broadcasts over batch, heads, t or s)")
     return "".join("1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True))
+
+
+@functools.lru_cache(maxsize=100_000)
+def split_key(key: str) -> tuple[tuple[int, ...], str]:
+    """(sizes, everything else) of a key as ``Workload.key`` writes it, quicker than by ``Workload.parse``; no sizes for another text."""
+    sizes, comma, rest = key.removeprefix(_PREFIX).partition(",dtype=")
+    numbers = [item.partition("=")[2] for item in sizes.split(",")]
+    return (tuple(map(int, numbers)), rest) if comma and all(number.isdecimal() for number in numbers) else ((), key)
 
 
 def _read_value(text: str, name: str, value: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from factories import make_device, make_profile, make_workload
 
 from autochunk.cli import main
-from autochunk.store.database import ProfileStore
+from autochunk.store import bundle
+from autochunk.store.database import ProfileStore, utc_now
+from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SHAPE = "b=2,t=64,h=2,k=8"
@@ -47,12 +51,15 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert (answer["match"], answer["implementation"], answer["max_chunk_size_mb"]) == ("exact", row["implementation"], row["max_chunk_size_mb"])
     assert "because" in call("explain", "--shape", SHAPE, "--mode", "forward").stdout
 
-    bundle = tmp_path / "profiles.json"
-    assert call("export", str(bundle)).exit_code == 0
-    assert call("export", "-").stdout == bundle.read_text()
+    file = tmp_path / "profiles.json"
+    assert call("export", str(file)).exit_code == 0
+    assert call("export", "-").stdout == file.read_text()
     other = str(tmp_path / "other.sqlite")
-    assert "1 new, 0 updated, 0 kept" in call("import", "--store", other, str(bundle)).stderr
-    assert "0 new, 0 updated, 1 kept" in call("import", "--store", other, "-", stdin=bundle.read_bytes()).stderr
+    counts = "0 newer, 0 older, 0 conflicting"
+    assert f"1 new, 0 same, {counts}. 1 of 1 profiles would be stored." in call("import", "--dry-run", "--store", other, str(file)).stdout
+    assert not Path(other).exists()
+    assert f"1 new, 0 same, {counts}. 1 of 1 profiles were stored." in call("import", "--store", other, str(file)).stdout
+    assert f"0 new, 1 same, {counts}. 0 of 1 profiles were stored." in call("import", "--store", other, "-", stdin=file.read_bytes()).stdout
     assert json.loads(call("show", "--store", other, "--json").stdout) == tuned
 
     (compared,) = json.loads(call("bench", "--rounds", "2", "--json").stdout)
@@ -122,6 +129,87 @@ def test_importing_what_is_no_bundle_changes_nothing(content: bytes, tuned: list
     assert json.loads(call("show", "--json").stdout) == tuned
 
 
+def test_import_says_what_it_does_with_each_profile(tmp_path: Path) -> None:
+    """What differs from the store's is listed with what decided; --prefer decides otherwise; --json is for scripts."""
+    mine = make_profile(created="2026-01-01T00:00:00Z")
+    theirs = make_profile(created="2026-02-01T00:00:00Z", effort="quick")
+    ProfileStore().put(mine)
+    file = tmp_path / "theirs.json.gz"
+    bundle.write(file, bundle.dump([theirs]))
+    kept = call("import", str(file)).stdout
+    assert "left out" in kept
+    assert "effort is quick in the bundle and standard in the store" in kept
+    assert ProfileStore().profiles() == [mine]
+    (record,) = json.loads(call("import", "--prefer", "newest", "--json", str(file)).stdout)
+    assert (record["relation"], record["taken"]) == ("newer", True)
+    assert ProfileStore().profiles() == [theirs]
+
+
+def test_export_chooses_and_notes(tmp_path: Path) -> None:
+    """By device and workload; says how many were left out."""
+    here, there = make_profile(), make_profile(device=make_device(kind="Another/Kind"))
+    ProfileStore().put_all([here, there])
+    result = call("export", str(tmp_path / "b.json"), "--device", "another", "--shape", "t=1024", "--note", "from the lab")
+    assert result.exit_code == 0, result.output
+    assert "1 profiles exported, 1 left out." in result.stderr
+    found = bundle.read(tmp_path / "b.json")
+    assert found.profiles == (there,)
+    assert found.provenance is not None
+    assert found.provenance.note == "from the lab"
+
+
+def test_export_of_what_machines_tuned_together(tmp_path: Path) -> None:
+    """One bundle of a shared storage, whatever this machine's own store has."""
+    place, workload = str(tmp_path / "journal"), Workload.parse(SHAPE)
+    result = call("tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick", "--storage", place)
+    assert result.exit_code == 0, result.output
+    ProfileStore().forget(ProfileStore().profiles())
+    exported = call("export", "-", "--storage", place)
+    assert [profile.workload for profile in bundle.load(exported.stdout).profiles] == [workload.key]
+
+
+def test_forget_asks_first_and_names_what_goes() -> None:
+    """No answer, no deletion; the filters choose; without one it does nothing."""
+    old, new = make_profile(created="2020-01-01T00:00:00Z"), make_profile(make_workload("t=64,k=8"), created=utc_now())
+    ProfileStore().put_all([old, new])
+    assert call("forget").exit_code == 2
+    refused = call("forget", "--older-than", "30", stdin=b"n\n")
+    assert old.workload in refused.stderr
+    assert new.workload not in refused.stderr
+    assert len(ProfileStore().profiles()) == 2
+    assert "1 profiles forgotten" in call("forget", "--older-than", "30", stdin=b"y\n").stderr
+    assert ProfileStore().profiles() == [new]
+    assert "nothing to forget" in call("forget", "--shape", "t=4096", "--yes").stderr
+    assert "1 profiles forgotten" in call("forget", "--older-than", "0", "--yes").stderr
+    assert ProfileStore().profiles() == []
+
+
+def test_stale_profiles_are_shown_forgotten_and_tuned_anew(tuned: list[dict[str, Any]]) -> None:
+    """--stale means the same everywhere: measured on this machine with another jaxlib."""
+    assert "No stale profiles" in call("show", "--stale").stdout
+    (profile,) = ProfileStore().profiles()
+    ProfileStore().put(profile.model_copy(update={"device": profile.device.model_copy(update={"jaxlib": "0.1.0"})}))
+    (row,) = json.loads(call("show", "--stale", "--json").stdout)
+    assert row["shape"] == tuned[0]["shape"]
+    again = call("tune", "--stale", "--effort", "quick", "--json")
+    assert again.exit_code == 0, again.output
+    assert len(json.loads(again.stdout)) == 1
+    assert json.loads(call("show", "--stale", "--json").stdout) == []
+    assert "nothing to forget" in call("forget", "--stale", "--yes").stderr
+
+
+def test_doctor_ends_by_what_it_found(tuned: list[dict[str, Any]]) -> None:
+    """Status 0 while nothing is wrong; --verify times what is stored; a store that others may write is wrong, with its cure."""
+    healthy = call("doctor", "--verify", "1")
+    assert "versions" in healthy.stdout
+    assert tuned[0]["shape"] in healthy.stdout
+    ProfileStore().path.chmod(0o666)
+    sick = call("doctor", "--json")
+    assert sick.exit_code == 1
+    problems = [finding for finding in json.loads(sick.stdout) if finding["level"] == "problem"]
+    assert [problem["cure"] for problem in problems] == [f"chmod 600 {ProfileStore().path}"]
+
+
 def damage() -> Path:
     path = ProfileStore().path
     path.parent.mkdir()
@@ -129,15 +217,28 @@ def damage() -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [["show"], ["tune", "--shape", SHAPE], ["export", "-"], ["import", "-"]])
+@pytest.mark.parametrize("command", [["show"], ["export", "-"]])
 def test_a_damaged_store_is_told_and_left_alone(command: list[str]) -> None:
-    """The message names the file and the cure; the file is not touched."""
+    """Commands that only read name the file and the cure; the file is not touched."""
     path = damage()
-    result = call(*command, stdin=b'{"schema_version": 1, "profiles": []}')
+    result = call(*command)
     assert result.exit_code == 1, result.output
     assert str(path) in result.stderr
     assert "AUTOCHUNK_STORE" in result.stderr
     assert path.read_bytes() == b"this is no database" * 1000
+
+
+def test_a_damaged_store_does_not_stop_a_tune() -> None:
+    """It is set aside whole, under a name that is told, and work goes on in a new one."""
+    from autochunk.errors import StoreWarning
+
+    path = damage()
+    with pytest.warns(StoreWarning, match="is kept as"):
+        result = call("tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick")
+    assert result.exit_code == 0, result.output
+    (aside,) = path.parent.glob("*.damaged-*")
+    assert aside.read_bytes() == b"this is no database" * 1000
+    assert len(ProfileStore().profiles()) == 1
 
 
 def test_explain_goes_on_without_a_damaged_store() -> None:
@@ -177,7 +278,26 @@ def test_every_command_and_effort_is_in_the_readme() -> None:
     for name, command in main.commands.items():
         assert f"autochunk {name}" in text
         assert command.help
-    assert all(option in text for option in ("--missed", "--effort", "--timeout", "--json", "--preset", "AUTOCHUNK_STORE", "AUTOCHUNK_PROFILES"))
+    assert all(
+        option in text
+        for option in ("--missed", "--effort", "--timeout", "--json", "--preset", "--storage", "--verify", "--stale", "AUTOCHUNK_STORE", "AUTOCHUNK_PROFILES")
+    )
+
+
+def documented_commands() -> list[str]:
+    """Every ``autochunk`` command line in the README's code and in the Kubernetes manifest."""
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    lines = re.findall(r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)", "\n".join(block.replace("/shared/autochunk/", "") for block in blocks))
+    manifest = re.search(r"command: \[autochunk, (.*)\]", (README.parent / "examples" / "tune-job.yaml").read_text())
+    assert manifest is not None
+    return [line.strip() for line in lines] + [manifest[1].replace(",", "")]
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_are_understood(line: str) -> None:
+    """README and recipes name no option that is not there."""
+    name, *arguments = shlex.split(line)
+    main.commands[name].make_context(name, arguments)
 
 
 def test_the_installed_command_runs() -> None:

@@ -23,12 +23,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"errors"},
     "workload": {"errors"},
     "device": {"errors"},
-    "store": FLOOR,
+    "store": FLOOR | {""},
     "attention.kernels": {"plan", "errors"},
     "attention": FLOOR | {"store", "attention.kernels"},
     "tuner": FLOOR | {"", "store", "attention"},
+    "doctor": FLOOR | {"", "store", "tuner"},
     "report": FLOOR | {"", "store", "attention", "tuner"},
-    "cli": FLOOR | {"", "store", "attention", "tuner", "report"},
+    "cli": FLOOR | {"", "store", "attention", "tuner", "doctor", "report"},
 }
 
 # Heavy or risky packages, and the only module that imports each.
@@ -37,6 +38,7 @@ ONLY_IMPORTER = {
     "sqlitedict": "autochunk.store.database",
     "haiku": "autochunk.attention.haiku",
     "click": "autochunk.cli",
+    "fsspec": "autochunk.store.remote",
 }
 
 

@@ -34,6 +34,8 @@ TREE = {
     "DeviceError": (errors.AutochunkError, RuntimeError),
     "StoreError": (errors.AutochunkError, OSError),
     "BundleError": (errors.AutochunkError, ValueError),
+    "AgreementError": (errors.AutochunkError, RuntimeError),
+    "StorageError": (errors.AutochunkError, RuntimeError),
     "ProbeError": (errors.AutochunkError, RuntimeError),
     "AutochunkWarning": (UserWarning,),
     "MissWarning": (errors.AutochunkWarning,),

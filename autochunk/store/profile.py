@@ -6,12 +6,13 @@ later version, needs no new measurement.
 
 from __future__ import annotations
 
+import datetime
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
@@ -192,9 +193,19 @@ class Profile(_Record):
             raise ValueError(f"not a canonical workload key: {value!r}; canonical is {workload.key!r}")
         return value
 
+    @field_validator("created")
+    @classmethod
+    def _a_time(cls, value: str) -> str:
+        _parse_time(value)
+        return value
+
     def parsed_workload(self) -> Workload:
         """The workload that was measured."""
         return Workload.parse(self.workload)
+
+    def age_days(self) -> float:
+        """Days since it was measured."""
+        return (datetime.datetime.now(datetime.UTC) - _parse_time(self.created)).total_seconds() / 86_400
 
     def baseline(self, plan: Plan) -> Measurement | None:
         """The measurement of a plan, or of one that comes to the same slices; None if it was not timed."""
@@ -208,7 +219,8 @@ class Profile(_Record):
         """The best plan by the measurements; None if none can be recommended.
 
         The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose times cannot be told from the fastest's, the one with
-        least memory; never one slower than dense attention, where dense fits. ``implementation`` narrows the choice to one.
+        least memory; never one slower than dense attention, where dense fits. ``implementation`` narrows the choice to one. A plan that was given up early
+        was slower than another; it may be the best of those that a budget or an implementation leaves, and counts only there.
         """
         rejected: list[tuple[str, str]] = []
         fitting: list[Measurement] = []
@@ -230,6 +242,10 @@ class Profile(_Record):
         rejected += [(str(other.plan), _comparison(other, best, fastest)) for other in fitting if other is not best]
         reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
+
+
+def _parse_time(text: str) -> datetime.datetime:
+    return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
 
 
 def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:
@@ -257,9 +273,10 @@ def _objection(measurement: Measurement, memory_budget_mb: float | None, impleme
         return f"implementation={implementation!r} was asked for"
     if not _runnable(measurement):
         return "this version of autochunk has no such implementation"
-    if measurement.status == "pruned":
+    narrowed = memory_budget_mb is not None or implementation is not None
+    if measurement.status == "pruned" and not narrowed:
         return f"given up early, {measurement.detail or 'too slow'}"
-    if measurement.status != "ok":
+    if not measurement.timed:
         return f"{measurement.status}: {measurement.detail}" if measurement.detail else measurement.status
     if memory_budget_mb is not None and (measurement.temp_bytes or 0) > memory_budget_mb * 1e6:
         return f"{(measurement.temp_bytes or 0) / 1e6:.0f} MB of working memory is over the budget of {memory_budget_mb:g} MB"
@@ -298,7 +315,7 @@ class Provenance(_Record):
     """
 
     autochunk: Annotated[str, Field(max_length=100, pattern=_ONE_LINE)] = ""
-    devices: tuple[str, ...] = ()
+    devices: Annotated[tuple[str, ...], FailFast()] = ()
     oldest: str | None = None
     newest: str | None = None
     profiles: int = 0

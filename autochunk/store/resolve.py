@@ -1,15 +1,14 @@
-"""How "auto" is answered: layers of profiles, asked in turn, give a Resolution that also says why.
+"""How "auto" is answered: layers of profiles (``layers.py``), asked in turn, give a Resolution that also says why.
 
-The order: ``use(...)`` around the call, then ``AUTOCHUNK_PROFILES``, the user's store, the profiles shipped with autochunk; in each the exact workload on
-the exact device. Then the nearest tuned workload of this device, then the documented default. It happens while JAX traces: nothing is left of it in the
-compiled program, which keeps its plan until it is traced again.
+First ``use(...)`` around the call; then the layers in their order, in each the exact workload on the exact device; then the nearest tuned workload of this
+device; then the documented default. It happens while JAX traces: nothing is left of it in the compiled program, which keeps its plan until it is traced
+again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
 import os
 import threading
@@ -17,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from autochunk import device as devices
 from autochunk.device import Device
@@ -32,14 +31,11 @@ from autochunk.plan import (
     check_max_chunk_size_mb,
     check_positive,
 )
-from autochunk.store import bundle
-from autochunk.store.database import STORE_VARIABLE, ProfileStore, default_path
+from autochunk.store import agree, layers
+from autochunk.store.database import ProfileStore
+from autochunk.store.layers import Layer, MemoryLayer
 from autochunk.store.profile import CUDNN, Profile
-from autochunk.workload import Mode, Workload
-
-PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
-
-_SHIPPED = "shipped"
+from autochunk.workload import Mode, Workload, split_key
 
 Match = Literal["exact", "nearest", "default", "pinned"]
 
@@ -126,166 +122,93 @@ def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str | None 
         _settings.reset(token)
 
 
-# --- Layers -----------------------------------------------------------------------------------------------------------
-
-
-class Layer(Protocol):
-    """One place that profiles come from."""
-
-    name: str
-
-    def version(self) -> Any:
-        """Changes whenever the layer's content may have."""
-
-    def get(self, device: Device, workload: Workload) -> Profile | None:
-        """The profile of exactly this workload on exactly this device."""
-
-    def workloads(self, device: Device) -> list[str]:
-        """Keys of all workloads that have a profile on this device."""
-
-
-class StoreLayer:
-    """The user's own store."""
-
-    def __init__(self, path: Path) -> None:
-        self.store = ProfileStore(path)
-        self.name = f"user store {path}"
-
-    def version(self) -> Any:
-        """The store's."""
-        return self.store.version()
-
-    def get(self, device: Device, workload: Workload) -> Profile | None:
-        """The store's own."""
-        return self.store.get(device, workload)
-
-    def workloads(self, device: Device) -> list[str]:
-        """The store's own."""
-        return self.store.workloads(device)
-
-
-class BundleLayer:
-    """A bundle file, or a folder of them (``*.json``)."""
-
-    def __init__(self, path: Path, label: str) -> None:
-        self.path = path
-        self.label = label
-        self.name = f"{label} {path}"
-        self._loaded: dict[str, dict[str, Profile]] | BundleError | None = None
-
-    def version(self) -> Any:
-        """Times and sizes of the files; None where there is none. What is shipped does not change."""
-        if self.label == _SHIPPED:
-            return None
-        try:
-            folder = (self.path.stat().st_mtime_ns,)
-            return folder + tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._files())
-        except OSError:
-            return None
-
-    def get(self, device: Device, workload: Workload) -> Profile | None:
-        """Of several files with one, the last by name."""
-        return self._profiles().get(device.key, {}).get(workload.key)
-
-    def workloads(self, device: Device) -> list[str]:
-        """Those of all files."""
-        return sorted(self._profiles().get(device.key, {}))
-
-    def _files(self) -> list[Path]:
-        return sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
-
-    def _profiles(self) -> dict[str, dict[str, Profile]]:
-        if self._loaded is None:
-            self._loaded = self._load()
-        if isinstance(self._loaded, BundleError):  # said each time: half a layer must not answer
-            raise self._loaded
-        return self._loaded
-
-    def _load(self) -> dict[str, dict[str, Profile]] | BundleError:
-        loaded: dict[str, dict[str, Profile]] = {}
-        try:
-            for file in self._files():
-                for profile in bundle.read(file).profiles:
-                    loaded.setdefault(profile.device.key, {})[profile.workload] = profile
-        except BundleError as error:
-            return error
-        return loaded
-
-
-def shipped_profiles() -> Path:
-    """The folder of profiles that come with autochunk: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "shipped_profiles"
-    return inside if inside.is_dir() else package.parent / "profiles"
-
-
-def _layer_paths(settings: Settings) -> tuple[tuple[str, Path], ...]:
-    """(kind, path) of each layer, first asked first."""
-    return _paths(settings.store, *map(os.environ.get, (PROFILES_VARIABLE, STORE_VARIABLE, "XDG_DATA_HOME", "HOME")))
-
-
-@functools.lru_cache(maxsize=64)
-def _paths(store: Path | None, profiles: str | None, *_environment: str | None) -> tuple[tuple[str, Path], ...]:
-    """The same, from all that it depends on."""
-    named = [Path(part).expanduser() for part in (profiles or "").split(os.pathsep) if part]
-    return (*((PROFILES_VARIABLE, path) for path in named), ("store", store or default_path()), (_SHIPPED, shipped_profiles()))
-
-
-def _make_layer(kind: str, path: Path) -> Layer:
-    return StoreLayer(path) if kind == "store" else BundleLayer(path, kind)
-
-
 # --- Resolution -------------------------------------------------------------------------------------------------------
 
 
 class _Snapshot:
-    """Layers and answers as of one moment; thrown away when a layer changes."""
+    """Layers and answers as of one moment; thrown away when a layer changes.
 
-    def __init__(self, paths: tuple[tuple[str, Path], ...]) -> None:
-        self.paths = paths
-        self.layers = [_make_layer(kind, path) for kind, path in paths]
-        self.versions = [layer.version() for layer in self.layers]
+    ``device`` is where the answers are for, if that is not for the caller to say.
+    """
+
+    def __init__(self, places: tuple[tuple[str, str], ...], layers: list[Layer], device: Device | None = None) -> None:
+        self.places = places
+        self.layers = layers
+        self.device = device
+        self.versions = [layer.version() for layer in layers]
         self.answers: dict[Any, Resolution] = {}
 
-    def current(self, paths: tuple[tuple[str, Path], ...]) -> bool:
-        return paths == self.paths and all(layer.version() == version for layer, version in zip(self.layers, self.versions, strict=True))
+    def current(self, places: tuple[tuple[str, str], ...]) -> bool:
+        return places == self.places and all(layer.version() == version for layer, version in zip(self.layers, self.versions, strict=True))
 
 
 _lock = threading.RLock()
 _snapshot: _Snapshot | None = None
+_agreed: dict[Path | None, _Snapshot] = {}
 _reported: set[Any] = set()
 
 
 def resolve(workload: Workload, implementation: str | None = None, *, device: Device | None = None) -> Resolution:
     """What "auto" means for a workload, on jax's default device unless another is given. Same profiles, same answer.
 
+    In a program of several JAX processes the profiles are those of process 0, and so is the device, unless one is given.
+
     Raises:
       ArgumentError: no such implementation.
+      AgreementError: several processes run this program and do not come to one set of profiles.
     """
-    global _snapshot
     settings = _settings.get()
     implementation = check_implementation(implementation) or settings.implementation
-    device = device or devices.detect()
     with _lock:
-        paths = _layer_paths(settings)
-        if _snapshot is None or not _snapshot.current(paths):
-            _snapshot = _Snapshot(paths)
+        snapshot = _agreed_snapshot(settings) if device is None and agree.several_processes() else _own_snapshot(settings)
+        device = device or snapshot.device or devices.detect()
         request = (workload, implementation, settings, device)
-        if request not in _snapshot.answers:
-            _snapshot.answers[request] = _resolve(workload, implementation, settings, device, _snapshot.layers)
-        return _snapshot.answers[request]
+        if request not in snapshot.answers:
+            snapshot.answers[request] = _resolve(workload, implementation, settings, device, snapshot.layers)
+        return snapshot.answers[request]
 
 
-def _resolve(workload: Workload, implementation: str | None, settings: Settings, device: Device, layers: list[Layer]) -> Resolution:
+def _own_snapshot(settings: Settings) -> _Snapshot:
+    global _snapshot
+    places = layers.places(settings.store)
+    if _snapshot is None or not _snapshot.current(places):
+        _snapshot = _Snapshot(places, [layers.make_layer(kind, place) for kind, place in places])
+    return _snapshot
+
+
+def _agreed_snapshot(settings: Settings) -> _Snapshot:
+    """Process 0's layers as they were at its first "auto", on every process and for as long as it runs."""
+    if settings.store not in _agreed:
+        content = agree.agreed(f"profiles/{settings.store or ''}", lambda: _to_publish(_own_snapshot(settings)))
+        shared = [MemoryLayer(name, [Profile.model_validate(profile) for profile in profiles]) for name, profiles in content["layers"]]
+        _agreed[settings.store] = _Snapshot((), list(shared), Device.model_validate(content["device"]))
+    return _agreed[settings.store]
+
+
+def _to_publish(snapshot: _Snapshot) -> dict[str, Any]:
+    """A snapshot's device and layers as JSON data; a layer that cannot be read is left out, with a warning."""
+    device = devices.detect()
+    published: list[tuple[str, list[Any]]] = []
+    for layer in snapshot.layers:
+        try:
+            profiles = [layer.get(device, Workload.parse(key)) for key in layer.workloads(device) if _parse(key) is not None]
+        except (StoreError, BundleError) as error:
+            _warn_of_layer(layer, error)
+            continue
+        published.append((f"process 0's {layer.name}", [profile.model_dump(mode="json") for profile in profiles if profile is not None]))
+    return {"device": device.model_dump(mode="json"), "layers": published}
+
+
+def _resolve(workload: Workload, implementation: str | None, settings: Settings, device: Device, asked_layers: list[Layer]) -> Resolution:
     if settings.plan is not None and implementation in (None, settings.plan.implementation):
         return Resolution(workload, device, settings.plan, "pinned", "autochunk.use", "set by autochunk.use(...)")
     asked: list[tuple[str, str]] = []
-    for layer in layers:
+    for layer in asked_layers:
         profile = _ask(layer, device, workload, asked)
         answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
         if answer:
             return replace(answer, asked=tuple(asked))
-    for layer in layers:
+    for layer in asked_layers:
         answer = _nearest(layer, workload, implementation, settings, device, asked)
         if answer:
             return replace(answer, asked=tuple(asked))
@@ -298,10 +221,14 @@ def _ask(layer: Layer, device: Device, workload: Workload, asked: list[tuple[str
         profile = layer.get(device, workload)
     except (StoreError, BundleError) as error:
         asked.append((layer.name, f"left out: {error}"))
-        _warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
+        _warn_of_layer(layer, error)
         return None
     asked.append((layer.name, "exact match" if profile else "nothing for this workload on this device"))
     return profile
+
+
+def _warn_of_layer(layer: Layer, error: Exception) -> None:
+    _warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
 
 
 def _from_profile(profile: Profile, workload: Workload, implementation: str | None, settings: Settings, device: Device, layer: Layer,
@@ -333,12 +260,11 @@ def _nearest(layer: Layer, workload: Workload, implementation: str | None, setti
 
 def _nearest_workload(workload: Workload, keys: list[str]) -> Workload | None:
     """The tuned workload whose sizes differ least, by the sum of |log2| of their ratios; None if none is near."""
-    others = [other for key in keys if (other := _parse(key)) is not None]
-    candidates = [(distance, other.key, other) for other in others if (distance := _distance(workload, other)) is not None]
-    return min(candidates)[2] if candidates else None
+    asked = workload.key
+    candidates = sorted((distance, key) for key in keys if (distance := _distance(asked, key)) is not None)
+    return next((other for _, key in candidates if (other := _parse(key)) is not None), None)
 
 
-@functools.lru_cache(maxsize=100_000)
 def _parse(key: str) -> Workload | None:
     """The workload of a key; None for one that this version cannot read."""
     try:
@@ -347,16 +273,15 @@ def _parse(key: str) -> Workload | None:
         return None
 
 
-def _distance(one: Workload, other: Workload) -> float | None:
-    if any(getattr(one, name) != getattr(other, name) for name in ("op", "dtype", "mode", "causal", "mask", "bias")):
+def _distance(one: str, other: str) -> float | None:
+    """How far apart the sizes of two workloads are, by their keys; None if too far, or if they differ in more than sizes."""
+    (sizes, rest), (other_sizes, other_rest) = split_key(one), split_key(other)
+    if rest != other_rest or len(sizes) != len(other_sizes) or not all(other_sizes):
         return None
-    total = 0.0
-    for name in ("batch", "query_length", "key_length", "num_heads", "num_kv_heads", "key_size", "value_size"):
-        factor = getattr(one, name) / getattr(other, name)
-        if not 1 / _FARTHEST <= factor <= _FARTHEST:
-            return None
-        total += abs(math.log2(factor))
-    return total
+    factors = [size / other_size for size, other_size in zip(sizes, other_sizes, strict=True)]
+    if not all(1 / _FARTHEST <= factor <= _FARTHEST for factor in factors):
+        return None
+    return sum(abs(math.log2(factor)) for factor in factors)
 
 
 def _memory_safe(plan: Plan, tuned: Workload, workload: Workload, implementation: str | None) -> Plan:
@@ -393,6 +318,8 @@ def plans(workload: Workload, implementation: str | None) -> Plans:
 def _report(resolution: Resolution) -> None:
     """Warns of a miss or of a stale profile, once for each workload, and records a miss for ``autochunk tune --missed``."""
     subject = (resolution.workload, resolution.device)
+    if agree.several_processes() and not agree.is_first():
+        return  # process 0 says it for all
     if resolution.match in ("nearest", "default") and subject not in _reported:
         _reported.add(subject)
         # Nothing to be done in a place where nothing can be written: the warning stands.
@@ -418,4 +345,5 @@ def forget_reports() -> None:
     global _snapshot
     with _lock:
         _reported.clear()
+        _agreed.clear()
         _snapshot = None

@@ -287,6 +287,16 @@ def test_rejection_without_detail(status: str) -> None:
     assert dict(choice.rejected)[str(bad.plan)]
 
 
+def test_a_budget_admits_what_was_given_up_early() -> None:
+    """Slower than a plan that does not fit, it may still be the fastest that does."""
+    small = [make_measurement("xla", 1.0, 0.55, 5, status="pruned"), make_measurement("xla", 0.5, 0.9, 4)]
+    profile = make_profile(measurements=[*CURVE, *small])
+    for options, expected in (({}, 16.0), ({"memory_budget_mb": 9.0}, 1.0), ({"memory_budget_mb": 4.5}, 0.5)):
+        choice = profile.choose(**options)  # type: ignore[arg-type]
+        assert choice is not None
+        assert choice.plan == Plan("xla", expected)
+
+
 def test_unknown_implementation_is_kept_and_never_chosen() -> None:
     """A profile of a newer version, with an implementation that this one lacks, still answers with what it can run."""
     future = make_measurement(FUTURE, 8.0, 0.001, 1)
@@ -332,7 +342,7 @@ def test_choice_keeps_its_rules(curve: list[Measurement], budget: float | None, 
     fitting = [
         m
         for m in curve
-        if m.status == "ok"
+        if (m.status == "ok" or (m.status == "pruned" and (budget, implementation) != (None, None)))
         and m.implementation in IMPLEMENTATIONS
         and implementation in (None, m.implementation)
         and (budget is None or (m.temp_bytes or 0) <= budget * 1e6)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from autochunk.device import detect
 from autochunk.errors import ArgumentError, MissWarning, StaleWarning, StoreError, StoreWarning
 from autochunk.plan import Plan
-from autochunk.store import bundle, resolve
+from autochunk.store import bundle, layers, resolve
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import DEFAULT, Measurement, Profile
 from autochunk.store.resolve import Resolution, use
@@ -36,7 +36,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in the place of the shipped profiles, which differ from checkout to checkout."""
     folder = tmp_path / "shipped"
     folder.mkdir()
-    monkeypatch.setattr(resolve, "shipped_profiles", lambda: folder)
+    monkeypatch.setattr(layers, "shipped_profiles", lambda: folder)
+    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "site"))
     return folder
 
 
@@ -73,11 +74,14 @@ def limit_of(limit: float | None, workload: Workload = WORKLOAD) -> Profile:
 
 
 def test_layers_in_order(store: ProfileStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """use, then AUTOCHUNK_PROFILES from left to right, then the user's store, then shipped profiles, then the default."""
+    """use, then AUTOCHUNK_PROFILES from left to right, then the user's store, then the site's folder, then shipped profiles, then the default."""
     assert ask().match == "default"
-    ship(shipped / "a.json", limit_of(4.0))
-    assert ask().plan == Plan("xla", 4.0)
+    ship(shipped / "a.json", limit_of(5.0))
+    assert ask().plan == Plan("xla", 5.0)
     assert ask().layer == f"shipped {shipped}"
+    write(layers.site_profiles() / "a.json", limit_of(4.0))
+    assert ask().plan == Plan("xla", 4.0)
+    assert ask().layer == f"site {layers.site_profiles()}"
     store.put(limit_of(3.0))
     assert ask().plan == Plan("xla", 3.0)
     assert ask().layer == f"user store {store.path}"
@@ -98,7 +102,8 @@ def test_asked_tells_what_each_layer_had(store: ProfileStore, shipped: Path) -> 
     ship(shipped / "a.json", make_profile())
     store.put(limit_of(3.0, make_workload("t=4,k=8")))
     resolution = ask()
-    assert resolution.asked == ((f"user store {store.path}", "nothing for this workload on this device"), (f"shipped {shipped}", "exact match"))
+    nothing = "nothing for this workload on this device"
+    assert resolution.asked == ((f"user store {store.path}", nothing), (f"site {layers.site_profiles()}", nothing), (f"shipped {shipped}", "exact match"))
     assert (resolution.workload, resolution.device, resolution.source) == (WORKLOAD, DEVICE, WORKLOAD.key)
     assert {plan for plan, _ in resolution.rejected} == {str(m.plan) for m in CURVE if m.max_chunk_size_mb != 16.0}
     assert resolution.reason == "fastest"
@@ -316,10 +321,10 @@ sized = st.builds(lambda b, t, s, h, k: Workload.make(batch=b, query_length=t, k
 @given(sized, sized)
 def test_distance_is_symmetric(one: Workload, other: Workload) -> None:
     """As near in one direction as in the other, and nothing is nearer than itself."""
-    there, back = resolve._distance(one, other), resolve._distance(other, one)
+    there, back = resolve._distance(one.key, other.key), resolve._distance(other.key, one.key)
     assert (there is None) == (back is None)
     assert there is None or there == pytest.approx(back)
-    assert resolve._distance(one, one) == 0
+    assert resolve._distance(one.key, one.key) == 0
     assert there is None or (there == 0) == (one == other)
 
 
@@ -544,7 +549,8 @@ def test_changed_store_is_seen(store: ProfileStore) -> None:
 
 
 def test_changed_bundles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does a bundle that is added to a folder, changed or taken away."""
+    """So does a bundle that is added to a folder or taken away, at once, and one that is written over when its files are next looked at."""
+    monkeypatch.setattr(layers, "_LOOK_SECONDS", 0.0)
     folder = tmp_path / "bundles"
     folder.mkdir()
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(folder))
@@ -708,7 +714,7 @@ def test_use_as_a_decorator(store: ProfileStore) -> None:
 def test_shipped_profiles_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle in the repository is one, and each of its profiles recommends a plan."""
     monkeypatch.undo()
-    folder = resolve.shipped_profiles()
+    folder = layers.shipped_profiles()
     assert folder.is_dir()
     for file in folder.glob("*.json"):
         for profile in bundle.read(file).profiles:
@@ -718,7 +724,7 @@ def test_shipped_profiles_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_raise_their_own_errors_only(tmp_path: Path) -> None:
     """The store's errors are StoreError, which resolving catches."""
     with pytest.raises(StoreError):
-        resolve.StoreLayer(tmp_path).get(DEVICE, WORKLOAD)
+        layers.StoreLayer(tmp_path).get(DEVICE, WORKLOAD)
 
 
 def test_measurements_of_the_future_do_not_answer(store: ProfileStore) -> None:

@@ -1,0 +1,128 @@
+"""The doctor: what is found, and that each finding which asks for something says what."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from factories import make_measurement, make_profile, make_workload
+
+from autochunk import doctor
+from autochunk.device import detect
+from autochunk.doctor import Finding, examine
+from autochunk.plan import Plan
+from autochunk.store.database import ProfileStore
+from autochunk.store.profile import DENSE, Profile
+from autochunk.tuner.verify import Verification, verify
+from autochunk.workload import Workload
+
+SMALL = Workload.parse("b=2,t=64,h=2,k=8")
+
+
+def problems(**options: object) -> list[Finding]:
+    findings = list(examine(**options))  # type: ignore[arg-type]
+    assert all(finding.cure for finding in findings if finding.level != "ok")
+    return [finding for finding in findings if finding.level == "problem"]
+
+
+def measured_here(workload: Workload = SMALL, ratio: float = 0.5, **fields: object) -> Profile:
+    """A profile of this machine whose choice, "xla, 0.01 MB", took ``ratio`` of dense's time."""
+    curve = (make_measurement("dense", None, 1.0, 400), make_measurement("xla", 0.01, ratio, 4))
+    return make_profile(workload, detect(), curve, **fields)
+
+
+def test_a_new_set_up_has_no_problems_and_is_told_to_tune() -> None:
+    """Nothing tuned is a note; looking changes nothing."""
+    assert problems() == []
+    assert any(finding.cure == "autochunk tune" for finding in examine())
+    assert not ProfileStore().path.exists()
+
+
+def test_what_is_wrong_with_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writable for others; no database; each with the file's name in it."""
+    store = ProfileStore()
+    store.put(measured_here())
+    assert problems() == []
+    store.path.chmod(0o622)
+    (found,) = problems()
+    assert found.cure == f"chmod 600 {store.path}"
+    store.path.chmod(0o600)
+    store.path.write_bytes(b"no database" * 1000)
+    (found,) = problems()
+    assert str(store.path) in found.detail
+
+
+def test_a_damaged_layer_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is mended it answers nothing."""
+    (tmp_path / "bad.json").write_text("{")
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(tmp_path))
+    (found,) = problems()
+    assert "bad.json" in found.detail
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
+    """In a folder without permission."""
+    tmp_path.chmod(0o500)
+    (found,) = problems(store=tmp_path / "store.sqlite")
+    assert "cannot be written" in found.detail
+
+
+def test_notes_about_profiles() -> None:
+    """Stale, cut short, missed: counted, with the command that cures it."""
+    store, here = ProfileStore(), detect()
+    store.put(measured_here(complete=False))
+    stale = measured_here(make_workload("t=128,k=8"))
+    store.put(stale.model_copy(update={"device": here.model_copy(update={"jaxlib": "0.1.0"})}))
+    store.record_miss(here, make_workload("t=256,k=8"))
+    cures = [finding.cure for finding in examine() if finding.level == "note"]
+    assert cures == ["autochunk show --stale; autochunk tune --stale", SMALL.tune_command, "autochunk tune --missed"]
+
+
+def test_a_gpu_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what keeps jax from it, where that can be told."""
+    monkeypatch.setattr(doctor, "_nvidia_gpu_here", lambda: True)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value, words in (("JAX_PLATFORMS", "cpu", "JAX_PLATFORMS is 'cpu'"), ("CUDA_VISIBLE_DEVICES", "", "CUDA_VISIBLE_DEVICES is empty")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert words in problems()[0].cure
+    assert problems()[0].cure == 'pip install "jax[cuda13]"'
+
+
+def test_the_oldest_profiles_are_verified() -> None:
+    """So many as were asked for; slower than when tuned is a problem, as fast is not, and neither is faster."""
+    store = ProfileStore()
+    for year, workload in (("2021", make_workload("t=64,k=8")), ("2020", SMALL), ("2022", make_workload("t=128,k=8"))):
+        store.put(measured_here(workload, created=f"{year}-01-01T00:00:00Z"))
+    seen: list[str] = []
+
+    def slower(profile: Profile) -> Verification:
+        seen.append(profile.created[:4])
+        return Verification(profile, Plan("xla", 0.01), DENSE, then=0.5, now=0.7 if len(seen) == 1 else 0.4, spread=0.02)
+
+    (found,) = problems(verify_count=2, verifier=slower)
+    assert seen == ["2020", "2021"]
+    assert "+40%" in found.detail
+    assert found.cure == f"{SMALL.tune_command} --force"
+
+
+@pytest.mark.parametrize(("now", "spread", "drifted"), [(0.5, 0.0, False), (0.54, 0.0, False), (0.56, 0.0, True), (0.56, 0.2, False), (0.3, 0.0, False)])
+def test_drift_is_more_than_noise(now: float, spread: float, drifted: bool) -> None:
+    """More than a tenth, and more than twice the spread."""
+    assert Verification(measured_here(), Plan("xla", 0.01), DENSE, 0.5, now, spread).drifted is drifted
+
+
+def test_verify_times_the_choice_beside_a_baseline() -> None:
+    """By a real worker."""
+    found = verify(measured_here(), rounds=3)
+    assert (found.plan, found.baseline, found.failure) == (Plan("xla", 0.01), DENSE, "")
+    assert found.then == 0.5
+    assert found.now > 0
+
+
+def test_verify_of_a_plan_that_no_longer_runs() -> None:
+    """A worker that cannot start is a finding, not an error."""
+    found = verify(measured_here(), worker_command=("false",))
+    assert found.failure
