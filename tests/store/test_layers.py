@@ -13,7 +13,8 @@ from autochunk.errors import BundleError
 from autochunk.store import bundle, layers
 from autochunk.store.database import ProfileStore
 from autochunk.store.layers import BundleLayer, Layer, MemoryLayer, StoreLayer, account, places
-from autochunk.store.profile import Profile
+from autochunk.store.profile import DENSE, Profile, slower_by
+from autochunk.store.resolve import resolve
 
 DEVICE, WORKLOAD = make_device(), make_workload()
 
@@ -107,3 +108,25 @@ def test_account_of_a_damaged_layer(tmp_path: Path) -> None:
     """Says what is wrong instead of failing."""
     (tmp_path / "bad.json").write_text("[")
     assert account(BundleLayer(str(tmp_path / "bad.json"), "file"), DEVICE, WORKLOAD).startswith("cannot be read: ")
+
+
+SHIPPED = sorted(layers.shipped_profiles().glob("*.json*"))
+
+
+def test_profiles_are_shipped() -> None:
+    """For some devices at least."""
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shipped_bundles_are_sound(file: Path) -> None:
+    """One device each, as `autochunk export` writes it, and whoever has that device gets each profile's own choice, never slower than dense."""
+    found = bundle.read(file)
+    assert bundle.dump(found.profiles, found.provenance.note if found.provenance else "") == bundle.fetch(file).decode()
+    assert len({profile.device.key for profile in found.profiles}) == 1
+    for profile in found.profiles:
+        answer, choice, dense = resolve(profile.parsed_workload(), device=profile.device), profile.choose(), profile.baseline(DENSE)
+        assert choice is not None
+        assert answer.layer == f"shipped {layers.shipped_profiles()}"
+        assert (answer.match, answer.plan, answer.stale) == ("exact", choice.plan, ())
+        assert dense is None or slower_by(choice.measurement, dense) <= 0

@@ -711,16 +711,6 @@ def test_use_as_a_decorator(store: ProfileStore) -> None:
 # --- What ships with autochunk --------------------------------------------------------------------------------------------
 
 
-def test_shipped_profiles_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every bundle in the repository is one, and each of its profiles recommends a plan."""
-    monkeypatch.undo()
-    folder = layers.shipped_profiles()
-    assert folder.is_dir()
-    for file in folder.glob("*.json"):
-        for profile in bundle.read(file).profiles:
-            assert profile.choose() is not None
-
-
 def test_layers_raise_their_own_errors_only(tmp_path: Path) -> None:
     """The store's errors are StoreError, which resolving catches."""
     with pytest.raises(StoreError):
