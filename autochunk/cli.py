@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import autochunk
 from autochunk import report
 from autochunk.device import detect, visible_gpus
 from autochunk.errors import AutochunkError
-from autochunk.store import bundle, layers
+from autochunk.store import bundle, layers, merge
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS
 from autochunk.store.resolve import resolve, use
@@ -106,6 +107,8 @@ def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...
     workloads: list[Workload] | None = _workloads(named, dtype, mode) if named or missed or stale else None
     if workloads is not None:
         workloads += [*(_missed(profile_store) if missed else []), *(_stale(profile_store) if stale else [])]
+    # Schedulers end a job so; what was measured is kept then, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with report.TuneProgress(_console(stderr=True)) as progress:
             profiles = run(
@@ -231,34 +234,36 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
 def export(place: str, device: str | None, shapes: tuple[str, ...], dtype: str | None, mode: str | None, note: str, storage: str | None,
            store: Path | None) -> None:  # fmt: skip
     """Write profiles to a bundle: a file (compressed if its name ends in .gz), a URL, or - for standard output."""
+    unfinished = 0
     if storage is None:
         found = ProfileStore(store).profiles()
     else:
         from autochunk.tuner.study import Storage
 
-        found = Storage(storage).profiles()
-    profiles = bundle.select(found, device=device, shapes=shapes, dtype=dtype, mode=mode)
+        found, unfinished = Storage(storage, make=False).profiles()
+    profiles = merge.select(found, device=device, shapes=shapes, dtype=dtype, mode=mode)
     text = bundle.dump(profiles, note)
     if place == "-":
         click.echo(text, nl=False)
     else:
         bundle.write(place, text)
-    click.echo(f"{len(profiles)} profiles exported{'' if len(profiles) == len(found) else f', {len(found) - len(profiles)} left out'}.", err=True)
+    others = [f"{count} {what}" for count, what in ((len(found) - len(profiles), "left out"), (unfinished, "not finished")) if count]
+    click.echo(f"{', '.join([f'{len(profiles)} profiles exported', *others])}.", err=True)
 
 
 @main.command("import")
 @click.argument("place", metavar="FILE|URL|-")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option(
-    "--prefer", type=click.Choice(bundle.PREFERENCES), default="best-effort", show_default=True,
+    "--prefer", type=click.Choice(merge.PREFERENCES), default="best-effort", show_default=True,
     help="Which of two different profiles of one device and workload stays: the newest, the one of best effort (complete, thorough, then newest), "
     "the bundle's (theirs) or the store's (ours).",
 )  # fmt: skip
 @_store_option
 @_json_option
-def import_(place: str, dry_run: bool, prefer: bundle.Preference, store: Path | None, as_json: bool) -> None:
+def import_(place: str, dry_run: bool, prefer: merge.Preference, store: Path | None, as_json: bool) -> None:
     """Add the profiles of a bundle (a file, a URL, or - for standard input) to the store: all that --prefer lets in, or on an error none."""
-    plan = bundle.merge(ProfileStore(store), bundle.read(place), prefer, dry_run)
+    plan = merge.merge(ProfileStore(store), bundle.read(place), prefer, dry_run)
     if as_json:
         click.echo(report.as_json(report.import_records(plan)))
         return
@@ -283,7 +288,7 @@ def forget(device: str | None, shapes: tuple[str, ...], dtype: str | None, mode:
         return
     if not (device or shapes or dtype or mode or stale or older_than is not None):
         raise click.UsageError("name what to forget: --device, --shape, --dtype, --mode, --stale, --older-than or --unreadable (all of it: --older-than 0)")
-    chosen = bundle.select(profile_store.profiles(), device=device, shapes=shapes, dtype=dtype, mode=mode)
+    chosen = merge.select(profile_store.profiles(), device=device, shapes=shapes, dtype=dtype, mode=mode)
     if stale:
         now = detect()
         chosen = [profile for profile in chosen if profile.device.key == now.key and profile.device.stale_reasons(now)]

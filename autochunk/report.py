@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autochunk.device import Device
-from autochunk.store.bundle import ImportPlan, Relation
+from autochunk.store.merge import ImportPlan, Relation
 from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile
 from autochunk.store.resolve import Resolution
 

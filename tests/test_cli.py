@@ -252,8 +252,9 @@ def test_explain_goes_on_without_a_damaged_store() -> None:
     assert "left out" in result.stdout
 
 
-def test_ctrl_c_ends_at_once_and_says_how_to_go_on() -> None:
-    """SIGINT to a tune in progress: exit status 130 within seconds, and the hint."""
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) -> None:
+    """Ctrl-C, or a scheduler's SIGTERM, to a tune in progress: exit status 130 within seconds, the hint, and what was measured is stored."""
     process = subprocess.Popen(
         [sys.executable, "-m", "autochunk.cli", "tune", "--shape", "b=4,t=1024,h=8,k=64", "--effort", "thorough"], stderr=subprocess.PIPE, text=True
     )
@@ -262,7 +263,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on() -> None:
         if "1/" in line and "MB:" in line:
             break
     asked = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal_number)
     rest = process.stderr.read()
     assert process.wait(timeout=30) == 130
     assert time.monotonic() - asked < 20

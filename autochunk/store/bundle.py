@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -19,19 +18,17 @@ import secrets
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
+import autochunk
 from autochunk.device import Device
-from autochunk.errors import ArgumentError, BundleError, WorkloadError
+from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import remote
-from autochunk.store.database import ProfileStore
-from autochunk.store.profile import EFFORTS, Bundle, Profile, Provenance
-from autochunk.workload import Workload
+from autochunk.store.profile import Bundle, Profile, Provenance
 
 BUNDLE_VERSION: Literal[2] = 2
 
@@ -63,13 +60,13 @@ def dump(profiles: Iterable[Profile], note: str = "") -> str:
       ArgumentError: ``note`` is not one line of at most 1000 characters.
       BundleError: two profiles are of one device and workload.
     """
-    ordered = sorted(profiles, key=_key)
-    _refuse_twice(ordered, "a bundle cannot be written")
+    ordered = sorted(profiles, key=key_of)
+    refuse_twice(ordered, "a bundle cannot be written")
     entries = [_entry(profile.model_dump(mode="json")) for profile in ordered]
     content = {
         "schema_version": BUNDLE_VERSION,
         "checksum": _checksum(entry["digest"] for entry in entries),
-        "provenance": _provenance(ordered, _own_version(), note).model_dump(mode="json"),
+        "provenance": _provenance(ordered, autochunk.__version__, note).model_dump(mode="json"),
         "profiles": entries,
     }
     # Bundle, list, entry, profile and its list of measurements are spread out; a measurement is not.
@@ -103,34 +100,29 @@ def _sha256(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _provenance(profiles: Iterable[Profile], autochunk: str, note: str) -> Provenance:
+def _provenance(profiles: Iterable[Profile], version: str, note: str) -> Provenance:
     profiles = list(profiles)
     created = sorted(profile.created for profile in profiles)
     devices = sorted({profile.device.key for profile in profiles})
     oldest, newest = (created[0], created[-1]) if created else (None, None)
     try:
-        return Provenance(autochunk=autochunk, devices=tuple(devices), oldest=oldest, newest=newest, profiles=len(profiles), note=note)
+        return Provenance(autochunk=version, devices=tuple(devices), oldest=oldest, newest=newest, profiles=len(profiles), note=note)
     except ValidationError:
         raise ArgumentError(f"note must be one line of at most 1000 characters, none of them control characters; got {reprlib.repr(note)}") from None
 
 
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("autochunk")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # run from sources that were never installed
-
-
-def _key(profile: Profile) -> tuple[str, str]:
+def key_of(profile: Profile) -> tuple[str, str]:
+    """(device key, workload key): of those there is one profile in a bundle and in a store."""
     return profile.device.key, profile.workload
 
 
-def _refuse_twice(profiles: Iterable[Profile], source: str) -> None:
+def refuse_twice(profiles: Iterable[Profile], source: str) -> None:
+    """Raises BundleError where two profiles are of one device and workload."""
     seen = set()
     for profile in profiles:
-        if _key(profile) in seen:
-            raise BundleError(f"{source}: {_twice(_key(profile))}")
-        seen.add(_key(profile))
+        if key_of(profile) in seen:
+            raise BundleError(f"{source}: {_twice(key_of(profile))}")
+        seen.add(key_of(profile))
 
 
 def _twice(key: tuple[str, str]) -> str:
@@ -456,168 +448,3 @@ def _reason(error: OSError) -> str:
 def _name(place: str | os.PathLike[str]) -> str:
     path = os.fspath(place)
     return "standard input" if path == "-" else _one_line(path)
-
-
-# --- Choosing what travels ------------------------------------------------------------------------------------------------
-
-
-def select(
-    profiles: Iterable[Profile], *, device: str | None = None, shapes: Iterable[str] = (), dtype: str | None = None, mode: str | None = None
-) -> list[Profile]:
-    """Those of the profiles that every filter lets through, in their order.
-
-    Args:
-      profiles: from which to choose.
-      device: a part of the device's key, in any case.
-      shapes: any of these; each is items such as ``t=4096,h=8``, of which all that are given must be equal.
-      dtype: as a workload has it.
-      mode: "forward" or "training".
-
-    Raises:
-      WorkloadError: a shape has an item that no workload has.
-    """
-    also = {name: value for name, value in (("dtype", dtype), ("mode", mode)) if value is not None}
-    wanted = [{**_shape_items(shape), **also} for shape in shapes] or [also]
-    return [
-        profile
-        for profile in profiles
-        if (device or "").lower() in profile.device.key.lower() and any(items.items() <= _items(profile.workload).items() for items in wanted)
-    ]
-
-
-def _items(text: str) -> dict[str, str]:
-    pairs = (item.partition("=") for item in text.removeprefix("attention:").split(","))
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _shape_items(shape: str) -> dict[str, str]:
-    items, known = _items(shape), _items(Workload.make(query_length=1, key_size=1).key)
-    if not items.keys() <= known.keys() or not all(items.values()):
-        raise WorkloadError(f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of {', '.join(known)}; for example t=4096,h=8")
-    return items
-
-
-# --- Import ---------------------------------------------------------------------------------------------------------------
-
-Preference = Literal["newest", "best-effort", "theirs", "ours"]
-PREFERENCES: tuple[Preference, ...] = get_args(Preference)
-
-Relation = Literal["new", "same", "newer", "older", "conflicting"]
-
-# What is compared in turn; more is better.
-_CRITERIA: dict[Preference, tuple[str, ...]] = {"newest": ("created",), "best-effort": ("complete", "effort", "created")}
-
-
-@dataclass(frozen=True)
-class ImportEntry:
-    """What an import does with one profile of a bundle.
-
-    Attributes:
-      profile: the bundle's.
-      stored: the store's of the same device and workload; None if it has none.
-      relation: "new" to the store, the "same" as the store's, created "newer" or "older", or "conflicting": created at the same time and yet different.
-      taken: whether it is stored; if not, what is stored stays.
-      reason: what decided, in words.
-    """
-
-    profile: Profile
-    stored: Profile | None
-    relation: Relation
-    taken: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class ImportPlan:
-    """What an import does, profile by profile in the bundle's order."""
-
-    entries: tuple[ImportEntry, ...]
-
-    @property
-    def taken(self) -> list[Profile]:
-        """The profiles to store."""
-        return [entry.profile for entry in self.entries if entry.taken]
-
-    @property
-    def new(self) -> int:
-        """How many the store has nothing of."""
-        return self.count("new")
-
-    @property
-    def updated(self) -> int:
-        """How many replace one of the store's."""
-        return len(self.taken) - self.new
-
-    @property
-    def kept(self) -> int:
-        """How many are left out because the store's stays."""
-        return len(self.entries) - len(self.taken)
-
-    def count(self, relation: Relation) -> int:
-        """How many have this relation to what is stored."""
-        return sum(entry.relation == relation for entry in self.entries)
-
-
-def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = "best-effort") -> ImportPlan:
-    """What importing a bundle would do to a store with these profiles.
-
-    Args:
-      stored: the store's profiles.
-      bundle: what is to be imported.
-      prefer: which of two different profiles of one device and workload stays: "newest", the one created later; "best-effort", a complete one before one
-        that was cut short, then the one of higher effort, then the one created later; "theirs", the bundle's; "ours", the store's. Of two that this does
-        not tell apart the store's stays.
-
-    Raises:
-      ArgumentError: ``prefer`` is none of these.
-      BundleError: the bundle has two profiles of one device and workload.
-    """
-    if prefer not in PREFERENCES:
-        raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
-    _refuse_twice(bundle.profiles, "bundle")
-    mine = {_key(profile): profile for profile in stored}
-    return ImportPlan(tuple(_import_entry(profile, mine.get(_key(profile)), prefer) for profile in bundle.profiles))
-
-
-def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort", dry_run: bool = False) -> ImportPlan:
-    """Adds a bundle's profiles to a store, all that the plan takes or, on an error, none; with ``dry_run`` only says what it would do. See ``plan_import``.
-
-    Raises:
-      ArgumentError: ``prefer`` is no preference.
-      BundleError: the bundle has two profiles of one device and workload.
-      StoreError: the store cannot be read or written.
-    """
-    plan = plan_import(store.profiles(), bundle, prefer)
-    if plan.taken and not dry_run:
-        store.put_all(plan.taken)
-    return plan
-
-
-def _import_entry(profile: Profile, mine: Profile | None, prefer: Preference) -> ImportEntry:
-    if mine is None:
-        return ImportEntry(profile, None, "new", True, "the store has none of this device and workload")
-    if profile == mine:
-        return ImportEntry(profile, mine, "same", False, "the store has the very same")
-    taken, reason = _decide(profile, mine, prefer)
-    return ImportEntry(profile, mine, _relation(profile, mine), taken, reason)
-
-
-def _relation(profile: Profile, mine: Profile) -> Relation:
-    if profile.created == mine.created:
-        return "conflicting"
-    return "newer" if profile.created > mine.created else "older"
-
-
-def _decide(theirs: Profile, ours: Profile, prefer: Preference) -> tuple[bool, str]:
-    """Whether the bundle's profile is stored in place of ours, and why."""
-    if prefer in ("theirs", "ours"):
-        return prefer == "theirs", f"prefer is {prefer!r}"
-    for criterion in _CRITERIA[prefer]:
-        if _rank(theirs, criterion) != _rank(ours, criterion):
-            reason = f"{criterion} is {getattr(theirs, criterion)} in the bundle and {getattr(ours, criterion)} in the store"
-            return _rank(theirs, criterion) > _rank(ours, criterion), reason
-    return False, f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or 'ours'"
-
-
-def _rank(profile: Profile, criterion: str) -> Any:
-    return EFFORTS.index(profile.effort) if criterion == "effort" else getattr(profile, criterion)

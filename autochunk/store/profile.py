@@ -26,6 +26,8 @@ Effort = Literal["quick", "standard", "thorough"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Without FailFast each wrong value of a hostile file is an error that takes memory.
+_Times = Annotated[tuple[_Seconds, ...], FailFast()]
 _Bytes = Annotated[int, Field(ge=0, le=2**60)]
 
 # Times closer than this are equal for a user, however many repeats could tell them apart.
@@ -62,8 +64,8 @@ class Measurement(_Record):
     max_chunk_size_mb: float | None
     status: Status
     detail: str = Field(default="", max_length=2000)
-    seconds: tuple[_Seconds, ...] = Field(default=(), max_length=1000)
-    ratios: tuple[_Seconds, ...] = Field(default=(), max_length=1000)
+    seconds: _Times = Field(default=(), max_length=1000)
+    ratios: _Times = Field(default=(), max_length=1000)
     temp_bytes: _Bytes | None = None
     measured_bytes: _Bytes | None = None
     compile_seconds: _Seconds | None = None
@@ -176,7 +178,7 @@ class Profile(_Record):
     schema_version: Literal[1]
     workload: str
     device: Device
-    measurements: tuple[Measurement, ...] = Field(max_length=10_000)
+    measurements: Annotated[tuple[Measurement, ...], FailFast()] = Field(max_length=10_000)
     effort: Effort
     complete: bool
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]

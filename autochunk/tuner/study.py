@@ -53,10 +53,18 @@ class Storage:
 
     Args:
       place: a database's URL as SQLAlchemy reads it (``postgresql://user:password@host/name``), or the path of a journal file.
+      make: whether a journal file that is not there is made.
+
+    Raises:
+      StorageError: it cannot be reached, or is not there and not to be made.
     """
 
-    def __init__(self, place: str | os.PathLike[str]) -> None:
+    def __init__(self, place: str | os.PathLike[str], *, make: bool = True) -> None:
         self.place = os.fspath(place)
+        if self.place.count("@") > 1 and "://" in self.place:
+            raise StorageError("in a storage's URL there is one @, before the host; one in a password is written %40 (PGPASSWORD needs no such care)")
+        if not make and "://" not in self.place and not Path(self.place).exists():
+            raise StorageError(f"there is no storage {self.place}; name the one that `autochunk tune --storage` was given")
         with self.errors():
             self._optuna: BaseStorage = _open_database(self.place) if "://" in self.place else _open_journal(Path(self.place))
 
@@ -65,12 +73,12 @@ class Storage:
         with self.errors():
             return Study(self, self._optuna, study_name(device, workload, effort))
 
-    def profiles(self) -> list[Profile]:
-        """The profile of every finished study."""
+    def profiles(self) -> tuple[list[Profile], int]:
+        """The profiles of all finished studies, and how many others there are."""
         with self.errors():
             summaries = optuna.get_all_study_summaries(storage=self._optuna, include_best_trial=False)
         texts = [summary.user_attrs["profile"] for summary in summaries if "profile" in summary.user_attrs]
-        return [Profile.model_validate_json(text) for text in texts]
+        return [Profile.model_validate_json(text) for text in texts], len(summaries) - len(texts)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -278,8 +286,16 @@ def _wire(plan: Plan) -> list[Any]:
 
 
 def _worker_name() -> str:
-    """Host, namespace of process numbers, process: equal only for one process of one machine or container."""
-    return f"{socket.gethostname()} {_process_namespace()} {os.getpid()}"
+    """Machine, namespace of process numbers, process: equal only for one process of one machine or container."""
+    return f"{socket.gethostname()} {_boot()} {_process_namespace()} {os.getpid()}"
+
+
+def _boot() -> str:
+    """What tells machines of one name apart; no two starts of a system have the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "?"
 
 
 def _process_namespace() -> str:
@@ -331,7 +347,7 @@ def _open_database(url: str) -> RDBStorage:
 
 
 def _without_password(place: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", place)
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
 
 
 def _first_line(error: BaseException) -> str:

@@ -119,6 +119,7 @@ def tune(
         task = _Task(effort, force, store, device, deadline, on_event)
         waiting = [event for event in events if event.workload not in stored]
         if shared is not None:
+            _contribute(shared, stored, effort)
             _on_each(probes, _sharer(task, shared, waiting, found))
         elif len(probes) > 1:
             _all_together(task, probes, waiting, found)
@@ -203,6 +204,14 @@ def _sharer(task: _Task, storage: Storage, waiting: Sequence[Event], found: dict
                 del studies[workload]
 
     return measure
+
+
+def _contribute(storage: Storage, stored: dict[Workload, Profile], effort: Effort) -> None:
+    """Gives the other workers what this machine has measured before."""
+    for workload, profile in stored.items():
+        study = storage.study(profile.device, workload, effort)
+        if study.profile is None:
+            study.profile = profile
 
 
 def _rotated(items: list[Workload], by: int) -> list[Workload]:

@@ -123,7 +123,7 @@ def test_the_dead_of_this_machine_are_found_at_once(place: str) -> None:
 def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose process cannot be looked at is dead when it has written nothing for a while; what it hands in late is not taken."""
     study = open_study(place)
-    monkeypatch.setattr(studies, "_worker_name", lambda: "elsewhere pid:[1] 1")
+    monkeypatch.setattr(studies, "_worker_name", lambda: "elsewhere boot pid:[1] 1")
     claim = study.claim(PLANS[:1])
     assert claim is not None
     monkeypatch.undo()
@@ -155,8 +155,10 @@ def test_finished_profiles_are_kept(place: str) -> None:
         study = Storage(place).study(device, WORKLOAD, "quick")
         assert study.profile is None
         study.profile = make_profile(device=device)
+    Storage(place).study(make_device(), Workload.parse("t=1,k=8"), "quick")
+    assert Storage(place).profiles()[1] == 1
     assert open_study(place).profile == make_profile(device=devices[0])
-    assert sorted(profile.device.kind for profile in Storage(place).profiles()) == ["Another/Kind", "Made/Up"]
+    assert sorted(profile.device.kind for profile in Storage(place).profiles()[0]) == ["Another/Kind", "Made/Up"]
 
 
 def test_another_jaxlib_is_another_study() -> None:
@@ -171,6 +173,28 @@ def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
         Storage(url)
     assert "hunter2" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_password_that_is_not_encoded_is_told_and_not_shown() -> None:
+    """Half of it would pass for the host's name."""
+    with pytest.raises(StorageError, match="%40") as error:
+        Storage("postgresql://me:p@ss/w@127.0.0.1/name")
+    assert "ss" not in str(error.value).replace("password", "").replace("PGPASSWORD", "")
+
+
+def test_a_journal_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> None:
+    """A mistyped name is an error, and leaves nothing behind."""
+    with pytest.raises(StorageError, match="there is no storage"):
+        Storage(tmp_path / "shared" / "typo.journal", make=False)
+    assert not (tmp_path / "shared").exists()
+
+
+def test_what_was_tuned_before_is_given_to_the_others(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """A worker that skips a workload brings its own profile of it."""
+    store, place = ProfileStore(), str(tmp_path / "journal")
+    tune([WORKLOAD], effort="standard", worker_command=scripted(), store=store)
+    tune([WORKLOAD], effort="quick", worker_command=scripted(), store=store, storage=place)
+    assert Storage(place).profiles() == (store.profiles(), 0)
 
 
 def test_a_journal_in_an_impossible_place(tmp_path: Path) -> None:
@@ -227,4 +251,4 @@ def test_workers_share_and_one_is_killed(place: str, scripted: Callable[..., Any
     measured = Counter(line.strip() for line in lines)
     assert max(measured.values()) == 1
     assert set(measured) == {f"{profile.workload}; {m.plan}" for profile in profiles for m in profile.measurements}
-    assert {(p.workload, p.created) for p in Storage(place).profiles()} == {(p.workload, p.created) for p in profiles}
+    assert {(p.workload, p.created) for p in Storage(place).profiles()[0]} == {(p.workload, p.created) for p in profiles}

@@ -1,0 +1,179 @@
+"""Which profiles travel, and what becomes of them where they arrive: filters for export, and import into a store that may have its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from autochunk.errors import ArgumentError, WorkloadError
+from autochunk.store.bundle import key_of, refuse_twice
+from autochunk.store.database import ProfileStore
+from autochunk.store.profile import EFFORTS, Bundle, Profile
+from autochunk.workload import Workload
+
+# --- Choosing what travels ------------------------------------------------------------------------------------------------
+
+
+def select(
+    profiles: Iterable[Profile], *, device: str | None = None, shapes: Iterable[str] = (), dtype: str | None = None, mode: str | None = None
+) -> list[Profile]:
+    """Those of the profiles that every filter lets through, in their order.
+
+    Args:
+      profiles: from which to choose.
+      device: a part of the device's key, in any case.
+      shapes: any of these; each is items such as ``t=4096,h=8``, of which all that are given must be equal.
+      dtype: as a workload has it.
+      mode: "forward" or "training".
+
+    Raises:
+      WorkloadError: a shape has an item that no workload has.
+    """
+    also = {name: value for name, value in (("dtype", dtype), ("mode", mode)) if value is not None}
+    wanted = [{**_shape_items(shape), **also} for shape in shapes] or [also]
+    return [
+        profile
+        for profile in profiles
+        if (device or "").lower() in profile.device.key.lower() and any(items.items() <= _items(profile.workload).items() for items in wanted)
+    ]
+
+
+def _items(text: str) -> dict[str, str]:
+    pairs = (item.partition("=") for item in text.removeprefix("attention:").split(","))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _shape_items(shape: str) -> dict[str, str]:
+    items, known = _items(shape), _items(Workload.make(query_length=1, key_size=1).key)
+    if not items.keys() <= known.keys() or not all(items.values()):
+        raise WorkloadError(f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of {', '.join(known)}; for example t=4096,h=8")
+    return items
+
+
+# --- Import ---------------------------------------------------------------------------------------------------------------
+
+Preference = Literal["newest", "best-effort", "theirs", "ours"]
+PREFERENCES: tuple[Preference, ...] = get_args(Preference)
+
+Relation = Literal["new", "same", "newer", "older", "conflicting"]
+
+# What is compared in turn; more is better.
+_CRITERIA: dict[Preference, tuple[str, ...]] = {"newest": ("created",), "best-effort": ("complete", "effort", "created")}
+
+
+@dataclass(frozen=True)
+class ImportEntry:
+    """What an import does with one profile of a bundle.
+
+    Attributes:
+      profile: the bundle's.
+      stored: the store's of the same device and workload; None if it has none.
+      relation: "new" to the store, the "same" as the store's, created "newer" or "older", or "conflicting": created at the same time and yet different.
+      taken: whether it is stored; if not, what is stored stays.
+      reason: what decided, in words.
+    """
+
+    profile: Profile
+    stored: Profile | None
+    relation: Relation
+    taken: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """What an import does, profile by profile in the bundle's order."""
+
+    entries: tuple[ImportEntry, ...]
+
+    @property
+    def taken(self) -> list[Profile]:
+        """The profiles to store."""
+        return [entry.profile for entry in self.entries if entry.taken]
+
+    @property
+    def new(self) -> int:
+        """How many the store has nothing of."""
+        return self.count("new")
+
+    @property
+    def updated(self) -> int:
+        """How many replace one of the store's."""
+        return len(self.taken) - self.new
+
+    @property
+    def kept(self) -> int:
+        """How many are left out because the store's stays."""
+        return len(self.entries) - len(self.taken)
+
+    def count(self, relation: Relation) -> int:
+        """How many have this relation to what is stored."""
+        return sum(entry.relation == relation for entry in self.entries)
+
+
+def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = "best-effort") -> ImportPlan:
+    """What importing a bundle would do to a store with these profiles.
+
+    Args:
+      stored: the store's profiles.
+      bundle: what is to be imported.
+      prefer: which of two different profiles of one device and workload stays: "newest", the one created later; "best-effort", a complete one before one
+        that was cut short, then the one of higher effort, then the one created later; "theirs", the bundle's; "ours", the store's. Of two that this does
+        not tell apart the store's stays.
+
+    Raises:
+      ArgumentError: ``prefer`` is none of these.
+      BundleError: the bundle has two profiles of one device and workload.
+    """
+    if prefer not in PREFERENCES:
+        raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
+    refuse_twice(bundle.profiles, "bundle")
+    mine = {key_of(profile): profile for profile in stored}
+    return ImportPlan(tuple(_import_entry(profile, mine.get(key_of(profile)), prefer) for profile in bundle.profiles))
+
+
+def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort", dry_run: bool = False) -> ImportPlan:
+    """Adds a bundle's profiles to a store, all that the plan takes or, on an error, none; with ``dry_run`` only says what it would do. See ``plan_import``.
+
+    Raises:
+      ArgumentError: ``prefer`` is no preference.
+      BundleError: the bundle has two profiles of one device and workload.
+      StoreError: the store cannot be read or written, or another process changed the same profiles meanwhile.
+    """
+    if not dry_run and bundle.profiles:
+        store.check_writable()  # which mends a damaged store, for it to be read
+    plan = plan_import(store.profiles(), bundle, prefer)
+    if plan.taken and not dry_run:
+        store.put_all(plan.taken, expected={key_of(entry.profile): entry.stored for entry in plan.entries if entry.taken})
+    return plan
+
+
+def _import_entry(profile: Profile, mine: Profile | None, prefer: Preference) -> ImportEntry:
+    if mine is None:
+        return ImportEntry(profile, None, "new", True, "the store has none of this device and workload")
+    if profile == mine:
+        return ImportEntry(profile, mine, "same", False, "the store has the very same")
+    taken, reason = _decide(profile, mine, prefer)
+    return ImportEntry(profile, mine, _relation(profile, mine), taken, reason)
+
+
+def _relation(profile: Profile, mine: Profile) -> Relation:
+    if profile.created == mine.created:
+        return "conflicting"
+    return "newer" if profile.created > mine.created else "older"
+
+
+def _decide(theirs: Profile, ours: Profile, prefer: Preference) -> tuple[bool, str]:
+    """Whether the bundle's profile is stored in place of ours, and why."""
+    if prefer in ("theirs", "ours"):
+        return prefer == "theirs", f"prefer is {prefer!r}"
+    for criterion in _CRITERIA[prefer]:
+        if _rank(theirs, criterion) != _rank(ours, criterion):
+            reason = f"{criterion} is {getattr(theirs, criterion)} in the bundle and {getattr(ours, criterion)} in the store"
+            return _rank(theirs, criterion) > _rank(ours, criterion), reason
+    return False, f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or 'ours'"
+
+
+def _rank(profile: Profile, criterion: str) -> Any:
+    return EFFORTS.index(profile.effort) if criterion == "effort" else getattr(profile, criterion)
