@@ -143,9 +143,9 @@ def _memory(temp_bytes: int | None, share: float | None) -> str:
     if temp_bytes is None:
         return "-"
     text = f"{temp_bytes / 1e6:.0f} MB"
-    if share is None:
+    if share is None or share < 1 / 9999:
         return text
-    return f"{text} (1/{1 / share:.1f})" if 0 < share < 1 else f"{text} ({share:.1f}x)"
+    return f"{text} (1/{1 / share:.1f})" if share < 1 else f"{text} ({share:.1f}x)"
 
 
 def _percent(value: float | None) -> str:

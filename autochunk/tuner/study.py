@@ -65,8 +65,11 @@ class Storage:
             raise StorageError("in a storage's URL there is one @, before the host; one in a password is written %40 (PGPASSWORD needs no such care)")
         if not make and "://" not in self.place and not Path(self.place).exists():
             raise StorageError(f"there is no storage {self.place}; name the one that `autochunk tune --storage` was given")
-        with self.errors():
-            self._optuna: BaseStorage = _open_database(self.place) if "://" in self.place else _open_journal(Path(self.place))
+        try:
+            with self.errors():
+                self._optuna: BaseStorage = _open_database(self.place) if "://" in self.place else _open_journal(Path(self.place))
+        except (ValueError, LookupError, TypeError, AssertionError) as error:  # what Optuna makes of a file that it did not write
+            raise StorageError(f"{_without_password(self.place)} is no storage that `autochunk tune --storage` made: {_first_line(error)}") from error
 
     def study(self, device: Device, workload: Workload, effort: Effort) -> Study:
         """The study of a workload; made if it is not there."""

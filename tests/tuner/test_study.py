@@ -189,6 +189,15 @@ def test_a_journal_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> N
     assert not (tmp_path / "shared").exists()
 
 
+@pytest.mark.parametrize("content", [b"garbage\n\x00\xff\n", b'{"op_code": 99, "x": 1}\n', b"[1]\n"])
+def test_a_file_that_is_no_journal(content: bytes, tmp_path: Path) -> None:
+    """It is left as it was."""
+    (tmp_path / "journal").write_bytes(content)
+    with pytest.raises(StorageError, match="is no storage"):
+        Storage(tmp_path / "journal")
+    assert (tmp_path / "journal").read_bytes() == content
+
+
 def test_what_was_tuned_before_is_given_to_the_others(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """A worker that skips a workload brings its own profile of it."""
     store, place = ProfileStore(), str(tmp_path / "journal")
