@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,8 @@ def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...
     workloads: list[Workload] | None = _workloads(named, dtype, mode) if named or missed or stale else None
     if workloads is not None:
         workloads += [*(_missed(profile_store) if missed else []), *(_stale(profile_store) if stale else [])]
-    # Schedulers end a job so; what was measured is kept then, too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with report.TuneProgress(_console(stderr=True)) as progress:
+        with _sigterm_like_ctrl_c(), report.TuneProgress(_console(stderr=True)) as progress:
             profiles = run(
                 workloads, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress,  # type: ignore[arg-type]
                 gpus=visible_gpus(devices) if devices else (), storage=storage,
@@ -121,6 +120,16 @@ def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...
     _print_profiles([report.profile_row(profile) for profile in profiles], as_json)
     if not profiles and workloads != []:
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Schedulers end a job by SIGTERM; what was measured is to be kept then, too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _missed(store: ProfileStore) -> list[Workload]:
