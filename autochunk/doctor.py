@@ -118,6 +118,16 @@ def _layer(layer: Layer, device: Device) -> Finding:
 
 
 def _store(store: ProfileStore) -> Iterator[Finding]:
+    try:
+        yield from _store_file(store)
+    except OSError as error:
+        yield Finding("problem", "store", f"{store.path}: {error.strerror or error}", _ELSEWHERE)
+
+
+def _store_file(store: ProfileStore) -> Iterator[Finding]:
+    if store.path.is_dir():
+        yield Finding("problem", "store", f"{store.path} is a folder", _ELSEWHERE)
+        return
     if not store.path.exists():
         folder = next(parent for parent in store.path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):

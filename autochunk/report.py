@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -227,12 +228,13 @@ class TuneProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._start = time.monotonic()
-        self._best: Measurement | None = None
+        self._lock = threading.Lock()  # several GPUs tell of their workloads at the same time
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=console
         )
         self._live = Live(self._progress, console=console, transient=True) if console.is_terminal else None
-        self._task: TaskID | None = None
+        self._best: dict[Any, Measurement] = {}
+        self._tasks: dict[Any, TaskID] = {}
 
     def __enter__(self) -> TuneProgress:
         if self._live:
@@ -244,34 +246,33 @@ class TuneProgress:
             self._live.stop()
 
     def __call__(self, event: Any) -> None:
-        """Takes one ``tuner.tune.Event``."""
+        """Takes one ``tuner.tune.Event``, in whichever thread."""
         label = f"[{event.number}/{event.count}] {event.workload.shape} {event.workload.dtype} {event.workload.mode}" if event.workload else ""
-        if event.kind == "device":
-            self._say(f"device: {event.device.key}")
-        elif event.kind == "start":
-            self._best = None
-            if self._live:
-                self._task = self._progress.add_task(label, total=None, best="")
-            else:
+        with self._lock:
+            if event.kind == "device":
+                self._say(f"device: {event.device.key}")
+            elif event.kind == "measured":
+                self._measured(event)
+            elif event.kind != "start":
+                if event.workload in self._tasks:
+                    self._progress.remove_task(self._tasks.pop(event.workload))
+                self._say(f"{label}: {self._ending(event)}")
+            elif not self._live:
                 self._say(f"{label} ...")
-        elif event.kind == "measured":
-            self._measured(event)
-        else:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-                self._task = None
-            self._say(f"{label}: {self._ending(event)}")
+            elif event.workload not in self._tasks:  # two workers may begin with one workload
+                self._tasks[event.workload] = self._progress.add_task(label, total=None, best="")
 
     def _measured(self, event: Any) -> None:
         measurement: Measurement = event.measurement
-        if measurement.status == "ok" and (self._best is None or measurement.ratio < self._best.ratio):
-            self._best = measurement
-        best = f"best {self._best.plan}, {self._best.seconds_median * 1e3:.1f} ms" if self._best else ""
-        if self._live and self._task is not None:
-            self._progress.update(self._task, completed=event.done, total=event.total, best=best)
+        best = self._best.get(event.workload)
+        if measurement.status == "ok" and (best is None or measurement.ratio < best.ratio):
+            best = self._best[event.workload] = measurement
+        if event.workload in self._tasks:
+            text = f"best {best.plan}, {best.seconds_median * 1e3:.1f} ms" if best else ""
+            self._progress.update(self._tasks[event.workload], completed=event.done, total=event.total, best=text)
         else:
             result = f"{measurement.seconds_median * 1e3:.1f} ms" if measurement.timed else measurement.status
-            self._say(f"  {event.done}/{event.total} {measurement.plan}: {result}")
+            self._say(f"  [{event.number}] {event.done}/{event.total} {measurement.plan}: {result}")
 
     def _ending(self, event: Any) -> str:
         if event.kind == "skipped":

@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-from autochunk.store import resolve
+from autochunk.store import layers, resolve
 
 # A shape that broadcasts by accident is an error here, not a silent outer product.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,10 +22,12 @@ hypothesis.settings.load_profile("autochunk")
 
 @pytest.fixture(autouse=True)
 def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file of this test's own store (not yet there), which AUTOCHUNK_STORE names; AUTOCHUNK_PROFILES is unset."""
+    """The file of this test's own store (not yet there), which AUTOCHUNK_STORE names; no other layer has anything, whatever this machine is."""
     path = tmp_path / "store" / "profiles.sqlite"
     monkeypatch.setenv("AUTOCHUNK_STORE", str(path))
+    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "site"))
     monkeypatch.delenv("AUTOCHUNK_PROFILES", raising=False)
+    monkeypatch.setattr(layers, "shipped_profiles", lambda: tmp_path / "shipped")
     resolve.forget_reports()
     yield path
     resolve.forget_reports()

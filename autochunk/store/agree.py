@@ -48,13 +48,14 @@ def agreed(topic: str, make: Callable[[], Any]) -> Any:
     """
     import jax
 
-    client = _client()
+    client = runtime()
     if is_first():
         _publish(client, topic, make)
     return _receive(client, topic, jax.process_index(), jax.process_count())
 
 
-def _client() -> Any:
+def runtime() -> Any:
+    """The connection to the program's processes: another one after ``jax.distributed.shutdown`` and a new ``initialize``."""
     from jax._src import distributed  # jax has no public name for its key-value store
 
     return distributed.global_state.client
@@ -71,7 +72,7 @@ def _publish(client: Any, topic: str, make: Callable[[], Any]) -> None:
         raise
     pieces = [content[start : start + _PIECE_BYTES] for start in range(0, len(content), _PIECE_BYTES)]
     for number, piece in enumerate(pieces):
-        client.key_value_set_bytes(_key(topic, number), piece)
+        client.key_value_set_bytes(_key(topic, number), piece, allow_overwrite=True)  # a process that died here may have left some
     # Last: who finds it finds the pieces, too.
     client.key_value_set_bytes(_key(topic), json.dumps(header | {"pieces": len(pieces), "sha256": hashlib.sha256(content).hexdigest()}).encode())
 
@@ -111,4 +112,4 @@ def _receive(client: Any, topic: str, process: int, count: int) -> Any:
 
 
 def _key(topic: str, *part: int) -> str:
-    return "/".join(["autochunk", topic, *map(str, part)])
+    return "/".join(["autochunk", topic, *(f"piece {number}" for number in part)])

@@ -27,6 +27,8 @@ PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
 
 _LOOK_SECONDS = 1.0  # between looks at each file of a folder, of which there may be many, on a slow file system
 
+_RETRY_SECONDS = 300.0  # before a URL that failed is tried again
+
 STORE, SITE, SHIPPED = "user store", "site", "shipped"
 
 
@@ -80,7 +82,7 @@ class BundleLayer:
         self.label = label
         self.name = f"{label} {place}"
         self._seen: tuple[Any, Any] = (None, None)
-        self._look_again = 0.0
+        self._look_again = self._retry_at = 0.0
         self._loaded: list[bundle.Index] | BundleError | None = None
 
     def version(self) -> Any:
@@ -90,9 +92,8 @@ class BundleLayer:
         try:
             status = os.stat(self.place)
             # A file that is put in, taken out or replaced as `autochunk export` does it changes the folder's own time; one that is written over does not.
-            if (status.st_mtime_ns, status.st_size) != self._seen[0] or time.monotonic() > self._look_again:
-                files = [os.stat(file) for file in self._files()]
-                self._seen = ((status.st_mtime_ns, status.st_size), tuple((file.st_mtime_ns, file.st_size) for file in files))
+            if _identity(status) != self._seen[0] or time.monotonic() > self._look_again:
+                self._seen = (_identity(status), tuple(_identity(os.stat(file)) for file in self._files()))
                 self._look_again = time.monotonic() + _LOOK_SECONDS
             return self._seen
         except OSError:
@@ -113,14 +114,16 @@ class BundleLayer:
 
     def _files(self) -> list[str]:
         folder = Path(self.place)
-        if self.label == SITE and not folder.exists():
-            return []  # few sites have one
+        if self.label in (SITE, SHIPPED) and not folder.exists():
+            return []  # nobody named it
         if remote.is_url(self.place) or not folder.is_dir():
             return [self.place]
         return sorted(str(file) for pattern in ("*.json", "*.json.gz") for file in folder.glob(pattern))
 
     def _indexes(self) -> list[bundle.Index]:
-        if self._loaded is None:
+        failed = isinstance(self._loaded, BundleError)
+        if self._loaded is None or (failed and remote.is_url(self.place) and time.monotonic() > self._retry_at):
+            self._retry_at = time.monotonic() + _RETRY_SECONDS
             try:
                 self._loaded = [bundle.scan(bundle.fetch(file), file) for file in self._files()]
             except BundleError as error:
@@ -128,6 +131,11 @@ class BundleLayer:
         if isinstance(self._loaded, BundleError):  # said each time: half a layer must not answer
             raise self._loaded
         return self._loaded
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does; its time and size may be kept by who replaces it."""
+    return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
 
 
 class MemoryLayer:
@@ -214,14 +222,25 @@ def places(store: Path | None) -> tuple[tuple[str, str], ...]:
 @functools.lru_cache(maxsize=64)
 def _places(store: Path | None, profiles: str | None, *_environment: str | None) -> tuple[tuple[str, str], ...]:
     """The same, from all that it depends on."""
-    # The colon of a URL separates nothing.
-    named = [part for part in re.split(rf"{re.escape(os.pathsep)}(?!//)", profiles or "") if part]
     return (
-        *((PROFILES_VARIABLE, part if remote.is_url(part) else str(Path(part).expanduser())) for part in named),
+        *((PROFILES_VARIABLE, part if remote.is_url(part) else str(Path(part).expanduser().absolute())) for part in _split(profiles or "")),
         (STORE, str(store or default_path())),
         (SITE, str(site_profiles())),
         (SHIPPED, str(shipped_profiles())),
     )
+
+
+def _split(text: str) -> list[str]:
+    """The places in a list like PATH. In a URL the colons after the scheme, before a port and in a user's name separate nothing."""
+    parts: list[str] = []
+    for piece in text.split(os.pathsep):
+        scheme = bool(parts) and piece.startswith("//")
+        in_host = bool(parts) and "://" in parts[-1] and "/" not in parts[-1].partition("://")[2] and piece[:1] not in ("/", "~", ".", "")
+        if scheme or in_host:
+            parts[-1] += os.pathsep + piece
+        else:
+            parts.append(piece)
+    return [part for part in parts if part]
 
 
 def make_layer(kind: str, place: str) -> Layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -112,7 +112,7 @@ class ImportPlan:
         return sum(entry.relation == relation for entry in self.entries)
 
 
-def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = "best-effort") -> ImportPlan:
+def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = "best-effort", *, reserved: Collection[tuple[str, str]] = ()) -> ImportPlan:
     """What importing a bundle would do to a store with these profiles.
 
     Args:
@@ -121,6 +121,7 @@ def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = 
       prefer: which of two different profiles of one device and workload stays: "newest", the one created later; "best-effort", a complete one before one
         that was cut short, then the one of higher effort, then the one created later; "theirs", the bundle's; "ours", the store's. Of two that this does
         not tell apart the store's stays.
+      reserved: (device key, workload key) of what the store has from a newer autochunk, which stays whatever is preferred.
 
     Raises:
       ArgumentError: ``prefer`` is none of these.
@@ -130,7 +131,13 @@ def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = 
         raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
     refuse_twice(bundle.profiles, "bundle")
     mine = {key_of(profile): profile for profile in stored}
-    return ImportPlan(tuple(_import_entry(profile, mine.get(key_of(profile)), prefer) for profile in bundle.profiles))
+    kept = "the store's is of a newer autochunk, which this one cannot read"
+    return ImportPlan(
+        tuple(
+            ImportEntry(profile, None, "older", False, kept) if key_of(profile) in reserved else _import_entry(profile, mine.get(key_of(profile)), prefer)
+            for profile in bundle.profiles
+        )
+    )
 
 
 def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort", dry_run: bool = False) -> ImportPlan:
@@ -141,9 +148,13 @@ def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort
       BundleError: the bundle has two profiles of one device and workload.
       StoreError: the store cannot be read or written, or another process changed the same profiles meanwhile.
     """
+    refuse_twice(bundle.profiles, "bundle")
     if not dry_run and bundle.profiles:
         store.check_writable()  # which mends a damaged store, for it to be read
-    plan = plan_import(store.profiles(), bundle, prefer)
+    stored = store.profiles()
+    reserved = set(store.keys()) - {key_of(profile) for profile in stored}
+    spoiled = set(store.unreadable()) if reserved else set()
+    plan = plan_import(stored, bundle, prefer, reserved={key for key in reserved if " | ".join(key) not in spoiled})
     if plan.taken and not dry_run:
         store.put_all(plan.taken, expected={key_of(entry.profile): entry.stored for entry in plan.entries if entry.taken})
     return plan

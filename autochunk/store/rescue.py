@@ -99,7 +99,12 @@ def mend(path: Path, tables: Iterable[str], whole: Callable[[str, Row], bool], s
         with _held(path, seconds) as (file, content):
             kept = {table: [row for row in _rows(file, table) if whole(table, row)] for table in tables}
             aside = _keep(path, content)
-            _refill(file, path, kept, seconds)
+            try:
+                _refill(file, path, kept, seconds)
+            except BaseException:
+                if path.read_bytes() == content:  # nothing was changed, and nothing need be kept
+                    aside.unlink()
+                raise
     return Mended(wrong, aside, {table: len(kept[table]) for table in tables})
 
 

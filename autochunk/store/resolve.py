@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import heapq
 import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from autochunk.workload import Mode, Workload, split_key
 
 Match = Literal["exact", "nearest", "default", "pinned"]
 
+_MOST_NEIGHBOURS = 10  # that are looked at for a plan that fits
 # A tuned workload is near if no size is further than this factor away.
 _FARTHEST = 4.0
 # Without measurements, one slice of logits takes at most this share of a memory budget: weights and their cotangents live beside it.
@@ -113,7 +115,8 @@ def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str | None 
         limit = check_max_chunk_size_mb(max_chunk_size_mb)
         if limit == "auto":
             raise ArgumentError('use(max_chunk_size_mb=...) answers "auto", so it must be a number or None; got "auto"')
-        changes["plan"] = Plan(implementation or "xla", limit)
+        outer = _settings.get().implementation
+        changes["plan"] = Plan(implementation or (outer if outer and SLICING_ORDER[outer] else "xla"), limit)
     given = {name: value for name, value in changes.items() if value is not None}
     token = _settings.set(replace(_settings.get(), **given))
     try:
@@ -144,7 +147,7 @@ class _Snapshot:
 
 _lock = threading.RLock()
 _snapshot: _Snapshot | None = None
-_agreed: dict[Path | None, _Snapshot] = {}
+_layers: dict[tuple[str, str], tuple[Layer, Any]] = {}  # by kind and place, with the version that was read
 _reported: set[Any] = set()
 
 
@@ -159,6 +162,8 @@ def resolve(workload: Workload, implementation: str | None = None, *, device: De
     """
     settings = _settings.get()
     implementation = check_implementation(implementation) or settings.implementation
+    if pinned := _pinned(settings, implementation):
+        return Resolution(workload, device or devices.detect(), pinned, "pinned", "autochunk.use", "set by autochunk.use(...)")
     with _lock:
         snapshot = _agreed_snapshot(settings) if device is None and agree.several_processes() else _own_snapshot(settings)
         device = device or snapshot.device or devices.detect()
@@ -168,50 +173,94 @@ def resolve(workload: Workload, implementation: str | None = None, *, device: De
         return snapshot.answers[request]
 
 
+def _pinned(settings: Settings, implementation: str | None) -> Plan | None:
+    """The plan that ``use`` sets; its limit also for a call that asks for slices of another implementation."""
+    if settings.plan is None or implementation in (None, settings.plan.implementation):
+        return settings.plan
+    return Plan(implementation, settings.plan.max_chunk_size_mb) if implementation and SLICING_ORDER[implementation] else None
+
+
 def _own_snapshot(settings: Settings) -> _Snapshot:
     global _snapshot
     places = layers.places(settings.store)
     if _snapshot is None or not _snapshot.current(places):
-        _snapshot = _Snapshot(places, [layers.make_layer(kind, place) for kind, place in places])
+        _snapshot = _Snapshot(places, [_layer(kind, place) for kind, place in places])
     return _snapshot
 
 
+def _layer(kind: str, place: str) -> Layer:
+    """The layer as it was read before, unless it has changed."""
+    layer, version = _layers.get((kind, place), (None, None))
+    if layer is None or layer.version() != version:
+        layer = layers.make_layer(kind, place)
+        _layers[kind, place] = (layer, layer.version())
+    return layer
+
+
+class _Agreed:
+    """What the processes of one program have agreed upon."""
+
+    def __init__(self) -> None:
+        self.runtime: Any = None
+        self.stores: list[Path | None] = []  # in the order of their first use, the same on every process, where each may have a path of its own
+        self.snapshots: dict[tuple[Path | None, str], _Snapshot] = {}
+
+    def snapshot(self, settings: Settings) -> _Snapshot:
+        """Process 0's layers as they were at its first "auto", on every process and for as long as the program runs."""
+        runtime, platform = agree.runtime(), devices.detect().platform
+        if runtime is not self.runtime:
+            self.__init__()  # type: ignore[misc]
+            self.runtime = runtime
+        if settings.store not in self.stores:
+            self.stores.append(settings.store)
+        key = (settings.store, platform)
+        if key not in self.snapshots:
+            content = agree.agreed(f"{platform} profiles {self.stores.index(settings.store)}", lambda: _to_publish(_own_snapshot(settings)))
+            shared = [MemoryLayer(name, [Profile.model_validate(profile) for profile in profiles]) for name, profiles in content["layers"]]
+            self.snapshots[key] = _Snapshot((), list(shared), Device.model_validate(content["device"]))
+        return self.snapshots[key]
+
+
+_agreed = _Agreed()
+
+
 def _agreed_snapshot(settings: Settings) -> _Snapshot:
-    """Process 0's layers as they were at its first "auto", on every process and for as long as it runs."""
-    if settings.store not in _agreed:
-        content = agree.agreed(f"profiles/{settings.store or ''}", lambda: _to_publish(_own_snapshot(settings)))
-        shared = [MemoryLayer(name, [Profile.model_validate(profile) for profile in profiles]) for name, profiles in content["layers"]]
-        _agreed[settings.store] = _Snapshot((), list(shared), Device.model_validate(content["device"]))
-    return _agreed[settings.store]
+    return _agreed.snapshot(settings)
 
 
 def _to_publish(snapshot: _Snapshot) -> dict[str, Any]:
-    """A snapshot's device and layers as JSON data; a layer that cannot be read is left out, with a warning."""
+    """A snapshot's device and layers as JSON data; what cannot be read is left out, with a warning."""
     device = devices.detect()
-    published: list[tuple[str, list[Any]]] = []
-    for layer in snapshot.layers:
-        try:
-            profiles = [layer.get(device, Workload.parse(key)) for key in layer.workloads(device) if _parse(key) is not None]
-        except (StoreError, BundleError) as error:
-            _warn_of_layer(layer, error)
-            continue
-        published.append((f"process 0's {layer.name}", [profile.model_dump(mode="json") for profile in profiles if profile is not None]))
+    published = [(f"process 0's {layer.name}", [profile.model_dump(mode="json") for profile in _readable(layer, device)]) for layer in snapshot.layers]
     return {"device": device.model_dump(mode="json"), "layers": published}
 
 
+def _readable(layer: Layer, device: Device) -> Iterator[Profile]:
+    """A layer's profiles of a device, without those that cannot be read."""
+    try:
+        workloads = [workload for key in layer.workloads(device) if (workload := _parse(key)) is not None]
+    except (StoreError, BundleError) as error:
+        _warn_of_layer(layer, error)
+        return
+    for workload in workloads:
+        try:
+            profile = layer.get(device, workload)
+        except (StoreError, BundleError) as error:
+            _warn_of_layer(layer, error)
+            continue
+        if profile is not None:
+            yield profile
+
+
 def _resolve(workload: Workload, implementation: str | None, settings: Settings, device: Device, asked_layers: list[Layer]) -> Resolution:
-    if settings.plan is not None and implementation in (None, settings.plan.implementation):
-        return Resolution(workload, device, settings.plan, "pinned", "autochunk.use", "set by autochunk.use(...)")
     asked: list[tuple[str, str]] = []
     for layer in asked_layers:
         profile = _ask(layer, device, workload, asked)
         answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
         if answer:
             return replace(answer, asked=tuple(asked))
-    for layer in asked_layers:
-        answer = _nearest(layer, workload, implementation, settings, device, asked)
-        if answer:
-            return replace(answer, asked=tuple(asked))
+    if answer := _nearest(asked_layers, workload, implementation, settings, device, asked):
+        return replace(answer, asked=tuple(asked))
     plan = _default(implementation, settings)
     return Resolution(workload, device, plan, "default", "default", f"no profile; tune with: {workload.tune_command}", asked=tuple(asked))
 
@@ -243,26 +292,28 @@ def _from_profile(profile: Profile, workload: Workload, implementation: str | No
     return Resolution(workload, device, choice.plan, "exact" if exact else "nearest", layer.name, reason, profile.workload, stale, (), choice.rejected, profile)
 
 
-def _nearest(layer: Layer, workload: Workload, implementation: str | None, settings: Settings, device: Device,
+def _nearest(asked_layers: list[Layer], workload: Workload, implementation: str | None, settings: Settings, device: Device,
              asked: list[tuple[str, str]]) -> Resolution | None:  # fmt: skip
-    try:
-        near = _nearest_workload(workload, layer.workloads(device))
-        profile = near and layer.get(device, near)
-    except (StoreError, BundleError):
-        return None  # said when it was asked for the exact workload
-    answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
-    if not answer or near is None:
-        return None
-    asked.append((layer.name, f"nearest tuned workload: {near.key}"))
-    plan = _memory_safe(answer.plan, near, workload, implementation)
-    return replace(answer, plan=plan, reason=f"{answer.reason} for the nearest tuned workload, {near.shape}")
+    """The answer for the tuned workload, of whichever layer, whose sizes differ least; for the next nearest where that has no plan that fits."""
+    for layer, near in _nearest_workloads(workload, asked_layers, device):
+        with contextlib.suppress(StoreError, BundleError):  # said when it was asked for the exact workload
+            profile = layer.get(device, near)
+            answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
+            if answer:
+                asked.append((layer.name, f"nearest tuned workload: {near.key}"))
+                plan = _memory_safe(answer.plan, near, workload, implementation)
+                return replace(answer, plan=plan, reason=f"{answer.reason} for the nearest tuned workload, {near.shape}")
+    return None
 
 
-def _nearest_workload(workload: Workload, keys: list[str]) -> Workload | None:
-    """The tuned workload whose sizes differ least, by the sum of |log2| of their ratios; None if none is near."""
-    asked = workload.key
-    candidates = sorted((distance, key) for key in keys if (distance := _distance(asked, key)) is not None)
-    return next((other for _, key in candidates if (other := _parse(key)) is not None), None)
+def _nearest_workloads(workload: Workload, asked_layers: Sequence[Layer], device: Device) -> list[tuple[Layer, Workload]]:
+    """Other workloads that are near, by the sum of |log2| of the ratios of sizes, nearest first; of equally near ones the earlier layer's."""
+    asked, candidates = workload.key, []
+    for number, layer in enumerate(asked_layers):
+        with contextlib.suppress(StoreError, BundleError):
+            keys = layer.workloads(device)
+            candidates += [(distance, number, key) for key in keys if key != asked and (distance := _distance(asked, key)) is not None]
+    return [(asked_layers[number], other) for _, number, key in heapq.nsmallest(_MOST_NEIGHBOURS, candidates) if (other := _parse(key)) is not None]
 
 
 def _parse(key: str) -> Workload | None:
@@ -345,5 +396,6 @@ def forget_reports() -> None:
     global _snapshot
     with _lock:
         _reported.clear()
-        _agreed.clear()
+        _agreed.__init__()  # type: ignore[misc]
+        _layers.clear()
         _snapshot = None

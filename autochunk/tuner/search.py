@@ -133,12 +133,13 @@ class _Search:
             with claim:
                 self._load()
                 self._take(claim)
-        self.measured = self.study.measured()
         if self.study.workers():
             return False
+        self.measured = self.study.measured()  # after the others have ended
         if claim := self.study.claim_joint_rounds():
             with claim:
                 self._load()
+                self._follow_anchor()
                 claim.done(self._joint_rounds(), self.anchor)
             self.measured = self.study.measured()
         return not self.study.workers()

@@ -11,6 +11,7 @@ and its plan is free again. Machines that share a storage should agree about the
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -26,21 +27,25 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from autochunk.device import Device
 from autochunk.errors import StorageError
 from autochunk.plan import SLICING_ORDER, Plan
-from autochunk.store.profile import Effort, Measurement, Profile
+from autochunk.store.profile import EFFORTS, Effort, Measurement, Profile
 from autochunk.workload import Workload
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
+for _text in ("WilcoxonPruner", "The value of `grace_period` might be too small"):  # known: a plan may have more rounds than the best had time for
+    warnings.filterwarnings("ignore", _text)
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """A worker that has not written for so long is taken for dead."""
 
 _ATTEMPTS = 10  # at opening a database
+_LOCK_SECONDS = 2  # a killed process leaves its lock behind; nobody holds one for longer than it takes to append a line
 
 _JOINT = "joint rounds"
 _LARGEST_LIMIT = 1e12
@@ -77,24 +82,37 @@ class Storage:
             return Study(self, self._optuna, study_name(device, workload, effort))
 
     def profiles(self) -> tuple[list[Profile], int]:
-        """The profiles of all finished studies, and how many others there are."""
+        """Of each device and workload the profile of best effort, and how many studies have none, or one that only a newer autochunk can read."""
         with self.errors():
             summaries = optuna.get_all_study_summaries(storage=self._optuna, include_best_trial=False)
-        texts = [summary.user_attrs["profile"] for summary in summaries if "profile" in summary.user_attrs]
-        return [Profile.model_validate_json(text) for text in texts], len(summaries) - len(texts)
+        found = [_readable(summary.user_attrs.get("profile")) for summary in summaries]
+        best = {(profile.device.key, profile.workload): profile for profile in sorted(filter(None, found), key=_worth)}
+        return list(best.values()), found.count(None)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """Makes one error of all that a storage can fail with."""
         try:
             yield
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ImportError) as error:
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ImportError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise StorageError(f"the storage {_without_password(self.place)} cannot be used: {_first_line(error)}") from error
 
 
+def _readable(text: str | None) -> Profile | None:
+    try:
+        return Profile.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
+
+
+def _worth(profile: Profile) -> tuple[int, str]:
+    return EFFORTS.index(profile.effort), profile.created
+
+
 def study_name(device: Device, workload: Workload, effort: Effort) -> str:
-    """What machines must have in common to share a study: the device, and the jaxlib whose programs are timed."""
-    return f"{device.key} jaxlib={device.jaxlib} | {workload.key} | {effort}"
+    """What machines must have in common to share a study: the device, and the libraries whose programs are timed."""
+    cudnn = f" cudnn={device.cudnn}" if device.cudnn else ""
+    return f"{device.key} jaxlib={device.jaxlib}{cudnn} | {workload.key} | {effort}"
 
 
 class Study:
@@ -102,9 +120,7 @@ class Study:
 
     def __init__(self, storage: Storage, optuna_storage: BaseStorage, name: str) -> None:
         self._storage = storage
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4)
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4)
         sampler = optuna.samplers.RandomSampler()  # never asked: every trial is queued with its plan
         self._study = optuna.create_study(study_name=name, storage=optuna_storage, sampler=sampler, pruner=pruner, load_if_exists=True)
 
@@ -125,7 +141,10 @@ class Study:
         """What became of the study, once it is finished."""
         with self._storage.errors():
             text = self._study.user_attrs.get("profile")
-        return Profile.model_validate_json(text) if text else None
+        profile = _readable(text)
+        if text and profile is None:
+            raise StorageError(f"the profile of {self._study.study_name} in the storage was written by a newer autochunk; upgrade this one")
+        return profile
 
     @profile.setter
     def profile(self, profile: Profile) -> None:
@@ -144,10 +163,10 @@ class Study:
         return found
 
     def workers(self) -> int:
-        """How many plans are being measured at this moment, or are about to be, by living workers."""
+        """How many plans are being measured at this moment by living workers. One that is queued does not count: whoever claims next takes it."""
         with self._storage.errors():
             self._free_the_dead()
-            return sum(trial.state in _LIVING for trial in self._trials())
+            return sum(trial.state == TrialState.RUNNING for trial in self._trials())
 
     def claim(self, plans: Sequence[Plan]) -> Claim | None:
         """The first plan that nobody has measured or is measuring; None if there is none."""
@@ -172,7 +191,8 @@ class Study:
                 subject = trial.user_attrs.get("subject")
                 # Without a subject it is a new trial: another worker took the one that was queued.
                 if subject in wanted and not self._is_second(trial, subject):
-                    return Claim(self._storage, self._study, trial, wanted[subject])
+                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead already
+                        return Claim(self._storage, self._study, trial, wanted[subject])
                 _tell(self._study, trial.number, TrialState.FAIL)
 
     def _queue(self, subject: str, plan: Plan | None) -> None:
@@ -217,15 +237,12 @@ class Claim:
 
     def report(self, ratio: float, step: int) -> None:
         """Tells the pruner of a round."""
-        with self._storage.errors(), warnings.catch_warnings():
-            # A plan may have more rounds than the best one had time for; those are simply not compared.
-            warnings.filterwarnings("ignore", "WilcoxonPruner finds steps")
+        with self._storage.errors(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._trial.report(ratio, step)
 
     def hopeless(self) -> bool:
         """Whether the plan is probably slower than the best so far, by Wilcoxon's signed-rank test over the rounds."""
-        with self._storage.errors(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "WilcoxonPruner finds steps")
+        with self._storage.errors():
             return self._trial.should_prune()
 
     def done(self, measurements: Sequence[Measurement], anchor: Plan | None) -> None:
@@ -329,12 +346,26 @@ def _process_exists(process: int) -> bool:
 # --- Opening ----------------------------------------------------------------------------------------------------------
 
 
+def open_private(journal: Path) -> Storage:
+    """The storage in a journal of this machine's own. What a crash left torn is cut off; what cannot be read is thrown away: it saves work, no more."""
+    with contextlib.suppress(FileNotFoundError):
+        lock = JournalFileOpenLock(str(journal), grace_period=_LOCK_SECONDS)
+        lock.acquire()
+        try:
+            with journal.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    try:
+        return Storage(journal)
+    except StorageError:
+        journal.unlink(missing_ok=True)
+        return Storage(journal)
+
+
 def _open_journal(journal: Path) -> JournalStorage:
     journal.parent.mkdir(parents=True, exist_ok=True)
-    # A process that was killed leaves its lock behind; nobody holds one for longer than it takes to append a line.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The value of `grace_period` might be too small")
-        return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal), grace_period=2)))
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal), grace_period=_LOCK_SECONDS)))
 
 
 def _open_database(url: str) -> RDBStorage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,9 @@ from autochunk.store.database import ProfileStore, utc_now
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
 from autochunk.store.resolve import resolve
 from autochunk.tuner.presets import STANDARD_SET, preset_shapes
-from autochunk.tuner.probe import WORKER, Probe, seconds_left
+from autochunk.tuner.probe import WORKER, OutOfTime, Probe, seconds_left
 from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
-from autochunk.tuner.study import Storage, Study, study_name
+from autochunk.tuner.study import Storage, Study, open_private, study_name
 from autochunk.workload import MODES, DType, Mode, Workload
 
 DEFAULT_TIMEOUT = {"quick": 110.0, "standard": 570.0, "thorough": None}
@@ -106,6 +107,7 @@ def tune(
     with contextlib.ExitStack() as stack:
         for probe in probes:
             stack.enter_context(probe)
+            probe.deadline = deadline
         device = _same_device(probes)
         on_event(Event("device", device=device))
         todo = list(dict.fromkeys(standard_workloads(store, device, effort) if workloads is None else workloads))
@@ -120,7 +122,7 @@ def tune(
         waiting = [event for event in events if event.workload not in stored]
         if shared is not None:
             _contribute(shared, stored, effort)
-            _on_each(probes, _sharer(task, shared, waiting, found))
+            _on_each(probes, _sharer(task, lambda workload: shared.study(device, workload, effort), waiting, found))
         elif len(probes) > 1:
             _all_together(task, probes, waiting, found)
         else:
@@ -145,48 +147,57 @@ class _Task:
 
 
 def _in_turn(task: _Task, probe: Probe, waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
-    """What a lone probe does: one workload after the other, each with its share of the time and a journal of its own."""
+    """What a lone probe does: one workload after the other, each with its share of the time."""
     for number, event in enumerate(waiting):
         workload = event.workload
         assert workload is not None
         share = seconds_left(task.deadline) / (len(waiting) - number)
         probe.deadline = None if task.deadline is None else min(task.deadline, time.monotonic() + share)
-        journal = _journal(task, study_name(task.device, workload, task.effort))
         try:
-            profile, _ = _tune_one(probe, Storage(journal).study(task.device, workload, task.effort), task, event)
+            profile, _ = _tune_one(probe, _private_study(task, workload), task, event)
         except StorageError:
-            if journal.exists():
+            profile = _good_enough(task.store, task.device, workload, task.effort)
+            if profile is None:  # otherwise another tune with this store has finished the workload, and thrown its journal away
                 raise
-            profile = task.store.get(task.device, workload)  # another tune with this store has finished it
         if profile is not None:
             found[workload] = profile
-            if profile.complete:
-                _remove(journal)
-
-
-def _journal(task: _Task, name: str) -> Path:
-    """A journal file that goes with the store, for what is unfinished."""
-    journal = journal_path(task.store.path.with_name(f"{task.store.path.name}.unfinished"), name)
-    if task.force:
-        _remove(journal)
-    return journal
+            _tidy(task, workload, profile)
 
 
 def _all_together(task: _Task, probes: Sequence[Probe], waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
-    """What the GPUs of one machine do: they share the workloads, and the plans of the last ones, in one journal."""
-    journal = _journal(task, f"{task.device.key} | several GPUs | {task.effort}")
-    _on_each(probes, _sharer(task, Storage(journal), waiting, found))
-    if all((profile := found.get(event.workload)) is not None and profile.complete for event in waiting if event.workload):
-        _remove(journal)
+    """What the GPUs of one machine do: they share the workloads, and the plans of the last ones."""
+    _on_each(probes, _sharer(task, functools.partial(_private_study, task), waiting, found))
+    for workload, profile in found.items():
+        _tidy(task, workload, profile)
 
 
-def _sharer(task: _Task, storage: Storage, waiting: Sequence[Event], found: dict[Workload, Profile]) -> Callable[[Probe, int], None]:
-    """What each worker of a shared storage does: goes to the workload that fewest are at, until none is left to do or to wait for."""
+def _journal(task: _Task, workload: Workload) -> Path:
+    """The journal file of a workload, beside the store. What is measured by force has one of its own, so that it goes on there when it was interrupted."""
+    name = study_name(task.device, workload, task.effort) + (" | forced" if task.force else "")
+    return journal_path(task.store.path.with_name(f"{task.store.path.name}.unfinished"), name)
+
+
+def _private_study(task: _Task, workload: Workload) -> Study:
+    return open_private(_journal(task, workload)).study(task.device, workload, task.effort)
+
+
+def _tidy(task: _Task, workload: Workload, profile: Profile) -> None:
+    """Throws a finished workload's journal away, unless another process is at it."""
+    journal = _journal(task, workload)
+    if profile.complete and journal.exists() and not _private_study(task, workload).workers():
+        for file in (journal, journal.with_name(journal.name + ".lock")):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _sharer(task: _Task, study_of: Callable[[Workload], Study], waiting: Sequence[Event],
+            found: dict[Workload, Profile]) -> Callable[[Probe, int], None]:  # fmt: skip
+    """What each of several workers does: goes to the workload that fewest are at, until none is left to do or to wait for."""
     todo = {event.workload: event for event in waiting if event.workload is not None}
 
     def measure(probe: Probe, number: int) -> None:
         probe.deadline = task.deadline
-        studies = {workload: storage.study(task.device, workload, task.effort) for workload in _rotated(list(todo), os.getpid() + number)}
+        studies = {workload: study_of(workload) for workload in _rotated(list(todo), os.getpid() + number)}
         awaited: set[Workload] = set()
         while studies and not probe.abandoned and seconds_left(task.deadline) > 0:
             workers = {workload: study.workers() for workload, study in studies.items()}
@@ -221,7 +232,10 @@ def _rotated(items: list[Workload], by: int) -> list[Workload]:
 
 
 def _same_device(probes: Sequence[Probe]) -> Device:
-    devices = {probe.connect().key: probe.device for probe in probes}
+    try:
+        devices = {probe.connect().key: probe.device for probe in probes}
+    except OutOfTime:
+        raise ProbeError("time ran out before a measuring process was up; give it more with --timeout") from None
     if len(devices) > 1:
         raise ProbeError(f"GPUs that are tuned together must be alike; these are {', '.join(devices)}. Tune each kind by itself")
     (device,) = devices.values()
@@ -334,12 +348,6 @@ def _hints(workload: Workload, device: Device) -> list[Plan]:
     """What "auto" would do now, if it knows anything."""
     known = resolve(workload, device=device)
     return [known.plan] if known.match in ("exact", "nearest") else []
-
-
-def _remove(journal: Path) -> None:
-    for file in (journal, journal.with_name(journal.name + ".lock")):
-        with contextlib.suppress(OSError):
-            file.unlink()
 
 
 def _but(event: Event, **changes: object) -> Event:

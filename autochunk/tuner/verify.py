@@ -63,7 +63,9 @@ def verify(profile: Profile, *, rounds: int = 7, worker_command: Sequence[str] =
             ratios = [_ratio(probe, best.plan, baseline.plan, number) for number in range(rounds)]
     except (ProbeError, WorkerFailure) as error:
         return Verification(profile, best.plan, baseline.plan, failure=str(error))
-    then = best.ratio / baseline.ratio if baseline.ratio else 1.0
+    if not best.ratio or not baseline.ratio:
+        return Verification(profile, best.plan, baseline.plan, failure="the profile has times of zero, which nothing can be compared with")
+    then = best.ratio / baseline.ratio
     return Verification(profile, best.plan, baseline.plan, then, statistics.median(ratios), relative_spread(ratios) or 0.0)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +139,31 @@ def test_a_damaged_layer_of_process_0_is_left_out_everywhere(tmp_path: Path) -> 
     (tmp_path / "bad.json").write_text("{")
     found = answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {}, {}, AUTOCHUNK_PROFILES=str(tmp_path / "bad.json")))
     assert {answer["plan"] for answer in found} == {"xla, 0.01 MB"}
+
+
+def test_a_row_that_cannot_be_read_costs_itself_only(tmp_path: Path) -> None:
+    """The other profiles of process 0's store answer, as in a program of one process."""
+    paths = stores_of(tmp_path, (0.01, None))
+    with contextlib.closing(sqlite3.connect(paths[0])) as file, file:
+        key = f"{autochunk.detect().key} | {make_workload('t=3,k=8').key}"
+        file.execute("INSERT INTO profiles (key, value) VALUES (?, ?)", (key, '{"schema_version": 7}'))
+    assert {answer["plan"] for answer in answers(start(2, paths, {}, {}))} == {"xla, 0.01 MB"}
+
+
+@pytest.mark.parametrize(
+    ("code", "plan"),
+    [
+        # Stores of their own by use(): agreed upon as the first such store of the program.
+        (
+            "import contextlib; stack = contextlib.ExitStack(); stack.enter_context(autochunk.use(store=__import__('os').environ['AUTOCHUNK_STORE']))",
+            "xla, 0.01 MB",
+        ),
+        ("import contextlib; stack = contextlib.ExitStack(); stack.enter_context(autochunk.use(max_chunk_size_mb=64))", "xla, 64 MB"),
+    ],
+)
+def test_use_in_a_program_of_several(code: str, plan: str, tmp_path: Path) -> None:
+    """A store by each process's own path, or a plan pinned."""
+    assert {answer["plan"] for answer in answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {0: code, 1: code}, {}))} == {plan}
 
 
 def test_one_process_pays_nothing() -> None:

@@ -49,10 +49,20 @@ def test_every_kind_of_layer_answers_alike(kind: str, tmp_path: Path) -> None:
 
 def test_an_url_s_colon_separates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """AUTOCHUNK_PROFILES is a list like PATH, in which URLs stay whole."""
-    parts = ["/a/b.json", "https://host/c.json", "s3://bucket/d.json", "~/e"]
+    parts = [
+        "/a/b.json",
+        "https://host/c.json",
+        "s3://bucket/d.json",
+        "http://localhost:8000/f.json",
+        "github://org:repo@main/g.json",
+        "s3://h",
+        "/i",
+        "~/e",
+        "j",
+    ]
     monkeypatch.setenv("AUTOCHUNK_PROFILES", os.pathsep.join(parts))
     named = [place for kind, place in places(None) if kind == "AUTOCHUNK_PROFILES"]
-    assert named == [*parts[:3], str(Path.home() / "e")]
+    assert named == [*parts[:7], str(Path.home() / "e"), str(Path.cwd() / "j")]
 
 
 def test_a_site_without_a_folder_is_empty_and_one_that_comes_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +120,8 @@ def test_account_of_a_damaged_layer(tmp_path: Path) -> None:
     assert account(BundleLayer(str(tmp_path / "bad.json"), "file"), DEVICE, WORKLOAD).startswith("cannot be read: ")
 
 
-SHIPPED = sorted(layers.shipped_profiles().glob("*.json*"))
+FOLDER = layers.shipped_profiles()
+SHIPPED = sorted(FOLDER.glob("*.json*"))
 
 
 def test_profiles_are_shipped() -> None:
@@ -119,14 +130,15 @@ def test_profiles_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
-def test_shipped_bundles_are_sound(file: Path) -> None:
+def test_shipped_bundles_are_sound(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One device each, as `autochunk export` writes it, and whoever has that device gets each profile's own choice, never slower than dense."""
+    monkeypatch.setattr(layers, "shipped_profiles", lambda: FOLDER)
     found = bundle.read(file)
     assert bundle.dump(found.profiles, found.provenance.note if found.provenance else "") == bundle.fetch(file).decode()
     assert len({profile.device.key for profile in found.profiles}) == 1
     for profile in found.profiles:
         answer, choice, dense = resolve(profile.parsed_workload(), device=profile.device), profile.choose(), profile.baseline(DENSE)
         assert choice is not None
-        assert answer.layer == f"shipped {layers.shipped_profiles()}"
+        assert answer.layer == f"shipped {FOLDER}"
         assert (answer.match, answer.plan, answer.stale) == ("exact", choice.plan, ())
         assert dense is None or slower_by(choice.measurement, dense) <= 0

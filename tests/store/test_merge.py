@@ -15,7 +15,7 @@ from factories import make_device, make_measurement, make_profile, make_workload
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autochunk.errors import ArgumentError, BundleError, StoreError, WorkloadError
+from autochunk.errors import ArgumentError, BundleError, StoreError, StoreWarning, WorkloadError
 from autochunk.store import bundle, merge
 from autochunk.store.database import ProfileStore
 from autochunk.store.merge import PREFERENCES, ImportPlan
@@ -233,3 +233,17 @@ def test_damaged_bundle_changes_nothing(store_path: Path) -> None:
     with pytest.raises(BundleError):
         merge.merge(store, bundle.load(rewritten(lambda content: content["profiles"][5]["profile"].update(complete=False))), "theirs")
     assert store_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("prefer", PREFERENCES)
+def test_a_newer_version_s_profile_stays(store_path: Path, prefer: Any) -> None:
+    """It cannot be read here, so nothing that is imported here takes its place."""
+    store = ProfileStore(store_path)
+    store.put(PROFILES[0])
+    with contextlib.closing(sqlite3.connect(store_path)) as file, file:
+        file.execute("UPDATE profiles SET value = json_set(value, '$.schema_version', 7)")
+    with pytest.warns(StoreWarning):
+        plan = merge.merge(store, of(PROFILES[0]), prefer)
+    assert [(entry.taken, "newer autochunk" in entry.reason) for entry in plan.entries] == [(False, True)]
+    with contextlib.closing(sqlite3.connect(store_path)) as file:
+        assert file.execute("SELECT json_extract(value, '$.schema_version') FROM profiles").fetchall() == [(7,)]

@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.device import detect
-from autochunk.errors import ArgumentError, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning
 from autochunk.plan import Plan
 from autochunk.store import bundle, layers, resolve
 from autochunk.store.database import ProfileStore
-from autochunk.store.profile import DEFAULT, Measurement, Profile
+from autochunk.store.layers import MemoryLayer
+from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile
 from autochunk.store.resolve import Resolution, use
 from autochunk.workload import Workload
 
@@ -37,7 +38,6 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shipped"
     folder.mkdir()
     monkeypatch.setattr(layers, "shipped_profiles", lambda: folder)
-    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "site"))
     return folder
 
 
@@ -331,9 +331,46 @@ def test_distance_is_symmetric(one: Workload, other: Workload) -> None:
 @given(st.permutations([shape(query_length=t, key_length=s) for t in (512, 1024, 2048) for s in (512, 2048)]))
 def test_nearest_does_not_depend_on_the_order(workloads: Sequence[Workload]) -> None:
     """The same tuned workloads, listed in any order, have the same nearest."""
-    assert resolve._nearest_workload(WORKLOAD, [workload.key for workload in workloads]) == resolve._nearest_workload(
-        WORKLOAD, sorted(workload.key for workload in workloads)
-    )
+    given, ordered = (MemoryLayer("", [make_profile(one) for one in many]) for many in (workloads, sorted(workloads, key=lambda one: one.key)))
+    nearest = [resolve._nearest_workloads(WORKLOAD, [layer], DEVICE) for layer in (given, ordered)]
+    assert [other for _, other in nearest[0]] == [other for _, other in nearest[1]]
+
+
+def test_nearest_is_looked_for_in_all_layers(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nearer workload in a later layer before a farther one in an earlier layer."""
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(write(tmp_path / "far.json", limit_of(1.0, shape(query_length=4096)))))
+    store.put(limit_of(2.0, shape(query_length=1100)))
+    assert ask(shape(query_length=1024)).plan == Plan("xla", 2.0)
+
+
+def test_a_neighbour_that_fits_before_none(store: ProfileStore) -> None:
+    """Where no plan of the exact profile, or of the nearest, fits the budget, the next nearest answers."""
+    for length, memory in ((1024, 400.0), (1100, 300.0), (1300, 30.0)):
+        store.put(make_profile(shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, memory)]))
+    with use(memory_budget_mb=100):
+        assert ask(shape(query_length=1024)).source == shape(query_length=1300).key
+
+
+def test_a_changed_store_does_not_fetch_urls_again(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that have not changed stay as they were read; a URL that failed is not asked again at once."""
+    fetched: list[str] = []
+
+    def fetch(place: str, *_: Any) -> bytes:
+        fetched.append(place)
+        if place.startswith("http://down"):
+            raise BundleError("down")
+        return bundle.dump([make_profile()]).encode()
+
+    monkeypatch.setattr(bundle, "fetch", fetch)
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", "http://down/b.json:http://up:80/a.json")
+    with pytest.warns(StoreWarning):
+        answer = ask()
+    assert answer.layer == "AUTOCHUNK_PROFILES http://up:80/a.json"
+    for length in (3, 4, 5):
+        store.put(limit_of(2.0, shape(query_length=length)))
+        assert ask().match == "exact"
+        ask(shape(query_length=10 * length))
+    assert sorted(fetched) == ["http://down/b.json", "http://up:80/a.json"]
 
 
 # --- Reports --------------------------------------------------------------------------------------------------------------
@@ -594,12 +631,15 @@ def test_use_answers_every_auto(store: ProfileStore, limit: float | None, implem
     assert ask().match == "exact"
 
 
-def test_use_yields_to_a_pinned_implementation(store: ProfileStore) -> None:
-    """Where the call itself asks for another implementation, ``use`` has no answer for it."""
+def test_a_limit_set_by_use_holds_for_whichever_slices(store: ProfileStore) -> None:
+    """Where the call, or a ``use`` around it, asks for slices of another implementation, those have the limit; dense attention has no slices to limit."""
     store.put(make_profile())
     with use(max_chunk_size_mb=3):
         assert ask(implementation="xla").plan == Plan("xla", 3)
-        assert ask(implementation="xla_rows").plan == Plan("xla_rows", 4.0)
+        assert ask(implementation="xla_rows").plan == Plan("xla_rows", 3)
+        assert ask(implementation="dense").plan == DENSE
+    with use(implementation="xla_rows"), use(max_chunk_size_mb=3):
+        assert ask().plan == Plan("xla_rows", 3)
 
 
 def test_use_nests(store: ProfileStore, tmp_path: Path) -> None:

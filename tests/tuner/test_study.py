@@ -133,8 +133,19 @@ def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pyte
     second = open_study(place).claim(PLANS[:1])
     assert second is not None
     assert second.plan == PLANS[0]
+    claim.report(1.0, 0)
     claim.done([make_measurement("xla", 16.0, 0.1)], None)
     assert study.measured() == {}
+
+
+def test_a_plan_that_is_only_queued_keeps_nobody_waiting(place: str) -> None:
+    """Whoever queued it may have died before taking it: it is no work in progress, and the next to claim takes it."""
+    study = open_study(place)
+    study._queue(str(PLANS[0]), PLANS[0])
+    assert study.workers() == 0
+    claim = study.claim(PLANS[:1])
+    assert claim is not None
+    assert claim.plan == PLANS[0]
 
 
 def test_a_living_worker_is_not_silent(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,9 +172,35 @@ def test_finished_profiles_are_kept(place: str) -> None:
     assert sorted(profile.device.kind for profile in Storage(place).profiles()[0]) == ["Another/Kind", "Made/Up"]
 
 
-def test_another_jaxlib_is_another_study() -> None:
+def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_counted(place: str) -> None:
+    """A storage may hold both; a bundle has one profile of each workload and device."""
+    storage = Storage(place)
+    for effort in ("standard", "quick"):
+        storage.study(make_device(), WORKLOAD, effort).profile = make_profile(effort=effort)  # type: ignore[arg-type]
+    newer = storage.study(make_device(), Workload.parse("t=1,k=8"), "quick")
+    newer._study.set_user_attr("profile", '{"schema_version": 7}')
+    profiles, others = storage.profiles()
+    assert ([profile.effort for profile in profiles], others) == (["standard"], 1)
+    with pytest.raises(StorageError, match="newer autochunk"):
+        _ = newer.profile
+
+
+def test_a_torn_journal_of_one_s_own_is_mended(tmp_path: Path) -> None:
+    """Half a line at its end is cut off and the rest is kept; one that cannot be read is begun anew."""
+    journal = tmp_path / "journal"
+    measure(studies.open_private(journal).study(make_device(), WORKLOAD, "quick"), PLANS[0])
+    whole = journal.read_bytes()
+    for torn in (b'{"op_code": 5, "wor', b"\0" * 64):
+        journal.write_bytes(whole + torn)
+        assert list(studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured()) == [PLANS[0]]
+    journal.write_bytes(b"\0" * 64 + b"\n" + whole)
+    assert studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured() == {}
+
+
+def test_another_jaxlib_or_cudnn_is_another_study() -> None:
     """Its programs are others, and so are their times."""
-    assert study_name(make_device(), WORKLOAD, "quick") != study_name(make_device(jaxlib="0.13.0"), WORKLOAD, "quick")
+    names = {study_name(make_device(**versions), WORKLOAD, "quick") for versions in ({}, {"jaxlib": "0.13.0"}, {"cudnn": "9.1"}, {"cudnn": "9.9"})}
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:hunter2@127.0.0.1:1/nothing", "nosuchdatabase://me:hunter2@host/name", "postgresql://me:hunter2@no port/x"])
@@ -193,7 +230,7 @@ def test_a_journal_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> N
 def test_a_file_that_is_no_journal(content: bytes, tmp_path: Path) -> None:
     """It is left as it was."""
     (tmp_path / "journal").write_bytes(content)
-    with pytest.raises(StorageError, match="is no storage"):
+    with pytest.raises(StorageError, match=r"is no storage|cannot be used"):
         Storage(tmp_path / "journal")
     assert (tmp_path / "journal").read_bytes() == content
 

@@ -93,6 +93,35 @@ def test_several_gpus_share_the_last_workload(scripted: Callable[..., Any], tmp_
     assert min(sum(request["gpu"] == gpu for request in prepared) for gpu in ("3", "7")) > 3
 
 
+def test_tunes_with_one_store_do_not_take_each_other_s_work_away(scripted: Callable[..., Any]) -> None:
+    """One that finishes another workload, or the same, leaves what a second one has begun."""
+    first, second = ([Workload.parse(f"b=2,t={length},h=4,k=8")] for length in (2048, 1024))
+    begun = measured(scripted(delay=0.1), first, effort="thorough", timeout=5.0, gpus=["0", "1"])
+    measured(scripted(), second, effort="thorough", gpus=["0", "1"])
+    rest = measured(scripted(), first, effort="thorough", gpus=["0", "1"])
+    plans = [str(event.measurement.plan) for event in begun + rest if event.measurement]
+    assert len(plans) == len(set(plans))
+    assert any(event.measurement for event in begun)
+
+
+def test_an_interrupted_force_goes_on(scripted: Callable[..., Any]) -> None:
+    """What was measured anew is not measured a third time."""
+    workload = [Workload.parse("b=2,t=2048,h=4,k=8")]
+    measured(scripted(), workload, effort="thorough")
+    first = measured(scripted(delay=0.1), workload, effort="thorough", force=True, timeout=4.0)
+    second = measured(scripted(), workload, effort="thorough", force=True)
+    plans = [str(event.measurement.plan) for event in first + second if event.measurement]
+    assert len(plans) == len(set(plans)) == len(ProfileStore().profiles()[0].measurements)
+
+
+def test_the_first_worker_s_start_counts_as_time(tmp_path: Path) -> None:
+    """A machine that takes longer to start a worker than there is time is told so, in time."""
+    begun = time.monotonic()
+    with pytest.raises(ProbeError, match="time ran out before a measuring process was up"):
+        tune(WORKLOADS, timeout=1.0, worker_command=("sleep", "30"))
+    assert time.monotonic() - begun < 15
+
+
 def test_out_of_time_before_a_worker_is_up_is_told(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """The deadline may come while a worker starts: each workload is said to be unmeasured, and nothing fails."""
     slow = tmp_path / "slow.sh"
