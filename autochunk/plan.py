@@ -113,7 +113,7 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
     if plan.max_chunk_size_mb is None or not SLICING_ORDER[plan.implementation]:
         return Slices(**sizes)
     # A limit made from whole bytes must give them back: n / 10^6 * 10^6 may come out just below n.
-    limit = math.floor(min(plan.max_chunk_size_mb * BYTES_PER_MB, 2.0**62) * (1 + 1e-12))
+    limit = math.floor(min(plan.max_chunk_size_mb * BYTES_PER_MB, 2.0**100) * (1 + 1e-12))
     unit = shape.bytes
     for axis in SLICING_ORDER[plan.implementation]:
         if unit <= limit:
