@@ -7,7 +7,7 @@ import contextvars
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,38 +99,34 @@ def tune(
     store.check_writable()
     limit = timeout if timeout is not None else DEFAULT_TIMEOUT[effort]
     deadline = None if limit is None else time.monotonic() + limit
-    budget = None if memory_budget_mb is None else int(memory_budget_mb * 1e6)
-    environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]
-    probes = [
-        Probe(worker_command, memory_budget_bytes=budget, seconds_per_request=_REQUEST_SECONDS[effort], environment=environment) for environment in environments
-    ]
-    with contextlib.ExitStack() as stack:
-        for probe in probes:
-            stack.enter_context(probe)
-            probe.deadline = deadline
+    with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
         device = _same_device(probes)
         on_event(Event("device", device=device))
         todo = list(dict.fromkeys(standard_workloads(store, device, effort) if workloads is None else workloads))
-        # Skipping costs nothing, so the time is shared out among those that need measuring.
         stored = {} if force else {w: p for w in todo if (p := _good_enough(store, device, w, effort))}
-        found: dict[Workload, Profile] = dict(stored)
-        events = [Event("skipped", workload, number, len(todo), device) for number, workload in enumerate(todo, 1)]
+        events = [Event("skipped", workload, number, len(todo), device, profile=stored.get(workload)) for number, workload in enumerate(todo, 1)]
         for event in events:
-            if event.workload in stored:
-                on_event(_but(event, profile=stored[event.workload]))
-        task = _Task(effort, force, store, device, deadline, on_event)
-        waiting = [event for event in events if event.workload not in stored]
+            if event.profile is not None:
+                on_event(event)
+        # Skipping costs nothing, so the time is shared out among those that need measuring.
+        waiting = [event for event in events if event.profile is None]
         if shared is not None:
             _contribute(shared, stored, effort)
-            _on_each(probes, _sharer(task, lambda workload: shared.study(device, workload, effort), waiting, found))
-        elif len(probes) > 1:
-            _all_together(task, probes, waiting, found)
-        else:
-            _in_turn(task, probes[0], waiting, found)
-        for event in waiting:
-            if event.workload not in task.begun:
-                on_event(_but(event, kind="out_of_time"))
+        found = stored | _measure(_Task(effort, force, store, device, deadline, on_event), probes, shared, waiting)
     return [found[workload] for workload in todo if workload in found]
+
+
+@contextlib.contextmanager
+def _probes(command: Sequence[str], gpus: Sequence[str], effort: Effort, memory_budget_mb: float | None, deadline: float | None) -> Iterator[list[Probe]]:
+    """A probe for each GPU, or one for the default device; ended on leaving."""
+    budget = None if memory_budget_mb is None else int(memory_budget_mb * 1e6)
+    with contextlib.ExitStack() as stack:
+        probes = []
+        for environment in [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]:
+            probe = Probe(command, memory_budget_bytes=budget, seconds_per_request=_REQUEST_SECONDS[effort], environment=environment)
+            probe.deadline = deadline
+            probes.append(stack.enter_context(probe))
+        yield probes
 
 
 @dataclass(frozen=True)
@@ -144,6 +140,21 @@ class _Task:
     deadline: float | None
     on_event: Callable[[Event], None]
     begun: set[Workload] = field(default_factory=set)
+
+
+def _measure(task: _Task, probes: Sequence[Probe], shared: Storage | None, waiting: Sequence[Event]) -> dict[Workload, Profile]:
+    """Measures what is waiting, by all probes; the profiles that there are then."""
+    found: dict[Workload, Profile] = {}
+    if shared is not None:
+        _on_each(probes, _sharer(task, lambda workload: shared.study(task.device, workload, task.effort), waiting, found))
+    elif len(probes) > 1:
+        _all_together(task, probes, waiting, found)
+    else:
+        _in_turn(task, probes[0], waiting, found)
+    for event in waiting:
+        if event.workload not in task.begun:
+            task.on_event(_but(event, kind="out_of_time"))
+    return found
 
 
 def _in_turn(task: _Task, probe: Probe, waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
