@@ -60,26 +60,24 @@ def store(store_path: Path) -> ProfileStore:
 # --- Much data ------------------------------------------------------------------------------------------------------------
 
 FIRST_GET = """
-import sys, time
+import re, sys
+from pathlib import Path
 from factories import make_device, make_workload
-from autochunk.store import rescue
 from autochunk.store.database import ProfileStore
+def read(): return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
 store, device, workload = ProfileStore(sys.argv[1]), make_device(kind="here"), make_workload("t=77,k=8")
-began = time.process_time()
+before = read()
 assert store.get(device, workload)
-got = time.process_time()
-assert rescue.damage(store.path, 1) == ""
-print(got - began, time.process_time() - got)
+print(read() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not tell how much a process reads")
 def test_look_ups_read_a_few_pages_however_large_the_store(tmp_path: Path) -> None:
-    """The first one of a process takes milliseconds, of processor time as other tests may run beside, and less than to look the file over."""
+    """The first one of a process, too."""
     fill(tmp_path / "large.sqlite", 1500, measurements=20)
-    assert (tmp_path / "large.sqlite").stat().st_size > 5e6
-    took, looking_over = map(float, run_python(FIRST_GET, tmp_path / "large.sqlite").split())
-    assert took < 0.01
-    assert took < looking_over
+    size = (tmp_path / "large.sqlite").stat().st_size
+    assert int(run_python(FIRST_GET, tmp_path / "large.sqlite")) < size / 50
 
 
 @pytest.mark.parametrize("condition", ["WHERE key = ?", database._OF_DEVICE])
