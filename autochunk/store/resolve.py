@@ -165,7 +165,7 @@ def resolve(workload: Workload, implementation: str | None = None, *, device: De
     if pinned := _pinned(settings, implementation):
         return Resolution(workload, device or devices.detect(), pinned, "pinned", "autochunk.use", "set by autochunk.use(...)")
     with _lock:
-        snapshot = _agreed_snapshot(settings) if device is None and agree.several_processes() else _own_snapshot(settings)
+        snapshot = _agreed.snapshot(settings) if device is None and agree.several_processes() else _own_snapshot(settings)
         device = device or snapshot.device or devices.detect()
         request = (workload, implementation, settings, device)
         if request not in snapshot.answers:
@@ -205,11 +205,16 @@ class _Agreed:
         self.stores: list[Path | None] = []  # in the order of their first use, the same on every process, where each may have a path of its own
         self.snapshots: dict[tuple[Path | None, str], _Snapshot] = {}
 
+    def forget(self) -> None:
+        """Lets it be agreed upon anew, by all processes."""
+        self.stores.clear()
+        self.snapshots.clear()
+
     def snapshot(self, settings: Settings) -> _Snapshot:
         """Process 0's layers as they were at its first "auto", on every process and for as long as the program runs."""
         runtime, platform = agree.runtime(), devices.detect().platform
         if runtime is not self.runtime:
-            self.__init__()  # type: ignore[misc]
+            self.forget()
             self.runtime = runtime
         if settings.store not in self.stores:
             self.stores.append(settings.store)
@@ -222,10 +227,6 @@ class _Agreed:
 
 
 _agreed = _Agreed()
-
-
-def _agreed_snapshot(settings: Settings) -> _Snapshot:
-    return _agreed.snapshot(settings)
 
 
 def _to_publish(snapshot: _Snapshot) -> dict[str, Any]:
@@ -396,6 +397,6 @@ def forget_reports() -> None:
     global _snapshot
     with _lock:
         _reported.clear()
-        _agreed.__init__()  # type: ignore[misc]
+        _agreed.forget()
         _layers.clear()
         _snapshot = None
