@@ -185,7 +185,7 @@ def explain(shapes: tuple[str, ...], dtype: str, mode: str, implementation: str 
     """Say what "auto" would do for a shape, and why."""
     with use(memory_budget_mb=memory_budget_mb, store=store):
         resolutions = [resolve(workload, implementation) for workload in _workloads(shapes, dtype, mode)]
-    every = [layers.make_layer(kind, place) for kind, place in layers.places(store)]
+    every = layers.all_layers(store)
     for resolution in resolutions:
         accounts = [(layer.name, layers.account(layer, resolution.device, resolution.workload)) for layer in every]
         if not as_json:

@@ -15,13 +15,12 @@ from typing import Literal
 
 from autochunk import device as devices
 from autochunk.device import Device
-from autochunk.errors import AutochunkError, BundleError, DeviceError, StoreError
+from autochunk.errors import BundleError, DeviceError, StoreError
 from autochunk.store import layers
 from autochunk.store.database import ProfileStore
 from autochunk.store.layers import Layer
 from autochunk.store.profile import Profile
 from autochunk.tuner.verify import Verification, verify
-from autochunk.workload import Workload
 
 Level = Literal["ok", "note", "problem"]
 
@@ -62,7 +61,7 @@ def examine(store: Path | None = None, *, verify_count: int = 0, verifier: Calla
         yield Finding("problem", "device", str(error), "see https://docs.jax.dev/en/latest/installation.html")
         return
     yield from _device(device)
-    every = [layers.make_layer(kind, place) for kind, place in layers.places(store)]
+    every = layers.all_layers(store)
     for layer in every:
         yield _layer(layer, device)
     user_store = ProfileStore(store)
@@ -172,11 +171,7 @@ def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
     """Profiles of this device that "auto" would use, each workload's from the first layer that has one."""
     found: dict[str, Profile] = {}
     for layer in every:
-        try:
-            mine = [profile for key in layer.workloads(device) if (profile := layer.get(device, Workload.parse(key)))]
-        except AutochunkError:
-            continue
-        for profile in mine:
+        for profile in layers.readable_profiles(layer, device):
             if profile.choose() is not None:
                 found.setdefault(profile.workload, profile)
     return sorted(found.values(), key=lambda profile: (profile.created, profile.workload))

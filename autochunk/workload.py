@@ -181,6 +181,12 @@ def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
     return "".join("1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True))
 
 
+def key_items(text: str) -> dict[str, str]:
+    """The ``name=value`` items of a key or a shape, as texts and unchecked."""
+    pairs = (item.partition("=") for item in text.removeprefix(_PREFIX).split(","))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 @functools.lru_cache(maxsize=100_000)
 def split_key(key: str) -> tuple[tuple[int, ...], str]:
     """(sizes, everything else) of a key as ``Workload.key`` writes it, quicker than by ``Workload.parse``; no sizes for another text."""

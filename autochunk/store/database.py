@@ -113,8 +113,7 @@ class ProfileStore:
     def keys(self) -> list[tuple[str, str]]:
         """Device key and workload key of every profile, in order; of rows under keys that are neither, nothing."""
         rows = self._select(_PROFILES, f'SELECT CAST(key AS BLOB) FROM "{_PROFILES}" ORDER BY key')  # noqa: S608  (no input in it)
-        parts = ((key or b"").decode(errors="backslashreplace").partition(_BETWEEN) for (key,) in rows)
-        return [(device_key, workload_key) for device_key, between, workload_key in parts if between]
+        return [names for (key,) in rows if (names := _names(key))]
 
     def missed(self, device: Device) -> list[Workload]:
         """Workloads that "auto" missed on a device, by key."""
@@ -123,6 +122,10 @@ class ProfileStore:
             with contextlib.suppress(WorkloadError):  # written by a newer version, or by hand
                 workloads.append(Workload.parse(key))
         return workloads
+
+    def newer(self) -> set[tuple[str, str]]:
+        """(device key, workload key) of the profiles that a newer version of autochunk wrote, which this one cannot read."""
+        return {names for row in self._rows() if (names := _names(row.key)) and _fits(_Newer, row)}
 
     def unreadable(self) -> list[str]:
         """Keys of the profiles' rows that no version can read: their value is no JSON, no profile, or another key's. A newer version's are none of these."""
@@ -218,12 +221,11 @@ class ProfileStore:
 
     def _whole(self, table: str, row: Row) -> bool:
         """Whether a row is what some version stored."""
-        kind = _Miss if table == _MISSED else _Newer
         try:
-            row_key = (row.key or b"").decode()
-            return bool(row_key) and ((table == _PROFILES and self._readable(row) is not None) or bool(kind.model_validate_json(row.value or b"")))
-        except (ValidationError, UnicodeDecodeError):
+            named = bool((row.key or b"").decode())
+        except UnicodeDecodeError:
             return False
+        return named and ((table == _PROFILES and self._readable(row) is not None) or _fits(_Miss if table == _MISSED else _Newer, row))
 
     def _unreadable(self) -> list[Row]:
         return [row for row in self._rows() if not self._whole(_PROFILES, row)]
@@ -363,6 +365,20 @@ def _prefix_range(device: Device) -> tuple[str, str]:
 
 def _profile_key(profile: Profile) -> str:
     return _row_key(profile.device.key, profile.workload)
+
+
+def _names(row_key: bytes | None) -> tuple[str, str] | None:
+    """Device key and workload key of a row; None of one that has neither."""
+    device_key, between, workload_key = (row_key or b"").decode(errors="backslashreplace").partition(_BETWEEN)
+    return (device_key, workload_key) if between else None
+
+
+def _fits(kind: type[BaseModel], row: Row) -> bool:
+    try:
+        kind.model_validate_json(row.value or b"")
+    except ValidationError:
+        return False
+    return True
 
 
 def _row_key(device_key: str, workload_key: str) -> str:

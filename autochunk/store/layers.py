@@ -10,18 +10,18 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import platformdirs
 
 from autochunk.device import Device
-from autochunk.errors import BundleError, StoreError
+from autochunk.errors import BundleError, StoreError, WorkloadError
 from autochunk.store import bundle, remote
 from autochunk.store.database import STORE_VARIABLE, ProfileStore, default_path
 from autochunk.store.profile import Profile
-from autochunk.workload import Workload
+from autochunk.workload import Workload, key_items
 
 PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
 
@@ -162,6 +162,25 @@ class MemoryLayer:
         return sorted(self._profiles)
 
 
+def readable_profiles(layer: Layer, device: Device, complain: Callable[[StoreError | BundleError], None] = lambda _: None) -> Iterator[Profile]:
+    """A layer's profiles of a device, without those that cannot be read; ``complain`` is told of each error."""
+    try:
+        keys = layer.workloads(device)
+    except (StoreError, BundleError) as error:
+        complain(error)
+        return
+    for key in keys:
+        try:
+            profile = layer.get(device, Workload.parse(key))
+        except WorkloadError:  # written by a newer version
+            continue
+        except (StoreError, BundleError) as error:
+            complain(error)
+            continue
+        if profile is not None:
+            yield profile
+
+
 def account(layer: Layer, device: Device, workload: Workload) -> str:
     """What a layer has, and in which fields the nearest of that differs from a workload on a device. It reads all keys: for people, not for tracing."""
     try:
@@ -175,7 +194,7 @@ def account(layer: Layer, device: Device, workload: Workload) -> str:
     if workload.key in here:
         return f"{text[0]}, and of this workload"
     if here:
-        text.append(f"the nearest differs in {_least_difference(here, workload.key, _workload_items)}")
+        text.append(f"the nearest differs in {_least_difference(here, workload.key, key_items)}")
     if elsewhere := [device_key for device_key, other in keys if other == workload.key]:
         text.append(f"this workload on a device that differs in {_least_difference(elsewhere, device.key, _device_items)}")
     return "; ".join(text)
@@ -187,10 +206,6 @@ def _least_difference(keys: Iterable[str], asked: str, items: Callable[[str], di
     differences = [{name: value for name, value in items(key).items() if value != wanted.get(name)} for key in keys]
     fewest = min(differences, key=lambda fields: (len(fields), sorted(fields.items())))
     return ", ".join(f"{name} ({value}, asked was {wanted.get(name, 'none')})" for name, value in fewest.items())
-
-
-def _workload_items(key: str) -> dict[str, str]:
-    return dict(item.partition("=")[::2] for item in key.partition(":")[2].split(","))
 
 
 def _device_items(key: str) -> dict[str, str]:
@@ -246,3 +261,8 @@ def _split(text: str) -> list[str]:
 def make_layer(kind: str, place: str) -> Layer:
     """The layer of one of ``places``."""
     return StoreLayer(Path(place)) if kind == STORE else BundleLayer(place, kind)
+
+
+def all_layers(store: Path | None) -> list[Layer]:
+    """Every layer, first asked first, to be read anew."""
+    return [make_layer(kind, place) for kind, place in places(store)]

@@ -10,7 +10,7 @@ from autochunk.errors import ArgumentError, WorkloadError
 from autochunk.store.bundle import key_of, refuse_twice
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS, Bundle, Profile
-from autochunk.workload import Workload
+from autochunk.workload import Workload, key_items
 
 # --- Choosing what travels ------------------------------------------------------------------------------------------------
 
@@ -35,17 +35,12 @@ def select(
     return [
         profile
         for profile in profiles
-        if (device or "").lower() in profile.device.key.lower() and any(items.items() <= _items(profile.workload).items() for items in wanted)
+        if (device or "").lower() in profile.device.key.lower() and any(items.items() <= key_items(profile.workload).items() for items in wanted)
     ]
 
 
-def _items(text: str) -> dict[str, str]:
-    pairs = (item.partition("=") for item in text.removeprefix("attention:").split(","))
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def _shape_items(shape: str) -> dict[str, str]:
-    items, known = _items(shape), _items(Workload.make(query_length=1, key_size=1).key)
+    items, known = key_items(shape), key_items(Workload.make(query_length=1, key_size=1).key)
     if not items.keys() <= known.keys() or not all(items.values()):
         raise WorkloadError(f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of {', '.join(known)}; for example t=4096,h=8")
     return items
@@ -151,10 +146,7 @@ def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort
     refuse_twice(bundle.profiles, "bundle")
     if not dry_run and bundle.profiles:
         store.check_writable()  # which mends a damaged store, for it to be read
-    stored = store.profiles()
-    reserved = set(store.keys()) - {key_of(profile) for profile in stored}
-    spoiled = set(store.unreadable()) if reserved else set()
-    plan = plan_import(stored, bundle, prefer, reserved={key for key in reserved if " | ".join(key) not in spoiled})
+    plan = plan_import(store.profiles(), bundle, prefer, reserved=store.newer())
     if plan.taken and not dry_run:
         store.put_all(plan.taken, expected={key_of(entry.profile): entry.stored for entry in plan.entries if entry.taken})
     return plan
@@ -184,6 +176,11 @@ def _decide(theirs: Profile, ours: Profile, prefer: Preference) -> tuple[bool, s
             reason = f"{criterion} is {getattr(theirs, criterion)} in the bundle and {getattr(ours, criterion)} in the store"
             return _rank(theirs, criterion) > _rank(ours, criterion), reason
     return False, f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or 'ours'"
+
+
+def rank(profile: Profile, prefer: Preference) -> tuple[Any, ...]:
+    """Greater for the one that is preferred, "newest" or "best-effort", of two profiles of one device and workload."""
+    return tuple(_rank(profile, criterion) for criterion in _CRITERIA[prefer])
 
 
 def _rank(profile: Profile, criterion: str) -> Any:

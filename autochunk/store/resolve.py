@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import heapq
 import math
 import os
@@ -232,25 +233,11 @@ _agreed = _Agreed()
 def _to_publish(snapshot: _Snapshot) -> dict[str, Any]:
     """A snapshot's device and layers as JSON data; what cannot be read is left out, with a warning."""
     device = devices.detect()
-    published = [(f"process 0's {layer.name}", [profile.model_dump(mode="json") for profile in _readable(layer, device)]) for layer in snapshot.layers]
+    published = []
+    for layer in snapshot.layers:
+        profiles = layers.readable_profiles(layer, device, functools.partial(_warn_of_layer, layer))
+        published.append((f"process 0's {layer.name}", [profile.model_dump(mode="json") for profile in profiles]))
     return {"device": device.model_dump(mode="json"), "layers": published}
-
-
-def _readable(layer: Layer, device: Device) -> Iterator[Profile]:
-    """A layer's profiles of a device, without those that cannot be read."""
-    try:
-        workloads = [workload for key in layer.workloads(device) if (workload := _parse(key)) is not None]
-    except (StoreError, BundleError) as error:
-        _warn_of_layer(layer, error)
-        return
-    for workload in workloads:
-        try:
-            profile = layer.get(device, workload)
-        except (StoreError, BundleError) as error:
-            _warn_of_layer(layer, error)
-            continue
-        if profile is not None:
-            yield profile
 
 
 def _resolve(workload: Workload, implementation: str | None, settings: Settings, device: Device, asked_layers: list[Layer]) -> Resolution:
