@@ -140,7 +140,7 @@ class Probe:
             if plan in self._ready:
                 return self._ready[plan]
             budget = self.memory_budget_bytes if self.memory_budget_bytes is not None else int(self._available * SHARE_OF_FREE_MEMORY)
-            reply = self._ask("prepare", plan=_wire(plan), budget_bytes=budget)
+            reply = self._ask("prepare", plan=wire(plan), budget_bytes=budget)
         except WorkerFailure as failure:
             return Prepared(failure.status, failure.detail)
         reply.pop("ok")
@@ -159,13 +159,13 @@ class Probe:
         for plan in dict.fromkeys(plans):
             if plan not in self._ready and (prepared := self.prepare(plan)).status != "ok":
                 raise WorkerFailure(prepared.status, prepared.detail)
-        return [float(seconds) for seconds in self._ask("time", plans=[_wire(plan) for plan in plans])["seconds"]]
+        return [float(seconds) for seconds in self._ask("time", plans=[wire(plan) for plan in plans])["seconds"]]
 
     def drop(self, plan: Plan) -> None:
         """Lets a plan's program go."""
         if plan in self._ready and self._worker is not None:
             del self._ready[plan]
-            self._ask("drop", plan=_wire(plan))
+            self._ask("drop", plan=wire(plan))
 
     def _start(self) -> None:
         self._worker, self._ready = _Worker(self.command, self.environment), {}
@@ -199,7 +199,8 @@ class Probe:
         return reply
 
 
-def _wire(plan: Plan) -> list[Any]:
+def wire(plan: Plan) -> list[Any]:
+    """A plan as JSON data."""
     return [plan.implementation, plan.max_chunk_size_mb]
 
 

@@ -33,7 +33,10 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from autochunk.device import Device
 from autochunk.errors import StorageError
 from autochunk.plan import SLICING_ORDER, Plan
-from autochunk.store.profile import EFFORTS, Effort, Measurement, Profile
+from autochunk.store.bundle import key_of
+from autochunk.store.merge import rank
+from autochunk.store.profile import Effort, Measurement, Profile
+from autochunk.tuner.probe import wire
 from autochunk.workload import Workload
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
@@ -86,7 +89,7 @@ class Storage:
         with self.errors():
             summaries = optuna.get_all_study_summaries(storage=self._optuna, include_best_trial=False)
         found = [_readable(summary.user_attrs.get("profile")) for summary in summaries]
-        best = {(profile.device.key, profile.workload): profile for profile in sorted(filter(None, found), key=_worth)}
+        best = {key_of(profile): profile for profile in sorted(filter(None, found), key=lambda profile: rank(profile, "best-effort"))}
         return list(best.values()), found.count(None)
 
     @contextlib.contextmanager
@@ -103,10 +106,6 @@ def _readable(text: str | None) -> Profile | None:
         return Profile.model_validate_json(text) if text else None
     except ValidationError:
         return None
-
-
-def _worth(profile: Profile) -> tuple[int, str]:
-    return EFFORTS.index(profile.effort), profile.created
 
 
 def study_name(device: Device, workload: Workload, effort: Effort) -> str:
@@ -128,13 +127,13 @@ class Study:
     def anchor(self) -> Plan | None:
         """The plan that all others are timed beside; ratios to another one do not compare."""
         with self._storage.errors():
-            anchor = self._study.user_attrs.get("anchor")
+            anchor = self._anchor()
         return Plan(*anchor) if anchor else None
 
     @anchor.setter
     def anchor(self, plan: Plan) -> None:
         with self._storage.errors():
-            self._study.set_user_attr("anchor", _wire(plan))
+            self._study.set_user_attr("anchor", wire(plan))
 
     @property
     def profile(self) -> Profile | None:
@@ -154,9 +153,10 @@ class Study:
     def measured(self) -> dict[Plan, Measurement]:
         """What was measured beside the present anchor, by whomever; joint rounds included."""
         with self._storage.errors():
-            trials = self._trials()
+            trials, anchor = self._trials(), self._anchor()
         found: dict[Plan, Measurement] = {}
-        for trial in sorted(filter(self._counts, trials), key=lambda trial: trial.user_attrs.get("subject") == _JOINT):
+        counting = [trial for trial in trials if _counts(trial, anchor)]
+        for trial in sorted(counting, key=lambda trial: trial.user_attrs.get("subject") == _JOINT):
             for text in trial.user_attrs.get("measurements", ()):
                 measurement = Measurement.model_validate_json(text)
                 found[measurement.plan] = measurement
@@ -170,7 +170,7 @@ class Study:
 
     def claim(self, plans: Sequence[Plan]) -> Claim | None:
         """The first plan that nobody has measured or is measuring; None if there is none."""
-        return self._claim({_subject(plan): plan for plan in plans})
+        return self._claim({str(plan): plan for plan in plans})
 
     def claim_joint_rounds(self) -> Claim | None:
         """The right to time the best plans together; None if somebody has it or has done it."""
@@ -180,8 +180,8 @@ class Study:
         with self._storage.errors():
             while True:
                 self._free_the_dead()
-                trials = self._trials()
-                taken = {trial.user_attrs.get("subject") for trial in trials if trial.state in _LIVING or self._counts(trial)}
+                trials, anchor = self._trials(), self._anchor()
+                taken = {trial.user_attrs.get("subject") for trial in trials if trial.state in _LIVING or _counts(trial, anchor)}
                 free = [subject for subject in wanted if subject not in taken]
                 if not any(trial.state == TrialState.WAITING for trial in trials):
                     if not free:
@@ -200,12 +200,11 @@ class Study:
 
     def _is_second(self, mine: optuna.Trial, subject: str) -> bool:
         others = [trial for trial in self._trials() if trial.user_attrs.get("subject") == subject and trial.number != mine.number]
-        return any(self._counts(trial) or (trial.state in _LIVING and trial.number < mine.number) for trial in others)
+        anchor = self._anchor()
+        return any(_counts(trial, anchor) or (trial.state in _LIVING and trial.number < mine.number) for trial in others)
 
-    def _counts(self, trial: FrozenTrial) -> bool:
-        """Whether a trial has measured what need not be measured again: without times, or beside the present anchor."""
-        found = trial.user_attrs
-        return trial.state in _FINISHED and (not found.get("timed") or found.get("anchor") == self._study.user_attrs.get("anchor"))
+    def _anchor(self) -> Any:
+        return self._study.user_attrs.get("anchor")
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -214,6 +213,12 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not _alive(trial):
                 _tell(self._study, trial.number, TrialState.FAIL)
+
+
+def _counts(trial: FrozenTrial, anchor: Any) -> bool:
+    """Whether a trial has measured what need not be measured again: without times, or beside the present anchor."""
+    found = trial.user_attrs
+    return trial.state in _FINISHED and (not found.get("timed") or found.get("anchor") == anchor)
 
 
 class Claim:
@@ -248,7 +253,7 @@ class Claim:
     def done(self, measurements: Sequence[Measurement], anchor: Plan | None) -> None:
         """Hands in what was measured beside ``anchor``. A worker that was taken for dead meanwhile hands in nothing: another has the plan."""
         with self._storage.errors(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self._trial.set_user_attr("anchor", _wire(anchor) if anchor else None)
+            self._trial.set_user_attr("anchor", wire(anchor) if anchor else None)
             self._trial.set_user_attr("timed", any(measurement.timed for measurement in measurements))
             self._trial.set_user_attr("measurements", [measurement.model_dump_json() for measurement in measurements])
             if self.plan is not None and measurements[0].timed:
@@ -284,10 +289,6 @@ def _tell(study: optuna.Study, number: int, state: TrialState, value: float | No
         study.tell(number, value, state=state, skip_if_finished=True)
 
 
-def _subject(plan: Plan) -> str:
-    return str(plan)
-
-
 def _parameters(plan: Plan) -> dict[str, Any]:
     """What the plan is in Optuna's space: an implementation, and one for slices has a limit of its own."""
     limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): plan.max_chunk_size_mb}
@@ -296,10 +297,6 @@ def _parameters(plan: Plan) -> dict[str, Any]:
 
 def _limit_of(plan: Plan) -> str:
     return f"{plan.implementation}.max_chunk_size_mb"
-
-
-def _wire(plan: Plan) -> list[Any]:
-    return [plan.implementation, plan.max_chunk_size_mb]
 
 
 # --- Who is alive -----------------------------------------------------------------------------------------------------
