@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,10 +24,11 @@ class Output(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Where one slice lies: its first index along each axis, and which of its elements no earlier slice had."""
+    """Where one slice lies: its first index along each axis, which of its elements no earlier slice had, and whether it is known to be below the diagonal."""
 
     starts: dict[str, Any]
     fresh: dict[str, jax.Array]
+    below: bool = False
 
 
 Join = Callable[[tuple[jax.Array, ...], tuple[jax.Array, ...]], tuple[jax.Array, ...]]
@@ -65,7 +67,7 @@ class Grid:
 
         def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
             def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
-                return compute(Cell(cell.starts | place.starts, cell.fresh | place.fresh), *slices)
+                return compute(Cell(cell.starts | place.starts, cell.fresh | place.fresh, place.below), *slices)
 
             parts = [Output(in_head_major(output.axes), groups.part_shape(output), output.dtype, output.fill) for output in outputs]
             return within._scan(one, arrays, [in_head_major(names) for names in axes], parts, join)
@@ -86,38 +88,46 @@ class Grid:
     def _scan(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
               outputs: Sequence[Output], join: Join | None) -> tuple[jax.Array, ...]:  # fmt: skip
 
-        def part(index: Any, arrays: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
-            cell = self.cell(index)
+        def part(below: bool, index: Any, arrays: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+            cell = self.cell(index)._replace(below=below)
             slices = [None if array is None else self.take(array, names, cell) for array, names in zip(arrays, axes, strict=True)]
             return compute(cell, *slices)
 
         if self.cells == 1:
-            return tuple(caller_major(piece.astype(output.dtype), output.axes) for piece, output in zip(part(0, arrays), outputs, strict=True))
+            return tuple(caller_major(piece.astype(output.dtype), output.axes) for piece, output in zip(part(False, 0, arrays), outputs, strict=True))
         if self.differentiable:
             # Arrays enter whole: what the checkpoint keeps is then the same for every slice, and kept once.
-            part = jax.checkpoint(part, prevent_cse=False)
+            part = jax.checkpoint(part, prevent_cse=False, static_argnums=0)
 
-        def step(totals: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-            pieces = part(index, arrays)
+        def step(below: bool, totals: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+            pieces = part(below, index, arrays)
             cell = self.cell(index)
             if join is not None:
                 pieces = join(tuple(self.take(total, output.axes, cell) for total, output in zip(totals, outputs, strict=True)), pieces)
             return tuple(self._put(total, piece, output.axes, cell) for total, piece, output in zip(totals, pieces, outputs, strict=True)), None
 
-        initial = tuple(vary_alike([jnp.full(output.shape, output.fill, output.dtype) for output in outputs], arrays))
-        totals, _ = jax.lax.scan(step, initial, jnp.asarray(self._numbers(), jnp.int32))
+        totals = tuple(vary_alike([jnp.full(output.shape, output.fill, output.dtype) for output in outputs], arrays))
+        for below, numbers in self._passes():
+            totals, _ = jax.lax.scan(functools.partial(step, below), totals, jnp.asarray(numbers, jnp.int32))
         return totals
 
-    def _numbers(self) -> list[int]:
-        """The slices to compute: all, or those that have a logit on or below the diagonal."""
+    def _passes(self) -> list[tuple[bool, list[int]]]:
+        """The slices to compute: all at once; or those that the diagonal crosses, then those below it, which need no mask. Those above have no logits."""
         if not self.triangular:
-            return list(range(self.cells))
-        return [number for number in range(self.cells) if self._sees(self._positions(number))]
+            return [(False, list(range(self.cells)))]
+        crossed, below = [], []
+        for number in range(self.cells):
+            positions = self._positions(number)
+            first_row, first_key = (self._start(axis, positions[axis]) for axis in ("rows", "keys"))
+            if first_key + self.sizes["keys"] <= first_row + 1:
+                below.append(number)
+            elif first_key < first_row + self.sizes["rows"]:
+                crossed.append(number)
+        return [(kind, numbers) for kind, numbers in ((False, crossed), (True, below)) if numbers]
 
-    def _sees(self, positions: dict[str, int]) -> bool:
-        last_row = (positions["rows"] + 1) * self.sizes["rows"] - 1
-        first_key = min(positions["keys"] * self.sizes["keys"], self.lengths["keys"] - self.sizes["keys"])
-        return bool(first_key <= last_row)
+    def _start(self, axis: str, position: int) -> int:
+        start: int = min(position * self.sizes[axis], self.lengths[axis] - self.sizes[axis])
+        return start
 
     def _positions(self, number: Any) -> dict[str, Any]:
         """Which slice along each axis; the last axis varies fastest."""

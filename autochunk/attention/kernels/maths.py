@@ -94,7 +94,7 @@ class SliceMath:
     def allowed(self) -> jax.Array | None:
         """Where a query may look, broadcast against [..., H, G, T', T]; None means everywhere."""
         allowed = self.inputs.mask
-        if self.call.is_causal:
+        if self.call.is_causal and not self.cell.below:
             starts = self.cell.starts
             row = starts.get("rows", 0) + jax.lax.broadcasted_iota(jnp.int32, (self.rows, self.inputs.key.shape[-2]), 0)
             column = starts.get("keys", 0) + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
