@@ -146,7 +146,8 @@ def _measure(task: _Task, probes: Sequence[Probe], shared: Storage | None, waiti
     """Measures what is waiting, by all probes; the profiles that there are then."""
     found: dict[Workload, Profile] = {}
     if shared is not None:
-        _on_each(probes, _sharer(task, lambda workload: shared.study(task.device, workload, task.effort), waiting, found))
+        # Machines that start together should not begin with the same workload.
+        _on_each(probes, _sharer(task, lambda workload: shared.study(task.device, workload, task.effort), waiting, found, first=os.getpid()))
     elif len(probes) > 1:
         _all_together(task, probes, waiting, found)
     else:
@@ -202,15 +203,23 @@ def _tidy(task: _Task, workload: Workload, profile: Profile) -> None:
 
 
 def _sharer(task: _Task, study_of: Callable[[Workload], Study], waiting: Sequence[Event],
-            found: dict[Workload, Profile]) -> Callable[[Probe, int], None]:  # fmt: skip
-    """What each of several workers does: goes to the workload that fewest are at, until none is left to do or to wait for."""
+            found: dict[Workload, Profile], first: int = 0) -> Callable[[Probe, int], None]:  # fmt: skip
+    """What each of several workers does: goes to the workload that fewest are at, until none is left to do or to wait for.
+
+    Those that take longest come first, so that none of them is left for the end (Graham 1969, "Bounds on multiprocessing timing anomalies"); the order begins
+    anew at number ``first`` plus the worker's own.
+    """
     todo = {event.workload: event for event in waiting if event.workload is not None}
+    longest_first = sorted(todo, key=lambda workload: (workload.mode == "training", workload.logits_bytes), reverse=True)
 
     def measure(probe: Probe, number: int) -> None:
         probe.deadline = task.deadline
-        studies = {workload: study_of(workload) for workload in _rotated(list(todo), os.getpid() + number)}
+        studies = {workload: study_of(workload) for workload in _rotated(longest_first, first + number)}
         awaited: set[Workload] = set()
-        while studies and not probe.abandoned and seconds_left(task.deadline) > 0:
+        while not probe.abandoned and seconds_left(task.deadline) > 0:
+            studies = {workload: study for workload, study in studies.items() if workload not in found or not found[workload].complete}
+            if not studies:
+                return
             workers = {workload: study.workers() for workload, study in studies.items()}
             open_to_us = [workload for workload in studies if workload not in awaited or not workers[workload]]
             if not open_to_us:

@@ -21,7 +21,7 @@ from autochunk.plan import Plan
 from autochunk.store.database import ProfileStore
 from autochunk.tuner.presets import PRESETS, STANDARD_SET
 from autochunk.tuner.tune import Event, preset_workloads, standard_workloads, tune
-from autochunk.workload import Workload
+from autochunk.workload import MODES, Workload
 
 WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8", "t=700,h=4,k=8")]
 
@@ -83,6 +83,16 @@ def test_several_gpus_share_the_work(scripted: Callable[..., Any], tmp_path: Pat
     assert len(set(measured)) == len(measured) == sum(len(profile.measurements) for profile in profiles)
     assert {json.loads(line)["gpu"] for line in log.read_text().splitlines()} == {"3", "7"}
     assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
+
+
+def test_several_gpus_begin_with_what_takes_longest(scripted: Callable[..., Any]) -> None:
+    """Training before forward, long before short, so that no long one is left for the end; each workload is told of as begun and finished once."""
+    workloads = [Workload.parse(f"t={length},h=4,k=8", mode=mode) for length in (512, 700, 600) for mode in MODES]
+    events = measured(scripted(), workloads, effort="quick", gpus=["3", "7"])
+    begun = [(event.workload.mode, event.workload.query_length) for event in events if event.kind == "start" and event.workload]
+    assert set(begun[:2]) == {("training", 700), ("training", 600)}
+    assert len(begun) == len(set(begun)) + begun.count(begun[-1]) - 1  # the last one may be shared
+    assert kinds(events).count("finished") <= len(workloads) + 1
 
 
 def test_several_gpus_share_the_last_workload(scripted: Callable[..., Any], tmp_path: Path) -> None:
@@ -199,7 +209,7 @@ def test_interrupting_stores_what_was_measured(scripted: Callable[..., Any]) -> 
 _DRIVER = """
 import json, sys
 from autochunk.tuner.tune import tune
-from autochunk.workload import Workload
+from autochunk.workload import MODES, Workload
 shapes, command = json.loads(sys.argv[1])
 for number, shape in enumerate(shapes):
     tune([Workload.parse(shape)], effort="quick", worker_command=command)
