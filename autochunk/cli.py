@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +15,14 @@ from rich.console import Console
 
 import autochunk
 from autochunk import report
-from autochunk.device import detect, visible_gpus
+from autochunk.device import Device, detect, visible_gpus
 from autochunk.errors import AutochunkError
 from autochunk.store import bundle, layers, merge
 from autochunk.store.database import ProfileStore
-from autochunk.store.profile import EFFORTS
+from autochunk.store.profile import EFFORTS, Effort
 from autochunk.store.resolve import resolve, use
 from autochunk.tuner.presets import PRESETS, preset_shapes
-from autochunk.workload import DTYPES, MODES, Mode, Workload
+from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, workloads_of
 
 _EXAMPLE = "b=1,t=4096,s=4096,h=8,k=64"
 
@@ -42,7 +43,7 @@ def _shape_options(required: bool) -> Callable[[Callable[..., None]], Callable[.
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in (
             click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True),
-            click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+            click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Repeatable. The default for a shape or preset is float32."),
             click.option(
                 "--shape", "shapes", multiple=True, required=required, metavar="SHAPE",
                 help=f"A workload such as {_EXAMPLE}: batch, T', T, heads, key size; also v=, kv_heads=, causal=yes, mask=b1ts, bias=1hts. "
@@ -59,9 +60,12 @@ _store_option = click.option("--store", type=click.Path(path_type=Path), help="P
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
-def _workloads(shapes: tuple[str, ...], dtype: str, mode: str) -> list[Workload]:
-    modes: tuple[Mode, ...] = MODES if mode == "both" else (mode,)  # type: ignore[assignment]
-    return [Workload.parse(shape, dtype=dtype, mode=each) for shape in shapes for each in modes]
+def _modes(mode: str) -> tuple[Mode, ...]:
+    return MODES if mode == "both" else (mode,)  # type: ignore[return-value]
+
+
+def _workloads(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str) -> list[Workload]:
+    return workloads_of(shapes, dtypes or ("float32",), _modes(mode))
 
 
 def _with_presets(shapes: tuple[str, ...], presets: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,6 +82,8 @@ def _console(stderr: bool = False) -> Console:
 @click.version_option(autochunk.__version__, package_name="autochunk")
 def main() -> None:
     """Attention that never holds more logits than it should, tuned once for each machine."""
+    # What only looks at a GPU must not take three quarters of its memory, as jax does unless told.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @main.command()
@@ -95,30 +101,38 @@ def main() -> None:
 )
 @_store_option
 @_json_option
-def tune(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...], missed: bool, stale: bool, effort: str, timeout: float | None,
-         memory_budget_mb: float | None, force: bool, devices: str | None, storage: str | None, store: Path | None, as_json: bool) -> None:  # fmt: skip
+def tune(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets: tuple[str, ...], missed: bool, stale: bool, effort: Effort,
+         timeout: float | None, memory_budget_mb: float | None, force: bool, devices: str | None, storage: str | None, store: Path | None,
+         as_json: bool) -> None:  # fmt: skip
     """Measure this machine and keep what is best.
 
-    Without --shape, --preset, --missed or --stale: what "auto" has missed here, then a standard set of shapes.
+    Without --shape, --preset, --missed or --stale: what "auto" has missed here, then a standard set of shapes, on a CPU in float32, on a GPU in bfloat16 and
+    (not when quick) float32, and with thorough effort in these and float16.
     """
+    from autochunk.tuner.tune import standard_workloads
     from autochunk.tuner.tune import tune as run
 
     profile_store = ProfileStore(store)
-    named = _with_presets(shapes, presets)
-    workloads: list[Workload] | None = _workloads(named, dtype, mode) if named or missed or stale else None
-    if workloads is not None:
-        workloads += [*(_missed(profile_store) if missed else []), *(_stale(profile_store) if stale else [])]
+    named = _workloads(_with_presets(shapes, presets), dtypes, mode)
+    workloads: list[Workload] = []
+
+    def choose(device: Device) -> list[Workload]:
+        if not (named or missed or stale):
+            workloads.extend(standard_workloads(profile_store, device, effort, dtypes, _modes(mode)))
+        workloads.extend([*named, *(_missed(profile_store, device) if missed else []), *(_stale(profile_store, device) if stale else [])])
+        return workloads
+
     try:
         with _sigterm_like_ctrl_c(), report.TuneProgress(_console(stderr=True)) as progress:
             profiles = run(
-                workloads, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress,  # type: ignore[arg-type]
+                choose, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress,
                 gpus=visible_gpus(devices) if devices else (), storage=storage,
             )  # fmt: skip
     except KeyboardInterrupt:
         click.echo("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
         sys.exit(130)
     _print_profiles([report.profile_row(profile) for profile in profiles], as_json)
-    if not profiles and workloads != []:
+    if workloads and not profiles:
         sys.exit(1)
 
 
@@ -132,16 +146,15 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _missed(store: ProfileStore) -> list[Workload]:
-    found = store.missed(detect())
+def _missed(store: ProfileStore, device: Device) -> list[Workload]:
+    found = store.missed(device)
     if not found:
         click.echo('"auto" has missed nothing on this machine.', err=True)
     return found
 
 
-def _stale(store: ProfileStore) -> list[Workload]:
-    now = detect()
-    found = [profile.parsed_workload() for profile in store.profiles(now) if profile.device.stale_reasons(now)]
+def _stale(store: ProfileStore, device: Device) -> list[Workload]:
+    found = [profile.parsed_workload() for profile in store.profiles(device) if profile.device.stale_reasons(device)]
     if not found:
         click.echo("Nothing stored of this machine is stale.", err=True)
     return found
@@ -180,11 +193,11 @@ def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
 @click.option("--memory-budget-mb", type=float, metavar="MB", help="As in autochunk.use.")
 @_store_option
 @_json_option
-def explain(shapes: tuple[str, ...], dtype: str, mode: str, implementation: str | None, memory_budget_mb: float | None, store: Path | None,
+def explain(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, implementation: str | None, memory_budget_mb: float | None, store: Path | None,
             as_json: bool) -> None:  # fmt: skip
     """Say what "auto" would do for a shape, and why."""
     with use(memory_budget_mb=memory_budget_mb, store=store):
-        resolutions = [resolve(workload, implementation) for workload in _workloads(shapes, dtype, mode)]
+        resolutions = [resolve(workload, implementation) for workload in _workloads(shapes, dtypes, mode)]
     every = layers.all_layers(store)
     for resolution in resolutions:
         accounts = [(layer.name, layers.account(layer, resolution.device, resolution.workload)) for layer in every]
@@ -200,7 +213,7 @@ def explain(shapes: tuple[str, ...], dtype: str, mode: str, implementation: str 
 @click.option("--rounds", type=click.IntRange(1, 1000), default=10, show_default=True, help="How often each contender is timed.")
 @_store_option
 @_json_option
-def bench(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ...], rounds: int, store: Path | None, as_json: bool) -> None:
+def bench(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets: tuple[str, ...], rounds: int, store: Path | None, as_json: bool) -> None:
     """Say what tuning bought: "auto" against haiku's dense attention, the 1000 MB default and others, in one run.
 
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
@@ -208,7 +221,7 @@ def bench(shapes: tuple[str, ...], dtype: str, mode: str, presets: tuple[str, ..
     from autochunk.tuner.bench import bench as run
 
     named = _with_presets(shapes, presets)
-    workloads = _workloads(named, dtype, mode) if named else [profile.parsed_workload() for profile in ProfileStore(store).profiles(detect())]
+    workloads = _workloads(named, dtypes, mode) if named else [profile.parsed_workload() for profile in ProfileStore(store).profiles(detect())]
     if not workloads:
         raise click.UsageError("the store has no profile of this machine; name a --shape or a --preset, or run `autochunk tune`")
     results = []
@@ -284,10 +297,11 @@ def import_(place: str, dry_run: bool, prefer: merge.Preference, store: Path | N
 @click.option("--stale", is_flag=True, help="Only those of this machine that were measured with other versions.")
 @click.option("--older-than", type=click.IntRange(0), metavar="DAYS", help="Only those measured more than so many days ago.")
 @click.option("--unreadable", is_flag=True, help="Rows of the store that no version can read, and nothing else.")
+@click.option("--missed", is_flag=True, help='What "auto" found no profile for on this machine, and nothing else.')
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_store_option
-def forget(device: str | None, shapes: tuple[str, ...], dtype: str | None, mode: str | None, stale: bool, older_than: int | None, unreadable: bool, yes: bool,
-           store: Path | None) -> None:  # fmt: skip
+def forget(device: str | None, shapes: tuple[str, ...], dtype: str | None, mode: str | None, stale: bool, older_than: int | None, unreadable: bool,
+           missed: bool, yes: bool, store: Path | None) -> None:  # fmt: skip
     """Delete profiles from the store: those that every option lets through. Asks first."""
     profile_store = ProfileStore(store)
     if unreadable:
@@ -295,8 +309,13 @@ def forget(device: str | None, shapes: tuple[str, ...], dtype: str | None, mode:
         if _agreed_to_forget(keys, yes):
             click.echo(f"{profile_store.forget_unreadable()} rows forgotten.", err=True)
         return
+    if missed:
+        if _agreed_to_forget([workload.key for workload in profile_store.missed(detect())], yes):
+            click.echo(f"{profile_store.forget_missed(detect())} misses forgotten.", err=True)
+        return
     if not (device or shapes or dtype or mode or stale or older_than is not None):
-        raise click.UsageError("name what to forget: --device, --shape, --dtype, --mode, --stale, --older-than or --unreadable (all of it: --older-than 0)")
+        options = "--device, --shape, --dtype, --mode, --stale, --older-than, --unreadable or --missed"
+        raise click.UsageError(f"name what to forget: {options} (all profiles: --older-than 0)")
     chosen = merge.select(profile_store.profiles(), device=device, shapes=shapes, dtype=dtype, mode=mode)
     if stale:
         now = detect()

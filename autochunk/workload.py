@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -170,6 +170,15 @@ class Workload(BaseModel):
     def logits_bytes(self) -> int:
         """Bytes of the whole logits array [batch, H, T', T]."""
         return self.batch * self.num_heads * self.query_length * self.key_length * self.logits_itemsize
+
+
+def workloads_of(shapes: Iterable[str], dtypes: Sequence[DType] = ("float32",), modes: Sequence[Mode] = MODES) -> list[Workload]:
+    """Each shape in each dtype and mode.
+
+    Raises:
+      WorkloadError: a shape cannot be read.
+    """
+    return [Workload.parse(shape, dtype=dtype, mode=mode) for dtype in dtypes for shape in shapes for mode in modes]
 
 
 def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:

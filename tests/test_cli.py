@@ -18,8 +18,10 @@ from click.testing import CliRunner, Result
 from factories import make_device, make_profile, make_workload
 
 from autochunk.cli import main
+from autochunk.device import detect
 from autochunk.store import bundle
 from autochunk.store.database import ProfileStore, utc_now
+from autochunk.tuner.presets import STANDARD_SET
 from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -182,6 +184,34 @@ def test_forget_asks_first_and_names_what_goes() -> None:
     assert "nothing to forget" in call("forget", "--shape", "t=4096", "--yes").stderr
     assert "1 profiles forgotten" in call("forget", "--older-than", "0", "--yes").stderr
     assert ProfileStore().profiles() == []
+
+
+def test_missed_workloads_are_forgotten() -> None:
+    """What a model missed once, and nobody wants measured, can be thrown away; profiles stay."""
+    store = ProfileStore()
+    store.record_miss(detect(), make_workload(SHAPE))
+    store.put(make_profile(device=make_device()))
+    result = call("forget", "--missed", "--yes")
+    assert result.exit_code == 0, result.output
+    assert make_workload(SHAPE).key in result.stderr
+    assert "1 misses forgotten" in result.stderr
+    assert not store.missed(detect())
+    assert len(store.profiles()) == 1
+    assert "nothing to forget" in call("forget", "--missed", "--yes").stderr
+
+
+def test_dtypes_and_modes_are_those_of_the_standard_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dtype is repeatable, and holds where no shape is named."""
+    asked: list[Workload] = []
+
+    def tune(workloads: Any, **_: Any) -> list[Any]:
+        asked.extend(workloads(make_device()))
+        return []
+
+    monkeypatch.setattr("autochunk.tuner.tune.tune", tune)
+    call("tune", "--dtype", "float16", "--dtype", "bfloat16", "--mode", "forward")
+    assert {(workload.dtype, workload.mode) for workload in asked} == {("float16", "forward"), ("bfloat16", "forward")}
+    assert len(asked) == 2 * len(STANDARD_SET["standard"])
 
 
 def test_stale_profiles_are_shown_forgotten_and_tuned_anew(tuned: list[dict[str, Any]]) -> None:

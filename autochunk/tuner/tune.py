@@ -7,7 +7,7 @@ import contextvars
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +20,11 @@ from autochunk.plan import Plan, check_positive
 from autochunk.store.database import ProfileStore, utc_now
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
 from autochunk.store.resolve import resolve
-from autochunk.tuner.presets import STANDARD_SET, preset_shapes
+from autochunk.tuner.presets import STANDARD_SET, preset_shapes, standard_dtypes
 from autochunk.tuner.probe import WORKER, OutOfTime, Probe, seconds_left
 from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
 from autochunk.tuner.study import Storage, Study, open_private, study_name
-from autochunk.workload import MODES, DType, Mode, Workload
+from autochunk.workload import MODES, DType, Mode, Workload, workloads_of
 
 DEFAULT_TIMEOUT = {"quick": 110.0, "standard": 570.0, "thorough": None}
 """Seconds that an effort takes at most where no timeout is given."""
@@ -55,7 +55,7 @@ class Event:
 
 
 def tune(
-    workloads: Sequence[Workload] | None = None,
+    workloads: Sequence[Workload] | Callable[[Device], Sequence[Workload]] | None = None,
     *,
     effort: Effort = "standard",
     timeout: float | None = None,
@@ -70,7 +70,8 @@ def tune(
     """Measures workloads on this machine's default device, or on several GPUs at once, and stores a profile of each.
 
     Args:
-      workloads: what to measure; None is what "auto" has missed here, then the standard set, in both modes.
+      workloads: what to measure, or a function that says so for the device that the measuring processes found; None is what "auto" has missed here, then
+        the standard set.
       effort: "quick", "standard" or "thorough". A workload with a complete, fresh profile of at least this effort is not measured again.
       timeout: seconds for all of it; None is the effort's own limit. What is measured by then is stored and marked incomplete.
       force: measures anew whatever is stored.
@@ -102,7 +103,9 @@ def tune(
     with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
         device = _same_device(probes)
         on_event(Event("device", device=device))
-        todo = list(dict.fromkeys(standard_workloads(store, device, effort) if workloads is None else workloads))
+        if workloads is None:
+            workloads = standard_workloads(store, device, effort)
+        todo = list(dict.fromkeys(workloads(device) if callable(workloads) else workloads))
         stored = {} if force else {w: p for w in todo if (p := _good_enough(store, device, w, effort))}
         events = [Event("skipped", workload, number, len(todo), device, profile=stored.get(workload)) for number, workload in enumerate(todo, 1)]
         for event in events:
@@ -279,18 +282,11 @@ def _on_each(probes: Sequence[Probe], measure: Callable[[Probe, int], None]) -> 
             raise
 
 
-def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "standard") -> list[Workload]:
-    """What "auto" has missed on a device, then the standard set."""
-    return [*store.missed(device), *(workload for name in STANDARD_SET[effort] for workload in preset_workloads(name))]
-
-
-def preset_workloads(name: str, modes: Iterable[Mode] = MODES, dtype: DType = "float32") -> list[Workload]:
-    """The workloads of a preset.
-
-    Raises:
-      ArgumentError: there is no such preset.
-    """
-    return [Workload.parse(shape, dtype=dtype, mode=mode) for shape in preset_shapes(name) for mode in modes]
+def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "standard", dtypes: Sequence[DType] = (),
+                       modes: Sequence[Mode] = MODES) -> list[Workload]:  # fmt: skip
+    """What "auto" has missed on a device, then the standard set; if no dtypes are given, in those of ``presets.standard_dtypes``."""
+    shapes = [shape for preset in STANDARD_SET[effort] for shape in preset_shapes(preset)]
+    return [*store.missed(device), *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes)]
 
 
 def _check(effort: str, timeout: float | None, memory_budget_mb: float | None) -> None:

@@ -17,11 +17,12 @@ import pytest
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError, StoreError
-from autochunk.plan import Plan
+from autochunk.plan import Plan, candidate_plans
 from autochunk.store.database import ProfileStore
-from autochunk.tuner.presets import PRESETS, STANDARD_SET
-from autochunk.tuner.tune import Event, preset_workloads, standard_workloads, tune
-from autochunk.workload import MODES, Workload
+from autochunk.store.profile import Effort, logits_shape
+from autochunk.tuner.presets import PRESETS, STANDARD_SET, preset_shapes
+from autochunk.tuner.tune import Event, standard_workloads, tune
+from autochunk.workload import MODES, Workload, workloads_of
 
 WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8", "t=700,h=4,k=8")]
 
@@ -271,14 +272,45 @@ def test_without_workloads_missed_ones_come_first() -> None:
     assert len(todo) == 1 + 2 * len(STANDARD_SET["quick"])
 
 
+@pytest.mark.parametrize(
+    ("platform", "effort", "dtypes"),
+    [
+        ("cpu", "quick", {"float32"}),
+        ("cpu", "standard", {"float32"}),
+        ("gpu", "quick", {"bfloat16"}),
+        ("gpu", "standard", {"bfloat16", "float32"}),
+        ("cpu", "thorough", {"bfloat16", "float32", "float16"}),
+        ("gpu", "thorough", {"bfloat16", "float32", "float16"}),
+    ],
+)
+def test_the_standard_set_is_in_the_dtypes_that_models_use_there(platform: str, effort: Effort, dtypes: set[str]) -> None:
+    """Half precision on GPUs; all dtypes, and every preset, where time is no matter; those named where some are."""
+    device = Device(platform=platform, kind="scripted", cores=0, memory_gib=8)
+    todo = standard_workloads(ProfileStore(), device, effort)
+    assert {workload.dtype for workload in todo} == dtypes
+    assert len(todo) == len(set(todo)) == 2 * len(dtypes) * len(STANDARD_SET[effort])
+    named = standard_workloads(ProfileStore(), device, effort, ["float64"], ["forward"])
+    assert {(workload.dtype, workload.mode) for workload in named} == {("float64", "forward")}
+
+
+def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> None:
+    """A function is told the device that the measuring process found, so that this process need not look for one."""
+    told = []
+
+    def choose(device: Device) -> list[Workload]:
+        told.append(device)
+        return WORKLOADS[:1]
+
+    (profile,) = tune(choose, effort="quick", worker_command=scripted())
+    assert told == [profile.device]
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_workloads(name: str) -> None:
-    """Each can be read, in either mode, and has something to choose between."""
-    workloads = preset_workloads(name, dtype="bfloat16")
-    assert {workload.mode for workload in workloads} == {"forward", "training"}
-    assert all(workload.dtype == "bfloat16" for workload in workloads)
+def test_presets_are_shapes(name: str) -> None:
+    """Each can be read, and has something to choose between."""
+    assert all(len(candidate_plans(logits_shape(workload))) > 1 for workload in workloads_of(preset_shapes(name)))
     with pytest.raises(ArgumentError, match="no preset is called 'nope'; there are"):
-        preset_workloads("nope")
+        preset_shapes("nope")
 
 
 def test_a_hint_comes_from_the_nearest_profile(scripted: Callable[..., Any]) -> None:
