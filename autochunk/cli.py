@@ -24,6 +24,7 @@ from autochunk.store.resolve import resolve, use
 from autochunk.tuner.presets import PRESETS, preset_shapes
 from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, workloads_of
 
+_ONE_LINE = 1000  # columns; Markdown's rows must not be broken
 _EXAMPLE = "b=1,t=4096,s=4096,h=8,k=64"
 
 
@@ -161,30 +162,34 @@ def _stale(store: ProfileStore, device: Device) -> list[Workload]:
 
 
 @main.command()
+@click.argument("place", metavar="[FILE|URL|-]", required=False)
 @click.option("--stale", is_flag=True, help="Only those of this machine that were measured with other versions.")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 @_store_option
 @_json_option
-def show(stale: bool, store: Path | None, as_json: bool) -> None:
-    """List the profiles in the store."""
+def show(place: str | None, stale: bool, markdown: bool, store: Path | None, as_json: bool) -> None:
+    """List the profiles in the store, or in a bundle."""
+    if place is not None and store is not None:
+        raise click.UsageError("name a bundle or --store, not both")
     profile_store = ProfileStore(store)
     now = detect()
-    profiles = profile_store.profiles()
+    profiles = profile_store.profiles() if place is None else bundle.read(place).profiles
     rows = [report.profile_row(profile, now if profile.device.key == now.key else None) for profile in profiles]
     rows = [row for row in rows if row["stale"] or not stale]
     if not rows and not as_json:
-        click.echo(f"No {'stale ' if stale else ''}profiles in {profile_store.path}.{'' if stale else ' `autochunk tune` makes some.'}")
+        click.echo(f"No {'stale ' if stale else ''}profiles in {place or profile_store.path}.{'' if stale else ' `autochunk tune` makes some.'}")
         return
-    _print_profiles(rows, as_json)
+    _print_profiles(rows, as_json, markdown)
 
 
-def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _print_profiles(rows: list[dict[str, Any]], as_json: bool, markdown: bool = False) -> None:
     if as_json:
         click.echo(report.as_json(rows))
         return
-    console = _console()
+    console = Console(highlight=False, width=_ONE_LINE) if markdown else _console()
     for device in dict.fromkeys(row["device"] for row in rows):
-        console.print(f"\n{device}", style="bold", markup=False)
-        console.print(report.profile_table([row for row in rows if row["device"] == device]))
+        console.print(f"\n{'## ' if markdown else ''}{device}{chr(10) if markdown else ''}", style=None if markdown else "bold", markup=False)
+        console.print(report.profile_table([row for row in rows if row["device"] == device], markdown))
 
 
 @main.command()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
+from rich.box import MARKDOWN
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -115,9 +116,9 @@ def as_json(data: Any) -> str:
     return json.dumps(data, indent=1, allow_nan=False)
 
 
-def profile_table(rows: Sequence[dict[str, Any]]) -> Table:
+def profile_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Table:
     """The table that ends ``autochunk tune`` and that ``autochunk show`` prints."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=MARKDOWN if markdown else None, pad_edge=markdown, header_style="bold")
     for title in ("workload", "mode", "chosen plan", "time vs dense", "vs 1000 MB", "memory vs dense", "spread", "notes"):
         table.add_column(title, overflow="fold", no_wrap=title in ("mode", "spread"))
     for row in rows:

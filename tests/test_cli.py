@@ -186,6 +186,20 @@ def test_forget_asks_first_and_names_what_goes() -> None:
     assert ProfileStore().profiles() == []
 
 
+def test_bundles_are_shown(tmp_path: Path) -> None:
+    """Before they are imported, as the store is after."""
+    profile = make_profile(device=make_device())
+    file = tmp_path / "bundle.json"
+    file.write_text(bundle.dump([profile], ""))
+    ProfileStore().put(profile)
+    assert call("show", str(file)).stdout == call("show").stdout
+    assert call("show", str(file), "--json").stdout == call("show", "--json").stdout
+    lines = call("show", str(file), "--markdown").stdout.splitlines()
+    assert f"## {profile.device.key}" in lines
+    assert [len(line.split("|")) for line in lines if line.startswith("|")] == [10, 10, 10]
+    assert call("show", str(file), "--store", str(tmp_path / "store")).exit_code == 2
+
+
 def test_missed_workloads_are_forgotten() -> None:
     """What a model missed once, and nobody wants measured, can be thrown away; profiles stay."""
     store = ProfileStore()
