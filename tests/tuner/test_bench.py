@@ -7,7 +7,10 @@ import functools
 import jax
 import numpy as np
 import pytest
+from factories import make_profile
 
+from autochunk.device import detect
+from autochunk.store.database import ProfileStore
 from autochunk.tuner import bench, worker
 from autochunk.workload import Workload
 
@@ -39,3 +42,12 @@ def test_every_contender_has_figures_or_a_reason() -> None:
             assert len(contender.seconds) == len(contender.ratios) == 3
             assert contender.temp_bytes is not None
     np.testing.assert_array_equal(contenders[0].ratios, 1.0)
+
+
+def test_causal_attention_is_compared_with_the_same_without() -> None:
+    """Where that is tuned; it says what leaving out the masked half gains."""
+    causal = Workload.parse("t=32,h=2,k=8,causal=yes")
+    names = [[contender.name for contender in bench.bench(causal, rounds=1, peers=())]]
+    ProfileStore().put(make_profile(Workload.parse("t=32,h=2,k=8"), detect()))
+    names.append([contender.name for contender in bench.bench(causal, rounds=1, peers=())])
+    assert ["auto, not causal" in each for each in names] == [False, True]
