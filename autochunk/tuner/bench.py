@@ -107,16 +107,17 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
       ``jax.nn.dot_product_attention``, and the peers; also those that did not run, with the reason. For a causal workload that is tuned without causality,
       too, "auto" there: what leaving out the masked half gains.
     """
-    inputs = Inputs(workload)
-    contenders = []
-    for name, attend, detail in _jax_contenders(workload):
-        on_contender(name)
-        contenders.append(_compile(name, attend, detail, inputs))
-    for name in peers:
-        if name in _PEERS and importlib.util.find_spec(name) is not None:
+    with jax.enable_x64(workload.dtype == "float64"):  # without it jax computes in float32 and does not say so
+        inputs = Inputs(workload)
+        contenders = []
+        for name, attend, detail in _jax_contenders(workload):
             on_contender(name)
-            contenders.append(_PEERS[name](inputs))
-    _time_all([contender for contender in contenders if contender.run], rounds)
+            contenders.append(_compile(name, attend, detail, inputs))
+        for name in peers:
+            if name in _PEERS and importlib.util.find_spec(name) is not None:
+                on_contender(name)
+                contenders.append(_PEERS[name](inputs))
+        _time_all([contender for contender in contenders if contender.run], rounds)
     return contenders
 
 

@@ -294,7 +294,9 @@ class Session:
     def load(self, workload: str) -> dict[str, Any]:
         """Makes a workload's arguments and what its results should be."""
         self.prepared.clear()
-        self.inputs = Inputs(Workload.parse(workload))
+        parsed = Workload.parse(workload)
+        jax.config.update("jax_enable_x64", parsed.dtype == "float64")  # without it jax computes in float32 and does not say so
+        self.inputs = Inputs(parsed)
         self.references = reference(self.inputs)
         dense_error = relative_error(dense_on_sample(self.inputs), self.references)
         self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * float(jnp.finfo(self.inputs.workload.dtype).eps)

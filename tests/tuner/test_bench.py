@@ -44,6 +44,15 @@ def test_every_contender_has_figures_or_a_reason() -> None:
     np.testing.assert_array_equal(contenders[0].ratios, 1.0)
 
 
+def test_float64_is_timed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jax makes float32 of it unless told otherwise, and says nothing; afterwards the process is as it was."""
+    dtypes = []
+    monkeypatch.setattr(bench, "_PEERS", {"numpy": lambda inputs: dtypes.append(inputs.query.dtype) or bench.Contender("numpy")})
+    bench.bench(Workload.parse("t=8,k=2", dtype="float64"), rounds=1, peers=("numpy",))
+    assert dtypes == [np.float64]
+    assert jax.numpy.zeros(1).dtype == np.float32
+
+
 def test_causal_attention_is_compared_with_the_same_without() -> None:
     """Where that is tuned; it says what leaving out the masked half gains."""
     causal = Workload.parse("t=32,h=2,k=8,causal=yes")

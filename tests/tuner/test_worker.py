@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,7 +26,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.fixture(autouse=True)
+def single_precision() -> Iterator[None]:
+    """A session that loads a float64 workload turns float64 on for its process, which here is the tests' own."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_plan_agrees_with_the_float64_reference(shape: str, mode: str, dtype: str) -> None:
@@ -37,6 +45,15 @@ def test_every_plan_agrees_with_the_float64_reference(shape: str, mode: str, dty
     reply = session.prepare(["xla", 0.001], 10**9)
     assert reply["status"] == "ok", reply
     assert 0 <= reply["error"] <= worker.ERROR_FACTOR * loaded["dense_error"] + worker.ERROR_ROUNDINGS * float(jnp.finfo(dtype).eps)
+
+
+def test_a_workload_is_measured_in_its_own_dtype() -> None:
+    """Also float64, which jax makes float32 of unless told otherwise; the next workload is not float64 for it."""
+    session = worker.Session()
+    for dtype in ("float64", "float32"):
+        session.load(Workload.parse("t=8,k=2", dtype=dtype, mode="training").key)
+        assert session.inputs is not None
+        assert {str(x.dtype) for x in session.inputs.arguments} == {dtype}
 
 
 def test_a_wrong_result_is_inaccurate() -> None:
