@@ -107,7 +107,7 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
       ``jax.nn.dot_product_attention``, and the peers; also those that did not run, with the reason. For a causal workload that is tuned without causality,
       too, "auto" there: what leaving out the masked half gains.
     """
-    with jax.enable_x64(workload.dtype == "float64"):  # without it jax computes in float32 and does not say so
+    with jax.enable_x64(workload.dtype == "float64"):  # without it jax computes in float32, with a warning at most
         inputs = Inputs(workload)
         contenders = []
         for name, attend, detail in _jax_contenders(workload):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autochunk.device import Device
@@ -25,7 +26,9 @@ from autochunk.plan import Plan
 from autochunk.store.profile import Status
 from autochunk.workload import Workload
 
-WORKER = (sys.executable, "-m", "autochunk.tuner.worker")
+# With -P a user's copy.py or queue.py in the working directory is not imported; what is, installed or not, is the autochunk that runs here.
+_RUN_WORKER = "import sys; sys.path.insert(0, sys.argv[1]); import autochunk; del sys.path[0]; from autochunk.tuner.worker import main; main()"
+WORKER = (sys.executable, "-P", "-c", _RUN_WORKER, str(Path(__file__).absolute().parents[2]))
 
 # Share of the free memory that a plan may take: the rest is for what cannot be predicted.
 SHARE_OF_FREE_MEMORY = 0.8
@@ -210,7 +213,7 @@ class _Worker:
     def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=os.environ | environment,
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )  # fmt: skip
         except OSError as error:

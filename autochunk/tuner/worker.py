@@ -1,4 +1,4 @@
-"""The measuring process: ``python -m autochunk.tuner.worker``, one JSON object a line in and out.
+"""The measuring process, which ``probe.py`` starts: one JSON object a line in and out.
 
 It compiles, checks and times plans of one workload, and may die doing so: the parent (``probe.py``) takes a death for a result. Requests, in the order of
 a session; every reply is an object with ``ok``, or ``error`` where the request itself was wrong:
@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -295,7 +296,7 @@ class Session:
         """Makes a workload's arguments and what its results should be."""
         self.prepared.clear()
         parsed = Workload.parse(workload)
-        jax.config.update("jax_enable_x64", parsed.dtype == "float64")  # without it jax computes in float32 and does not say so
+        jax.config.update("jax_enable_x64", parsed.dtype == "float64")  # without it jax computes in float32, with a warning at most
         self.inputs = Inputs(parsed)
         self.references = reference(self.inputs)
         dense_error = relative_error(dense_on_sample(self.inputs), self.references)
@@ -427,12 +428,16 @@ def serve(requests: TextIO, replies: TextIO) -> None:
         replies.flush()
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended: busy with a plan, it would not see for long that no more requests come."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Keeps the real standard output for replies: whatever else is printed goes to standard error."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, replies)
-
-
-if __name__ == "__main__":
-    main()

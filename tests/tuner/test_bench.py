@@ -45,7 +45,7 @@ def test_every_contender_has_figures_or_a_reason() -> None:
 
 
 def test_float64_is_timed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jax makes float32 of it unless told otherwise, and says nothing; afterwards the process is as it was."""
+    """Jax makes float32 of it unless it is enabled; afterwards the process is as it was."""
     dtypes = []
     monkeypatch.setattr(bench, "_PEERS", {"numpy": lambda inputs: dtypes.append(inputs.query.dtype) or bench.Contender("numpy")})
     bench.bench(Workload.parse("t=8,k=2", dtype="float64"), rounds=1, peers=("numpy",))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from autochunk.errors import ProbeError
 from autochunk.plan import Plan
-from autochunk.tuner.probe import OutOfTime, Probe, WorkerFailure
+from autochunk.tuner.probe import WORKER, OutOfTime, Probe, WorkerFailure
 from autochunk.workload import Workload
 
 GOOD, BAD = Plan("xla", 1.0), Plan("xla", 2.0)
@@ -103,6 +105,31 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, scripted: Callab
         probe.connect()
     with pytest.raises(ProbeError, match=r"cannot measure attention:.*exit status 4"), Probe(scripted(load="exit 4")) as probe:
         probe.load(small)
+
+
+def test_a_workers_complaints_may_be_any_bytes(small: Workload) -> None:
+    """They are read to the end whatever their encoding: what nobody reads fills the pipe, and then the worker waits."""
+    code = "import os; os.write(2, b'caf\\xe9\\nout of coffee'); os._exit(3)"
+    with pytest.raises(ProbeError, match=r"exit status 3: .*out of coffee"), Probe((sys.executable, "-c", code)) as probe:
+        probe.load(small)
+
+
+def test_a_workers_modules_are_not_the_working_directorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's file that is called as a module of the worker's stays unread."""
+    for name in ("queue.py", "copy.py"):
+        (tmp_path / name).write_text("raise RuntimeError('not what was meant')")
+    monkeypatch.chdir(tmp_path)
+    with Probe() as probe:
+        assert probe.connect().platform
+
+
+def test_a_worker_runs_the_autochunk_that_started_it(tmp_path: Path) -> None:
+    """Its folder comes with the command: it may be installed nowhere, or another version may be."""
+    (tmp_path / "autochunk" / "tuner").mkdir(parents=True)
+    (tmp_path / "autochunk" / "__init__.py").touch()
+    (tmp_path / "autochunk" / "tuner" / "worker.py").write_text("def main(): print('this one')")
+    assert (Path(WORKER[-1]) / "autochunk" / "tuner" / "probe.py").is_file()
+    assert subprocess.check_output([*WORKER[:-1], str(tmp_path)], text=True) == "this one\n"
 
 
 def test_the_deadline_ends_a_request_without_blaming_the_plan(small: Workload, scripted: Callable[..., Any]) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import run_python
 
 from autochunk.plan import Plan
 from autochunk.tuner import worker
@@ -48,7 +49,7 @@ def test_every_plan_agrees_with_the_float64_reference(shape: str, mode: str, dty
 
 
 def test_a_workload_is_measured_in_its_own_dtype() -> None:
-    """Also float64, which jax makes float32 of unless told otherwise; the next workload is not float64 for it."""
+    """Also float64, which jax makes float32 of unless it is enabled; the next workload is not float64 for it."""
     session = worker.Session()
     for dtype in ("float64", "float32"):
         session.load(Workload.parse("t=8,k=2", dtype=dtype, mode="training").key)
@@ -122,3 +123,17 @@ def test_requests_are_answered_line_by_line_and_bad_ones_told() -> None:
     assert [answer["ok"] for answer in answers] == [False, False, False, True]
     assert "no workload is loaded" in answers[0]["error"]
     assert answers[3]["device"]["platform"] == jax.default_backend()
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    """Also one that does not see its input end, as while it is busy with a plan: here it holds the other end itself."""
+    parent = """
+import os, subprocess, sys
+from autochunk.tuner.probe import WORKER
+requests, other_end = os.pipe()
+worker = subprocess.Popen(WORKER, stdin=requests, stdout=subprocess.PIPE, stderr=sys.stdout, pass_fds=[other_end], start_new_session=True)
+os.write(other_end, b'{"do": "hello"}\\n')
+print(worker.stdout.readline().decode(), flush=True)
+os._exit(0)
+"""
+    assert '"ok": true' in run_python(parent)  # which reads until the worker, too, has closed the output
