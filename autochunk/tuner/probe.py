@@ -110,11 +110,6 @@ class Probe:
         if worker is not None:
             worker.process.kill()
 
-    @property
-    def worker_pid(self) -> int | None:
-        """Process id of the running worker."""
-        return self._worker.process.pid if self._worker else None
-
     def connect(self) -> Device:
         """Starts a worker if none runs, and says what device it found.
 
@@ -127,14 +122,15 @@ class Probe:
         return self.device
 
     def load(self, workload: Workload) -> None:
-        """Turns to another workload.
+        """Turns to another workload, in a worker that had none before: the last one's programs and memory are gone.
 
         Raises:
           ProbeError: not even its arguments fit, or the worker fails on them.
         """
-        self.close()
+        if self.workload is not None:
+            self.close()
         self.workload = workload
-        self.connect()
+        self._start()
 
     def prepare(self, plan: Plan) -> Prepared:
         """Compiles, checks and runs a plan once, unless the worker has it ready. A failure is a result, not an error."""
@@ -171,7 +167,8 @@ class Probe:
             self._ask("drop", plan=wire(plan))
 
     def _start(self) -> None:
-        self._worker, self._ready = _Worker(self.command, self.environment), {}
+        if self._worker is None:
+            self._worker, self._ready = _Worker(self.command, self.environment), {}
         try:
             hello = self._ask("hello", within=_START_SECONDS)
             self.device, self._available = Device.model_validate(hello["device"]), int(hello["available_bytes"])

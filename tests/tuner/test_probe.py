@@ -22,6 +22,11 @@ from autochunk.workload import Workload
 GOOD, BAD = Plan("xla", 1.0), Plan("xla", 2.0)
 
 
+def pid_of(probe: Probe) -> int | None:
+    """Process id of its worker; None where none runs."""
+    return probe._worker.process.pid if probe._worker else None
+
+
 def test_a_real_worker_measures(small: Workload) -> None:
     """Prepare and time by a real process: status, memory, compile time, error and one time for each plan."""
     with Probe() as probe:
@@ -40,14 +45,14 @@ def test_a_real_worker_that_is_killed_costs_one_plan(small: Workload) -> None:
     with Probe() as probe:
         probe.load(small)
         assert probe.prepare(Plan("xla", None)).status == "ok"
-        first = probe.worker_pid
+        first = pid_of(probe)
         assert first is not None
         os.kill(first, signal.SIGKILL)
         lost = probe.prepare(Plan("dense", None))
         assert lost.status == "crashed"
         assert "SIGKILL" in lost.detail
         assert probe.time([Plan("dense", None), Plan("xla", None)])
-        assert probe.worker_pid != first
+        assert pid_of(probe) != first
 
 
 def test_more_memory_than_there_is_is_out_of_memory() -> None:
@@ -57,9 +62,9 @@ def test_more_memory_than_there_is_is_out_of_memory() -> None:
     length = math.isqrt(4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # logits of four times the machine's memory
     with Probe(memory_budget_bytes=2**62) as probe:
         probe.load(Workload.parse(f"t={length},k=1"))
-        pid = probe.worker_pid
+        pid = pid_of(probe)
         assert probe.prepare(Plan("dense", None)).status == "oom"
-        assert probe.worker_pid == pid
+        assert pid_of(probe) == pid
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,18 @@ def test_the_deadline_ends_a_request_without_blaming_the_plan(small: Workload, s
         probe.deadline = time.monotonic() + 0.5
         with pytest.raises(OutOfTime):
             probe.prepare(BAD)
-        assert probe.worker_pid is None
+        assert pid_of(probe) is None
+
+
+def test_a_worker_has_one_workload(small: Workload, scripted: Callable[..., Any]) -> None:
+    """One that was only asked for its device takes the first; the next workload has a worker of its own, free of what the last one left in memory."""
+    with Probe(scripted()) as probe:
+        probe.connect()
+        pids = [pid_of(probe)]
+        for _ in range(2):
+            probe.load(small)
+            pids.append(pid_of(probe))
+    assert pids[0] == pids[1] != pids[2]
 
 
 def test_a_plan_is_prepared_once_for_each_worker(small: Workload, scripted: Callable[..., Any], tmp_path: Path) -> None:
@@ -159,7 +175,7 @@ def test_closing_leaves_no_process_behind(small: Workload) -> None:
     """A closed probe's worker is gone."""
     probe = Probe()
     probe.load(small)
-    pid = probe.worker_pid
+    pid = pid_of(probe)
     assert pid is not None
     probe.close()
     with pytest.raises(ProcessLookupError):
