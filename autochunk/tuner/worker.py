@@ -368,12 +368,17 @@ def available_bytes(platform: str) -> int:
     """Memory free for this process on its device, in bytes."""
     if platform == "cpu":
         return devices.available_cpu_bytes()
-    stats = _allocator_stats()
-    in_use = stats.get("bytes_in_use", 0)
-    own = stats.get("bytes_limit", 0) - in_use
     gpu = devices.gpu_memory(jax.local_devices()[0].local_hardware_id or 0) if platform == "gpu" else None
+    return free_bytes(_allocator_stats(), None if gpu is None else gpu[1])
+
+
+def free_bytes(stats: dict[str, int], free_on_gpu: int | None) -> int:
+    """Memory free for this process by its allocator's account (empty where that keeps none, as "platform" does) and by the GPU's driver, in bytes."""
+    in_use = stats.get("bytes_in_use", 0)
     # What jax's allocator holds and does not use is free for this process though not for others.
-    return own if gpu is None else min(own, gpu[1] + stats.get("pool_bytes", in_use) - in_use)
+    by_driver = None if free_on_gpu is None else free_on_gpu + stats.get("pool_bytes", in_use) - in_use
+    by_allocator = stats["bytes_limit"] - in_use if "bytes_limit" in stats else None
+    return min((free for free in (by_driver, by_allocator) if free is not None), default=0)
 
 
 def _allocator_stats() -> dict[str, int]:

@@ -93,6 +93,25 @@ def test_memory_is_at_least_what_the_process_grew_by() -> None:
     assert 0.9 * array.nbytes <= grown <= array.nbytes + 2**23
 
 
+POOL = {"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 30}
+
+
+@pytest.mark.parametrize(
+    ("stats", "free_on_gpu", "free"),
+    [
+        (POOL, None, 50),
+        (POOL, 100, 50),
+        (POOL, 5, 25),  # what the pool holds unused is free, too
+        ({"bytes_limit": 60, "bytes_in_use": 10}, 5, 5),
+        ({}, 70, 70),  # XLA_PYTHON_CLIENT_ALLOCATOR=platform
+        ({}, None, 0),
+    ],
+)
+def test_free_memory_is_the_least_that_is_known(stats: dict[str, int], free_on_gpu: int | None, free: int) -> None:
+    """Of jax's allocator and the GPU's driver either may have nothing to tell; that is not a GPU without memory."""
+    assert worker.free_bytes(stats, free_on_gpu) == free
+
+
 def test_times_come_in_the_order_asked_for() -> None:
     """One round gives one time for each plan named, repeats included."""
     session = worker.Session()
