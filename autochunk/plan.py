@@ -119,7 +119,7 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
         if unit <= limit:
             break
         unit //= sizes[axis]
-        sizes[axis] = _balanced(sizes[axis], limit // unit)
+        sizes[axis] = balanced(sizes[axis], limit // unit)
         unit *= sizes[axis]
     if unit > limit:
         raise ArgumentError(
@@ -142,7 +142,7 @@ def causal_block(shape: LogitsShape) -> LogitsShape:
     return shape._replace(rows=-(-shape.rows // count), keys=-(-shape.keys // count))
 
 
-def _balanced(length: int, most: int) -> int:
+def balanced(length: int, most: int) -> int:
     """The slice size, at most ``most``, that cuts ``length`` into the fewest slices and those as equal as they can be."""
     count = -(-length // max(1, most))
     size = -(-length // count)

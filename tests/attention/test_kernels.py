@@ -69,6 +69,17 @@ def test_no_array_exceeds_the_limit(call: dict[str, Any], implementation: str, m
     assert largest_array(text) <= LIMIT * 1e6
 
 
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize(("leading", "bias"), [((2, 16), (2, 1, 2, 32, 32)), ((16, 2), (1, 2, 2, 32, 32)), ((2, 2, 8), (1, 2, 1, 2, 32, 32))], ids=str)
+def test_terms_of_some_leading_dims_keep_the_limit(leading: tuple[int, ...], bias: tuple[int, ...], mode: str) -> None:
+    """A bias that each batch element has, and all rows of its alignment share (protein folding), is not copied for each of those."""
+    arrays = operands(leading=leading, rows=32, keys=32, bias=bias)
+    del arrays["cotangent"]
+    function = attend(max_chunk_size_mb=0.04)
+    function = function if mode == "forward" else gradient(function, (0, 1, 2, 3))
+    assert largest_array(quick_jit(function).lower(*arrays.values()).compile().as_text()) <= 0.04e6
+
+
 def test_without_a_limit_all_logits_are_there() -> None:
     """The measure above does see logits: without a limit, all of them."""
     arrays = operands(**SMALL)
@@ -150,6 +161,8 @@ def test_vmapped_arrays_keep_the_limit(implementation: str) -> None:
     one = jax.vmap(attend(max_chunk_size_mb=3 * LIMIT, implementation=implementation), in_axes=(0, None, None))
     text = quick_jit(one).lower(wide, draw((1, 64, 2, 2), 4), draw((1, 64, 2, 2), 5)).compile().as_text()
     assert largest_array(text) <= 3 * LIMIT * 1e6
+    text = quick_jit(gradient(one)).lower(draw((8, 1, 4, 2, 2), 6), draw((1, 512, 2, 2), 7), draw((1, 512, 2, 2), 8)).compile().as_text()
+    assert largest_array(text) <= 3 * LIMIT * 1e6  # keys and values, 8192 bytes each, are not copied for each query
 
 
 def test_a_vmapped_limit_below_the_smallest_slice() -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import Arrays, assert_close, draw, draw_mask, exact, operands, output_and_gradients
+from reference import Arrays, assert_close, draw, draw_mask, exact, operands, output_and_gradients, plain
 
 import autochunk
 from autochunk import dot_product_attention
@@ -240,6 +240,33 @@ def test_bias_of_minus_infinity(where: str, implementation: str, limit: float | 
     if where != "one key":
         arrays["bias"][:3, :3] = arrays["bias"][3:, 2:] = -np.inf
     assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
+
+
+@pytest.mark.parametrize(("implementation", "limit"), [("xla", None), ("xla", 0.3), ("xla_rows", 0.1)])
+def test_rows_that_see_nothing_but_minus_infinity(implementation: str, limit: float | None) -> None:
+    """Causal attention over a text that a bias of -inf pads on the left: no NaN, and what the padding's rows come to reaches no gradient."""
+    padding = 300
+    arrays = operands((1,), 512, 512, bias=(1, 1, 512))
+    arrays["bias"][..., :padding] = -np.inf
+    arrays["cotangent"][:, :padding] = 0
+    attend = functools.partial(dot_product_attention, is_causal=True, max_chunk_size_mb=limit, implementation=implementation)
+    received, expected = (output_and_gradients(function, arrays) for function in (attend, functools.partial(plain, is_causal=True)))
+    assert np.isfinite(received["output"]).all()
+    for results in (received, expected):
+        results["output"] = results["output"][:, padding:]
+    assert_close(received, expected)
+
+
+def test_small_cotangents_of_long_rows_in_float16() -> None:
+    """Weights of thousands of keys, and cotangents as loss scaling leaves them, are near the least of float16's numbers; their products keep what they can."""
+    arrays = operands((1,), 64, 2048, 1, dtype=np.float16)
+    arrays["query"] *= 0.1
+    arrays["cotangent"] = (1e-4 * arrays["cotangent"].astype(np.float32)).astype(np.float16)
+    expected = exact(arrays)
+    received, dense = (run(arrays, max_chunk_size_mb=None, implementation=implementation) for implementation in ("xla", "dense"))
+    for name, array in expected.items():
+        error, dense_error = (np.linalg.norm(np.asarray(result[name], np.float64) - array) for result in (received, dense))
+        assert error <= 1.2 * dense_error, name
 
 
 @pytest.mark.parametrize("implementation", ["xla", "dense"])

@@ -177,6 +177,7 @@ def gradient_norm(function: Function) -> Function:
 
 CASES = [(name, "rows") for name in FIRST_ORDER] + [(name, "rows, then keys") for name in ("vjp", "linearize", "vmap(grad)", "grad(vmap)")]
 CASES += [(name, list(PLANS)[position % 4]) for position, name in enumerate(TRANSFORMATIONS)]
+CASES += [(name, plan) for name in ("vmap query", "vmap key and value", "grad(vmap) query") for plan in PLANS if (name, plan) not in CASES]
 CASES += [(name, list(PLANS)[position % 3]) for position, name in enumerate(HIGHER)] + [("jvp(grad)", "rows, then keys")]
 
 
@@ -204,8 +205,25 @@ def test_transformations_with_rows_masked_throughout(name: str) -> None:
     assert_close(received, expected, 1e-4)
 
 
+def gradient_of_three(function: Function) -> Function:
+    return jax.grad(scalar(function), (0, 1, 2))
+
+
+def attend_unmasked(*arrays: Any) -> jax.Array:
+    return dot_product_attention(*arrays, max_chunk_size_mb=1e-4)
+
+
 def attend(*arrays: Any, mask: Any = MASK) -> jax.Array:
     return dot_product_attention(*arrays, mask=mask, max_chunk_size_mb=1e-4)
+
+
+@pytest.mark.parametrize("in_axes", [0, (0, None, None)], ids=str)
+def test_vmap_over_nothing(in_axes: Any) -> None:
+    """A batch of no elements has no outputs and no gradients, as for plain attention."""
+    query, *others = four()[:3]
+    arrays = (query[:0], *(array[0] if in_axes else array[:0] for array in others))
+    for transform in (lambda function: jax.vmap(function, in_axes), lambda function: jax.vmap(gradient_of_three(function), in_axes)):
+        assert_close(*(quick_jit(transform(function))(*arrays) for function in (attend_unmasked, plain)))
 
 
 @pytest.mark.parametrize("axis", [0, 2, 3])

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import vary_alike
+from autochunk.attention.kernels.grid import sum_to, vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.plan import Plan, Plans
 
@@ -111,7 +111,9 @@ def cotangent(name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Ar
     leaves, tree = jax.tree.flatten(pull)
     pull = jax.tree.unflatten(tree, [saved.get(id(leaf), leaf) for leaf in leaves])
     gradients = pull(d_out.reshape(own_out.shape))
-    return [gradient.reshape(operand.shape) for gradient, operand in zip(gradients, inputs[:3], strict=True)]
+    leading = inputs.query.shape[:-4]
+    whole = (gradient.reshape(leading + operand.shape[len(leading) :]) for gradient, operand in zip(gradients, inputs[:3], strict=True))
+    return [sum_to(gradient, operand.shape) for gradient, operand in zip(whole, inputs[:3], strict=True)]
 
 
 def _forward(fused: Fused, inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, Any]:
@@ -136,7 +138,7 @@ def _flat(inputs: Inputs) -> Inputs:
     batch = math.prod(leading)
     *_, rows, heads, groups, size = inputs.query.shape
     query = inputs.query.reshape((batch, rows, heads * groups, size))
-    key, value = (array.reshape((batch, *array.shape[-3:])) for array in (inputs.key, inputs.value))
+    key, value = (jnp.broadcast_to(array, (*leading, *array.shape[-3:])).reshape((batch, *array.shape[-3:])) for array in (inputs.key, inputs.value))
     bias, mask = (None if term is None else _flat_term(term, leading, heads, groups) for term in (inputs.bias, inputs.mask))
     return Inputs(query, key, value, bias, mask)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs, caller_major, head_major, in_head_major
-from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, causal_block, slice_logits
+from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, balanced, causal_block, slice_logits
 
 
 class Output(NamedTuple):
@@ -46,11 +46,9 @@ class Grid:
     are equal; results that are joined must weigh the repeated elements with ``Cell.fresh``, zero for those.
     """
 
-    def __init__(self, sizes: dict[str, int], shape: LogitsShape, triangular: bool, differentiable: bool) -> None:
-        self.shape, self.triangular, self.differentiable = shape, triangular, differentiable
-        self.lengths = {axis: getattr(shape, axis) for axis in sizes}
-        self.sizes = sizes
-        self.counts = {axis: -(-self.lengths[axis] // size) for axis, size in sizes.items()}
+    def __init__(self, sizes: dict[str, int], lengths: dict[str, int], triangular: bool, differentiable: bool) -> None:
+        self.sizes, self.lengths, self.triangular, self.differentiable = sizes, lengths, triangular, differentiable
+        self.counts = {axis: -(-lengths[axis] // size) for axis, size in sizes.items()}
         self.cells = math.prod(self.counts.values())
 
     def run(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
@@ -59,11 +57,11 @@ class Grid:
         outer, inner = ({axis: size for axis, size in self.sizes.items() if (axis in ("rows", "keys")) == within} for within in (False, True))
         # Keys, values and their cotangents are taken and put once for each batch element and head, not for each slice of its rows: unless an output, such as
         # the cotangent of a broadcast bias, is shared by all, and would be joined whole each time.
-        groups = Grid(outer, self.shape, triangular=False, differentiable=False)
+        groups = Grid(outer, self.lengths, triangular=False, differentiable=False)
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
         if self.differentiable or shared or self._cells(outer) == 1 or self._cells(inner) == 1:
             return self._scan(compute, arrays, axes, outputs, join)
-        within = Grid(inner, self.shape, self.triangular, differentiable=False)
+        within = Grid(inner, self.lengths, self.triangular, differentiable=False)
 
         def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
             def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
@@ -149,11 +147,8 @@ class Grid:
 
     def _sliced(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> list[tuple[int, str]]:
         """The dims of an array to slice; a dim of size one is either whole or broadcast."""
-        first = len(shape) - len(axes)
-        dims = [(first + position, axis) for position, axis in enumerate(axes)]
-        if first == 1:
-            dims.insert(0, (0, "batch"))
-        return [(dim, axis) for dim, axis in dims if self.counts.get(axis, 1) > 1 and shape[dim] > 1]
+        names = (*batch_axes(len(shape) - len(axes)), *axes)
+        return [(dim, axis) for dim, axis in enumerate(names) if self.counts.get(axis, 1) > 1 and shape[dim] > 1]
 
     def take(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
         """An array's part in a slice, head-major."""
@@ -173,6 +168,11 @@ class Grid:
         for dim, axis in self._sliced(array.shape, axes):
             starts[dim] = cell.starts[axis]
         return starts
+
+
+def batch_axes(count: int) -> tuple[str, ...]:
+    """The names of an array's leading dims."""
+    return tuple(f"batch{dim}" for dim in range(count))
 
 
 def vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array | None]) -> list[jax.Array]:
@@ -199,37 +199,64 @@ class Problem:
         self.differentiable = differentiable
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over them needs it.
         self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][:1] == ("batch",)
+        self.runs = _alike([array.shape[: len(self.leading)] for array in inputs if array is not None])
         self.inputs = inputs.map(self.fit)
 
     def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Flattens the leading dims into one, if they are to be sliced."""
+        """Flattens the leading dims, if they are to be sliced: into one, or, where an array broadcasts over some of them, into as few as will do."""
         leading, rest = array.shape[: -len(axes)], array.shape[-len(axes) :]
-        if not self.flatten:
-            return array
-        if math.prod(leading) not in (1, self.shape.batch):
-            array = jnp.broadcast_to(array, self.leading + rest)
-            leading = self.leading
-        return array.reshape((math.prod(leading), *rest))
+        return array.reshape((*self._flat(leading), *rest)) if self.flatten else array
+
+    def _flat(self, leading: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(math.prod(leading[dim] for dim in run) for run in self.runs)
 
     def output(self, axes: tuple[str, ...], dtype: Any, features: int = 1, fill: float = 0.0) -> Output:
         """A whole output of these axes, its leading dims as those of the inputs here."""
         sizes = {**self.shape._asdict(), "features": features}
-        leading = (self.shape.batch,) if self.flatten else self.leading
+        leading = self._flat(self.leading) if self.flatten else self.leading
         return Output(axes, (*leading, *(sizes[axis] for axis in axes)), dtype, fill)
 
-    def grid(self, *axes: str) -> Grid:
-        """The slices along these axes."""
-        return Grid({axis: getattr(self.slices, axis) for axis in axes}, self.shape, self.triangular, self.differentiable)
+    def grid(self) -> Grid:
+        """The slices."""
+        sizes = {axis: getattr(self.slices, axis) for axis in ("heads", "rows", "keys")}
+        lengths = {axis: getattr(self.shape, axis) for axis in sizes}
+        if self.flatten:
+            flat = self._flat(self.leading)
+            names = batch_axes(len(flat))
+            sizes = dict(zip(names, _spread(self.slices.batch, flat), strict=True)) | sizes
+            lengths |= dict(zip(names, flat, strict=True))
+        return Grid(sizes, lengths, self.triangular, self.differentiable)
 
     def unfit(self, total: jax.Array, operand: jax.Array) -> jax.Array:
-        """A cotangent in its operand's own shape and dtype; what ``fit`` broadcast is summed."""
-        if total.size != operand.size:
-            total = sum_to(total.reshape(self.leading + total.shape[1:]), operand.shape)
+        """A cotangent in its operand's own shape and dtype."""
         return total.reshape(operand.shape).astype(operand.dtype)
 
     def restore(self, array: jax.Array, trailing: int) -> jax.Array:
         """An output with the leading dims that the caller knows."""
         return array.reshape(self.leading + array.shape[-trailing:]) if self.flatten else array
+
+
+def _alike(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Runs of neighbouring leading dims over which each array is either whole or broadcast: those can be flattened without a copy."""
+    runs: list[list[int]] = []
+    before = None
+    for dim, sizes in enumerate(zip(*shapes, strict=True)):
+        own = [size > 1 for size in sizes]
+        if runs and (before in (None, own) or not any(own)):
+            runs[-1].append(dim)
+        else:
+            runs.append([dim])
+        before = own if any(own) else before
+    return runs
+
+
+def _spread(batch: int, flat: Sequence[int]) -> list[int]:
+    """A slice's size along each flattened leading dim, for at most ``batch`` elements at once; the last dims are sliced last."""
+    sizes: list[int] = []
+    for length in reversed(flat):
+        sizes.insert(0, balanced(length, min(length, batch)))
+        batch = batch // length if sizes[0] == length else 1
+    return sizes
 
 
 def sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

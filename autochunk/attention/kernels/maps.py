@@ -88,9 +88,12 @@ def forward(*operands: jax.Array, call: Call, plan: Plan, differentiable: bool =
 
     out = problem.output(QUERY, inputs.query.dtype if whole_rows else problem.dtype, inputs.value.shape[-1])
     maximum, total = problem.output(STATS, problem.dtype, fill=float(jnp.finfo(problem.dtype).min)), problem.output(STATS, problem.dtype)
-    grid = problem.grid("batch", "heads", "rows", "keys")
+    grid = problem.grid()
     parts = grid.run(compute, problem.inputs, INPUT_AXES, (out, maximum, total), None if whole_rows else _join)
     if not whole_rows:
+        if problem.triangular and inputs.bias is not None:
+            # A bias of -inf may leave a row none of the keys that it sees: its sum is zero, and so is its output; the keys above the diagonal are left out.
+            parts = (*parts[:2], jnp.where(parts[2] > 0, parts[2], jnp.ones_like(parts[2])))
         parts = ((parts[0] / caller_major(parts[2][..., None], QUERY)).astype(inputs.query.dtype), *parts[1:])
     return [problem.restore(part, trailing) for part, trailing in zip(parts, (4, 3, 3), strict=True)]
 
@@ -144,7 +147,7 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
         return (weigh(d_out / total[..., None], maths.fresh_rows()),)
 
     output = problem.output(QUERY, problem.dtype, inputs.value.shape[-1])
-    grid = problem.grid("batch", "heads", "rows", "keys")
+    grid = problem.grid()
     (d_out,) = grid.run(compute, (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes), (output,), add)
     return [problem.restore(d_out, 4).astype(inputs.query.dtype)]
 
@@ -163,9 +166,13 @@ def cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], differ
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken, (out, maximum, total, d_out) = Inputs(*arrays[:5]), arrays[5:]
         maths = SliceMath(taken, cell, call, problem, transposed=True)
-        weights = maths.weights(maximum)
-        # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions instead of T' * T.
-        scaled = weigh(d_out.astype(problem.dtype) / total[..., None], maths.fresh_rows())
+        weights, d_out = maths.weights(maximum), d_out.astype(problem.dtype)
+        # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions instead of T' * T. In float16 those would be too small.
+        if inputs.query.dtype == jnp.float16:
+            weights = weights / maths.by_row(total)
+        else:
+            d_out = d_out / total[..., None]
+        scaled = weigh(d_out, maths.fresh_rows())
         live = weigh(scaled, maths.live_rows(maximum))
         offset = jnp.sum(out.astype(problem.dtype) * live, axis=-1)
         d_weights = maths.product(merge(live).astype(taken.value.dtype), taken.value)
@@ -174,14 +181,14 @@ def cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], differ
         query_factor = 1 if folds_scale(taken.query) else scale
         gradients: tuple[Callable[[], jax.Array], ...] = (
             lambda: maths.spread(maths.over_keys(d_logits, taken.key)) * scale,
-            lambda: maths.over_rows(d_logits, maths.query) * query_factor,
-            lambda: maths.over_rows(weights, merge(scaled).astype(taken.value.dtype)),
+            lambda: maths.over_rows(d_logits, maths.query, taken.key.shape) * query_factor,
+            lambda: maths.over_rows(weights, merge(scaled).astype(taken.value.dtype), taken.value.shape),
             lambda: sum_to(maths.by_axes(d_logits), arrays[3].shape),
         )
         return tuple(itertools.compress((gradient() for gradient in gradients[: len(wanted)]), wanted))
 
     primals = operands_of(*problem.inputs[:4])
     outputs = [Output(axes, array.shape, problem.dtype) for array, axes in zip(primals, INPUT_AXES[: len(primals)], strict=True)]
-    grid = problem.grid("batch", "heads", "rows", "keys")
+    grid = problem.grid()
     totals = grid.run(compute, (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes), list(itertools.compress(outputs, wanted)), add)
     return [problem.unfit(total, like) for total, like in zip(totals, itertools.compress(operands_of(*inputs[:4]), wanted), strict=True)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import string
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import Cell, Problem
+from autochunk.attention.kernels.grid import Cell, Problem, batch_axes
 from autochunk.attention.kernels.inputs import Call, Inputs
 
 # With fewer rows, transposing the keys costs more than it gains.
@@ -66,10 +67,12 @@ class SliceMath:
         narrow = jax.lax.optimization_barrier(jnp.swapaxes(keys, -1, -2))
         return jnp.swapaxes(jax.lax.optimization_barrier(_product("...vs,...st->...vt", narrow, weights, self.dtype)), -1, -2)
 
-    def over_rows(self, weights: jax.Array, rows: jax.Array) -> jax.Array:
-        """Sums over rows: [..., T, K]."""
-        weights = weights.astype(rows.dtype)
-        return _product("...st,...tk->...sk" if self.transposed else "...ts,...tk->...sk", weights, rows, self.dtype)
+    def over_rows(self, weights: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Sums over rows, and over dims that ``shape`` [..., T, K] broadcasts."""
+        dims = string.ascii_uppercase[: len(shape) - 2]
+        kept = "".join(dim for dim, size, own in zip(dims, weights.shape, shape, strict=False) if size == own)
+        spec = f"{dims}{'st' if self.transposed else 'ts'},{dims}tk->{kept}sk"
+        return _product(spec, weights.astype(rows.dtype), rows, self.dtype).reshape(shape)
 
     def by_row(self, stat: jax.Array) -> jax.Array:
         """[..., G, T'] to something that broadcasts against the logits."""
@@ -141,9 +144,10 @@ class SliceMath:
         return rows.reshape((*rows.shape[:-2], self.groups, self.rows, rows.shape[-1]))
 
     def fresh_rows(self) -> jax.Array | None:
-        """One for elements of [batch, H, G, T'] that no earlier slice had, zero for the others; None where that is all."""
+        """One for elements of [..., H, G, T'] that no earlier slice had, zero for the others; None where that is all."""
         rank = self.inputs.query.ndim - 1
-        factors = [_along(self.cell.fresh[axis], dim, rank) for axis, dim in (("batch", -4), ("heads", -3), ("rows", -1)) if axis in self.cell.fresh]
+        dims = {axis: dim - rank for dim, axis in enumerate(batch_axes(rank - 3))} | {"heads": -3, "rows": -1}
+        factors = [_along(self.cell.fresh[axis], dim, rank) for axis, dim in dims.items() if axis in self.cell.fresh]
         return functools.reduce(jnp.logical_and, factors).astype(self.dtype) if factors else None
 
 

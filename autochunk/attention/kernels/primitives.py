@@ -24,8 +24,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Arra
 
     Args:
       query: [..., T', H, G, K], with at least one leading dim, no dim of size zero.
-      key: [..., T, H, K].
-      value: [..., T, H, V].
+      key: [..., T, H, K]; leading dims of size one broadcast.
+      value: [..., T, H, V]; leading dims of size one broadcast.
       bias: [..., H, G, T', T], added to the scaled logits; dims of size one broadcast.
       mask: [..., H, G, T', T], boolean, False takes no part; dims of size one broadcast.
       call: scale, causality and the plans; says whether bias and mask are there.
@@ -61,6 +61,10 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
 
     def batch(operands: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, **params: Any) -> tuple[list[jax.Array], list[int]]:
         size = next(operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None)
+        if size == 0:
+            elements = [_element(operand, dim) for operand, dim in zip(operands, dims, strict=True)]
+            outs = [jnp.zeros((0, *shape), dtype) for shape, dtype in shapes(*elements, call=call, **params)]
+            return outs, [0] * len(outs)
         shared = _shared(call, **params)
 
         def move(position: int, operand: jax.Array, dim: int | None) -> jax.Array:
@@ -78,10 +82,17 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
     return primitive
 
 
+def _element(operand: jax.Array, dim: int | None) -> jax.ShapeDtypeStruct:
+    """What one element of a batch sees of an operand."""
+    shape = operand.shape if dim is None else operand.shape[:dim] + operand.shape[dim + 1 :]
+    return jax.ShapeDtypeStruct(shape, operand.dtype)
+
+
 def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
-    """Positions of operands that a batch may share by broadcasting: bias and mask, unless each element needs its own cotangent."""
-    bias = {3} if call.has_bias and not wanted[3:] else set()
-    return bias | ({3 + call.has_bias} if call.has_mask else set())
+    """Positions of operands that a batch may share by broadcasting: all inputs but the query, unless each element needs its own cotangent."""
+    bias = (3,) if call.has_bias else ()
+    shared = {position for position in (1, 2, *bias) if not (wanted and wanted[position])}
+    return shared | ({3 + call.has_bias} if call.has_mask else set())
 
 
 def _output_shape(query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
