@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from autochunk.errors import ProbeError, StorageError
 from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
 from autochunk.store.profile import CUDNN, DEFAULT, DENSE, LARGEST_NOISE, Effort, Measurement, logits_shape
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
@@ -39,7 +40,7 @@ class Thoroughness:
       step: ratio between neighbouring limits in MB.
       most_slices: plans with more slices are not tried.
       hopeless: slower than the best by this factor, a plan gets no third round; slower by its square, not even a second.
-      least_rounds, rounds: fewest and most rounds for one plan that is not given up.
+      least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines, which users compare with, always get the fewest.
       seconds: time for the rounds of one plan, beyond the fewest.
       finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there are.
     """
@@ -63,11 +64,12 @@ THOROUGHNESS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: measurements by whomever, whether everything was looked at, and whether other workers are still looking."""
+    """What a search found: measurements by whomever, whether everything was looked at, whether other workers are still looking, and what put an end to it."""
 
     measurements: tuple[Measurement, ...]
     complete: bool
     awaited: bool = False
+    failure: str = ""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +82,7 @@ class Interrupted(KeyboardInterrupt):
 
 def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hints: Iterable[Plan] = (),
            on_measurement: Callable[[Measurement, int, int], None] = lambda *_: None) -> Outcome:  # fmt: skip
-    """Measures those of a workload's plans that nobody else does, until none is left, or the probe's deadline comes.
+    """Measures those of a workload's plans that nobody else does, until none is left, the probe's deadline comes, or no worker can go on: see ``Outcome``.
 
     Args:
       probe: measures; is turned to the workload here.
@@ -91,22 +93,25 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
       on_measurement: told of each measurement, with how many are done and how many there are.
 
     Raises:
-      ProbeError: no worker can be started, or the workload's arguments do not fit.
       StorageError: the study cannot be read or written.
       Interrupted: on Ctrl-C.
     """
     try:
         platform = probe.connect().platform
-    except OutOfTime:
-        return Outcome(tuple(study.measured().values()), complete=False)
+    except (OutOfTime, ProbeError) as error:
+        return _cut_short(study.measured(), error)
     running = _Search(probe, platform, workload, THOROUGHNESS[effort], study, tuple(hints), on_measurement)
     try:
         complete = running.run()
-    except OutOfTime:
-        return Outcome(running.measurements(), complete=False)
-    except KeyboardInterrupt:
-        raise Interrupted(Outcome(running.measurements(), complete=False)) from None
-    return Outcome(running.measurements(), complete, awaited=not complete)
+    except (OutOfTime, ProbeError) as error:
+        return _cut_short(running.latest(), error)
+    except KeyboardInterrupt as error:
+        raise Interrupted(_cut_short(running.latest(), error)) from None
+    return Outcome(tuple(running.measured.values()), complete, awaited=not complete)
+
+
+def _cut_short(measured: dict[Plan, Measurement], error: BaseException) -> Outcome:
+    return Outcome(tuple(measured.values()), complete=False, failure=str(error) if isinstance(error, ProbeError) else "")
 
 
 def journal_path(folder: Path, name: str) -> Path:
@@ -122,6 +127,7 @@ class _Search:
         plans = _all_plans(self.shape, thoroughness, platform)
         first = [*(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))), *_likely(plans)]
         self.plans = list(dict.fromkeys([*first, *sorted(plans, key=_from_the_middle)]))
+        self.baselines = (DENSE, _equivalent(DEFAULT, plans, self.shape))
         self.measured: dict[Plan, Measurement] = study.measured()
         self.anchor: Plan | None = None
         self._loaded = False
@@ -144,8 +150,11 @@ class _Search:
             self.measured = self.study.measured()
         return not self.study.workers()
 
-    def measurements(self) -> tuple[Measurement, ...]:
-        return tuple(self.measured.values())
+    def latest(self) -> dict[Plan, Measurement]:
+        """All that is measured, by others since the last claim too; without them where the storage is what failed."""
+        with contextlib.suppress(StorageError):
+            self.measured = self.study.measured()
+        return self.measured
 
     # One plan
 
@@ -157,6 +166,7 @@ class _Search:
         claim.done([measurement], self.anchor)
         self.measured[claim.plan] = measurement
         self.on_measurement(measurement, len(self.measured), len(self.plans))
+        self._drop_losers()
 
     def _measure(self, plan: Plan, claim: Claim) -> Measurement:
         if reason := self._beneath_the_hopeless(plan):
@@ -168,9 +178,8 @@ class _Search:
         ratios: list[float] = []
         try:
             given_up = self._rounds(plan, claim, seconds, ratios)
-            if plan not in (self.anchor, *self._best_plans()):
-                self.probe.drop(plan)
         except WorkerFailure as failure:
+            self._check_anchor(plan)
             return _measurement(plan, prepared, status=failure.status, detail=failure.detail)
         return _measurement(plan, prepared, status="pruned" if given_up else "ok", detail=given_up, seconds=seconds, ratios=ratios)
 
@@ -184,7 +193,8 @@ class _Search:
             ratios.append(own / anchor)
             claim.report(ratios[-1], step)
             slower = statistics.median(ratios) / best if plan != self.anchor else 1.0
-            if slower > self.thoroughness.hopeless ** (2 if step == 0 else 1):
+            few = plan in self.baselines and step + 1 < self.thoroughness.least_rounds
+            if slower > self.thoroughness.hopeless ** (2 if step == 0 else 1) and not few:
                 return f"{slower:.1f}x the best plan's time"
             # A plan that is slower by no more than noise may still win by its memory.
             if step >= 3 and slower > 1 + LARGEST_NOISE and claim.hopeless():
@@ -201,6 +211,14 @@ class _Search:
         else:
             own, anchor = self.probe.time([plan, self.anchor])
         return own, anchor
+
+    def _drop_losers(self) -> None:
+        """Lets the programs go that no later round needs."""
+        needed = (self.anchor, *self._best_plans())
+        with contextlib.suppress(WorkerFailure):  # the next worker has none of them
+            for plan in self.measured:
+                if plan not in needed:
+                    self.probe.drop(plan)
 
     def _best_ratio(self) -> float:
         return min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)  # the anchor's own ratio is one
@@ -250,6 +268,12 @@ class _Search:
             return replace(prepared, status=failure.status, detail=failure.detail)
         return None
 
+    def _check_anchor(self, plan: Plan) -> None:
+        """Raises ProbeError if it is the anchor that fails, as in a new worker it may: no plan is to blame then, and none can be timed."""
+        if self.anchor is not None and self.anchor != plan and (failed := self._try(self.anchor)):
+            reason = f"{failed.status}: {failed.detail}" if failed.detail else failed.status
+            raise ProbeError(f"{self.anchor}, which all plans are timed beside, ran before and no longer does ({reason})")
+
     def _follow_anchor(self, otherwise: Plan | None = None) -> None:
         """Takes the anchor that the study has, which may be another worker's; sets it if ``otherwise`` is given and differs."""
         if otherwise is not None and self.study.anchor != otherwise:
@@ -259,9 +283,12 @@ class _Search:
             self.measured = self.study.measured()  # ratios to another anchor do not compare
 
     def _best_plans(self) -> list[Plan]:
-        """The plans that could still win, best first."""
-        ranked = sorted((m for m in self.measured.values() if m.status == "ok"), key=lambda m: m.ratio)
-        return [m.plan for m in ranked if m.ratio <= _CLOSE * ranked[0].ratio][: self.thoroughness.finalists]
+        """The plans that could still win, best first. The second is one of them even if it was given up, lest nobody meets a first that was lucky."""
+        ranked = sorted((m for m in self.measured.values() if m.timed), key=lambda m: m.ratio)
+        best = ranked[0].ratio if ranked else 0.0
+        second = [m for m in ranked[1:2] if m.ratio <= self.thoroughness.hopeless**2 * best]
+        close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
+        return list(dict.fromkeys(m.plan for m in (*close[:1], *second, *close[1:])))[: self.thoroughness.finalists]
 
     def _joint_rounds(self) -> list[Measurement]:
         """More rounds for the plans that are close, all in each round; returns their measurements with those added."""
@@ -282,7 +309,11 @@ class _Search:
 
 
 def _with_rounds(old: Measurement, pairs: list[tuple[float, float]]) -> Measurement:
-    return old.model_copy(update={"seconds": (*old.seconds, *(p[0] for p in pairs)), "ratios": (*old.ratios, *(p[1] for p in pairs))})
+    """A measurement and more rounds, (seconds, ratio) each; after them it is no longer one that was given up early."""
+    if not pairs:
+        return old
+    seconds, ratios = zip(*pairs, strict=True)
+    return old.model_copy(update={"status": "ok", "detail": "", "seconds": (*old.seconds, *seconds), "ratios": (*old.ratios, *ratios)})
 
 
 def _from_the_middle(plan: Plan) -> tuple[bool, float]:

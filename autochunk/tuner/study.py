@@ -274,7 +274,7 @@ class Claim:
             _tell(self._study, self._trial.number, state, value)
 
     def _mark(self) -> None:
-        self._trial.set_user_attr("worker", _worker_name())
+        self._trial.set_user_attr("worker", worker_name())
         self._trial.set_user_attr("alive", time.time())
 
     def _keep_marking(self) -> None:
@@ -302,7 +302,7 @@ def _limit_of(plan: Plan) -> str:
 # --- Who is alive -----------------------------------------------------------------------------------------------------
 
 
-def _worker_name() -> str:
+def worker_name() -> str:
     """Machine, namespace of process numbers, process: equal only for one process of one machine or container."""
     return f"{socket.gethostname()} {_boot()} {_process_namespace()} {os.getpid()}"
 
@@ -324,7 +324,7 @@ def _process_namespace() -> str:
 
 def _alive(trial: FrozenTrial) -> bool:
     here, _, process = str(trial.user_attrs.get("worker", "")).rpartition(" ")
-    if here and here == _worker_name().rpartition(" ")[0] and not _process_exists(int(process)):
+    if here and here == worker_name().rpartition(" ")[0] and not _process_exists(int(process)):
         return False
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     return time.time() - float(trial.user_attrs.get("alive", started)) < SILENT_SECONDS

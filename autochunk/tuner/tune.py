@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +20,11 @@ from autochunk.errors import ArgumentError, ProbeError, StorageError
 from autochunk.plan import Plan, check_positive
 from autochunk.store.database import ProfileStore, utc_now
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
-from autochunk.store.resolve import resolve
+from autochunk.store.resolve import resolve, use
 from autochunk.tuner.presets import STANDARD_SET, preset_shapes, standard_dtypes
 from autochunk.tuner.probe import WORKER, OutOfTime, Probe, seconds_left
 from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
-from autochunk.tuner.study import Storage, Study, open_private, study_name
+from autochunk.tuner.study import Storage, Study, open_private, study_name, worker_name
 from autochunk.workload import MODES, DType, Mode, Workload, workloads_of
 
 DEFAULT_TIMEOUT = {"quick": 110.0, "standard": 570.0, "thorough": None}
@@ -39,7 +40,8 @@ class Event:
 
     ``kind`` is "device" (``device`` is known), "start" (of ``workload``), "measured" (one plan, ``done`` of ``total``), "finished" (``profile`` is stored;
     not ``complete`` if time ran out), "awaited" (other workers of a shared storage are still at it), "skipped" (``profile`` was there already), "failed"
-    (``detail`` says why nothing was measured) or "out_of_time" (nothing was measured, time ran out before). ``number`` of ``count`` workloads.
+    (``detail`` says why; ``profile`` has what was measured before, if anything) or "out_of_time" (before there was more than is stored). ``number`` of
+    ``count`` workloads. With time to spare, several workers may come back to a workload that was told of as unfinished.
     """
 
     kind: Literal["device", "start", "measured", "finished", "awaited", "skipped", "failed", "out_of_time"]
@@ -76,7 +78,8 @@ def tune(
       timeout: seconds for all of it; None is the effort's own limit. What is measured by then is stored and marked incomplete.
       force: measures anew whatever is stored.
       store: where profiles go; None is the user's store.
-      memory_budget_mb: most working memory that a measurement may take (10^6 bytes); None is most of what is free.
+      memory_budget_mb: most working memory that a measurement may take (10^6 bytes); None is most of what is free. What does not fit is not
+        measured later, with more, unless by force.
       on_event: told of progress.
       worker_command: starts a measuring process.
       gpus: GPUs to measure on, as ``CUDA_VISIBLE_DEVICES`` names them; they share the workloads, and the plans of the last ones. They must be alike.
@@ -90,7 +93,7 @@ def tune(
       ArgumentError: an argument is not usable.
       StoreError: the store cannot be written; found out before anything is measured.
       StorageError: the storage cannot be reached.
-      ProbeError: no measuring process can be started, or the GPUs are not alike.
+      ProbeError: no measuring process can be started, or the GPUs are not alike, or jax finds none.
     """
     _check(effort, timeout, memory_budget_mb)
     if storage is not None and force:
@@ -101,7 +104,7 @@ def tune(
     limit = timeout if timeout is not None else DEFAULT_TIMEOUT[effort]
     deadline = None if limit is None else time.monotonic() + limit
     with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
-        device = _same_device(probes)
+        device = _same_device(probes, gpus)
         on_event(Event("device", device=device))
         if workloads is None:
             workloads = standard_workloads(store, device, effort)
@@ -115,8 +118,9 @@ def tune(
         waiting = [event for event in events if event.profile is None]
         if shared is not None:
             _contribute(shared, stored, effort)
-        found = stored | _measure(_Task(effort, force, store, device, deadline, on_event), probes, shared, waiting)
-    return [found[workload] for workload in todo if workload in found]
+        task = _Task(effort, force, store, device, memory_budget_mb, deadline, on_event, found=stored)
+        _measure(task, probes, shared, waiting)
+    return [task.found[workload] for workload in todo if workload in task.found]
 
 
 @contextlib.contextmanager
@@ -134,61 +138,80 @@ def _probes(command: Sequence[str], gpus: Sequence[str], effort: Effort, memory_
 
 @dataclass(frozen=True)
 class _Task:
-    """What all workloads of one tune have in common."""
+    """What all workloads of one tune have in common, and what has become of each.
+
+    Attributes:
+      found: profiles that are stored.
+      begun: some worker has been at it.
+      spent: its share of the time is over; more is for it only when all others have had theirs.
+      finished: nothing is left to be measured.
+      failed: a worker could not go on with it, and no other one is to try.
+      storing: held by whoever compares with what is stored, and stores.
+    """
 
     effort: Effort
     force: bool
     store: ProfileStore
     device: Device
+    memory_budget_mb: float | None
     deadline: float | None
     on_event: Callable[[Event], None]
+    found: dict[Workload, Profile]
     begun: set[Workload] = field(default_factory=set)
+    spent: set[Workload] = field(default_factory=set)
+    finished: set[Workload] = field(default_factory=set)
+    failed: set[Workload] = field(default_factory=set)
+    storing: threading.Lock = field(default_factory=threading.Lock)
 
 
-def _measure(task: _Task, probes: Sequence[Probe], shared: Storage | None, waiting: Sequence[Event]) -> dict[Workload, Profile]:
-    """Measures what is waiting, by all probes; the profiles that there are then."""
-    found: dict[Workload, Profile] = {}
+def _measure(task: _Task, probes: Sequence[Probe], shared: Storage | None, waiting: Sequence[Event]) -> None:
+    """Measures what is waiting, by all probes."""
     if shared is not None:
         # Machines that start together should not begin with the same workload.
-        _on_each(probes, _sharer(task, lambda workload: shared.study(task.device, workload, task.effort), waiting, found, first=os.getpid()))
+        first = zlib.crc32(worker_name().encode())
+        _on_each(probes, _sharer(task, len(probes), lambda workload: shared.study(task.device, workload, task.effort), waiting, first))
     elif len(probes) > 1:
-        _all_together(task, probes, waiting, found)
+        _all_together(task, probes, waiting)
     else:
-        _in_turn(task, probes[0], waiting, found)
+        _in_turn(task, probes[0], waiting)
     for event in waiting:
         if event.workload not in task.begun:
             task.on_event(_but(event, kind="out_of_time"))
-    return found
 
 
-def _in_turn(task: _Task, probe: Probe, waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
+def _in_turn(task: _Task, probe: Probe, waiting: Sequence[Event]) -> None:
     """What a lone probe does: one workload after the other, each with its share of the time."""
     for number, event in enumerate(waiting):
         workload = event.workload
         assert workload is not None
-        share = seconds_left(task.deadline) / (len(waiting) - number)
-        probe.deadline = None if task.deadline is None else min(task.deadline, time.monotonic() + share)
         try:
-            profile, _ = _tune_one(probe, _private_study(task, workload), task, event)
+            _tune_one(probe, _private_study(task, workload), task, event, seconds_left(task.deadline) / (len(waiting) - number))
         except StorageError:
             profile = _good_enough(task.store, task.device, workload, task.effort)
             if profile is None:  # otherwise another tune with this store has finished the workload, and thrown its journal away
                 raise
-        if profile is not None:
-            found[workload] = profile
-            _tidy(task, workload, profile)
+            task.found[workload] = profile
+        finally:
+            _tidy(task, workload)
 
 
-def _all_together(task: _Task, probes: Sequence[Probe], waiting: Sequence[Event], found: dict[Workload, Profile]) -> None:
+def _all_together(task: _Task, probes: Sequence[Probe], waiting: Sequence[Event]) -> None:
     """What the GPUs of one machine do: they share the workloads, and the plans of the last ones."""
-    _on_each(probes, _sharer(task, functools.partial(_private_study, task), waiting, found))
-    for workload, profile in found.items():
-        _tidy(task, workload, profile)
+    try:
+        _on_each(probes, _sharer(task, len(probes), functools.partial(_private_study, task), waiting))
+    finally:
+        for workload in task.finished:
+            _tidy(task, workload)
 
 
 def _journal(task: _Task, workload: Workload) -> Path:
-    """The journal file of a workload, beside the store. What is measured by force has one of its own, so that it goes on there when it was interrupted."""
-    name = study_name(task.device, workload, task.effort) + (" | forced" if task.force else "")
+    """The journal file of a workload, beside the store.
+
+    What is measured by force has one of its own, so that it goes on there when it was interrupted; and so has each budget, for what does not fit one may fit
+    another.
+    """
+    budget = "" if task.memory_budget_mb is None else f" | {task.memory_budget_mb:g} MB"
+    name = study_name(task.device, workload, task.effort) + budget + (" | forced" if task.force else "")
     return journal_path(task.store.path.with_name(f"{task.store.path.name}.unfinished"), name)
 
 
@@ -196,31 +219,29 @@ def _private_study(task: _Task, workload: Workload) -> Study:
     return open_private(_journal(task, workload)).study(task.device, workload, task.effort)
 
 
-def _tidy(task: _Task, workload: Workload, profile: Profile) -> None:
-    """Throws a finished workload's journal away, unless another process is at it."""
+def _tidy(task: _Task, workload: Workload) -> None:
+    """Throws a finished workload's journal away, unless another process is at it. If no plan could be timed too: why that is may pass."""
     journal = _journal(task, workload)
-    if profile.complete and journal.exists() and not _private_study(task, workload).workers():
+    if workload in task.finished and journal.exists() and not _private_study(task, workload).workers():
         for file in (journal, journal.with_name(journal.name + ".lock")):
             with contextlib.suppress(OSError):
                 file.unlink()
 
 
-def _sharer(task: _Task, study_of: Callable[[Workload], Study], waiting: Sequence[Event],
-            found: dict[Workload, Profile], first: int = 0) -> Callable[[Probe, int], None]:  # fmt: skip
+def _sharer(task: _Task, probes: int, study_of: Callable[[Workload], Study], waiting: Sequence[Event], first: int = 0) -> Callable[[Probe, int], None]:
     """What each of several workers does: goes to the workload that fewest are at, until none is left to do or to wait for.
 
     Those that take longest come first, so that none of them is left for the end (Graham 1969, "Bounds on multiprocessing timing anomalies"); the order begins
-    anew at number ``first`` plus the worker's own.
+    anew at number ``first`` plus the worker's own. Each has its share of the time that ``probes`` workers have, and the time that is left after all had theirs.
     """
     todo = {event.workload: event for event in waiting if event.workload is not None}
     longest_first = sorted(todo, key=lambda workload: (workload.mode == "training", workload.logits_bytes), reverse=True)
 
     def measure(probe: Probe, number: int) -> None:
-        probe.deadline = task.deadline
         studies = {workload: study_of(workload) for workload in _rotated(longest_first, first + number)}
         awaited: set[Workload] = set()
         while not probe.abandoned and seconds_left(task.deadline) > 0:
-            studies = {workload: study for workload, study in studies.items() if workload not in found or not found[workload].complete}
+            studies = {workload: study for workload, study in studies.items() if workload not in task.finished | task.failed}
             if not studies:
                 return
             workers = {workload: study.workers() for workload, study in studies.items()}
@@ -228,16 +249,18 @@ def _sharer(task: _Task, study_of: Callable[[Workload], Study], waiting: Sequenc
             if not open_to_us:
                 time.sleep(min(_POLL_SECONDS, max(0.0, seconds_left(task.deadline))))
                 continue
-            workload = min(open_to_us, key=lambda workload: workers[workload])
-            profile, others = _tune_one(probe, studies[workload], task, todo[workload])
-            if profile is not None:
-                found[workload] = profile
-            if others:
+            workload = min(open_to_us, key=lambda workload: (workload in task.spent, workers[workload], workload in task.begun))
+            if _tune_one(probe, studies[workload], task, todo[workload], _share(task, workload, todo, probes)):
                 awaited.add(workload)
-            else:
-                del studies[workload]
 
     return measure
+
+
+def _share(task: _Task, workload: Workload, todo: Iterable[Workload], probes: int) -> float:
+    """Seconds that a workload has of one of several probes: if all had their shares, those that are left."""
+    left = seconds_left(task.deadline)
+    others = set(todo) - task.spent - task.finished - task.failed - {workload}
+    return left if workload in task.spent else left * min(1.0, probes / (1 + len(others)))
 
 
 def _contribute(storage: Storage, stored: dict[Workload, Profile], effort: Effort) -> None:
@@ -254,19 +277,22 @@ def _rotated(items: list[Workload], by: int) -> list[Workload]:
     return items[start:] + items[:start]
 
 
-def _same_device(probes: Sequence[Probe]) -> Device:
+def _same_device(probes: Sequence[Probe], gpus: Sequence[str]) -> Device:
     try:
-        devices = {probe.connect().key: probe.device for probe in probes}
+        _on_each(probes, lambda probe, _: probe.connect())
     except OutOfTime:
         raise ProbeError("time ran out before a measuring process was up; give it more with --timeout") from None
+    devices = {probe.device.key: probe.device for probe in probes if probe.device}
     if len(devices) > 1:
         raise ProbeError(f"GPUs that are tuned together must be alike; these are {', '.join(devices)}. Tune each kind by itself")
     (device,) = devices.values()
-    assert device is not None
+    if gpus and device.platform != "gpu":
+        cure = 'install jax for GPUs (such as "jax[cuda13]"), or leave out --devices'
+        raise ProbeError(f"GPUs {', '.join(gpus)} are to be tuned, and all that jax finds in the measuring process is {device.key}; {cure}")
     return device
 
 
-def _on_each(probes: Sequence[Probe], measure: Callable[[Probe, int], None]) -> None:
+def _on_each(probes: Sequence[Probe], measure: Callable[[Probe, int], object]) -> None:
     """Runs ``measure`` on every probe and its number, on several in threads. When one fails or Ctrl-C comes, the others keep what they have and stop."""
     if len(probes) == 1:
         measure(probes[0], 0)
@@ -284,9 +310,17 @@ def _on_each(probes: Sequence[Probe], measure: Callable[[Probe, int], None]) -> 
 
 def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "standard", dtypes: Sequence[DType] = (),
                        modes: Sequence[Mode] = MODES) -> list[Workload]:  # fmt: skip
-    """What "auto" has missed on a device, then the standard set; if no dtypes are given, in those of ``presets.standard_dtypes``."""
+    """What "auto" has missed on a device, then the standard set.
+
+    Of these dtypes and modes; without dtypes what was missed is of any, and the standard set in those of ``presets.standard_dtypes``.
+    """
     shapes = [shape for preset in STANDARD_SET[effort] for shape in preset_shapes(preset)]
-    return [*store.missed(device), *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes)]
+    return [*of_kind(store.missed(device), dtypes, modes), *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes)]
+
+
+def of_kind(workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]) -> list[Workload]:
+    """Those of the workloads that have one of these dtypes, or any if none is given, and one of these modes."""
+    return [workload for workload in workloads if (not dtypes or workload.dtype in dtypes) and workload.mode in modes]
 
 
 def _check(effort: str, timeout: float | None, memory_budget_mb: float | None) -> None:
@@ -304,47 +338,59 @@ def _good_enough(store: ProfileStore, device: Device, workload: Workload, effort
     return profile if EFFORTS.index(profile.effort) >= EFFORTS.index(effort) else None
 
 
-def _tune_one(probe: Probe, study: Study, task: _Task, event: Event) -> tuple[Profile | None, bool]:
-    """Measures a workload as far as this worker can; returns its profile, and whether others are still at it."""
+def _tune_one(probe: Probe, study: Study, task: _Task, event: Event, share: float) -> bool:
+    """Measures a workload as far as this worker can in its share of the time, in seconds; returns whether others are still at it."""
     workload = event.workload
     assert workload is not None
     task.begun.add(workload)
     task.on_event(_but(event, kind="start"))
-    if (profile := study.profile) is not None:  # others have finished it
-        task.store.put(profile)
-        task.on_event(_but(event, kind="finished", profile=profile))
-        return profile, False
+    finished = study.profile  # by others
+    outcome = Outcome(finished.measurements, complete=True) if finished else _search(probe, study, task, event, share)
+    profile = _keep(outcome, study, workload, task)
+    told = bool(outcome.failure) and workload in task.failed  # of what fails on one GPU, and then on another
+    if not outcome.awaited:
+        (task.finished if outcome.complete else task.failed if outcome.failure else task.spent).add(workload)
+    if not told:
+        task.on_event(_ending(event, outcome, profile))
+    return outcome.awaited
+
+
+def _search(probe: Probe, study: Study, task: _Task, event: Event, share: float) -> Outcome:
+    workload = event.workload
+    assert workload is not None
+    end = time.monotonic() + share
+    probe.deadline = task.deadline  # until a plan is measured: a share too short for one would give nothing, however often it is tried
+
+    def tell(measurement: Measurement, done: int, total: int) -> None:
+        probe.deadline = None if task.deadline is None else min(task.deadline, end)
+        task.on_event(_but(event, kind="measured", measurement=measurement, done=done, total=total))
+
     try:
-        outcome = search(
-            probe, workload, task.effort, study, hints=_hints(workload, task.device),
-            on_measurement=lambda m, done, total: task.on_event(_but(event, kind="measured", measurement=m, done=done, total=total)),
-        )  # fmt: skip
-    except ProbeError as error:
-        task.on_event(_but(event, kind="failed", detail=str(error)))
-        return None, False
+        return search(probe, workload, task.effort, study, hints=_hints(workload, task), on_measurement=tell)
     except Interrupted as interruption:
-        _keep(interruption.outcome, workload, task)
+        _keep(interruption.outcome, study, workload, task)
         raise
-    if outcome.complete and (profile := study.profile) is not None:  # another worker held the joint rounds
-        task.store.put(profile)
-    else:
-        profile = _keep(outcome, workload, task)
+
+
+def _ending(event: Event, outcome: Outcome, profile: Profile | None) -> Event:
+    """What is told of a workload that a worker leaves, when ``profile`` is stored of it."""
     if outcome.awaited:
-        task.on_event(_but(event, kind="awaited"))
-    elif profile is None:
-        task.on_event(_but(event, kind="failed" if outcome.complete else "out_of_time", detail="no plan could be timed"))
-    else:
-        if profile.complete and study.profile is None:
-            study.profile = profile
-        task.on_event(_but(event, kind="finished", profile=profile))
-    return profile, outcome.awaited
+        return _but(event, kind="awaited")
+    if outcome.failure:
+        kept = "; what was measured before is kept, and the same command goes on from there" if profile else ""
+        return _but(event, kind="failed", detail=outcome.failure + kept, profile=profile)
+    if outcome.complete:
+        return _but(event, kind="finished" if profile else "failed", detail="" if profile else "no plan could be timed", profile=profile)
+    # A finished profile is an earlier tune's, which this one has not got beyond.
+    return _but(event, kind="out_of_time" if profile is None or profile.complete else "finished", profile=profile)
 
 
-def _keep(outcome: Outcome, workload: Workload, task: _Task) -> Profile | None:
-    """Stores what was found, unless that is nothing; an unfinished profile never takes the place of a finished one."""
+def _keep(outcome: Outcome, study: Study, workload: Workload, task: _Task) -> Profile | None:
+    """Stores what was found, unless that is nothing or less than is stored; returns what is stored then, None if nothing was found."""
     if not any(measurement.timed for measurement in outcome.measurements):
         return None
-    profile = Profile(
+    made = study.profile if outcome.complete else None  # by another worker, which held the joint rounds
+    profile = made or Profile(
         schema_version=SCHEMA_VERSION,
         workload=workload.key,
         device=task.device,
@@ -354,15 +400,31 @@ def _keep(outcome: Outcome, workload: Workload, task: _Task) -> Profile | None:
         created=utc_now(),
         autochunk=autochunk.__version__,
     )
-    old = task.store.get(task.device, workload)
-    if profile.complete or old is None or not old.complete:
-        task.store.put(profile)
+    with task.storing:
+        old = task.store.get(task.device, workload)
+        if old is not None and _stays(old, profile):
+            profile = old
+        else:
+            task.store.put(profile)
+        task.found[workload] = profile
+    if outcome.complete and made is None:
+        study.profile = profile
     return profile
 
 
-def _hints(workload: Workload, device: Device) -> list[Plan]:
+def _stays(old: Profile, new: Profile) -> bool:
+    """Whether what is stored tells more: it is finished, and the new one is not; or of two unfinished ones, it is of more effort, or has more plans timed."""
+    return not new.complete and (old.complete or (not old.device.stale_reasons(new.device) and _extent(old) > _extent(new)))
+
+
+def _extent(profile: Profile) -> tuple[int, int]:
+    return EFFORTS.index(profile.effort), sum(measurement.timed for measurement in profile.measurements)
+
+
+def _hints(workload: Workload, task: _Task) -> list[Plan]:
     """What "auto" would do now, if it knows anything."""
-    known = resolve(workload, device=device)
+    with use(store=task.store.path):
+        known = resolve(workload, device=task.device)
     return [known.plan] if known.match in ("exact", "nearest") else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -28,6 +29,12 @@ def scripted() -> Callable[..., Command]:
         return (sys.executable, str(Path(__file__).with_name("scripted_worker.py")), json.dumps(script))
 
     return make
+
+
+@pytest.fixture
+def scripted_gpu(scripted: Callable[..., Command]) -> Callable[..., Command]:
+    """The same of a worker that finds a GPU."""
+    return functools.partial(scripted, device={"platform": "gpu", "kind": "scripted", "cores": 0, "memory_gib": 8, "jax": "0.12.0", "jaxlib": "0.12.0"})
 
 
 @pytest.fixture

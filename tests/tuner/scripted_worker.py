@@ -2,8 +2,8 @@
 
 ``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans": {plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed
 "" (answer well), "die N" (by signal N), "exit N", "hang", "babble", "refuse" (answer with an error) or a status to answer with. "do" may begin with
-"time:" to happen while timing instead of while preparing, and with "once:FILE:" to happen only until FILE exists. "log" names a file that every request is
-appended to.
+"time:" to happen while timing instead of while preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then. "log" names a
+file that every request is appended to.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def perform(deed: str) -> str:
         if Path(flag).exists():
             return ""
         Path(flag).touch()
+    if deed.startswith("after:"):
+        _, flag, deed = deed.split(":", 2)
+        if not Path(flag).exists():
+            return ""
     name, _, argument = deed.partition(" ")
     if name == "die":
         os.kill(os.getpid(), int(argument))

@@ -123,7 +123,7 @@ def test_the_dead_of_this_machine_are_found_at_once(place: str) -> None:
 def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose process cannot be looked at is dead when it has written nothing for a while; what it hands in late is not taken."""
     study = open_study(place)
-    monkeypatch.setattr(studies, "_worker_name", lambda: "elsewhere boot pid:[1] 1")
+    monkeypatch.setattr(studies, "worker_name", lambda: "elsewhere boot pid:[1] 1")
     claim = study.claim(PLANS[:1])
     assert claim is not None
     monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from autochunk.plan import Plan, candidate_plans
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import Effort, logits_shape
 from autochunk.tuner.presets import PRESETS, STANDARD_SET, preset_shapes
+from autochunk.tuner.study import Storage
 from autochunk.tuner.tune import Event, standard_workloads, tune
 from autochunk.workload import MODES, Workload, workloads_of
 
@@ -72,12 +74,65 @@ def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(scripted: C
     assert [profile.workload for profile in ProfileStore().profiles()] == [WORKLOADS[1].key]
 
 
-def test_several_gpus_share_the_work(scripted: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"force": True}, {"gpus": ["0", "1"]}])
+def test_what_failed_is_tried_again(options: dict[str, Any], scripted_gpu: Callable[..., Any]) -> None:
+    """That no plan could be timed may have a reason that passes, such as another process on the GPU: it is not kept."""
+    assert kinds(measured(scripted_gpu(default={"do": "oom"}), WORKLOADS[:1], **options))[-1] == "failed"
+    assert kinds(measured(scripted_gpu(), WORKLOADS[:1], **options))[-1] == "finished"
+
+
+def test_what_was_measured_before_a_failure_is_stored(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """No worker can be started any more: that is told, what there is answers, and the next call goes on."""
+    command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
+    events = measured(("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command), WORKLOADS[:1])
+    assert kinds(events) == ["start", "failed"]
+    assert re.search("exit status 3.*what was measured before is kept", events[-1].detail)
+    (profile,) = ProfileStore().profiles()
+    assert events[-1].profile == profile
+    assert not profile.complete
+    assert kinds(measured(command, WORKLOADS[:1])) == ["start", "finished"]
+    assert ProfileStore().profiles()[0].complete
+
+
+def test_a_workload_that_fails_is_left_by_all_gpus(scripted_gpu: Callable[..., Any]) -> None:
+    """It is told once."""
+    assert kinds(measured(scripted_gpu(load="exit 7"), WORKLOADS[:1], gpus=["0", "1", "2"])).count("failed") == 1
+
+
+def test_gpus_need_a_jax_that_finds_them(scripted: Callable[..., Any]) -> None:
+    """Otherwise several processes would measure one CPU at the same time."""
+    with pytest.raises(ProbeError, match=r"GPUs 0, 1 are to be tuned, and all that jax finds in the measuring process is cpu scripted .*leave out --devices"):
+        measured(scripted(), WORKLOADS, gpus=["0", "1"])
+
+
+def test_gpus_are_started_at_the_same_time(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+    """Here each waits for the other."""
+    meet = f'touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 ]; do sleep 0.1; done; exec "$@"'
+    events = measured(("sh", "-c", meet, "sh", *scripted_gpu()), WORKLOADS[:1], gpus=["0", "1"], timeout=30.0)
+    assert "finished" in kinds(events)
+
+
+def test_gpus_that_run_out_of_time_have_begun_all_workloads(scripted_gpu: Callable[..., Any]) -> None:
+    """Each has its share of the time."""
+    workloads = [Workload.parse(f"b=2,t={length},h=4,k=8") for length in (2048, 1024, 1500, 1800)]
+    events = measured(scripted_gpu(delay=0.1), workloads, effort="thorough", gpus=["0", "1"], timeout=5.0)
+    assert {event.workload for event in events if event.kind == "start"} == set(workloads)
+
+
+def test_a_share_too_short_for_a_plan_is_overrun(scripted: Callable[..., Any]) -> None:
+    """Otherwise nothing would ever be measured, however often it is tried."""
+    workloads = [Workload.parse(f"t={length},h=4,k=8") for length in range(512, 552)]
+    events = measured(scripted(delay=0.2), workloads, timeout=4.0)
+    assert kinds(events)[:2] == ["start", "finished"]
+    assert kinds(events)[-1] == "out_of_time"
+
+
+def test_several_gpus_share_the_work(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
     """Each plan is measured once, on whichever is free; every worker sees the GPU that is its own; nothing unfinished stays behind."""
     log = tmp_path / "log"
     workloads = [Workload.parse(f"t={length},h=4,k=8") for length in (512, 600, 700, 800, 900)]
     events: list[Event] = []
-    profiles = tune(workloads, effort="quick", worker_command=scripted(log=str(log)), on_event=events.append, gpus=["3", "7"])
+    profiles = tune(workloads, effort="quick", worker_command=scripted_gpu(log=str(log)), on_event=events.append, gpus=["3", "7"])
     assert [profile.workload for profile in profiles] == [workload.key for workload in workloads]
     assert all(profile.complete for profile in profiles)
     measured = [(event.workload, event.measurement.plan) for event in events if event.measurement and event.workload]
@@ -86,30 +141,30 @@ def test_several_gpus_share_the_work(scripted: Callable[..., Any], tmp_path: Pat
     assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
 
 
-def test_several_gpus_begin_with_what_takes_longest(scripted: Callable[..., Any]) -> None:
+def test_several_gpus_begin_with_what_takes_longest(scripted_gpu: Callable[..., Any]) -> None:
     """Training before forward, long before short, so that no long one is left for the end; each workload is told of as begun and finished once."""
     workloads = [Workload.parse(f"t={length},h=4,k=8", mode=mode) for length in (512, 700, 600) for mode in MODES]
-    events = measured(scripted(), workloads, effort="quick", gpus=["3", "7"])
+    events = measured(scripted_gpu(), workloads, effort="quick", gpus=["3", "7"])
     begun = [(event.workload.mode, event.workload.query_length) for event in events if event.kind == "start" and event.workload]
     assert set(begun[:2]) == {("training", 700), ("training", 600)}
     assert len(begun) == len(set(begun)) + begun.count(begun[-1]) - 1  # the last one may be shared
     assert kinds(events).count("finished") <= len(workloads) + 1
 
 
-def test_several_gpus_share_the_last_workload(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_several_gpus_share_the_last_workload(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
     """The GPU that has nothing left to do helps the other with its plans."""
     log = tmp_path / "log"
-    tune([Workload.parse("b=2,t=2048,h=4,k=8")], effort="standard", worker_command=scripted(log=str(log), delay=0.05), gpus=["3", "7"])
+    tune([Workload.parse("b=2,t=2048,h=4,k=8")], effort="standard", worker_command=scripted_gpu(log=str(log), delay=0.05), gpus=["3", "7"])
     prepared = [json.loads(line) for line in log.read_text().splitlines() if '"prepare"' in line]
     assert min(sum(request["gpu"] == gpu for request in prepared) for gpu in ("3", "7")) > 3
 
 
-def test_tunes_with_one_store_do_not_take_each_other_s_work_away(scripted: Callable[..., Any]) -> None:
+def test_tunes_with_one_store_do_not_take_each_other_s_work_away(scripted_gpu: Callable[..., Any]) -> None:
     """One that finishes another workload, or the same, leaves what a second one has begun."""
     first, second = ([Workload.parse(f"b=2,t={length},h=4,k=8")] for length in (2048, 1024))
-    begun = measured(scripted(delay=0.1), first, effort="thorough", timeout=5.0, gpus=["0", "1"])
-    measured(scripted(), second, effort="thorough", gpus=["0", "1"])
-    rest = measured(scripted(), first, effort="thorough", gpus=["0", "1"])
+    begun = measured(scripted_gpu(delay=0.1), first, effort="thorough", timeout=5.0, gpus=["0", "1"])
+    measured(scripted_gpu(), second, effort="thorough", gpus=["0", "1"])
+    rest = measured(scripted_gpu(), first, effort="thorough", gpus=["0", "1"])
     plans = [str(event.measurement.plan) for event in begun + rest if event.measurement]
     assert len(plans) == len(set(plans))
     assert any(event.measurement for event in begun)
@@ -136,12 +191,12 @@ def test_the_first_worker_s_start_counts_as_time(tmp_path: Path) -> None:
 def test_out_of_time_before_a_worker_is_up_is_told(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """The deadline may come while a worker starts: each workload is said to be unmeasured, and nothing fails."""
     slow = tmp_path / "slow.sh"
-    slow.write_text(f'#!/bin/sh\n[ -e {tmp_path}/up ] && sleep 30\ntouch {tmp_path}/up\nexec "$@"\n')
+    slow.write_text(f'#!/bin/sh\n[ -e {tmp_path}/up ] && exec sleep 30\ntouch {tmp_path}/up\nexec "$@"\n')
     events = measured(("sh", str(slow), *scripted(load="exit 1")), WORKLOADS, timeout=4.0)
     assert kinds(events) == ["start", "out_of_time"] * 3 or kinds(events) == ["start", "failed", *["start", "out_of_time"] * 2]
 
 
-def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
     """An error that is no workload's own ends all; what was stored before stays."""
 
     def fail(event: Event) -> None:
@@ -149,8 +204,10 @@ def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted: Callable
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(WORKLOADS, effort="quick", worker_command=scripted(), on_event=fail, gpus=["0", "1"])
+        tune(WORKLOADS, effort="quick", worker_command=scripted_gpu(), on_event=fail, gpus=["0", "1"], force=True)
     assert 1 <= len(ProfileStore().profiles()) < 3
+    unfinished = ProfileStore().path.with_name("profiles.sqlite.unfinished").glob("*.journal")
+    assert [Storage(journal).profiles()[0] for journal in unfinished if Storage(journal).profiles()[0]] == []  # a second --force would take them for its own
 
 
 def test_gpus_must_be_alike(tmp_path: Path) -> None:
@@ -184,13 +241,48 @@ def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted:
 
 
 def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Callable[..., Any]) -> None:
-    """A stronger effort that is cut short leaves the weaker, complete profile in place."""
+    """A stronger effort that is cut short leaves the weaker, complete profile in place, and returns it."""
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
     measured(scripted(), [workload])
-    measured(scripted(delay=0.1), [workload], effort="thorough", timeout=3.0)
+    events: list[Event] = []
+    profiles = tune([workload], worker_command=scripted(delay=0.1), effort="thorough", timeout=3.0, on_event=events.append)
+    assert kinds(events) == ["start", "out_of_time"]
+    assert profiles == ProfileStore().profiles()
+    assert [(profile.complete, profile.effort) for profile in profiles] == [(True, "quick")]
+
+
+def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
+    def interrupt(event: Event) -> None:
+        if event.done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune([Workload.parse("b=2,t=2048,h=4,k=8")], worker_command=command, on_event=interrupt, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "after", "stored"),
+    [
+        ({"effort": "quick"}, 3, ("standard", 2)),
+        ({"effort": "standard", "force": True}, 1, ("standard", 2)),
+        ({"effort": "standard"}, 3, ("standard", 3)),
+        ({"effort": "thorough"}, 1, ("thorough", 1)),
+    ],
+)
+def test_of_two_unfinished_profiles_the_better_stays(options: dict[str, Any], after: int, stored: tuple[str, int], scripted: Callable[..., Any]) -> None:
+    """That of more effort, then the one that has more plans."""
+    interrupted(scripted(), 2, effort="standard")
+    interrupted(scripted(), after, **options)
     (profile,) = ProfileStore().profiles()
-    assert profile.complete
-    assert profile.effort == "quick"
+    assert (profile.effort, len(profile.measurements)) == stored
+
+
+def test_what_a_budget_left_out_is_measured_without_it(scripted: Callable[..., Any]) -> None:
+    """An interrupted tune with a budget is not gone on with by one without."""
+    interrupted(scripted(plans={"dense": {"do": "over_budget"}}), 3, effort="quick", memory_budget_mb=1.0)
+    assert "over_budget" in {m.status for m in ProfileStore().profiles()[0].measurements}
+    (profile,) = tune([Workload.parse("b=2,t=2048,h=4,k=8")], effort="quick", worker_command=scripted())
+    assert {m.status for m in profile.measurements} <= {"ok", "pruned", "skipped"}
 
 
 def test_interrupting_stores_what_was_measured(scripted: Callable[..., Any]) -> None:
@@ -313,10 +405,28 @@ def test_presets_are_shapes(name: str) -> None:
         preset_shapes("nope")
 
 
-def test_a_hint_comes_from_the_nearest_profile(scripted: Callable[..., Any]) -> None:
-    """A workload like a tuned one begins with the plan that was best there."""
-    best = "xla_rows, 1.05 MB"
+@pytest.mark.parametrize("name", ["profiles.sqlite", "other.sqlite"])
+def test_a_hint_comes_from_the_nearest_profile(name: str, scripted: Callable[..., Any], store_path: Path) -> None:
+    """A workload like a tuned one begins with the plan that was best there; the store is the one that the tune has, not always the user's."""
+    best, store = "xla_rows, 1.05 MB", ProfileStore(store_path.with_name(name))
     command = scripted(plans={best: {"seconds": 0.005}}, default={"seconds": 0.01})
-    measured(command, WORKLOADS[:1])
-    events = measured(command, WORKLOADS[1:2])
+    measured(command, WORKLOADS[:1], store=store)
+    events = measured(command, WORKLOADS[1:2], store=store)
     assert next(e.measurement.plan for e in events if e.measurement) == Plan("xla_rows", 1.05)
+
+
+def test_machines_do_not_begin_with_the_same_workload(scripted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers neither, in each of which the process has number 1."""
+    begun: set[Any] = set()
+
+    def first(event: Event) -> None:
+        if event.kind == "start":
+            begun.add(event.workload)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    for pod in range(6):
+        monkeypatch.setattr("autochunk.tuner.tune.worker_name", lambda pod=pod: f"pod-{pod} boot pid:[1] 1", raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            tune(WORKLOADS, worker_command=scripted(), storage=str(tmp_path / "journal"), on_event=first)
+    assert len(begun) > 1
