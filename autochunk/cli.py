@@ -93,8 +93,12 @@ def main() -> None:
 @click.option("--missed", is_flag=True, help='What "auto" found no profile for on this machine.')
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Time for all of it; the default is the effort's: 110 s quick, 570 s standard, none thorough.")
-@click.option("--memory-budget-mb", type=float, metavar="MB", help="Most working memory that a measurement may take; the default is 80% of what is free.")
-@click.option("--stale", is_flag=True, help="What was measured on this machine with other versions.")
+@click.option(
+    "--memory-budget-mb",
+    type=float, metavar="MB",
+    help="Most working memory that a measurement may take; the default is 80% of what is free. What does not fit is measured later only by --force.",
+)  # fmt: skip
+@click.option("--stale", is_flag=True, help="What was measured on this machine with other versions, or was not finished.")
 @click.option("--force", is_flag=True, help="Measure again what is stored.")
 @click.option("--devices", metavar="all|LIST", help="GPUs to share the work, such as 0,1; they must be alike. The default is jax's default device.")
 @click.option(
@@ -110,7 +114,7 @@ def tune(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets:
     Without --shape, --preset, --missed or --stale: what "auto" has missed here, then a standard set of shapes, on a CPU in float32, on a GPU in bfloat16 and
     (not when quick) float32, and with thorough effort in these and float16.
     """
-    from autochunk.tuner.tune import standard_workloads
+    from autochunk.tuner.tune import of_kind, standard_workloads
     from autochunk.tuner.tune import tune as run
 
     profile_store = ProfileStore(store)
@@ -120,11 +124,15 @@ def tune(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets:
     def choose(device: Device) -> list[Workload]:
         if not (named or missed or stale):
             workloads.extend(standard_workloads(profile_store, device, effort, dtypes, _modes(mode)))
-        workloads.extend([*named, *(_missed(profile_store, device) if missed else []), *(_stale(profile_store, device) if stale else [])])
+        workloads.extend(named)
+        if missed:
+            workloads.extend(_or_say(of_kind(profile_store.missed(device), dtypes, _modes(mode)), '"auto" has missed nothing'))
+        if stale:
+            workloads.extend(_or_say(of_kind(_stale(profile_store, device), dtypes, _modes(mode)), "Nothing stored is stale or unfinished"))
         return workloads
 
     try:
-        with _sigterm_like_ctrl_c(), report.TuneProgress(_console(stderr=True)) as progress:
+        with _ended_like_ctrl_c(), report.TuneProgress(_console(stderr=True)) as progress:
             profiles = run(
                 choose, effort=effort, timeout=timeout, force=force, store=profile_store, memory_budget_mb=memory_budget_mb, on_event=progress,
                 gpus=visible_gpus(devices) if devices else (), storage=storage,
@@ -138,27 +146,26 @@ def tune(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets:
 
 
 @contextlib.contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Schedulers end a job by SIGTERM; what was measured is to be kept then, too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Schedulers end a job by SIGTERM, a lost connection by SIGHUP (which nohup has ignored); what was measured is to be kept then, too."""
+    ending = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ending}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _missed(store: ProfileStore, device: Device) -> list[Workload]:
-    found = store.missed(device)
+def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
     if not found:
-        click.echo('"auto" has missed nothing on this machine.', err=True)
+        click.echo(f"{nothing} on this machine, of these dtypes and modes.", err=True)
     return found
 
 
 def _stale(store: ProfileStore, device: Device) -> list[Workload]:
-    found = [profile.parsed_workload() for profile in store.profiles(device) if profile.device.stale_reasons(device)]
-    if not found:
-        click.echo("Nothing stored of this machine is stale.", err=True)
-    return found
+    """What is unfinished, too: a --stale that was interrupted may have left it in place of what was stale."""
+    return [profile.parsed_workload() for profile in store.profiles(device) if profile.device.stale_reasons(device) or not profile.complete]
 
 
 @main.command()

@@ -214,8 +214,9 @@ def test_missed_workloads_are_forgotten() -> None:
     assert "nothing to forget" in call("forget", "--missed", "--yes").stderr
 
 
-def test_dtypes_and_modes_are_those_of_the_standard_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--dtype is repeatable, and holds where no shape is named."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
+    """What ``tune`` is asked to measure on ``make_device()``, in place of measuring it."""
     asked: list[Workload] = []
 
     def tune(workloads: Any, **_: Any) -> list[Any]:
@@ -223,6 +224,38 @@ def test_dtypes_and_modes_are_those_of_the_standard_set(monkeypatch: pytest.Monk
         return []
 
     monkeypatch.setattr("autochunk.tuner.tune.tune", tune)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        (["--missed"], {("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "training")}),
+        (["--missed", "--dtype", "bfloat16"], {("bfloat16", "forward"), ("bfloat16", "training")}),
+        (["--missed", "--mode", "forward"], {("float32", "forward"), ("bfloat16", "forward")}),
+        (["--stale", "--dtype", "bfloat16", "--mode", "training"], {("bfloat16", "training")}),
+        (["--dtype", "bfloat16", "--mode", "training"], {("bfloat16", "training")}),
+    ],
+)
+def test_dtypes_and_modes_hold_for_what_is_stored(options: list[str], kinds: set[tuple[str, str]], asked: list[Workload]) -> None:
+    """What was missed, and what is stale, is measured only so far as --dtype and --mode let it through."""
+    for dtype, mode in (("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "training")):
+        ProfileStore().record_miss(make_device(), Workload.parse(SHAPE, dtype=dtype, mode=mode))
+        ProfileStore().put(make_profile(Workload.parse("t=64,k=8", dtype=dtype, mode=mode), make_device(jaxlib="0.1.0")))
+    call("tune", *options)
+    assert {(workload.dtype, workload.mode) for workload in asked} == kinds
+
+
+def test_an_interrupted_tune_of_what_is_stale_goes_on(asked: list[Workload]) -> None:
+    """It leaves profiles that are no longer stale, and not complete."""
+    ProfileStore().put(make_profile(make_workload("t=64,k=8"), make_device(), complete=False))
+    ProfileStore().put(make_profile(make_workload("t=72,k=8"), make_device()))
+    call("tune", "--stale")
+    assert asked == [make_workload("t=64,k=8")]
+
+
+def test_dtypes_and_modes_are_those_of_the_standard_set(asked: list[Workload]) -> None:
+    """--dtype is repeatable, and holds where no shape is named."""
     call("tune", "--dtype", "float16", "--dtype", "bfloat16", "--mode", "forward")
     assert {(workload.dtype, workload.mode) for workload in asked} == {("float16", "forward"), ("bfloat16", "forward")}
     assert len(asked) == 2 * len(STANDARD_SET["standard"])
@@ -296,9 +329,9 @@ def test_explain_goes_on_without_a_damaged_store() -> None:
     assert "left out" in result.stdout
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM, to a tune in progress: exit status 130 within seconds, the hint, and what was measured is stored."""
+    """Ctrl-C, SIGTERM (a scheduler), SIGHUP (a lost connection) in a tune: exit status 130 within seconds, the hint, and what was measured is stored."""
     process = subprocess.Popen(
         [sys.executable, "-m", "autochunk.cli", "tune", "--shape", "b=4,t=1024,h=8,k=64", "--effort", "thorough"], stderr=subprocess.PIPE, text=True
     )

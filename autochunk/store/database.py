@@ -142,10 +142,11 @@ class ProfileStore:
     # --- Writing ------------------------------------------------------------------------------------------------------
 
     def put(self, profile: Profile) -> None:
-        """Stores a profile in place of an earlier one of the same workload and device, and forgets that the workload was missed."""
+        """Stores a profile in place of an earlier one of the same workload and device. If it is complete, the workload is no longer one that was missed."""
         key = _profile_key(profile)
         self._write(_PROFILES, lambda table: table.update({key: profile.model_dump_json()}))
-        self._forget_missed([key])
+        if profile.complete:
+            self._forget_missed([key])
 
     def put_all(self, profiles: Iterable[Profile], *, expected: Mapping[tuple[str, str], Profile | None] | None = None) -> None:
         """Stores many profiles: all of them, or on an error none.
@@ -158,12 +159,13 @@ class ProfileStore:
         Raises:
           StoreError: also where the rows are no longer as ``expected``.
         """
-        rows = {_profile_key(profile): profile.model_dump_json() for profile in profiles}
+        by_key = {_profile_key(profile): profile for profile in profiles}
+        rows = {key: profile.model_dump_json() for key, profile in by_key.items()}
         known = self._values(expected or {})
         stored = self._write(_PROFILES, lambda table: _change(table, _REPLACE_UNLESS_CHANGED, json.dumps(rows), json.dumps(known)))
         if rows and not stored:
             raise self._changed()
-        self._forget_missed(list(rows))
+        self._forget_missed([key for key, profile in by_key.items() if profile.complete])
 
     def forget(self, profiles: Iterable[Profile]) -> int:
         """Deletes what is stored for the workloads and devices of these profiles, all or none; returns how many there were."""

@@ -153,6 +153,15 @@ def test_put_all_forgets_misses(store: ProfileStore) -> None:
     assert store.missed(HERE) == []
 
 
+def test_an_unfinished_profile_does_not_end_a_miss(store: ProfileStore) -> None:
+    """What is to be measured is not measured yet: `autochunk tune --missed` goes on with it."""
+    for workload in WORKLOADS[:2]:
+        store.record_miss(HERE, workload)
+    store.put(make_profile(WORKLOADS[0], HERE, complete=False))
+    store.put_all([make_profile(WORKLOADS[1], HERE, complete=False)])
+    assert store.missed(HERE) == WORKLOADS[:2]
+
+
 def test_put_all_of_nothing(store: ProfileStore) -> None:
     """No profiles are no error."""
     store.put_all([])
