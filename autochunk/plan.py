@@ -34,8 +34,8 @@ class Plan:
 
     Attributes:
       implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys), ``"xla_rows"`` (query rows first), ``"dense"`` (haiku's own
-        order of operations, unsliced) or ``"cudnn"`` (cuDNN's fused kernel, on NVIDIA GPUs, in half precision).
-      max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None never slices.
+        order of operations, unsliced; where all logits do not fit the limit, slices) or ``"cudnn"`` (cuDNN's fused kernel, on NVIDIA GPUs, in half precision).
+      max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None sets no limit. Long causal attention is cut into blocks even so.
     """
 
     implementation: str = "xla"
@@ -112,8 +112,7 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
     sizes = {axis: getattr(shape, axis) for axis in Slices._fields}
     if plan.max_chunk_size_mb is None or not SLICING_ORDER[plan.implementation]:
         return Slices(**sizes)
-    # A limit made from whole bytes must give them back: n / 10^6 * 10^6 may come out just below n.
-    limit = math.floor(min(plan.max_chunk_size_mb * BYTES_PER_MB, 2.0**100) * (1 + 1e-12))
+    limit = _whole_bytes(plan.max_chunk_size_mb)
     unit = shape.bytes
     for axis in SLICING_ORDER[plan.implementation]:
         if unit <= limit:
@@ -126,6 +125,16 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
             f"max_chunk_size_mb={plan.max_chunk_size_mb:g} is {limit} bytes, less than the {unit} bytes of the smallest slice possible; give a larger limit"
         )
     return Slices(**sizes)
+
+
+def _whole_bytes(limit: float) -> int:
+    """A limit in bytes. One made from whole bytes must give them back: n / 10^6 * 10^6 may come out just below n."""
+    return math.floor(min(limit * BYTES_PER_MB, 2.0**100) * (1 + 1e-12))
+
+
+def runs_dense(plan: Plan, shape: LogitsShape) -> bool:
+    """Whether a plan computes all logits at once in haiku's order of operations: if it says so and they fit its limit."""
+    return plan.implementation == "dense" and (plan.max_chunk_size_mb is None or shape.bytes <= _whole_bytes(plan.max_chunk_size_mb))
 
 
 # Square blocks along the diagonal: n by n of them compute (n + 1) / 2n of the logits. More gain little; in shorter ones products are less efficient.

@@ -40,13 +40,16 @@ def dot_product_attention(
       key: [..., T, N, K], of the query's dtype.
       value: [..., T, N, V], of the query's dtype.
       bias: added to the scaled logits; broadcasts to [..., H, T', T].
-      mask: boolean, False takes no part; broadcasts to [..., H, T', T]. A row that is False throughout gives the mean of all values.
+      mask: boolean, False takes no part; broadcasts to [..., H, T', T]. A row that is False throughout gives the mean of all values. Keys and values that
+        take no part must still be finite.
       scale: factor on the logits; None is 1 / sqrt(K).
       is_causal: query i sees keys 0 to i only.
-      max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None never to slice, or "auto" to take what ``autochunk tune`` found best on this
-        device for these shapes. Logits are float32 for half-precision inputs.
+      max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None for no limit (causal attention of 512 positions and more is cut into blocks even so),
+        or "auto" to take what ``autochunk tune`` found best on this device for these shapes. Under ``vmap`` "auto" goes by the shapes of one element; where
+        it does not slice those, it slices what exceeds both these and 1000 MB. Logits are float32 for half-precision inputs.
       implementation: pins how it is computed: "xla", "xla_rows", "dense" or "cudnn" (see ``autochunk.Plan``); None lets "auto" choose, and is "xla" for a
-        number. What cuDNN cannot differentiate (forward mode, higher orders, a bias) runs in slices.
+        number. What cuDNN cannot differentiate (forward mode, higher orders, a bias, under a mask) runs in slices. On several devices, unless inside
+        ``shard_map``, "xla" is "xla_rows".
 
     Returns:
       [..., T', H, V] in the query's dtype.
@@ -61,9 +64,11 @@ def dot_product_attention(
     logits_shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
     bias = None if bias is None else _check_term("bias", _array("bias", bias), logits_shape)
     mask = None if mask is None else _check_term("mask", _array("mask", mask), logits_shape)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _check_scale(scale)
+    scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else _check_scale(scale)
     if 0 in logits_shape or value.shape[-1] == 0:
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+    if (implementation, max_chunk_size_mb) != ("dense", None):
+        _check_known((*logits_shape, query.shape[-1], value.shape[-1]))
     plans = _plans(query, key, value, bias, mask, bool(is_causal), max_chunk_size_mb, implementation)
     call = kernels.Call(scale, bool(is_causal), bias is not None, mask is not None, plans)
     inputs = _grouped(query, key, value, bias, mask)
@@ -155,6 +160,14 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         raise ArgumentError(f"value must have the key's length and heads {key.shape[-3:-1]}; got {value.shape[-3:-1]}")
     if key.shape[-2] == 0 or heads % key.shape[-2]:
         raise ArgumentError(f"the query's heads must be a multiple of the key's; got {heads} and {key.shape[-2]}")
+
+
+def _check_known(sizes: tuple[Any, ...]) -> None:
+    if not all(isinstance(size, int) for size in sizes):
+        raise ArgumentError(
+            f"sizes must be known while tracing, since slices follow from them; got {sizes}. "
+            "Symbolic ones, as for jax.export, take implementation='dense' with max_chunk_size_mb=None"
+        )
 
 
 def _check_term(name: str, term: jax.Array, logits_shape: tuple[int, ...]) -> jax.Array:

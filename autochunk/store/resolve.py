@@ -351,7 +351,15 @@ def plans(workload: Workload, implementation: str | None) -> Plans:
         "forward": resolve(workload.with_mode("forward"), implementation),
         "training": resolve(workload.with_mode("training"), implementation),
     }
-    return Plans(both["forward"].plan, both["training"].plan, lambda mode: _report(both[mode]))
+    return Plans(_bounded(both["forward"]), _bounded(both["training"]), lambda mode: _report(both[mode]))
+
+
+def _bounded(resolution: Resolution) -> Plan:
+    """The plan, for a call that ``vmap`` may make larger than what was measured: it may have at once the logits that were, or the default's."""
+    plan = resolution.plan
+    if plan.max_chunk_size_mb is not None or plan.implementation == CUDNN.implementation or resolution.match == "pinned":
+        return plan
+    return replace(plan, max_chunk_size_mb=max(resolution.workload.logits_bytes / BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB))
 
 
 def _report(resolution: Resolution) -> None:

@@ -10,15 +10,20 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from factories import make_profile, one_plan
 from reference import Arrays, assert_close, draw, draw_mask, exact, operands, output_and_gradients, plain
 
 import autochunk
-from autochunk import dot_product_attention
+from autochunk import Plan, dot_product_attention
+from autochunk.device import detect
 from autochunk.errors import ArgumentError
+from autochunk.store.database import ProfileStore
+from autochunk.workload import Workload
 
 # Limits in MB for logits of a few hundred bytes: none, and one that slices over everything.
 NO_LIMIT, TINY = None, 1.2e-5
@@ -296,6 +301,41 @@ def test_auto_leaves_no_trace(limit: float | None, implementation: str, mode: st
     with autochunk.use(max_chunk_size_mb=limit, implementation=implementation):
         auto = lowered(max_chunk_size_mb="auto")
     assert auto == lowered(max_chunk_size_mb=limit, implementation=implementation)
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("plan", [Plan("xla"), Plan("dense")], ids=str)
+def test_auto_keeps_to_what_was_measured_under_vmap(plan: Plan, mode: str) -> None:
+    """A plan without slices was measured on one element: a batch of them has its logits at once up to the default of 1000 MB, and no further."""
+    ProfileStore().put(make_profile(Workload.parse("t=1024,h=4,k=8", mode=mode), detect(), one_plan(None, plan.implementation)))
+    function = jax.vmap(dot_product_attention)
+    function = function if mode == "forward" else jax.grad(lambda *arrays: jnp.sum(jax.vmap(dot_product_attention)(*arrays)))
+
+    def sliced(batch: int) -> bool:
+        array = jax.ShapeDtypeStruct((batch, 1, 1024, 4, 8), jnp.float32)  # 16.8 MB of logits each
+        return "while" in jax.jit(function).lower(array, array, array).as_text()
+
+    assert [sliced(batch) for batch in (1, 59, 60)] == [False, False, True]
+
+
+def test_sizes_that_are_not_known() -> None:
+    """Symbolic sizes, as ``jax.export`` has them, are no sizes to slice by; the error says what takes them."""
+    query = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b,t"), 2, 4), jnp.float32)
+
+    def export(**settings: Any) -> Any:
+        return jax.export.export(jax.jit(lambda query: dot_product_attention(query, query, query, **settings)))(query)
+
+    for settings in ({}, {"max_chunk_size_mb": 1.0}, {"implementation": "xla", "max_chunk_size_mb": None}):
+        with pytest.raises(ArgumentError, match=r"sizes must be known.*implementation='dense' with max_chunk_size_mb=None"):
+            export(**settings)
+    assert export(implementation="dense", max_chunk_size_mb=None).out_avals[0].shape == query.shape
+
+
+def test_features_of_size_zero() -> None:
+    """All logits are then zero, and all values weigh alike, as in ``jax.nn.dot_product_attention``."""
+    query, value = np.ones((1, 3, 1, 0), np.float32), draw((1, 3, 1, 2))
+    out = dot_product_attention(query, query, value, max_chunk_size_mb=1.0)
+    np.testing.assert_allclose(out, np.broadcast_to(value.mean(axis=1, keepdims=True), (1, 3, 1, 2)), rtol=1e-6)
 
 
 def test_auto_is_the_default() -> None:

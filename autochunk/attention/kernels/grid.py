@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs, caller_major, head_major, in_head_major
-from autochunk.plan import SLICING_ORDER, LogitsShape, Plan, Slices, balanced, causal_block, slice_logits
+from autochunk.plan import SLICING_ORDER, Plan, Slices, balanced, causal_block, slice_logits
 
 
 class Output(NamedTuple):
@@ -189,11 +189,9 @@ class Problem:
     """One lowering: inputs with their leading dims made fit for slicing, and the slices."""
 
     def __init__(self, inputs: Inputs, call: Call, plan: Plan, differentiable: bool) -> None:
-        query = inputs.query
-        self.leading = query.shape[:-4]
-        rows, heads, groups, _ = query.shape[-4:]
-        self.dtype = jnp.promote_types(query.dtype, jnp.float32)
-        self.shape = LogitsShape(math.prod(self.leading), heads, groups, rows, inputs.key.shape[-3], self.dtype.itemsize)
+        self.leading = inputs.query.shape[:-4]
+        self.dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
+        self.shape = inputs.logits
         self.triangular = call.is_causal and inputs.mask is None
         self.slices: Slices = slice_logits(plan, causal_block(self.shape) if self.triangular else self.shape)
         self.differentiable = differentiable

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from autochunk.plan import Plans
+from autochunk.plan import LogitsShape, Plans
 
 
 class Call(NamedTuple):
@@ -39,6 +40,13 @@ class Inputs(NamedTuple):
     value: jax.Array
     bias: jax.Array | None
     mask: jax.Array | None
+
+    @property
+    def logits(self) -> LogitsShape:
+        """Sizes of all their logits; those of half-precision inputs are float32."""
+        rows, heads, groups, _ = self.query.shape[-4:]
+        itemsize = jnp.promote_types(self.query.dtype, jnp.float32).itemsize
+        return LogitsShape(math.prod(self.query.shape[:-4]), heads, groups, rows, self.key.shape[-3], itemsize)
 
     def map(self, function: Callable[[jax.Array, tuple[str, ...]], jax.Array]) -> Inputs:
         """``function(array, its axes)`` of each array that is there."""

@@ -16,7 +16,7 @@ from autochunk.attention.kernels.dense import dense
 from autochunk.attention.kernels.grid import Cell, Output, Problem, add, sum_to
 from autochunk.attention.kernels.inputs import INPUT_AXES, KEY, LOGITS, QUERY, STATS, Call, Inputs, caller_major, operands_of, split
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
-from autochunk.plan import Plan
+from autochunk.plan import Plan, runs_dense
 
 _DIVIDE_LAST = {"cpu"}
 
@@ -109,7 +109,7 @@ def only_output(*operands: jax.Array, call: Call, platforms: tuple[str, ...] = (
     """[out] by the plan for calls that are not differentiated."""
     plan = call.plans.forward
     call.plans.used("forward")
-    if plan.implementation == "dense":
+    if runs_dense(plan, split(operands, call)[0].logits):
         return [dense(*split(operands, call)[0], call)]
     if fused.runs(plan, platforms):
         return [fused.attend(plan.implementation, split(operands, call)[0], call)]

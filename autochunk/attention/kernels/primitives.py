@@ -17,6 +17,7 @@ from autochunk.attention.kernels.dense import dense
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import Call, operands_of, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
+from autochunk.plan import runs_dense
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: Call) -> jax.Array:
@@ -122,7 +123,7 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
 def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call) -> Any:
     call.plans.used("training")
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    if call.plans.training.implementation == "dense":
+    if runs_dense(call.plans.training, split(primals, call)[0].logits):
         return jax.jvp(lambda *operands: [dense(*split(operands, call)[0], call)], tuple(primals), tuple(tangents))
     out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
     moving = tangents[: 3 + call.has_bias]  # a mask does not move
