@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 from pathlib import Path
 
 import pytest
 from factories import make_device, make_profile, make_workload
+from rich.console import Console
 
+from autochunk import report
 from autochunk.errors import BundleError
 from autochunk.store import bundle, layers
 from autochunk.store.database import ProfileStore
@@ -125,8 +128,13 @@ SHIPPED = sorted(FOLDER.glob("*.json*"))
 
 
 def test_profiles_are_shipped() -> None:
-    """For some devices at least."""
+    """For some devices at least, with a table of what each chooses."""
     assert SHIPPED
+    table = (FOLDER / "README.md").read_text().splitlines()
+    for file in SHIPPED:
+        console = Console(width=1000, record=True, file=io.StringIO())
+        console.print(report.profile_table([report.profile_row(profile) for profile in bundle.read(file).profiles], markdown=True))
+        assert [line for line in map(str.rstrip, console.export_text().splitlines()) if line and line not in table] == []
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
