@@ -389,8 +389,22 @@ def _keep(outcome: Outcome, study: Study, workload: Workload, task: _Task) -> Pr
     """Stores what was found, unless that is nothing or less than is stored; returns what is stored then, None if nothing was found."""
     if not any(measurement.timed for measurement in outcome.measurements):
         return None
-    made = study.profile if outcome.complete else None  # by another worker, which held the joint rounds
-    profile = made or Profile(
+    with task.storing:
+        made = study.profile if outcome.complete else None  # by another worker, which held the joint rounds or ended at the same time
+        profile = made or _profile(outcome, workload, task)
+        old = task.store.get(task.device, workload)
+        if old is not None and _stays(old, profile):
+            profile = old
+        else:
+            task.store.put(profile)
+        task.found[workload] = profile
+        if outcome.complete and made is None:
+            study.profile = profile
+    return profile
+
+
+def _profile(outcome: Outcome, workload: Workload, task: _Task) -> Profile:
+    return Profile(
         schema_version=SCHEMA_VERSION,
         workload=workload.key,
         device=task.device,
@@ -400,16 +414,6 @@ def _keep(outcome: Outcome, study: Study, workload: Workload, task: _Task) -> Pr
         created=utc_now(),
         autochunk=autochunk.__version__,
     )
-    with task.storing:
-        old = task.store.get(task.device, workload)
-        if old is not None and _stays(old, profile):
-            profile = old
-        else:
-            task.store.put(profile)
-        task.found[workload] = profile
-    if outcome.complete and made is None:
-        study.profile = profile
-    return profile
 
 
 def _stays(old: Profile, new: Profile) -> bool:
