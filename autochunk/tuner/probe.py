@@ -127,7 +127,7 @@ class Probe:
         Raises:
           ProbeError: not even its arguments fit, or the worker fails on them.
         """
-        if self.workload is not None:
+        if self.workload is not None or (self._worker is not None and self._worker.process.poll() is not None):  # or it has died while it had nothing to do
             self.close()
         self.workload = workload
         self._start()

@@ -47,6 +47,7 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """A worker that has not written for so long is taken for dead."""
 
+_SIGNING_SECONDS = 1.0  # between a claim and the name on it
 _ATTEMPTS = 10  # at opening a database
 _LOCK_SECONDS = 2  # a killed process leaves its lock behind; nobody holds one for longer than it takes to append a line
 
@@ -324,10 +325,11 @@ def _process_namespace() -> str:
 
 def _alive(trial: FrozenTrial) -> bool:
     here, _, process = str(trial.user_attrs.get("worker", "")).rpartition(" ")
-    if here and here == worker_name().rpartition(" ")[0] and not _process_exists(int(process)):
+    if here == worker_name().rpartition(" ")[0] and not _process_exists(int(process)):
         return False
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    return time.time() - float(trial.user_attrs.get("alive", started)) < SILENT_SECONDS
+    # A worker signs what it claims at once: it was killed in between, or, if it is only slow, finds its claim gone and makes another.
+    return time.time() - float(trial.user_attrs.get("alive", started)) < (SILENT_SECONDS if here else _SIGNING_SECONDS)
 
 
 def _process_exists(process: int) -> bool:

@@ -158,6 +158,17 @@ def test_a_worker_has_one_workload(small: Workload, scripted: Callable[..., Any]
     assert pids[0] == pids[1] != pids[2]
 
 
+def test_a_worker_that_dies_before_its_workload_is_replaced(small: Workload, scripted: Callable[..., Any]) -> None:
+    """It cost nothing, since it had nothing to do."""
+    with Probe(scripted()) as probe:
+        probe.connect()
+        assert probe._worker is not None
+        probe._worker.process.kill()
+        probe._worker.process.wait()
+        probe.load(small)
+        assert probe.prepare(GOOD).status == "ok"
+
+
 def test_a_plan_is_prepared_once_for_each_worker(small: Workload, scripted: Callable[..., Any], tmp_path: Path) -> None:
     """Compiling is dear: what the worker has ready is not sent again, what it dropped is."""
     log = tmp_path / "log"

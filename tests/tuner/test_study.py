@@ -138,6 +138,19 @@ def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pyte
     assert study.measured() == {}
 
 
+def test_a_claim_that_nobody_signed_is_soon_given_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked for it was killed before its name was on it; if it is only slow, it finds that out, and claims again."""
+    study = open_study(place)
+    study._queue(str(PLANS[0]), PLANS[0])
+    study._study.ask()
+    assert study.workers() == 1
+    monkeypatch.setattr(studies, "_SIGNING_SECONDS", 0.0)
+    assert study.workers() == 0
+    claim = study.claim(PLANS[:1])
+    assert claim is not None
+    assert claim.plan == PLANS[0]
+
+
 def test_a_plan_that_is_only_queued_keeps_nobody_waiting(place: str) -> None:
     """Whoever queued it may have died before taking it: it is no work in progress, and the next to claim takes it."""
     study = open_study(place)
