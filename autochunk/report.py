@@ -281,9 +281,10 @@ class TuneProgress:
         if event.kind == "awaited":
             return "other workers are still at it"
         if event.kind == "failed":
-            return f"not measured: {event.detail}"
+            return f"{'failed' if event.profile else 'not measured'}: {event.detail}"
         if event.kind == "out_of_time":
-            return "not measured: out of time; the same command goes on from here"
+            stays = f"out of time, and the profile from before stays ({event.profile.effort})" if event.profile else "not measured: out of time"
+            return f"{stays}; the same command goes on from here"
         choice = event.profile.choose()
         result = str(choice.plan) if choice else "no plan could be measured"
         return result if event.profile.complete else f"{result} (unfinished: out of time; the same command goes on from here)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,12 +17,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from factories import make_device, make_profile, make_workload
+from rich.console import Console
 
 from autochunk.cli import main
 from autochunk.device import detect
+from autochunk.report import TuneProgress
 from autochunk.store import bundle
 from autochunk.store.database import ProfileStore, utc_now
 from autochunk.tuner.presets import STANDARD_SET
+from autochunk.tuner.tune import Event
 from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -184,6 +188,24 @@ def test_forget_asks_first_and_names_what_goes() -> None:
     assert "nothing to forget" in call("forget", "--shape", "t=4096", "--yes").stderr
     assert "1 profiles forgotten" in call("forget", "--older-than", "0", "--yes").stderr
     assert ProfileStore().profiles() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "words"),
+    [
+        ("failed", False, "not measured: no worker"),
+        ("failed", True, "failed: no worker"),
+        ("out_of_time", False, "not measured: out of time; the same command goes on from here"),
+        ("out_of_time", True, "out of time, and the profile from before stays (standard); the same command goes on from here"),
+    ],
+)
+def test_progress_says_what_became_of_a_workload(kind: Any, stored: bool, words: str) -> None:
+    """Not measured is only what nothing is stored of."""
+    console = Console(file=io.StringIO(), width=200)
+    event = Event(kind, make_workload(SHAPE), 1, 2, make_device(), detail="no worker", profile=make_profile() if stored else None)
+    with TuneProgress(console) as progress:
+        progress(event)
+    assert words in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_bundles_are_shown(tmp_path: Path) -> None:
