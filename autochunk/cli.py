@@ -195,7 +195,7 @@ def _print_profiles(rows: list[dict[str, Any]], as_json: bool, markdown: bool = 
         return
     console = Console(highlight=False, width=_ONE_LINE) if markdown else _console()
     for device in dict.fromkeys(row["device"] for row in rows):
-        console.print(f"\n{'## ' if markdown else ''}{device}{chr(10) if markdown else ''}", style=None if markdown else "bold", markup=False)
+        console.print(f"\n{'## ' if markdown else ''}{device}", style=None if markdown else "bold", markup=False)
         console.print(report.profile_table([row for row in rows if row["device"] == device], markdown))
 
 

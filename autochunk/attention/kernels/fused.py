@@ -112,8 +112,7 @@ def cotangent(name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Ar
     pull = jax.tree.unflatten(tree, [saved.get(id(leaf), leaf) for leaf in leaves])
     gradients = pull(d_out.reshape(own_out.shape))
     leading = inputs.query.shape[:-4]
-    whole = (gradient.reshape(leading + operand.shape[len(leading) :]) for gradient, operand in zip(gradients, inputs[:3], strict=True))
-    return [sum_to(gradient, operand.shape) for gradient, operand in zip(whole, inputs[:3], strict=True)]
+    return [sum_to(gradient.reshape(leading + operand.shape[len(leading) :]), operand.shape) for gradient, operand in zip(gradients, inputs[:3], strict=True)]
 
 
 def _forward(fused: Fused, inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, Any]:

@@ -109,10 +109,11 @@ def only_output(*operands: jax.Array, call: Call, platforms: tuple[str, ...] = (
     """[out] by the plan for calls that are not differentiated."""
     plan = call.plans.forward
     call.plans.used("forward")
-    if runs_dense(plan, split(operands, call)[0].logits):
-        return [dense(*split(operands, call)[0], call)]
+    inputs, _ = split(operands, call)
+    if runs_dense(plan, inputs.logits):
+        return [dense(*inputs, call)]
     if fused.runs(plan, platforms):
-        return [fused.attend(plan.implementation, split(operands, call)[0], call)]
+        return [fused.attend(plan.implementation, inputs, call)]
     return forward(*operands, call=call, plan=plan.sliced(), platforms=platforms, need_stats=False)[:1]
 
 
