@@ -248,7 +248,7 @@ def test_slices_that_do_not_divide(rows: int, keys: int) -> None:
 @pytest.mark.parametrize("terms", [{}, {"bias": (1, 2, 6, 5)}, {"mask": (2, 1, 6, 5)}, {"bias": (2, 1, 1, 5)}], ids=str)
 def test_the_softmax_of_accelerators(monkeypatch: pytest.MonkeyPatch, terms: dict[str, Any], limit: float | None) -> None:
     """The arithmetic that is for accelerators is right, here run on whatever there is; a bias of -inf takes keys out."""
-    monkeypatch.setattr(maps, "_DIVIDE_LAST", frozenset())
+    monkeypatch.setattr(maps, "_NO_SOFTMAX_KERNEL", frozenset())
     jax.clear_caches()
     arrays = operands(heads=2, **terms)
     if terms == {"bias": (2, 1, 1, 5)}:
@@ -261,6 +261,20 @@ def test_the_softmax_of_accelerators(monkeypatch: pytest.MonkeyPatch, terms: dic
     expected = exact(arrays)
     assert_close(ours, expected)
     np.testing.assert_allclose(alone, expected["output"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "platforms", "divided"),
+    [(16384, ("cuda",), "weights"), (16385, ("cuda",), "output"), (64, ("cpu",), "output"), (64, ("cpu", "cuda"), "output")],
+    ids=["fits", "too long", "cpu", "any platform"],
+)
+def test_what_is_divided_by_the_sum(keys: int, platforms: tuple[str, ...], divided: str) -> None:
+    """The weights are divided where that makes one kernel of a softmax: on GPUs, unless rows are too long for it. Elsewhere the output is, which is smaller."""
+    query, key = jax.ShapeDtypeStruct((1, 4, 2, 1, 3), jnp.float32), jax.ShapeDtypeStruct((1, keys, 2, 3), jnp.float32)
+    function = functools.partial(maps.forward, call=_call(Plan("xla")), plan=Plan("xla"), platforms=platforms, need_stats=False)
+    traced = jax.make_jaxpr(function)(query, key, key)
+    sizes = {equation.outvars[0].aval.shape[-1] for equation in equations(traced.jaxpr) if equation.primitive.name == "div"}
+    assert sizes == {keys if divided == "weights" else 3}
 
 
 def test_dense_is_haikus() -> None:
