@@ -13,10 +13,11 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ class Probe:
         self._worker: _Worker | None = None
         self._ready: dict[Plan, Prepared] = {}
         self._available = 0
+        self._programs: tempfile.TemporaryDirectory[str] | None = None
         self.abandoned = False
 
     def __enter__(self) -> Probe:
@@ -98,7 +100,13 @@ class Probe:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Ends the worker and forgets the programs that it compiled."""
+        self._stop()
+        if self._programs is not None:
+            self._programs.cleanup()
+            self._programs = None
+
+    def _stop(self) -> None:
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
@@ -134,6 +142,15 @@ class Probe:
 
     def prepare(self, plan: Plan) -> Prepared:
         """Compiles, checks and runs a plan once, unless the worker has it ready. A failure is a result, not an error."""
+        prepared = self._prepare(plan)
+        if prepared.status == "oom" and prepared.temp_bytes is not None and self.device is not None and self.device.platform != "cpu":
+            # There should be memory for a program that got as far as being run, but compiling tries kernels out, and jax's allocator then holds memory in
+            # pieces. A new worker finds the program compiled.
+            self._stop()
+            prepared = replace(self._prepare(plan), compile_seconds=prepared.compile_seconds)
+        return prepared
+
+    def _prepare(self, plan: Plan) -> Prepared:
         try:
             self.connect()
             if plan in self._ready:
@@ -173,7 +190,8 @@ class Probe:
             hello = self._ask("hello", within=_START_SECONDS)
             self.device, self._available = Device.model_validate(hello["device"]), int(hello["available_bytes"])
             if self.workload is not None:
-                loaded = self._ask("load", workload=self.workload.key)
+                self._programs = self._programs or tempfile.TemporaryDirectory(prefix="autochunk-", ignore_cleanup_errors=True)
+                loaded = self._ask("load", workload=self.workload.key, programs=self._programs.name)
                 self._available -= int(loaded["argument_bytes"])
         except WorkerFailure as failure:
             what = f"cannot measure {self.workload.key}" if self.workload else "cannot start a measuring process"
@@ -187,12 +205,12 @@ class Probe:
         try:
             reply = self._worker.ask({"do": action, **request}, max(0.0, min(within or self.seconds_per_request, left)))
         except WorkerFailure as failure:
-            self.close()
+            self._stop()
             if self.abandoned or (failure.status == "timeout" and seconds_left(self.deadline) <= 0):
                 raise OutOfTime from None
             raise
         except BaseException:  # an interrupted worker may still answer the old request
-            self.close()
+            self._stop()
             raise
         if not reply.get("ok"):
             raise WorkerFailure("crashed", str(reply.get("error", "the worker gave no reason")))

@@ -4,7 +4,8 @@ It compiles, checks and times plans of one workload, and may die doing so: the p
 a session; every reply is an object with ``ok``, or ``error`` where the request itself was wrong:
 
     {"do": "hello"}                          -> {"device": {...}, "available_bytes": n}
-    {"do": "load", "workload": key}          -> {"argument_bytes": n, "dense_error": x}
+    {"do": "load", "workload": key, "programs": folder}
+                                             -> {"argument_bytes": n, "dense_error": x}   compiled programs are kept in the folder for the next worker
     {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
                                              -> {"status": ..., "detail": ..., "temp_bytes": n, "measured_bytes": n, "compile_seconds": x, "error": x}
     {"do": "time", "plans": [[name, mb], ...]} -> {"seconds": [x, ...]}   one round, in the order given
@@ -292,9 +293,10 @@ class Session:
         device = devices.detect()
         return {"device": device.model_dump(), "available_bytes": available_bytes(device.platform)}
 
-    def load(self, workload: str) -> dict[str, Any]:
+    def load(self, workload: str, programs: str) -> dict[str, Any]:
         """Makes a workload's arguments and what its results should be."""
         self.prepared.clear()
+        keep_programs(programs)
         parsed = Workload.parse(workload)
         jax.config.update("jax_enable_x64", parsed.dtype == "float64")  # without it jax computes in float32, with a warning at most
         self.inputs = Inputs(parsed)
@@ -309,12 +311,13 @@ class Session:
         chosen = Plan(*plan)
         if refusal := inputs.refusal(chosen):
             return {"status": "unsupported", "detail": refusal[:2000]}
+        result: dict[str, Any] = {}
         try:
             start = time.perf_counter()
             compiled = jax.jit(inputs.function(chosen)).lower(*inputs.arguments).compile()
             compile_seconds = time.perf_counter() - start
             temp, out = program_bytes(compiled)
-            result: dict[str, Any] = {"compile_seconds": compile_seconds, "temp_bytes": temp}
+            result = {"compile_seconds": compile_seconds, "temp_bytes": temp}
             needed = max(temp, self._least_working_bytes(chosen)) + out
             if needed > budget_bytes:
                 return result | {"status": "over_budget", "detail": f"needs about {needed / 1e6:.0f} MB, {budget_bytes / 1e6:.0f} MB may be used"}
@@ -327,7 +330,7 @@ class Session:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
-            return {"status": "oom", "detail": str(error)[:500]}
+            return result | {"status": "oom", "detail": str(error)[:500]}
         if grown is not None:
             measured = max(0, grown - out)
             result |= {"measured_bytes": measured, "temp_bytes": max(temp, measured)}
@@ -356,6 +359,14 @@ class Session:
         if self.inputs is None:
             raise ValueError("no workload is loaded")
         return self.inputs
+
+
+def keep_programs(folder: str) -> None:
+    """Keeps every program that is compiled in a folder, and takes it from there if another process has compiled it. Not on CPUs, where compiling is quick."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def program_bytes(compiled: Any) -> tuple[int, int]:

@@ -63,7 +63,9 @@ def answer(script: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         if status == "refuse":
             raise ValueError("refused as scripted")
         result = {"status": status or "ok", "detail": f"scripted {status}" if status else "", "compile_seconds": 0.1}
-        return result if status else result | {"temp_bytes": chosen.get("temp", 1000), "error": 1e-7}
+        if status:
+            return result | {"temp_bytes": chosen.get("temp")}
+        return result | {"temp_bytes": chosen.get("temp", 1000), "error": 1e-7}
     if request["do"] == "time":
         for plan in request["plans"]:
             deed = act(plan).get("do", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -100,6 +101,34 @@ def test_every_failure_is_a_result_of_that_plan_only(deed: str, status: str, wor
         assert result.status == status
         assert words in result.detail
         assert probe.time([GOOD]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("worker", "deed", "temp", "asked", "status"),
+    [
+        ("scripted_gpu", "once:FLAG:oom", 5000, 2, "ok"),
+        ("scripted_gpu", "oom", 5000, 2, "oom"),
+        ("scripted_gpu", "oom", None, 1, "oom"),
+        ("scripted", "oom", 5000, 1, "oom"),
+    ],
+    ids=["then it runs", "not even then", "compiling it takes too much", "cpu"],
+)
+def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
+    worker: str, deed: str, temp: int | None, asked: int, status: str, small: Workload, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Compiling on a GPU leaves jax's allocator with memory in pieces, none of which may be large enough; a new worker has it whole, and the program."""
+    log = tmp_path / "log"
+    script = {"plans": {str(BAD): {"do": deed.replace("FLAG", str(tmp_path / "flag")), "temp": temp}}, "log": str(log)}
+    with Probe(request.getfixturevalue(worker)(**script)) as probe:
+        probe.load(small)
+        pid = pid_of(probe)
+        assert probe.prepare(BAD).status == status
+        assert (pid_of(probe) == pid) == (asked == 1)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["do"] for line in lines].count("prepare") == asked
+    folders = {line["programs"] for line in lines if line["do"] == "load"}
+    assert len(folders) == 1
+    assert not Path(folders.pop()).exists()
 
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, scripted: Callable[..., Any], small: Workload) -> None:

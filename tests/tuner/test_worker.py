@@ -42,7 +42,7 @@ def test_every_plan_agrees_with_the_float64_reference(shape: str, mode: str, dty
     if dtype != "float32" and shape not in SHAPES[::3]:
         pytest.skip("one dtype is enough for the others")
     session = worker.Session()
-    loaded = session.load(Workload.parse(shape, dtype=dtype, mode=mode).key)
+    loaded = session.load(Workload.parse(shape, dtype=dtype, mode=mode).key, "")
     reply = session.prepare(["xla", 0.001], 10**9)
     assert reply["status"] == "ok", reply
     assert 0 <= reply["error"] <= worker.ERROR_FACTOR * loaded["dense_error"] + worker.ERROR_ROUNDINGS * float(jnp.finfo(dtype).eps)
@@ -52,7 +52,7 @@ def test_a_workload_is_measured_in_its_own_dtype() -> None:
     """Also float64, which jax makes float32 of unless it is enabled; the next workload is not float64 for it."""
     session = worker.Session()
     for dtype in ("float64", "float32"):
-        session.load(Workload.parse("t=8,k=2", dtype=dtype, mode="training").key)
+        session.load(Workload.parse("t=8,k=2", dtype=dtype, mode="training").key, "")
         assert session.inputs is not None
         assert {str(x.dtype) for x in session.inputs.arguments} == {dtype}
 
@@ -60,7 +60,7 @@ def test_a_workload_is_measured_in_its_own_dtype() -> None:
 def test_a_wrong_result_is_inaccurate() -> None:
     """A plan whose results differ from the reference cannot win, whatever its speed."""
     session = worker.Session()
-    session.load(Workload.parse("b=1,t=16,h=2,k=4", mode="training").key)
+    session.load(Workload.parse("b=1,t=16,h=2,k=4", mode="training").key, "")
     session.references[2] = session.references[2] + 1.0  # the key's gradient, as a kernel might get it wrong
     reply = session.prepare(["xla", None], 10**9)
     assert reply["status"] == "inaccurate"
@@ -78,7 +78,7 @@ def test_an_error_that_is_no_number_is_infinite(bad: float) -> None:
 def test_a_plan_over_the_budget_is_not_run() -> None:
     """What would not fit is told from its program alone."""
     session = worker.Session()
-    session.load(Workload.parse("b=1,t=512,h=2,k=8").key)
+    session.load(Workload.parse("b=1,t=512,h=2,k=8").key, "")
     reply = session.prepare(["dense", None], 10_000)
     assert reply["status"] == "over_budget"
     assert "error" not in reply
@@ -115,7 +115,7 @@ def test_free_memory_is_the_least_that_is_known(stats: dict[str, int], free_on_g
 def test_times_come_in_the_order_asked_for() -> None:
     """One round gives one time for each plan named, repeats included."""
     session = worker.Session()
-    session.load(Workload.parse("b=1,t=64,h=2,k=8").key)
+    session.load(Workload.parse("b=1,t=64,h=2,k=8").key, "")
     for plan in (["xla", None], ["dense", None]):
         assert session.prepare(list(plan), 10**9)["status"] == "ok"
     seconds = session.time([["xla", None], ["dense", None], ["xla", None]])["seconds"]
