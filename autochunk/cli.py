@@ -128,7 +128,7 @@ def tune(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets:
         if missed:
             workloads.extend(_or_say(of_kind(profile_store.missed(device), dtypes, _modes(mode)), '"auto" has missed nothing'))
         if stale:
-            workloads.extend(_or_say(of_kind(_stale(profile_store, device), dtypes, _modes(mode)), "Nothing stored is stale or unfinished"))
+            workloads.extend(_or_say(of_kind(_stale_or_unfinished(profile_store, device), dtypes, _modes(mode)), "Nothing stored is stale or unfinished"))
         return workloads
 
     try:
@@ -163,7 +163,7 @@ def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
     return found
 
 
-def _stale(store: ProfileStore, device: Device) -> list[Workload]:
+def _stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
     """What is unfinished, too: a --stale that was interrupted may have left it in place of what was stale."""
     return [profile.parsed_workload() for profile in store.profiles(device) if profile.device.stale_reasons(device) or not profile.complete]
 

@@ -1,4 +1,4 @@
-"""Every exception and warning that autochunk raises on purpose.
+"""Every exception and warning that autochunk lets its callers see.
 
 Callers catch by family; the second base keeps ``except ValueError`` and ``except OSError`` working::
 

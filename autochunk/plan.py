@@ -18,7 +18,7 @@ BYTES_PER_MB = 10**6
 DEFAULT_MAX_CHUNK_SIZE_MB = 1000.0
 """What dm-haiku pull request #679 proposed, and what "auto" falls back to."""
 
-# The axes along which each implementation slices, first choice first. "dense" is haiku's order of operations and "cudnn" cuDNN's kernel, never sliced.
+# The axes along which each implementation slices, first choice first. "dense" is haiku's order of operations and "cudnn" cuDNN's kernel, which have none.
 SLICING_ORDER: dict[str, tuple[str, ...]] = {
     "dense": (),
     "cudnn": (),
@@ -26,6 +26,9 @@ SLICING_ORDER: dict[str, tuple[str, ...]] = {
     "xla_rows": ("rows", "keys", "batch", "heads"),
 }
 IMPLEMENTATIONS = tuple(SLICING_ORDER)
+SLICED_IMPLEMENTATIONS = frozenset(name for name, axes in SLICING_ORDER.items() if axes)
+FUSED_IMPLEMENTATIONS = frozenset({"cudnn"})
+"""Kernels of other libraries that hold no logits at all."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Plan:
 
     def sliced(self) -> Plan:
         """The plan itself if it slices; else the slices for what a kernel that does not slice cannot do, rows first since that suits every mesh."""
-        if SLICING_ORDER[self.implementation]:
+        if self.implementation in SLICED_IMPLEMENTATIONS:
             return self
         return Plan("xla_rows", self.max_chunk_size_mb or DEFAULT_MAX_CHUNK_SIZE_MB)
 
     def __str__(self) -> str:
-        if not SLICING_ORDER.get(self.implementation, ("unknown",)):
+        if self.implementation in IMPLEMENTATIONS and self.implementation not in SLICED_IMPLEMENTATIONS:
             return self.implementation
         return f"{self.implementation}, " + ("do not chunk" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB")
 
@@ -110,7 +113,7 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
       ArgumentError: the limit is less than one logit (one per query head of a key/value head).
     """
     sizes = {axis: getattr(shape, axis) for axis in Slices._fields}
-    if plan.max_chunk_size_mb is None or not SLICING_ORDER[plan.implementation]:
+    if plan.max_chunk_size_mb is None or plan.implementation not in SLICED_IMPLEMENTATIONS:
         return Slices(**sizes)
     limit = _whole_bytes(plan.max_chunk_size_mb)
     unit = shape.bytes
@@ -142,11 +145,16 @@ _MOST_BLOCKS = 8
 _SHORTEST_BLOCK = 256
 
 
-def causal_block(shape: LogitsShape) -> LogitsShape:
-    """What slicing works on in causal attention: blocks so small that those above the diagonal, which are left out, are nearly half.
+def cuts_blocks(causal: bool, masked: bool) -> bool:
+    """Whether attention runs in blocks of which those above the diagonal are left out.
 
     Not with a mask: a row that the mask leaves no key at all is the mean of all values, also of those that causality hides.
     """
+    return causal and not masked
+
+
+def causal_block(shape: LogitsShape) -> LogitsShape:
+    """What slicing works on where ``cuts_blocks``: blocks so small that those above the diagonal are nearly half."""
     count = max(1, min(_MOST_BLOCKS, shape.rows // _SHORTEST_BLOCK, shape.keys // _SHORTEST_BLOCK))
     return shape._replace(rows=-(-shape.rows // count), keys=-(-shape.keys // count))
 
@@ -195,7 +203,7 @@ def _round(limit: float) -> float:
 
 def same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
     """Whether two plans come to the same computation at these sizes."""
-    if one.implementation != other.implementation and not (SLICING_ORDER[one.implementation] and SLICING_ORDER[other.implementation]):
+    if one.implementation != other.implementation and not {one.implementation, other.implementation} <= SLICED_IMPLEMENTATIONS:
         return False
     return slice_logits(one, shape) == slice_logits(other, shape)
 

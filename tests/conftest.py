@@ -28,9 +28,9 @@ def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "site"))
     monkeypatch.delenv("AUTOCHUNK_PROFILES", raising=False)
     monkeypatch.setattr(layers, "shipped_profiles", lambda: tmp_path / "shipped")
-    resolve.forget_reports()
+    resolve.forget_all()
     yield path
-    resolve.forget_reports()
+    resolve.forget_all()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

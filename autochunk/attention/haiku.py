@@ -63,7 +63,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         value_heads = self._linear_projection(value, self.value_size, "value")  # [..., T, H, V]
         if mask is not None and mask.ndim != query_heads.ndim:
             raise ValueError(f"Mask dimensionality {mask.ndim} must match logits dimensionality {query_heads.ndim}.")
-        query_heads, key_heads, value_heads = _alike(query_heads, key_heads, value_heads)
+        query_heads, key_heads, value_heads = _broadcast_and_promote(query_heads, key_heads, value_heads)
         attended = dot_product_attention(
             query_heads,
             key_heads,
@@ -76,7 +76,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         return hk.Linear(self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init)(flat)  # [..., T', D']
 
 
-def _alike(*heads: jax.Array) -> list[jax.Array]:
+def _broadcast_and_promote(*heads: jax.Array) -> list[jax.Array]:
     """Arrays [..., T, H, K] with leading dims broadcast and dtypes promoted, as haiku's einsums do."""
     leading = jnp.broadcast_shapes(*(array.shape[:-3] for array in heads))
     dtype = jnp.result_type(*heads)

@@ -50,28 +50,12 @@ class Layer(Protocol):
         """(device key, workload key) of every profile."""
 
 
-class StoreLayer:
+class StoreLayer(ProfileStore):
     """The user's own store."""
 
     def __init__(self, path: Path) -> None:
-        self.store = ProfileStore(path)
+        super().__init__(path)
         self.name = f"{STORE} {path}"
-
-    def version(self) -> Any:
-        """The store's."""
-        return self.store.version()
-
-    def get(self, device: Device, workload: Workload) -> Profile | None:
-        """The store's own."""
-        return self.store.get(device, workload)
-
-    def workloads(self, device: Device) -> list[str]:
-        """The store's own."""
-        return self.store.workloads(device)
-
-    def keys(self) -> list[tuple[str, str]]:
-        """The store's own."""
-        return self.store.keys()
 
 
 class BundleLayer:

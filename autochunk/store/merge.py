@@ -87,21 +87,6 @@ class ImportPlan:
         """The profiles to store."""
         return [entry.profile for entry in self.entries if entry.taken]
 
-    @property
-    def new(self) -> int:
-        """How many the store has nothing of."""
-        return self.count("new")
-
-    @property
-    def updated(self) -> int:
-        """How many replace one of the store's."""
-        return len(self.taken) - self.new
-
-    @property
-    def kept(self) -> int:
-        """How many are left out because the store's stays."""
-        return len(self.entries) - len(self.taken)
-
     def count(self, relation: Relation) -> int:
         """How many have this relation to what is stored."""
         return sum(entry.relation == relation for entry in self.entries)
@@ -143,7 +128,7 @@ def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort
       BundleError: the bundle has two profiles of one device and workload.
       StoreError: the store cannot be read or written, or another process changed the same profiles meanwhile.
     """
-    refuse_twice(bundle.profiles, "bundle")
+    refuse_twice(bundle.profiles, "bundle")  # before anything is mended for it
     if not dry_run and bundle.profiles:
         store.check_writable()  # which mends a damaged store, for it to be read
     plan = plan_import(store.profiles(), bundle, prefer, reserved=store.newer())

@@ -16,7 +16,17 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, mo
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
-from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB, LogitsShape, Plan, causal_block, check_implementation, check_max_chunk_size_mb, same_slices
+from autochunk.plan import (
+    BYTES_PER_MB,
+    DEFAULT_MAX_CHUNK_SIZE_MB,
+    IMPLEMENTATIONS,
+    LogitsShape,
+    Plan,
+    causal_block,
+    check_max_chunk_size_mb,
+    cuts_blocks,
+    same_slices,
+)
 from autochunk.workload import Workload
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -36,7 +46,6 @@ SAME_TIME = 0.01
 LARGEST_NOISE = 0.03
 
 DENSE = Plan("dense", None)
-CUDNN = Plan("cudnn", None)
 DEFAULT = Plan("xla", DEFAULT_MAX_CHUNK_SIZE_MB)
 
 
@@ -211,7 +220,7 @@ class Profile(_Record):
 
     def baseline(self, plan: Plan) -> Measurement | None:
         """The measurement of a plan, or of one that comes to the same slices; None if it was not timed."""
-        shape = logits_shape(self.parsed_workload())
+        shape = sliced_shape(self.parsed_workload())
         timed = [m for m in self.measurements if m.timed]
         exact = [m for m in timed if m.plan == plan]
         same = exact or [m for m in timed if _same_slices(m.plan, plan, shape)]
@@ -257,15 +266,8 @@ def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:
 def _same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
     """``same_slices``, of plans from a file: one that cannot run here is like no other."""
     try:
-        return check_implementation(one.implementation) is not None and same_slices(one, other, shape)
-    except ArgumentError:
-        return False
-
-
-def _runnable(measurement: Measurement) -> bool:
-    try:
-        return check_implementation(measurement.implementation) is not None
-    except ArgumentError:
+        return one.implementation in IMPLEMENTATIONS and same_slices(one, other, shape)
+    except ArgumentError:  # its limit is too small for these sizes
         return False
 
 
@@ -273,14 +275,14 @@ def _objection(measurement: Measurement, memory_budget_mb: float | None, impleme
     """Why a measurement cannot be chosen at all; empty if it can."""
     if implementation is not None and measurement.implementation != implementation:
         return f"implementation={implementation!r} was asked for"
-    if not _runnable(measurement):
+    if measurement.implementation not in IMPLEMENTATIONS:
         return "this version of autochunk has no such implementation"
     narrowed = memory_budget_mb is not None or implementation is not None
     if measurement.status == "pruned" and not narrowed:
         return f"given up early, {measurement.detail or 'too slow'}"
     if not measurement.timed:
         return f"{measurement.status}: {measurement.detail}" if measurement.detail else measurement.status
-    if memory_budget_mb is not None and (measurement.temp_bytes or 0) > memory_budget_mb * 1e6:
+    if memory_budget_mb is not None and (measurement.temp_bytes or 0) > memory_budget_mb * BYTES_PER_MB:
         return f"{(measurement.temp_bytes or 0) / 1e6:.0f} MB of working memory is over the budget of {memory_budget_mb:g} MB"
     return ""
 
@@ -294,11 +296,11 @@ def _comparison(other: Measurement, best: Measurement, fastest: Measurement) -> 
     return f"{slower:+.0%} time, {memory / 1e6:+.0f} MB of working memory"
 
 
-def logits_shape(workload: Workload) -> LogitsShape:
-    """The sizes that slicing works on: the logits', or of causal attention one block's."""
+def sliced_shape(workload: Workload) -> LogitsShape:
+    """The sizes of what is cut into slices: the logits', or of causal attention one block's."""
     groups = workload.num_heads // workload.num_kv_heads
     shape = LogitsShape(workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize)
-    return causal_block(shape) if workload.causal and workload.mask == "none" else shape
+    return causal_block(shape) if cuts_blocks(workload.causal, workload.mask != "none") else shape
 
 
 # What a terminal or a log shows as one line.

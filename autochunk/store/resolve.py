@@ -26,7 +26,8 @@ from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarni
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
-    SLICING_ORDER,
+    FUSED_IMPLEMENTATIONS,
+    SLICED_IMPLEMENTATIONS,
     Plan,
     Plans,
     check_implementation,
@@ -36,7 +37,7 @@ from autochunk.plan import (
 from autochunk.store import agree, layers
 from autochunk.store.database import ProfileStore
 from autochunk.store.layers import Layer, MemoryLayer
-from autochunk.store.profile import CUDNN, Profile
+from autochunk.store.profile import Profile
 from autochunk.workload import Mode, Workload, split_key
 
 Match = Literal["exact", "nearest", "default", "pinned"]
@@ -117,7 +118,7 @@ def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str | None 
         if limit == "auto":
             raise ArgumentError('use(max_chunk_size_mb=...) answers "auto", so it must be a number or None; got "auto"')
         outer = _settings.get().implementation
-        changes["plan"] = Plan(implementation or (outer if outer and SLICING_ORDER[outer] else "xla"), limit)
+        changes["plan"] = Plan(implementation or (outer if outer in SLICED_IMPLEMENTATIONS else "xla"), limit)
     given = {name: value for name, value in changes.items() if value is not None}
     token = _settings.set(replace(_settings.get(), **given))
     try:
@@ -178,7 +179,7 @@ def _pinned(settings: Settings, implementation: str | None) -> Plan | None:
     """The plan that ``use`` sets; its limit also for a call that asks for slices of another implementation."""
     if settings.plan is None or implementation in (None, settings.plan.implementation):
         return settings.plan
-    return Plan(implementation, settings.plan.max_chunk_size_mb) if implementation and SLICING_ORDER[implementation] else None
+    return Plan(implementation, settings.plan.max_chunk_size_mb) if implementation in SLICED_IMPLEMENTATIONS else None
 
 
 def _own_snapshot(settings: Settings) -> _Snapshot:
@@ -325,17 +326,17 @@ def _distance(one: str, other: str) -> float | None:
 
 def _memory_safe(plan: Plan, tuned: Workload, workload: Workload, implementation: str | None) -> Plan:
     """A neighbour's plan, never letting more logits live at once than did there: a limit that it did not reach becomes the neighbour's whole size."""
-    # A fused kernel holds no logits, whatever their size.
-    if workload.logits_bytes <= tuned.logits_bytes or plan == CUDNN or (implementation and not SLICING_ORDER[implementation]):
+    pinned = implementation is not None and implementation not in SLICED_IMPLEMENTATIONS
+    if workload.logits_bytes <= tuned.logits_bytes or plan.implementation in FUSED_IMPLEMENTATIONS or pinned:
         return plan
     most = tuned.logits_bytes / BYTES_PER_MB
     limit = most if plan.max_chunk_size_mb is None else min(most, plan.max_chunk_size_mb)
-    return Plan(plan.implementation if SLICING_ORDER[plan.implementation] else "xla", limit)
+    return Plan(plan.implementation if plan.implementation in SLICED_IMPLEMENTATIONS else "xla", limit)
 
 
 def _default(implementation: str | None, settings: Settings) -> Plan:
     implementation = implementation or "xla"
-    if not SLICING_ORDER[implementation]:
+    if implementation not in SLICED_IMPLEMENTATIONS:
         return Plan(implementation, None)
     if settings.memory_budget_mb is None:
         return Plan(implementation, DEFAULT_MAX_CHUNK_SIZE_MB)
@@ -357,7 +358,7 @@ def plans(workload: Workload, implementation: str | None) -> Plans:
 def _bounded(resolution: Resolution) -> Plan:
     """The plan, for a call that ``vmap`` may make larger than what was measured: it may have at once the logits that were, or the default's."""
     plan = resolution.plan
-    if plan.max_chunk_size_mb is not None or plan.implementation == CUDNN.implementation or resolution.match == "pinned":
+    if plan.max_chunk_size_mb is not None or plan.implementation in FUSED_IMPLEMENTATIONS or resolution.match == "pinned":
         return plan
     return replace(plan, max_chunk_size_mb=max(resolution.workload.logits_bytes / BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB))
 
@@ -387,7 +388,7 @@ def _warn_once(category: type[Warning], subject: Any, text: str) -> None:
     warnings.warn(text, category, stacklevel=2)
 
 
-def forget_reports() -> None:
+def forget_all() -> None:
     """Lets every warning be given again, and reads the layers anew."""
     global _snapshot
     with _lock:

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autochunk.errors import ProbeError, StorageError
-from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
-from autochunk.store.profile import CUDNN, DEFAULT, DENSE, LARGEST_NOISE, Effort, Measurement, logits_shape
+from autochunk.plan import FUSED_IMPLEMENTATIONS, LogitsShape, Plan, candidate_plans, same_slices
+from autochunk.store.profile import DEFAULT, DENSE, LARGEST_NOISE, Effort, Measurement, sliced_shape
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
 from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
@@ -123,7 +123,7 @@ class _Search:
     def __init__(self, probe: Probe, platform: str, workload: Workload, thoroughness: Thoroughness, study: Study, hints: tuple[Plan, ...],
                  on_measurement: Callable[[Measurement, int, int], None]) -> None:  # fmt: skip
         self.probe, self.workload, self.thoroughness, self.study, self.on_measurement = probe, workload, thoroughness, study, on_measurement
-        self.shape = logits_shape(workload)
+        self.shape = sliced_shape(workload)
         plans = _all_plans(self.shape, thoroughness, platform)
         first = [*(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))), *_likely(plans)]
         self.plans = list(dict.fromkeys([*first, *sorted(plans, key=_from_the_middle)]))
@@ -324,7 +324,7 @@ def _from_the_middle(plan: Plan) -> tuple[bool, float]:
 
 def _all_plans(shape: LogitsShape, thoroughness: Thoroughness, platform: str) -> list[Plan]:
     """Dense, fused kernels where there may be any, the default limit, and the ladder of limits; plans that come to the same slices once."""
-    fused = [CUDNN] if platform == "gpu" else []
+    fused = [Plan(name) for name in sorted(FUSED_IMPLEMENTATIONS)] if platform == "gpu" else []
     plans = [DENSE, *fused, *candidate_plans(shape, step=thoroughness.step, most_slices=thoroughness.most_slices)]
     return plans if _equivalent(DEFAULT, plans, shape) else [*plans, DEFAULT]
 
@@ -338,8 +338,8 @@ def _likely(plans: list[Plan]) -> list[Plan]:
     sliced = [plan for plan in plans if plan.implementation == "xla" and plan.max_chunk_size_mb is not None]
     middle = min(sliced, key=_from_the_middle, default=None)
     unsliced = [plan for plan in plans if plan.max_chunk_size_mb is None]
-    fused = [plan for plan in plans if plan == CUDNN]
-    others = [plan for plan in unsliced if plan != CUDNN]
+    fused = [plan for plan in plans if plan.implementation in FUSED_IMPLEMENTATIONS]
+    others = [plan for plan in unsliced if plan not in fused]
     return [*fused, *([middle] if middle else []), *others, *(plan for plan in plans if plan == DEFAULT)]
 
 

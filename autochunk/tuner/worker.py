@@ -35,7 +35,7 @@ import numpy as np
 from autochunk import device as devices
 from autochunk.attention.op import dot_product_attention, why_not
 from autochunk.plan import Plan, slice_logits
-from autochunk.store.profile import logits_shape
+from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
 
 # A plan may err this many times as much as dense attention in the same dtype does, plus a few roundings.
@@ -342,7 +342,7 @@ class Session:
 
     def _least_working_bytes(self, plan: Plan) -> int:
         """A guess from below at what XLA:CPU's fused kernels allocate without saying so: a quarter of a slice's logits."""
-        shape = logits_shape(self._loaded().workload)
+        shape = sliced_shape(self._loaded().workload)
         return slice_logits(plan, shape).chunk_bytes(shape) // 4
 
     def time(self, plans: list[list[Any]]) -> dict[str, Any]:

@@ -454,8 +454,8 @@ def test_anything_like_an_array(container: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("heads", [4, 2])
-def test_dense_is_what_haiku_computes(mode: str, heads: int) -> None:
-    """The baseline that tuning compares with needs no more memory than haiku's own operations: an extra axis once cost XLA a fusion and made it slow."""
+def test_dense_needs_no_more_memory_than_haiku(mode: str, heads: int) -> None:
+    """The baseline that tuning compares with is no heavier than haiku's own operations: an extra axis once cost XLA a fusion and made it slow."""
     from autochunk.tuner.bench import haiku_dense
 
     query, key, value = (jnp.zeros((2, 256, number, 16)) for number in (4, heads, heads))

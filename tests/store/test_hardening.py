@@ -303,7 +303,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_writer_sets_damage_aside_and_rescues(store: ProfileStore, damage: str) -> None:
-    """A writer renames the file, says so once, brings over all profiles that are whole, and goes on; the damaged file keeps every byte."""
+    """A writer copies the file aside, says so once, brings over all profiles that are whole, and goes on; the damaged file keeps every byte."""
     harm, least = DAMAGE[damage]
     harm(store.path)
     content = store.path.read_bytes()

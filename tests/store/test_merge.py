@@ -86,7 +86,9 @@ def of(*profiles: Profile) -> Bundle:
 
 
 def counts(plan: ImportPlan) -> tuple[int, int, int]:
-    return plan.new, plan.updated, plan.kept
+    """(new, replaced, left out)"""
+    new = plan.count("new")
+    return new, len(plan.taken) - new, len(plan.entries) - len(plan.taken)
 
 
 QUICK, THOROUGH, PARTIAL = {"effort": "quick"}, {"effort": "thorough"}, {"complete": False}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from autochunk.plan import IMPLEMENTATIONS, Plan
-from autochunk.store.profile import DEFAULT, DENSE, EFFORTS, LARGEST_NOISE, SAME_TIME, Bundle, Measurement, Profile, logits_shape, slower_by
+from autochunk.store.profile import DEFAULT, DENSE, EFFORTS, LARGEST_NOISE, SAME_TIME, Bundle, Measurement, Profile, sliced_shape, slower_by
 
 NO_TIMES = ("oom", "over_budget", "timeout", "crashed", "inaccurate")
 FUTURE = "splash_v9"
@@ -183,9 +183,9 @@ def test_parsed_workload() -> None:
     assert make_profile().parsed_workload() == make_workload()
 
 
-def test_logits_shape_groups_query_heads() -> None:
+def test_sliced_shape_groups_query_heads() -> None:
     """Query heads of one key/value head stay together."""
-    assert tuple(logits_shape(make_workload("b=2,t=3,s=4,h=12,kv_heads=3,k=8", dtype="float64"))) == (2, 3, 4, 3, 4, 8)
+    assert tuple(sliced_shape(make_workload("b=2,t=3,s=4,h=12,kv_heads=3,k=8", dtype="float64"))) == (2, 3, 4, 3, 4, 8)
 
 
 # --- The choice -----------------------------------------------------------------------------------------------------------

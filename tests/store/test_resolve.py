@@ -62,7 +62,7 @@ def write(path: Path, *profiles: Profile) -> Path:
 def ship(path: Path, *profiles: Profile) -> None:
     """A shipped bundle; these do not change while a process runs, so they are read anew as by a new one."""
     write(path, *profiles)
-    resolve.forget_reports()
+    resolve.forget_all()
 
 
 def limit_of(limit: float | None, workload: Workload = WORKLOAD) -> Profile:
@@ -406,12 +406,12 @@ def test_every_missed_workload_warns() -> None:
             resolve.plans(make_workload(f"t={t},k=8"), None).used("forward")
 
 
-def test_forget_reports_warns_again() -> None:
+def test_what_is_forgotten_is_told_again() -> None:
     """Tests, and long-lived sessions, may ask for the warnings again."""
     for _ in range(2):
         with pytest.warns(MissWarning):
             resolve.plans(WORKLOAD, None).used("forward")
-        resolve.forget_reports()
+        resolve.forget_all()
 
 
 def test_nearest_is_recorded_and_does_not_warn(store: ProfileStore) -> None:
@@ -544,7 +544,7 @@ def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(store: Pro
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoreWarning)
         for order in ((WORKLOAD, other), (other, WORKLOAD)):
-            resolve.forget_reports()
+            resolve.forget_all()
             answers.append({workload.key: (ask(workload).plan, ask(workload).match) for workload in order})
     assert answers[0] == answers[1]
 

@@ -20,7 +20,7 @@ from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError, StoreError
 from autochunk.plan import Plan, candidate_plans
 from autochunk.store.database import ProfileStore
-from autochunk.store.profile import Effort, logits_shape
+from autochunk.store.profile import Effort, sliced_shape
 from autochunk.tuner.presets import PRESETS, STANDARD_SET, preset_shapes
 from autochunk.tuner.study import Storage
 from autochunk.tuner.tune import Event, standard_workloads, tune
@@ -400,7 +400,7 @@ def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_shapes(name: str) -> None:
     """Each can be read, and has something to choose between."""
-    assert all(len(candidate_plans(logits_shape(workload))) > 1 for workload in workloads_of(preset_shapes(name)))
+    assert all(len(candidate_plans(sliced_shape(workload))) > 1 for workload in workloads_of(preset_shapes(name)))
     with pytest.raises(ArgumentError, match="no preset is called 'nope'; there are"):
         preset_shapes("nope")
 
@@ -426,7 +426,7 @@ def test_machines_do_not_begin_with_the_same_workload(scripted: Callable[..., An
 
     monkeypatch.setattr("os.getpid", lambda: 1)
     for pod in range(6):
-        monkeypatch.setattr("autochunk.tuner.tune.worker_name", lambda pod=pod: f"pod-{pod} boot pid:[1] 1", raising=False)
+        monkeypatch.setattr("autochunk.tuner.tune.worker_name", lambda pod=pod: f"pod-{pod} boot pid:[1] 1")
         with pytest.raises(KeyboardInterrupt):
             tune(WORKLOADS, worker_command=scripted(), storage=str(tmp_path / "journal"), on_event=first)
     assert len(begun) > 1

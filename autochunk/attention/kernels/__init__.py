@@ -33,9 +33,12 @@ What was tried on CPU (Xeon, 2 cores, jax 0.12, f32, T=4096, 8 heads of 64; rati
 
 On GPUs (H100 and H200, jax 0.11, f32; a pass over the logits costs as much as a product):
 
-- forward as a plain softmax, of which XLA makes one kernel, 1.2x the speed of dividing last, and that of dense attention (8 x 2048, 16 heads of 64, unsliced);
-- row maximum and sum in one pass instead of two: training 1.04x to 1.06x;
-- slices of one head of 16000 positions: forward 1.00x (H100) and 0.95x (H200) of dense, training 1.01x (H200), at a sixteenth to a twelfth of the memory;
+- forward as a plain softmax, of which XLA makes one kernel, 1.2x the speed of dividing last, and that of dense attention (8 x 2048, 16 heads of 64, unsliced;
+  1.2x with rows of 8192 and of 12288, too). Rows of 16000 1.05x (H100) and 0.98x (H200); of 20000, 24576 and 32768 0.92x, 0.87x and 0.87x;
+- where the sums are asked for, the maximum first and the sum together with the weights: 1.0x to 1.06x the speed of both in one pass (online softmax);
+- slices of one head of 16000 positions: forward 1.00x (H100) and 0.95x (H200) of dense, training 1.01x (H200), at a sixteenth to a twelfth of the memory. On
+  the H200 no slices of a sixteenth do better (2 heads by half of the rows, 4 by a quarter, all by a sixteenth: 0.93x; keys sliced: 0.96x); two heads 0.98x.
+  Single products fill and drain the GPU once for each slice: XLA has no faster kernels for them, and unrolling the loop changes nothing;
 - orientation of the backward's logits and barriers: no difference. Slices of rows with all heads lose to slices of heads: 0.9x to 0.5x as they get smaller;
 - recomputing what dense attention keeps costs training of short sequences 1.2x (8 x 2048, slices of a sixteenth 1.3x);
 - cuDNN, bf16: 4x to 6x dense forward, 3.5x to 4.4x training; ours, with float32 logits, 0.5x to 0.7x.

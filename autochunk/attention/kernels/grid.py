@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs, caller_major, head_major, in_head_major
-from autochunk.plan import SLICING_ORDER, Plan, Slices, balanced, causal_block, slice_logits
+from autochunk.plan import SLICING_ORDER, Plan, Slices, balanced, causal_block, cuts_blocks, slice_logits
 
 
 class Output(NamedTuple):
@@ -192,12 +192,12 @@ class Problem:
         self.leading = inputs.query.shape[:-4]
         self.dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
         self.shape = inputs.logits
-        self.triangular = call.is_causal and inputs.mask is None
+        self.triangular = cuts_blocks(call.is_causal, call.has_mask)
         self.slices: Slices = slice_logits(plan, causal_block(self.shape) if self.triangular else self.shape)
         self.differentiable = differentiable
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over them needs it.
         self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][:1] == ("batch",)
-        self.runs = _alike([array.shape[: len(self.leading)] for array in inputs if array is not None])
+        self.runs = _flattenable_runs([array.shape[: len(self.leading)] for array in inputs if array is not None])
         self.inputs = inputs.map(self.fit)
 
     def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -221,20 +221,16 @@ class Problem:
         if self.flatten:
             flat = self._flat(self.leading)
             names = batch_axes(len(flat))
-            sizes = dict(zip(names, _spread(self.slices.batch, flat), strict=True)) | sizes
+            sizes = dict(zip(names, _sizes_along_dims(self.slices.batch, flat), strict=True)) | sizes
             lengths |= dict(zip(names, flat, strict=True))
         return Grid(sizes, lengths, self.triangular, self.differentiable)
-
-    def unfit(self, total: jax.Array, operand: jax.Array) -> jax.Array:
-        """A cotangent in its operand's own shape and dtype."""
-        return total.reshape(operand.shape).astype(operand.dtype)
 
     def restore(self, array: jax.Array, trailing: int) -> jax.Array:
         """An output with the leading dims that the caller knows."""
         return array.reshape(self.leading + array.shape[-trailing:]) if self.flatten else array
 
 
-def _alike(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """Runs of neighbouring leading dims over which each array is either whole or broadcast: those can be flattened without a copy."""
     runs: list[list[int]] = []
     before = None
@@ -248,7 +244,7 @@ def _alike(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     return runs
 
 
-def _spread(batch: int, flat: Sequence[int]) -> list[int]:
+def _sizes_along_dims(batch: int, flat: Sequence[int]) -> list[int]:
     """A slice's size along each flattened leading dim, for at most ``batch`` elements at once; the last dims are sliced last."""
     sizes: list[int] = []
     for length in reversed(flat):

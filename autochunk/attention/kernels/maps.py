@@ -165,4 +165,4 @@ def cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...], differ
     outputs = [Output(axes, array.shape, problem.dtype) for array, axes in zip(primals, INPUT_AXES[: len(primals)], strict=True)]
     grid = problem.grid()
     totals = grid.run(compute, (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes), list(itertools.compress(outputs, wanted)), add)
-    return [problem.unfit(total, like) for total, like in zip(totals, itertools.compress(operands_of(*inputs[:4]), wanted), strict=True)]
+    return [total.reshape(like.shape).astype(like.dtype) for total, like in zip(totals, itertools.compress(operands_of(*inputs[:4]), wanted), strict=True)]
