@@ -16,7 +16,7 @@ from rich.console import Console
 import autochunk
 from autochunk import report
 from autochunk.device import Device, detect, visible_gpus
-from autochunk.errors import AutochunkError
+from autochunk.errors import ArgumentError, AutochunkError
 from autochunk.store import bundle, layers, merge
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS, Effort
@@ -231,11 +231,15 @@ def bench(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
     """
     from autochunk.tuner.bench import bench as run
+    from autochunk.tuner.tune import of_kind
 
     named = _with_presets(shapes, presets)
-    workloads = _workloads(named, dtypes, mode) if named else [profile.parsed_workload() for profile in ProfileStore(store).profiles(detect())]
+    if named:
+        workloads = _workloads(named, dtypes, mode)
+    else:
+        workloads = of_kind((profile.parsed_workload() for profile in ProfileStore(store).profiles(detect())), dtypes, _modes(mode))
     if not workloads:
-        raise click.UsageError("the store has no profile of this machine; name a --shape or a --preset, or run `autochunk tune`")
+        raise click.UsageError("the store has no such profile of this machine; name a --shape or a --preset, or run `autochunk tune`")
     results = []
     for workload in workloads:
         with use(store=store):
@@ -276,6 +280,8 @@ def export(place: str, device: str | None, shapes: tuple[str, ...], dtype: str |
 
         found, unfinished = Storage(storage, make=False).profiles()
     profiles = merge.select(found, device=device, shapes=shapes, dtype=dtype, mode=mode)
+    if found and not profiles:
+        raise ArgumentError(f"none of the {len(found)} profiles passes these filters, and nothing was written; `autochunk show` lists them")
     text = bundle.dump(profiles, note)
     if place == "-":
         click.echo(text, nl=False)

@@ -83,14 +83,22 @@ def detect(jax_device: Any = None) -> Device:
     Raises:
       DeviceError: jax has no usable device.
     """
+    return _describe(jax_device or default_device())
+
+
+def default_device() -> Any:
+    """The ``jax.Device`` that jax computes on where nothing else is asked for, which ``JAX_DEFAULT_DEVICE`` may set. Initialises jax's backend.
+
+    Raises:
+      DeviceError: jax has no usable device.
+    """
     import jax
 
     try:
-        chosen = jax_device or jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined, unused-ignore]
-        chosen = jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+        chosen = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined, unused-ignore]
+        return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
     except RuntimeError as error:
         raise DeviceError(f"jax finds no device to compute on: {error}") from error
-    return _describe(chosen)
 
 
 @functools.lru_cache(maxsize=32)

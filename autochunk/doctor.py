@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import autochunk
 from autochunk import device as devices
 from autochunk.device import Device
 from autochunk.errors import BundleError, DeviceError, StoreError
@@ -75,8 +77,8 @@ def examine(store: Path | None = None, *, verify_count: int = 0, verifier: Calla
 
 
 def _versions() -> Iterator[Finding]:
-    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("autochunk", *_PACKAGES))
-    yield Finding("ok", "versions", f"Python {platform.python_version()}, {found}")
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    yield Finding("ok", "versions", f"Python {platform.python_version()}, autochunk {autochunk.__version__}, {found}")
     for name, cure in _EXTRAS.items():
         if importlib.util.find_spec(name) is None:
             yield Finding("ok", "extras", f"{name} is not installed", cure)
@@ -112,6 +114,12 @@ def _layer(layer: Layer, device: Device) -> Finding:
         keys = layer.keys()
     except (StoreError, BundleError) as error:
         return Finding("problem", layer.name, str(error), "mend it, or take it out: until then it answers nothing")
+    damaged: list[StoreError | BundleError] = []
+    if not isinstance(layer, ProfileStore):  # whose rows are looked at one by one
+        collections.deque(layers.readable_profiles(layer, device, damaged.append), maxlen=0)
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
+        return Finding("problem", layer.name, f"{damaged[0]}{more}", "export it again where it was made: until then those profiles answer nothing")
     here = sum(key == device.key for key, _ in keys)
     return Finding("ok", layer.name, f"{len(keys)} profiles, {here} of this device" if keys else "empty")
 

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max-chunk-size-mb", type=float, help='the default is "auto"')
     read = parser.parse_args(arguments)
     limit_memory(read.memory_gb)
-    run(read.length, read.heads, read.key_size, read.max_chunk_size_mb or "auto")
+    run(read.length, read.heads, read.key_size, "auto" if read.max_chunk_size_mb is None else read.max_chunk_size_mb)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_missed_workloads_are_tuned() -> None:
         (["explain"], "--shape"),
         (["explain", "--shape", SHAPE, "--implementation", "fast"], "implementation must be None or one of"),
         (["explain", "--shape", SHAPE, "--memory-budget-mb", "-3"], "must be a positive finite number"),
-        (["bench"], "the store has no profile of this machine"),
+        (["bench"], "the store has no such profile of this machine"),
         (["import", "/nonexistent/bundle.json"], "No such file"),
     ],
 )
@@ -149,6 +149,27 @@ def test_import_says_what_it_does_with_each_profile(tmp_path: Path) -> None:
     (record,) = json.loads(call("import", "--prefer", "newest", "--json", str(file)).stdout)
     assert (record["relation"], record["taken"]) == ("newer", True)
     assert ProfileStore().profiles() == [theirs]
+
+
+@pytest.mark.parametrize("filters", [["--device", "no such"], ["--shape", "t=7"]], ids=" ".join)
+def test_export_of_nothing_writes_nothing(filters: list[str], tmp_path: Path) -> None:
+    """A filter with a slip in it must not replace a good bundle with an empty one."""
+    ProfileStore().put(make_profile())
+    file = tmp_path / "b.json"
+    file.write_text("as it was")
+    result = call("export", str(file), *filters)
+    assert result.exit_code == 1
+    assert "none of the 1 profiles passes these filters, and nothing was written" in result.stderr
+    assert file.read_text() == "as it was"
+
+
+def test_bench_without_a_shape_heeds_dtype_and_mode() -> None:
+    """Of what is stored only that is timed which they name."""
+    here = detect()
+    ProfileStore().put_all([make_profile(make_workload("t=8,k=2", dtype=dtype), here) for dtype in ("float32", "bfloat16")])
+    results = json.loads(call("bench", "--dtype", "bfloat16", "--rounds", "1", "--json").stdout)
+    assert [Workload.parse(result["workload"]).dtype for result in results] == ["bfloat16"]
+    assert "no such profile" in call("bench", "--dtype", "float16").stderr
 
 
 def test_export_chooses_and_notes(tmp_path: Path) -> None:

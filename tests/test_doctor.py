@@ -12,6 +12,7 @@ from autochunk import doctor
 from autochunk.device import detect
 from autochunk.doctor import Finding, examine
 from autochunk.plan import Plan
+from autochunk.store import bundle
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import DENSE, Profile
 from autochunk.tuner.verify import Verification, verify
@@ -59,6 +60,17 @@ def test_a_damaged_layer_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(tmp_path))
     (found,) = problems()
     assert "bad.json" in found.detail
+
+
+def test_damaged_profiles_of_a_bundle_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle can be read, and has them listed; their content is not what was written."""
+    file = tmp_path / "b.json"
+    profiles = [make_profile(make_workload(f"t={t},k=2"), detect()) for t in (8, 16, 24)]
+    bundle.write(file, bundle.dump(profiles).replace('"effort": "standard"', '"effort": "quick"', 2))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(file))
+    (finding,) = [found for found in examine() if str(file) in found.subject]
+    assert finding.level == "problem"
+    assert "and 1 more" in finding.detail
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 
 from autochunk.attention import kernels
 from autochunk.errors import ArgumentError
-from autochunk.plan import Plan, Plans, check_implementation, check_max_chunk_size_mb
+from autochunk.plan import DEFAULT_MAX_CHUNK_SIZE_MB, Plan, Plans, check_implementation, check_max_chunk_size_mb
 from autochunk.store import resolve
 from autochunk.workload import DTYPES, Workload
 
@@ -73,6 +76,19 @@ def dot_product_attention(
     call = kernels.Call(scale, bool(is_causal), bias is not None, mask is not None, plans)
     inputs = _grouped(query, key, value, bias, mask)
     return _attend(inputs, _taken(call, inputs, implementation)).reshape((*query.shape[:-1], value.shape[-1]))
+
+
+_alone = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """Within it calls are traced for one device, however many jax sees, so that a plan runs as it is: for measuring it."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def why_not(implementation: str, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *,
@@ -201,6 +217,8 @@ def _plans(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
     if max_chunk_size_mb != "auto":
         plan = _for_mesh(Plan(implementation or "xla", max_chunk_size_mb))
         return Plans(plan, plan)
+    if query.shape[-1] == 0:  # nothing to tune: all logits are zero
+        return _plans(query, key, value, bias, mask, is_causal, DEFAULT_MAX_CHUNK_SIZE_MB, implementation)
     workload = Workload.make(
         batch=math.prod(query.shape[:-3]),
         query_length=query.shape[-3],
@@ -220,7 +238,7 @@ def _plans(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
 
 def _for_mesh(plan: Plan) -> Plan:
     """Rows first where batch or heads may be sharded: slicing along a sharded axis makes XLA gather it."""
-    if plan.implementation != "xla" or jax.device_count() == 1:
+    if plan.implementation != "xla" or jax.device_count() == 1 or _alone.get():
         return plan
     mesh = jax.sharding.get_abstract_mesh()
     inside_shard_map = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)

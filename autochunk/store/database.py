@@ -63,11 +63,18 @@ class _Newer(BaseModel):
 
 
 def default_path() -> Path:
-    """The store's file: ``AUTOCHUNK_STORE`` (a file, or a folder to put it in), else in the user's data directory."""
+    """The store's file: ``AUTOCHUNK_STORE`` (a file, or a folder to put it in), else in the user's data directory.
+
+    Raises:
+      StoreError: the user has no home directory.
+    """
     chosen = os.environ.get(STORE_VARIABLE)
-    if not chosen:
-        return user_data_path("autochunk") / _FILE_NAME
-    path = Path(chosen).expanduser()
+    try:
+        if not chosen:
+            return user_data_path("autochunk") / _FILE_NAME
+        path = Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"profiles have no place to be stored ({error}); set {STORE_VARIABLE} to a file") from error
     return path / _FILE_NAME if path.is_dir() or chosen.endswith(os.sep) else path
 
 

@@ -6,6 +6,7 @@ machine or of a cluster's shared file system), and what is shipped with autochun
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -221,9 +222,12 @@ def places(store: Path | None) -> tuple[tuple[str, str], ...]:
 @functools.lru_cache(maxsize=64)
 def _places(store: Path | None, profiles: str | None, *_environment: str | None) -> tuple[tuple[str, str], ...]:
     """The same, from all that it depends on."""
+    own = []
+    with contextlib.suppress(StoreError):  # who has no home directory has no store, and says so when one is to be written
+        own = [(STORE, str(store or default_path()))]
     return (
-        *((PROFILES_VARIABLE, part if remote.is_url(part) else str(Path(part).expanduser().absolute())) for part in _split(profiles or "")),
-        (STORE, str(store or default_path())),
+        *((PROFILES_VARIABLE, part if remote.is_url(part) else str(Path(os.path.expanduser(part)).absolute())) for part in _split(profiles or "")),
+        *own,
         (SITE, str(site_profiles())),
         (SHIPPED, str(shipped_profiles())),
     )

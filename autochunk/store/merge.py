@@ -43,7 +43,11 @@ def _shape_items(shape: str) -> dict[str, str]:
     items, known = key_items(shape), key_items(Workload.make(query_length=1, key_size=1).key)
     if not items.keys() <= known.keys() or not all(items.values()):
         raise WorkloadError(f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of {', '.join(known)}; for example t=4096,h=8")
-    return items
+    # Read and written again, so that it is spelt as keys are. Sizes left out are no ones, which a pattern would take for broadcast.
+    others: dict[str, int] = dict.fromkeys(("batch", "query_length", "key_length", "key_size"), 2)
+    others["num_heads"] = int(items["kv_heads"]) if items.get("kv_heads", "").isdecimal() else 2
+    spelt = key_items(Workload.parse(",".join("=".join(item) for item in items.items()), **others).key)
+    return {name: spelt[name] for name in items}
 
 
 # --- Import ---------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autochunk.attention.op import dot_product_attention
+from autochunk.device import default_device
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.store.profile import relative_spread
 from autochunk.store.resolve import resolve
@@ -116,7 +117,7 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
         for name in peers:
             if name in _PEERS and importlib.util.find_spec(name) is not None:
                 on_contender(name)
-                contenders.append(_PEERS[name](inputs))
+                contenders.append(_peer(name, inputs))
         _time_all([contender for contender in contenders if contender.run], rounds)
     return contenders
 
@@ -146,21 +147,33 @@ def _jax_contenders(workload: Workload) -> list[tuple[str, Attend, str]]:
     ]
 
 
+def _peer(name: str, inputs: Inputs) -> Contender:
+    try:
+        return _PEERS[name](inputs)
+    except Exception as error:
+        return Contender(name, detail=_refusal(error))
+
+
+def _refusal(error: Exception) -> str:
+    """Another library's, in whatever words it has."""
+    return f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+
+
 def _compile(name: str, attend: Attend, detail: str, inputs: Inputs) -> Contender:
     contender = Contender(name, detail=detail)
     try:
         function = make_function(inputs.workload, attend)
         compiled = jax.jit(function).lower(*inputs.arguments).compile()
         temp, out = program_bytes(compiled)
-        allowed = available_bytes(jax.default_backend()) * SHARE_OF_FREE_MEMORY
+        allowed = available_bytes(default_device().platform) * SHARE_OF_FREE_MEMORY
         if temp + out > allowed:
             contender.detail = f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
             return contender
         start = time.perf_counter()
         _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
         timed = Timed.of(compiled, function, inputs.arguments, time.perf_counter() - start)
-    except Exception as error:  # another library's refusal, in whatever words it has
-        contender.detail = f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    except Exception as error:
+        contender.detail = _refusal(error)
         return contender
     contender.temp_bytes = temp if grown is None else max(temp, grown - out)
     contender.run = lambda: timed.seconds(inputs.arguments)
@@ -170,7 +183,7 @@ def _compile(name: str, attend: Attend, detail: str, inputs: Inputs) -> Contende
 def _torch(inputs: Inputs) -> Contender:
     """Torch's ``scaled_dot_product_attention`` on the same device kind; CPU only, where arrays are shared by copying."""
     contender = Contender("torch")
-    if jax.default_backend() != "cpu" or inputs.workload.bias != "none":
+    if default_device().platform != "cpu" or inputs.workload.bias != "none":
         contender.detail = "compared on CPU and without a bias only"
         return contender
     import torch
@@ -179,11 +192,14 @@ def _torch(inputs: Inputs) -> Contender:
     dtype = getattr(torch, w.dtype)
     heads: list[Any] = [_to_torch(x, dtype) for x in (inputs.query, inputs.key, inputs.value)]
     mask = None if inputs.mask is None else torch.from_numpy(np.array(inputs.mask))
+    causal = w.causal
+    if mask is not None and causal:  # torch does not take both
+        mask, causal = mask & torch.ones(w.query_length, w.key_length, dtype=torch.bool).tril(), False
     cotangent = _to_torch(inputs.cotangent, dtype)
     grouped = w.num_kv_heads != w.num_heads
 
     def forward() -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, is_causal=w.causal, enable_gqa=grouped)
+        return torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
     def training() -> Any:
         for array in heads:

@@ -172,9 +172,12 @@ class Probe:
           WorkerFailure: the worker was lost, or a plan no longer runs.
         """
         self.connect()
-        for plan in dict.fromkeys(plans):
-            if plan not in self._ready and (prepared := self.prepare(plan)).status != "ok":
-                raise WorkerFailure(prepared.status, prepared.detail)
+        for _ in range(2):  # preparing one may take a new worker, which the others must then be prepared in
+            for plan in dict.fromkeys(plans):
+                if plan not in self._ready and (prepared := self.prepare(plan)).status != "ok":
+                    raise WorkerFailure(prepared.status, prepared.detail)
+        if missing := [plan for plan in plans if plan not in self._ready]:
+            raise WorkerFailure("oom", f"there is memory for {missing[0]}, but not beside the plans that it is timed with")
         return [float(seconds) for seconds in self._ask("time", plans=[wire(plan) for plan in plans])["seconds"]]
 
     def drop(self, plan: Plan) -> None:
@@ -190,12 +193,18 @@ class Probe:
             hello = self._ask("hello", within=_START_SECONDS)
             self.device, self._available = Device.model_validate(hello["device"]), int(hello["available_bytes"])
             if self.workload is not None:
-                self._programs = self._programs or tempfile.TemporaryDirectory(prefix="autochunk-", ignore_cleanup_errors=True)
-                loaded = self._ask("load", workload=self.workload.key, programs=self._programs.name)
+                loaded = self._ask("load", workload=self.workload.key, programs=self._folder_of_programs())
                 self._available -= int(loaded["argument_bytes"])
         except WorkerFailure as failure:
             what = f"cannot measure {self.workload.key}" if self.workload else "cannot start a measuring process"
             raise ProbeError(f"{what}: {failure.detail}") from failure
+
+    def _folder_of_programs(self) -> str:
+        """Where workers leave what they compiled for the next one; empty where compiling is quick, or there is no place."""
+        if self._programs is None and self.device is not None and self.device.platform != "cpu":
+            with contextlib.suppress(OSError):
+                self._programs = tempfile.TemporaryDirectory(prefix="autochunk-", ignore_cleanup_errors=True)
+        return self._programs.name if self._programs else ""
 
     def _ask(self, action: str, *, within: float | None = None, **request: Any) -> dict[str, Any]:
         assert self._worker is not None

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autochunk import device as devices
-from autochunk.attention.op import dot_product_attention, why_not
+from autochunk.attention.op import dot_product_attention, on_one_device, why_not
 from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
@@ -95,19 +95,14 @@ class Inputs:
 
     def function(self, plan: Plan) -> Callable[..., Any]:
         """The workload computed by a plan: the output, and in training the gradients too, from ``arguments``."""
-        return make_function(
-            self.workload,
-            lambda query, key, value, bias, mask: dot_product_attention(
-                query,
-                key,
-                value,
-                bias,
-                mask,
-                is_causal=self.workload.causal,
-                max_chunk_size_mb=plan.max_chunk_size_mb,
-                implementation=plan.implementation,
-            ),
-        )
+
+        def attend(*arrays: Any) -> jax.Array:
+            with on_one_device():
+                return dot_product_attention(
+                    *arrays, is_causal=self.workload.causal, max_chunk_size_mb=plan.max_chunk_size_mb, implementation=plan.implementation
+                )
+
+        return make_function(self.workload, attend)
 
     def refusal(self, plan: Plan) -> str:
         """Why the plan's implementation does not take the workload; empty if it does."""
@@ -243,10 +238,10 @@ class Timed:
         """
         once = cls(compiled, 1, 1)
         # The first run of a program on an accelerator was seen to take up to twice its time.
-        enough = 2 * SHORTEST_TIMING if jax.default_backend() == "cpu" else 1.0
+        enough = 2 * SHORTEST_TIMING if _platform() == "cpu" else 1.0
         took = first if first > enough else min(once.seconds(arguments) for _ in range(2))
         wanted = max(1, math.ceil(SHORTEST_TIMING / max(took, 1e-6)))
-        if jax.default_backend() == "cpu" or took > _LONGEST_REPEATED:
+        if _platform() == "cpu" or took > _LONGEST_REPEATED:
             return cls(compiled, 1, wanted)
         program = jax.jit(repeated(function, wanted)).lower(*arguments).compile()
         jax.block_until_ready(program(*arguments))
@@ -254,7 +249,7 @@ class Timed:
 
     def seconds(self, arguments: tuple[jax.Array, ...]) -> float:
         """Seconds per computation. An accelerator is given all runs before the first is waited for."""
-        wait = jax.default_backend() == "cpu"
+        wait = _platform() == "cpu"
         start = time.perf_counter()
         for _ in range(self.runs):
             results = self.program(*arguments)
@@ -361,9 +356,14 @@ class Session:
         return self.inputs
 
 
+def _platform() -> str:
+    """That of the device that jax computes on by default, which need not be of its default backend."""
+    return str(devices.default_device().platform)
+
+
 def keep_programs(folder: str) -> None:
-    """Keeps every program that is compiled in a folder, and takes it from there if another process has compiled it. Not on CPUs, where compiling is quick."""
-    if jax.default_backend() != "cpu":
+    """Keeps every program that is compiled in a folder, if one is given, and takes it from there if another process has compiled it."""
+    if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -379,7 +379,7 @@ def available_bytes(platform: str) -> int:
     """Memory free for this process on its device, in bytes."""
     if platform == "cpu":
         return devices.available_cpu_bytes()
-    gpu = devices.gpu_memory(jax.local_devices()[0].local_hardware_id or 0) if platform == "gpu" else None
+    gpu = devices.gpu_memory(devices.default_device().local_hardware_id or 0) if platform == "gpu" else None
     return free_bytes(_allocator_stats(), None if gpu is None else gpu[1])
 
 
@@ -393,7 +393,7 @@ def free_bytes(stats: dict[str, int], free_on_gpu: int | None) -> int:
 
 
 def _allocator_stats() -> dict[str, int]:
-    return jax.local_devices()[0].memory_stats() or {}
+    return devices.default_device().memory_stats() or {}
 
 
 def measure_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
@@ -402,7 +402,7 @@ def measure_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
     On CPU that is the process's resident memory. On accelerators it is what jax's allocator handed out; its record never goes down, so that only a run that
     takes more than every earlier one can tell.
     """
-    if jax.default_backend() != "cpu":
+    if _platform() != "cpu":
         before, result, after = _allocator_stats(), run(), _allocator_stats()
         risen = after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0)
         return result, after["peak_bytes_in_use"] - before.get("bytes_in_use", 0) if risen else None

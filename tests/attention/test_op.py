@@ -331,10 +331,11 @@ def test_sizes_that_are_not_known() -> None:
     assert export(implementation="dense", max_chunk_size_mb=None).out_avals[0].shape == query.shape
 
 
-def test_features_of_size_zero() -> None:
+@pytest.mark.parametrize("limit", [1.0, None, "auto"])
+def test_features_of_size_zero(limit: Any) -> None:
     """All logits are then zero, and all values weigh alike, as in ``jax.nn.dot_product_attention``."""
     query, value = np.ones((1, 3, 1, 0), np.float32), draw((1, 3, 1, 2))
-    out = dot_product_attention(query, query, value, max_chunk_size_mb=1.0)
+    out = dot_product_attention(query, query, value, max_chunk_size_mb=limit)
     np.testing.assert_allclose(out, np.broadcast_to(value.mean(axis=1, keepdims=True), (1, 3, 1, 2)), rtol=1e-6)
 
 

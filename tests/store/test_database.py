@@ -234,6 +234,18 @@ def test_variable_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert default_path() == tmp_path / "mine.sqlite"
 
 
+@pytest.mark.parametrize("value", [None, "~/mine.sqlite"])
+def test_without_a_home(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user whom the system does not know: a StoreError that says what to set."""
+    for name in ("HOME", "XDG_DATA_HOME", "AUTOCHUNK_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    if value is not None:
+        monkeypatch.setenv("AUTOCHUNK_STORE", value)
+    with pytest.raises(StoreError, match=r"no place to be stored.*set AUTOCHUNK_STORE to a file"):
+        ProfileStore()
+
+
 @pytest.mark.parametrize("value", [None, ""])
 def test_without_the_variable(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unset or empty: the user's data folder."""

@@ -68,6 +68,15 @@ def test_an_url_s_colon_separates_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert named == [*parts[:7], str(Path.home() / "e"), str(Path.cwd() / "j")]
 
 
+def test_without_a_home_there_is_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user whom the system does not know: "auto" asks the other layers."""
+    for name in ("HOME", "XDG_DATA_HOME", "AUTOCHUNK_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", "~/bundles")
+    assert [kind for kind, _ in layers.places(None)] == ["AUTOCHUNK_PROFILES", "site", "shipped"]
+
+
 def test_a_site_without_a_folder_is_empty_and_one_that_comes_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few sites have one; its making changes the layer's version."""
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path))

@@ -60,6 +60,8 @@ MIXED = [
         ({"shapes": ["h=8"], "device": "kind of"}, []),
         ({"shapes": ["h=8"], "device": "cpu", "dtype": "float32"}, [0]),
         ({"shapes": [MIXED[1].workload]}, [1]),
+        ({"shapes": ["causal=FALSE"]}, [0, 1, 2, 3]),
+        ({"shapes": ["causal=true"]}, []),
     ],
 )
 def test_select(filters: dict[str, Any], chosen: list[int]) -> None:

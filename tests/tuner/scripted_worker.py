@@ -27,10 +27,10 @@ def perform(deed: str) -> str:
         if Path(flag).exists():
             return ""
         Path(flag).touch()
+        return perform(deed)
     if deed.startswith("after:"):
         _, flag, deed = deed.split(":", 2)
-        if not Path(flag).exists():
-            return ""
+        return perform(deed) if Path(flag).exists() else ""
     name, _, argument = deed.partition(" ")
     if name == "die":
         os.kill(os.getpid(), int(argument))
@@ -45,8 +45,8 @@ def perform(deed: str) -> str:
     return deed
 
 
-def answer(script: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request."""
+def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) -> dict[str, Any]:
+    """The reply to one request; ``prepared`` are the plans that may be timed."""
 
     def act(plan: list[Any]) -> dict[str, Any]:
         return script.get("plans", {}).get(str(Plan(*plan)), script.get("default", {"seconds": 0.01, "temp": 1000}))
@@ -65,9 +65,12 @@ def answer(script: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         result = {"status": status or "ok", "detail": f"scripted {status}" if status else "", "compile_seconds": 0.1}
         if status:
             return result | {"temp_bytes": chosen.get("temp")}
+        prepared.add(str(request["plan"]))
         return result | {"temp_bytes": chosen.get("temp", 1000), "error": 1e-7}
     if request["do"] == "time":
         for plan in request["plans"]:
+            if str(plan) not in prepared:
+                raise ValueError(f"{plan} was not prepared")
             deed = act(plan).get("do", "")
             if deed.startswith("time:"):
                 perform(deed.removeprefix("time:"))
@@ -79,13 +82,14 @@ def answer(script: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Serves requests by the script."""
     script = json.loads(sys.argv[1])
+    prepared: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "log" in script:
             with Path(script["log"]).open("a") as log:
                 log.write(json.dumps(request | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}) + "\n")
         try:
-            reply = {"ok": True} | answer(script, request)
+            reply = {"ok": True} | answer(script, request, prepared)
         except ValueError as error:
             reply = {"ok": False, "error": str(error)}
         print(json.dumps(reply), flush=True)

@@ -44,6 +44,26 @@ def test_every_contender_has_figures_or_a_reason() -> None:
     np.testing.assert_array_equal(contenders[0].ratios, 1.0)
 
 
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("shape", ["t=16,h=2,k=4,causal=yes,mask=11ts", "t=16,s=9,h=2,k=4,causal=yes,mask=1111", "t=16,h=2,k=4,causal=yes"])
+def test_torch_takes_every_workload_without_a_bias(shape: str, mode: str) -> None:
+    """It refuses a mask beside causality, which are one mask then."""
+    pytest.importorskip("torch")
+    (contender,) = [found for found in bench.bench(Workload.parse(shape, mode=mode), rounds=1, peers=("torch",)) if found.name == "torch"]
+    assert contender.run is not None, contender.detail
+
+
+def test_a_peer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs the others nothing."""
+
+    def fail(_: worker.Inputs) -> bench.Contender:
+        raise OSError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(bench, "_PEERS", {"numpy": fail})
+    *_, peer = bench.bench(Workload.parse("t=8,k=2"), rounds=1, peers=("numpy",))
+    assert peer.detail == "does not run here: OSError: libtorch_cpu.so: cannot open shared object file"
+
+
 def test_float64_is_timed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jax makes float32 of it unless it is enabled; afterwards the process is as it was."""
     dtypes = []

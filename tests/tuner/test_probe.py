@@ -126,9 +126,36 @@ def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
         assert (pid_of(probe) == pid) == (asked == 1)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["do"] for line in lines].count("prepare") == asked
-    folders = {line["programs"] for line in lines if line["do"] == "load"}
-    assert len(folders) == 1
-    assert not Path(folders.pop()).exists()
+    (folder,) = {line["programs"] for line in lines if line["do"] == "load"}
+    assert bool(folder) == (worker == "scripted_gpu")
+    assert not folder or not Path(folder).exists()
+
+
+@pytest.mark.parametrize("order", [[GOOD, BAD], [BAD, GOOD]], ids=["last", "first"])
+def test_plans_that_a_new_worker_does_not_know_are_prepared_there(order: list[Plan], small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+    """One of those to be timed together may need a new worker: the others are then prepared in that one, too."""
+    with Probe(scripted_gpu(plans={str(BAD): {"do": f"once:{tmp_path / 'flag'}:oom", "temp": 5000}}, default={"seconds": 0.5})) as probe:
+        probe.load(small)
+        assert len(probe.time(order)) == 2
+
+
+def test_plans_that_have_no_memory_together_cannot_be_timed_together(small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+    """That ends, as out of memory: preparing one of them costs another each time."""
+    third, one, other = Plan("xla", 3.0), tmp_path / "one", tmp_path / "other"
+    deeds = {str(third): {"do": f"once:{one}:oom", "temp": 5000}, str(BAD): {"do": f"after:{one}:once:{other}:oom", "temp": 5000}}
+    with Probe(scripted_gpu(plans=deeds)) as probe:
+        probe.load(small)
+        with pytest.raises(WorkerFailure, match="not beside the plans") as failure:
+            probe.time([GOOD, BAD, third])
+    assert failure.value.status == "oom"
+
+
+def test_no_place_for_programs_is_no_obstacle(small: Workload, scripted_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder can be made for them, workers compile anew."""
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+    with Probe(scripted_gpu()) as probe:
+        probe.load(small)
+        assert probe.prepare(GOOD).status == "ok"
 
 
 def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, scripted: Callable[..., Any], small: Workload) -> None:

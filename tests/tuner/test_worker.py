@@ -156,3 +156,27 @@ print(worker.stdout.readline().decode(), flush=True)
 os._exit(0)
 """
     assert '"ok": true' in run_python(parent)  # which reads until the worker, too, has closed the output
+
+
+def test_plans_run_as_they_are_where_jax_sees_several_devices() -> None:
+    """The op slices over rows first there, lest sharded heads be gathered; what is measured is stored as the plan that it is."""
+    code = """
+import jax
+from autochunk.plan import Plan
+from autochunk.tuner.worker import Inputs
+from autochunk.workload import Workload
+
+assert jax.device_count() == 3
+inputs = Inputs(Workload.parse("b=1,t=64,h=8,k=4", mode="training"))
+texts = [str(jax.make_jaxpr(inputs.function(Plan(name, 0.05)))(*inputs.arguments)) for name in ("xla", "xla_rows")]
+print("'xla'" in texts[0], "'xla'" in texts[1])
+"""
+    assert run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=3", JAX_PLATFORMS="cpu").split() == ["True", "False"]
+
+
+def test_the_default_device_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a CPU that is jax's default device memory and time are taken as a CPU's are, whatever else jax has."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        _, grown = worker.measure_growth(lambda: np.ones(2**24))
+    assert grown is None or grown >= 8 * 2**24
