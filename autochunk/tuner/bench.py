@@ -24,8 +24,8 @@ from autochunk.device import default_device
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.store.profile import relative_spread
 from autochunk.store.resolve import resolve
+from autochunk.tuner.measure import SHORTEST_TIMING, Timed, WorkloadInputs, available_bytes, make_function, measure_growth, program_bytes
 from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
-from autochunk.tuner.worker import SHORTEST_TIMING, Inputs, Timed, available_bytes, make_function, measure_growth, program_bytes
 from autochunk.workload import Workload
 
 HAIKU_DENSE = "haiku dense"
@@ -109,7 +109,7 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
       too, "auto" there: what leaving out the masked half gains.
     """
     with jax.enable_x64(workload.dtype == "float64"):  # without it jax computes in float32, with a warning at most
-        inputs = Inputs(workload)
+        inputs = WorkloadInputs(workload)
         contenders = []
         for name, attend, detail in _jax_contenders(workload):
             on_contender(name)
@@ -147,7 +147,7 @@ def _jax_contenders(workload: Workload) -> list[tuple[str, Attend, str]]:
     ]
 
 
-def _peer(name: str, inputs: Inputs) -> Contender:
+def _peer(name: str, inputs: WorkloadInputs) -> Contender:
     try:
         return _PEERS[name](inputs)
     except Exception as error:
@@ -159,13 +159,13 @@ def _refusal(error: Exception) -> str:
     return f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
 
-def _compile(name: str, attend: Attend, detail: str, inputs: Inputs) -> Contender:
+def _compile(name: str, attend: Attend, detail: str, inputs: WorkloadInputs) -> Contender:
     contender = Contender(name, detail=detail)
     try:
         function = make_function(inputs.workload, attend)
         compiled = jax.jit(function).lower(*inputs.arguments).compile()
         temp, out = program_bytes(compiled)
-        allowed = available_bytes(default_device().platform) * SHARE_OF_FREE_MEMORY
+        allowed = available_bytes() * SHARE_OF_FREE_MEMORY
         if temp + out > allowed:
             contender.detail = f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
             return contender
@@ -180,7 +180,7 @@ def _compile(name: str, attend: Attend, detail: str, inputs: Inputs) -> Contende
     return contender
 
 
-def _torch(inputs: Inputs) -> Contender:
+def _torch(inputs: WorkloadInputs) -> Contender:
     """Torch's ``scaled_dot_product_attention`` on the same device kind; CPU only, where arrays are shared by copying."""
     contender = Contender("torch")
     if default_device().platform != "cpu" or inputs.workload.bias != "none":
@@ -235,14 +235,14 @@ def _repeating(run: Callable[[], Any]) -> Callable[[], float]:
     return lambda: timed(calls)
 
 
-def _tokamax(inputs: Inputs) -> Contender:
+def _tokamax(inputs: WorkloadInputs) -> Contender:
     import tokamax
 
     causal = inputs.workload.causal
     return _compile("tokamax", lambda q, k, v, b, m: tokamax.dot_product_attention(q, k, v, bias=b, mask=m, is_causal=causal), "", inputs)
 
 
-_PEERS: dict[str, Callable[[Inputs], Contender]] = {"torch": _torch, "tokamax": _tokamax}
+_PEERS: dict[str, Callable[[WorkloadInputs], Contender]] = {"torch": _torch, "tokamax": _tokamax}
 
 
 def _time_all(contenders: list[Contender], rounds: int) -> None:

@@ -11,7 +11,7 @@ from factories import make_profile
 
 from autochunk.device import detect
 from autochunk.store.database import ProfileStore
-from autochunk.tuner import bench, worker
+from autochunk.tuner import bench, measure
 from autochunk.workload import Workload
 
 SHAPES = ["b=2,t=12,s=9,h=4,kv_heads=2,k=8", "b=2,t=12,h=2,k=4,causal=yes,mask=b1ts", "b=1,t=10,h=2,k=4,bias=1hts"]
@@ -22,11 +22,11 @@ SHAPES = ["b=2,t=12,s=9,h=4,kv_heads=2,k=8", "b=2,t=12,h=2,k=4,causal=yes,mask=b
 def test_the_baselines_are_right(shape: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Haiku's dense attention and the pull request's loop agree with the float64 reference; a baseline that is wrong is worth no comparison."""
     monkeypatch.setattr(bench, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)  # so that the loop has several turns
-    inputs = worker.Inputs(Workload.parse(shape, mode=mode))
+    inputs = measure.WorkloadInputs(Workload.parse(shape, mode=mode))
     for attend in (bench.haiku_dense, bench.row_loop):
-        function = worker.make_function(inputs.workload, functools.partial(attend, causal=inputs.workload.causal))
+        function = measure.make_function(inputs.workload, functools.partial(attend, causal=inputs.workload.causal))
         results = inputs.on_sample(jax.jit(function)(*inputs.arguments))
-        assert worker.relative_error(results, worker.reference(inputs)) < 1e-5
+        assert measure.relative_error(results, measure.reference(inputs)) < 1e-5
 
 
 def test_every_contender_has_figures_or_a_reason() -> None:
@@ -56,7 +56,7 @@ def test_torch_takes_every_workload_without_a_bias(shape: str, mode: str) -> Non
 def test_a_peer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs the others nothing."""
 
-    def fail(_: worker.Inputs) -> bench.Contender:
+    def fail(_: measure.WorkloadInputs) -> bench.Contender:
         raise OSError("libtorch_cpu.so: cannot open shared object file")
 
     monkeypatch.setattr(bench, "_PEERS", {"numpy": fail})

@@ -1,16 +1,14 @@
-"""The measuring process: arguments, the reference, checks, memory and times. In this process, by real JAX."""
+"""The measuring process: what it answers, and when it ends. Mostly in this process, by real JAX."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from factories import run_python
 
@@ -69,12 +67,6 @@ def test_a_wrong_result_is_inaccurate() -> None:
         session.time([["xla", None]])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_error_that_is_no_number_is_infinite(bad: float) -> None:
-    """NaN compares as false, so it must not pass for a small error."""
-    assert worker.relative_error([np.array([1.0, bad])], [np.array([1.0, 2.0])]) == math.inf
-
-
 def test_a_plan_over_the_budget_is_not_run() -> None:
     """What would not fit is told from its program alone."""
     session = worker.Session()
@@ -82,34 +74,6 @@ def test_a_plan_over_the_budget_is_not_run() -> None:
     reply = session.prepare(["dense", None], 10_000)
     assert reply["status"] == "over_budget"
     assert "error" not in reply
-
-
-def test_memory_is_at_least_what_the_process_grew_by() -> None:
-    """Growth of the process is seen to within a few MB, whatever was allocated and freed before."""
-    np.ones(2**26)  # freed at once
-    array, grown = worker.measure_growth(lambda: np.ones(2**23))
-    if grown is None:
-        pytest.skip("this system does not tell a process its high-water mark")
-    assert 0.9 * array.nbytes <= grown <= array.nbytes + 2**23
-
-
-POOL = {"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 30}
-
-
-@pytest.mark.parametrize(
-    ("stats", "free_on_gpu", "free"),
-    [
-        (POOL, None, 50),
-        (POOL, 100, 50),
-        (POOL, 5, 25),  # what the pool holds unused is free, too
-        ({"bytes_limit": 60, "bytes_in_use": 10}, 5, 5),
-        ({}, 70, 70),  # XLA_PYTHON_CLIENT_ALLOCATOR=platform
-        ({}, None, 0),
-    ],
-)
-def test_free_memory_is_the_least_that_is_known(stats: dict[str, int], free_on_gpu: int | None, free: int) -> None:
-    """Of jax's allocator and the GPU's driver either may have nothing to tell; that is not a GPU without memory."""
-    assert worker.free_bytes(stats, free_on_gpu) == free
 
 
 def test_times_come_in_the_order_asked_for() -> None:
@@ -123,14 +87,6 @@ def test_times_come_in_the_order_asked_for() -> None:
     assert all(second > 0 for second in seconds)
     session.drop(["dense", None])
     assert list(session.prepared) == [Plan("xla", None)]
-
-
-def test_the_sample_has_the_ends_and_fits() -> None:
-    """First and last query rows are always checked: slices begin and end there."""
-    for shape in ("t=1,k=1", "t=2,k=1", "t=3,k=1", "b=64,t=256,h=16,s=65536,k=1"):
-        rows = worker.sample_rows(Workload.parse(shape))
-        length = Workload.parse(shape).query_length
-        assert {0, length - 1} <= set(rows.tolist()) <= set(range(length))
 
 
 def test_requests_are_answered_line_by_line_and_bad_ones_told() -> None:
@@ -156,27 +112,3 @@ print(worker.stdout.readline().decode(), flush=True)
 os._exit(0)
 """
     assert '"ok": true' in run_python(parent)  # which reads until the worker, too, has closed the output
-
-
-def test_plans_run_as_they_are_where_jax_sees_several_devices() -> None:
-    """The op slices over rows first there, lest sharded heads be gathered; what is measured is stored as the plan that it is."""
-    code = """
-import jax
-from autochunk.plan import Plan
-from autochunk.tuner.worker import Inputs
-from autochunk.workload import Workload
-
-assert jax.device_count() == 3
-inputs = Inputs(Workload.parse("b=1,t=64,h=8,k=4", mode="training"))
-texts = [str(jax.make_jaxpr(inputs.function(Plan(name, 0.05)))(*inputs.arguments)) for name in ("xla", "xla_rows")]
-print("'xla'" in texts[0], "'xla'" in texts[1])
-"""
-    assert run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=3", JAX_PLATFORMS="cpu").split() == ["True", "False"]
-
-
-def test_the_default_device_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a CPU that is jax's default device memory and time are taken as a CPU's are, whatever else jax has."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with jax.default_device(jax.devices("cpu")[0]):
-        _, grown = worker.measure_growth(lambda: np.ones(2**24))
-    assert grown is None or grown >= 8 * 2**24
