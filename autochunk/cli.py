@@ -21,10 +21,12 @@ from autochunk.store import bundle, layers, merge
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS, Effort
 from autochunk.store.resolve import resolve, use
-from autochunk.tuner.presets import PRESETS, preset_shapes
+from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.presets import PRESETS
 from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, workloads_of
 
 _ONE_LINE = 1000  # columns; Markdown's rows must not be broken
+_TIMEOUTS = ", ".join(f"{f'{settings.timeout:g} s' if settings.timeout else 'none'} {effort}" for effort, settings in EFFORT_SETTINGS.items())
 _EXAMPLE = "b=1,t=4096,s=4096,h=8,k=64"
 
 
@@ -70,7 +72,7 @@ def _workloads(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str) ->
 
 
 def _with_presets(shapes: tuple[str, ...], presets: tuple[str, ...]) -> tuple[str, ...]:
-    return (*shapes, *(shape for preset in presets for shape in preset_shapes(preset)))
+    return (*shapes, *(PRESETS[preset] for preset in presets))
 
 
 def _console(stderr: bool = False) -> Console:
@@ -89,10 +91,10 @@ def main() -> None:
 
 @main.command()
 @_shape_options(required=False)
-@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)), help="A named family of shapes. Repeatable.")
+@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)), help="A named shape, of a family of models. Repeatable.")
 @click.option("--missed", is_flag=True, help='What "auto" found no profile for on this machine.')
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
-@click.option("--timeout", type=float, metavar="SECONDS", help="Time for all of it; the default is the effort's: 110 s quick, 570 s standard, none thorough.")
+@click.option("--timeout", type=float, metavar="SECONDS", help=f"Time for all of it; the default is the effort's: {_TIMEOUTS}.")
 @click.option(
     "--memory-budget-mb",
     type=float, metavar="MB",
@@ -221,7 +223,7 @@ def explain(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, imple
 
 @main.command()
 @_shape_options(required=False)
-@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)), help="A named family of shapes. Repeatable.")
+@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)), help="A named shape, of a family of models. Repeatable.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=10, show_default=True, help="How often each contender is timed.")
 @_store_option
 @_json_option

@@ -24,7 +24,7 @@ from autochunk.device import detect
 from autochunk.report import TuneProgress
 from autochunk.store import bundle
 from autochunk.store.database import ProfileStore, utc_now
-from autochunk.tuner.presets import STANDARD_SET
+from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.tune import Event
 from autochunk.workload import Workload
 
@@ -301,7 +301,7 @@ def test_dtypes_and_modes_are_those_of_the_standard_set(asked: list[Workload]) -
     """--dtype is repeatable, and holds where no shape is named."""
     call("tune", "--dtype", "float16", "--dtype", "bfloat16", "--mode", "forward")
     assert {(workload.dtype, workload.mode) for workload in asked} == {("float16", "forward"), ("bfloat16", "forward")}
-    assert len(asked) == 2 * len(STANDARD_SET["standard"])
+    assert len(asked) == 2 * len(EFFORT_SETTINGS["standard"].presets)
 
 
 def test_stale_profiles_are_shown_forgotten_and_tuned_anew(tuned: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from autochunk.errors import ProbeError, StorageError
 from autochunk.plan import FUSED_IMPLEMENTATIONS, LogitsShape, Plan, candidate_plans, same_slices
 from autochunk.store.profile import DEFAULT, DENSE, LARGEST_NOISE, Effort, Measurement, sliced_shape
+from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
 from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
@@ -30,36 +31,6 @@ from autochunk.workload import Workload
 # Within this of the best, a plan takes part in the joint rounds.
 _CLOSE = 1.08
 _MIDDLE_MB = 32.0
-
-
-@dataclass(frozen=True)
-class Thoroughness:
-    """How hard to look.
-
-    Attributes:
-      step: ratio between neighbouring limits in MB.
-      most_slices: plans with more slices are not tried.
-      hopeless: slower than the best by this factor, a plan gets no third round; slower by its square, not even a second.
-      least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines, which users compare with, always get the fewest.
-      seconds: time for the rounds of one plan, beyond the fewest.
-      finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there are.
-    """
-
-    step: int
-    most_slices: int
-    hopeless: float
-    least_rounds: int
-    rounds: int
-    seconds: float
-    finalists: int
-    joint_rounds: int
-
-
-THOROUGHNESS = {
-    "quick": Thoroughness(step=4, most_slices=64, hopeless=1.2, least_rounds=2, rounds=5, seconds=1.0, finalists=3, joint_rounds=3),
-    "standard": Thoroughness(step=2, most_slices=256, hopeless=1.25, least_rounds=3, rounds=10, seconds=4.0, finalists=4, joint_rounds=8),
-    "thorough": Thoroughness(step=2, most_slices=1024, hopeless=1.5, least_rounds=4, rounds=20, seconds=10.0, finalists=6, joint_rounds=20),
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +58,7 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
     Args:
       probe: measures; is turned to the workload here.
       workload: what to measure.
-      effort: a key of THOROUGHNESS.
+      effort: "quick", "standard" or "thorough".
       study: keeps what is measured, for going on after an interruption and for other workers.
       hints: plans to measure first, such as the best of a similar workload.
       on_measurement: told of each measurement, with how many are done and how many there are.
@@ -100,7 +71,7 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
         platform = probe.connect().platform
     except (OutOfTime, ProbeError) as error:
         return _cut_short(study.measured(), error)
-    running = _Search(probe, platform, workload, THOROUGHNESS[effort], study, tuple(hints), on_measurement)
+    running = _Search(probe, platform, workload, EFFORT_SETTINGS[effort], study, tuple(hints), on_measurement)
     try:
         complete = running.run()
     except (OutOfTime, ProbeError) as error:
@@ -120,11 +91,11 @@ def journal_path(folder: Path, name: str) -> Path:
 
 
 class _Search:
-    def __init__(self, probe: Probe, platform: str, workload: Workload, thoroughness: Thoroughness, study: Study, hints: tuple[Plan, ...],
+    def __init__(self, probe: Probe, platform: str, workload: Workload, settings: EffortSettings, study: Study, hints: tuple[Plan, ...],
                  on_measurement: Callable[[Measurement, int, int], None]) -> None:  # fmt: skip
-        self.probe, self.workload, self.thoroughness, self.study, self.on_measurement = probe, workload, thoroughness, study, on_measurement
+        self.probe, self.workload, self.settings, self.study, self.on_measurement = probe, workload, settings, study, on_measurement
         self.shape = sliced_shape(workload)
-        plans = _all_plans(self.shape, thoroughness, platform)
+        plans = _all_plans(self.shape, settings, platform)
         first = [*(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))), *_likely(plans)]
         self.plans = list(dict.fromkeys([*first, *sorted(plans, key=_from_the_middle)]))
         self.baselines = (DENSE, _equivalent(DEFAULT, plans, self.shape))
@@ -187,19 +158,19 @@ class _Search:
         """Times a plan beside the anchor; returns why it was given up, or nothing."""
         start = time.monotonic()
         best = self._best_ratio()
-        for step in range(self.thoroughness.rounds):
+        for step in range(self.settings.rounds):
             own, anchor = self._pair(plan, step)
             seconds.append(own)
             ratios.append(own / anchor)
             claim.report(ratios[-1], step)
             slower = statistics.median(ratios) / best if plan != self.anchor else 1.0
-            few = plan in self.baselines and step + 1 < self.thoroughness.least_rounds
-            if slower > self.thoroughness.hopeless ** (2 if step == 0 else 1) and not few:
+            few = plan in self.baselines and step + 1 < self.settings.least_rounds
+            if slower > self.settings.hopeless ** (2 if step == 0 else 1) and not few:
                 return f"{slower:.1f}x the best plan's time"
             # A plan that is slower by no more than noise may still win by its memory.
             if step >= 3 and slower > 1 + LARGEST_NOISE and claim.hopeless():
                 return f"probably slower than the best plan, {slower:.2f}x its time"
-            if step + 1 >= self.thoroughness.least_rounds and time.monotonic() - start > self.thoroughness.seconds:
+            if step + 1 >= self.settings.least_rounds and time.monotonic() - start > self.settings.seconds:
                 break
         return ""
 
@@ -232,7 +203,7 @@ class _Search:
         if nearest and nearest[0].status == "skipped":
             return nearest[0].detail
         slower = [m.ratio / self._best_ratio() for m in nearest if m.timed]
-        if len(slower) < 2 or not slower[0] > slower[1] > self.thoroughness.hopeless**2:
+        if len(slower) < 2 or not slower[0] > slower[1] > self.settings.hopeless**2:
             return ""
         return f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB took {slower[1]:.1f}x and {slower[0]:.1f}x the best time"
 
@@ -286,9 +257,9 @@ class _Search:
         """The plans that could still win, best first. The second is one of them even if it was given up, lest nobody meets a first that was lucky."""
         ranked = sorted((m for m in self.measured.values() if m.timed), key=lambda m: m.ratio)
         best = ranked[0].ratio if ranked else 0.0
-        second = [m for m in ranked[1:2] if m.ratio <= self.thoroughness.hopeless**2 * best]
+        second = [m for m in ranked[1:2] if m.ratio <= self.settings.hopeless**2 * best]
         close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
-        return list(dict.fromkeys(m.plan for m in (*close[:1], *second, *close[1:])))[: self.thoroughness.finalists]
+        return list(dict.fromkeys(m.plan for m in (*close[:1], *second, *close[1:])))[: self.settings.finalists]
 
     def _joint_rounds(self) -> list[Measurement]:
         """More rounds for the plans that are close, all in each round; returns their measurements with those added."""
@@ -298,7 +269,7 @@ class _Search:
         everyone = list(dict.fromkeys([self.anchor, *finalists]))
         extra: dict[Plan, list[tuple[float, float]]] = {plan: [] for plan in finalists}
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
-            for step in range(self.thoroughness.joint_rounds):
+            for step in range(self.settings.joint_rounds):
                 order = everyone[step % len(everyone) :] + everyone[: step % len(everyone)]
                 times = dict(zip(order, self.probe.time(order), strict=True))
                 for plan in finalists:
@@ -322,10 +293,10 @@ def _from_the_middle(plan: Plan) -> tuple[bool, float]:
     return (True, 0.0) if limit is None else (False, abs(math.log(limit / _MIDDLE_MB)))
 
 
-def _all_plans(shape: LogitsShape, thoroughness: Thoroughness, platform: str) -> list[Plan]:
+def _all_plans(shape: LogitsShape, settings: EffortSettings, platform: str) -> list[Plan]:
     """Dense, fused kernels where there may be any, the default limit, and the ladder of limits; plans that come to the same slices once."""
     fused = [Plan(name) for name in sorted(FUSED_IMPLEMENTATIONS)] if platform == "gpu" else []
-    plans = [DENSE, *fused, *candidate_plans(shape, step=thoroughness.step, most_slices=thoroughness.most_slices)]
+    plans = [DENSE, *fused, *candidate_plans(shape, step=settings.step, most_slices=settings.most_slices)]
     return plans if _equivalent(DEFAULT, plans, shape) else [*plans, DEFAULT]
 
 

@@ -21,17 +21,14 @@ from autochunk.plan import Plan, check_positive
 from autochunk.store.database import ProfileStore, utc_now
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
 from autochunk.store.resolve import resolve, use
-from autochunk.tuner.presets import STANDARD_SET, preset_shapes, standard_dtypes
+from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.presets import PRESETS, standard_dtypes
 from autochunk.tuner.probe import WORKER, OutOfTime, Probe, seconds_left
 from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
 from autochunk.tuner.study import Storage, Study, open_private, study_name, worker_name
 from autochunk.workload import MODES, DType, Mode, Workload, workloads_of
 
-DEFAULT_TIMEOUT = {"quick": 110.0, "standard": 570.0, "thorough": None}
-"""Seconds that an effort takes at most where no timeout is given."""
-
 _POLL_SECONDS = 1.0  # between looks at what other workers have measured
-_REQUEST_SECONDS = {"quick": 60.0, "standard": 120.0, "thorough": 600.0}
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def tune(
     shared = None if storage is None else Storage(storage)
     store = store or ProfileStore()
     store.check_writable()
-    limit = timeout if timeout is not None else DEFAULT_TIMEOUT[effort]
+    limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
     deadline = None if limit is None else time.monotonic() + limit
     with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
         device = _same_device(probes, gpus)
@@ -130,7 +127,7 @@ def _probes(command: Sequence[str], gpus: Sequence[str], effort: Effort, memory_
     with contextlib.ExitStack() as stack:
         probes = []
         for environment in [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]:
-            probe = Probe(command, memory_budget_bytes=budget, seconds_per_request=_REQUEST_SECONDS[effort], environment=environment)
+            probe = Probe(command, memory_budget_bytes=budget, seconds_per_request=EFFORT_SETTINGS[effort].seconds_per_request, environment=environment)
             probe.deadline = deadline
             probes.append(stack.enter_context(probe))
         yield probes
@@ -314,7 +311,7 @@ def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "st
 
     Of these dtypes and modes; without dtypes what was missed is of any, and the standard set in those of ``presets.standard_dtypes``.
     """
-    shapes = [shape for preset in STANDARD_SET[effort] for shape in preset_shapes(preset)]
+    shapes = [PRESETS[name] for name in EFFORT_SETTINGS[effort].presets]
     return [*of_kind(store.missed(device), dtypes, modes), *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes)]
 
 

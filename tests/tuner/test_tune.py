@@ -21,7 +21,8 @@ from autochunk.errors import ArgumentError, ProbeError, StoreError
 from autochunk.plan import Plan, candidate_plans
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import Effort, sliced_shape
-from autochunk.tuner.presets import PRESETS, STANDARD_SET, preset_shapes
+from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.presets import PRESETS
 from autochunk.tuner.study import Storage
 from autochunk.tuner.tune import Event, standard_workloads, tune
 from autochunk.workload import MODES, Workload, workloads_of
@@ -361,7 +362,7 @@ def test_without_workloads_missed_ones_come_first() -> None:
     store.record_miss(device, WORKLOADS[0])
     todo = standard_workloads(store, device, "quick")
     assert todo[0] == WORKLOADS[0]
-    assert len(todo) == 1 + 2 * len(STANDARD_SET["quick"])
+    assert len(todo) == 1 + 2 * len(EFFORT_SETTINGS["quick"].presets)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_the_standard_set_is_in_the_dtypes_that_models_use_there(platform: str, 
     device = Device(platform=platform, kind="scripted", cores=0, memory_gib=8)
     todo = standard_workloads(ProfileStore(), device, effort)
     assert {workload.dtype for workload in todo} == dtypes
-    assert len(todo) == len(set(todo)) == 2 * len(dtypes) * len(STANDARD_SET[effort])
+    assert len(todo) == len(set(todo)) == 2 * len(dtypes) * len(EFFORT_SETTINGS[effort].presets)
     named = standard_workloads(ProfileStore(), device, effort, ["float64"], ["forward"])
     assert {(workload.dtype, workload.mode) for workload in named} == {("float64", "forward")}
 
@@ -400,9 +401,7 @@ def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_shapes(name: str) -> None:
     """Each can be read, and has something to choose between."""
-    assert all(len(candidate_plans(sliced_shape(workload))) > 1 for workload in workloads_of(preset_shapes(name)))
-    with pytest.raises(ArgumentError, match="no preset is called 'nope'; there are"):
-        preset_shapes("nope")
+    assert all(len(candidate_plans(sliced_shape(workload))) > 1 for workload in workloads_of([PRESETS[name]]))
 
 
 @pytest.mark.parametrize("name", ["profiles.sqlite", "other.sqlite"])

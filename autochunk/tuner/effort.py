@@ -1,0 +1,53 @@
+"""What each effort means: how long, on what, and how hard to look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autochunk.store.profile import Effort
+from autochunk.tuner.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class EffortSettings:
+    """What one effort means.
+
+    Attributes:
+      timeout: seconds for everything, where no other limit is given; None is none.
+      presets: what is tuned where nothing else is asked for, the longest last: time that the others leave is theirs.
+      seconds_per_request: a measuring process that takes longer over one plan is ended.
+      step: ratio between neighbouring limits in MB.
+      most_slices: plans with more slices are not tried.
+      hopeless: slower than the best by this factor, a plan gets no third round; slower by its square, not even a second.
+      least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines, which users compare with, always get the fewest.
+      seconds: time for the rounds of one plan, beyond the fewest.
+      finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there are.
+    """
+
+    timeout: float | None
+    presets: tuple[str, ...]
+    seconds_per_request: float
+    step: int
+    most_slices: int
+    hopeless: float
+    least_rounds: int
+    rounds: int
+    seconds: float
+    finalists: int
+    joint_rounds: int
+
+
+EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
+    "quick": EffortSettings(
+        timeout=110.0, presets=("vision", "language-model", "long-context"), seconds_per_request=60.0,
+        step=4, most_slices=64, hopeless=1.2, least_rounds=2, rounds=5, seconds=1.0, finalists=3, joint_rounds=3,
+    ),
+    "standard": EffortSettings(
+        timeout=570.0, presets=("language-model", "encoder", "vision", "protein-folding", "cross-attention", "long-context"), seconds_per_request=120.0,
+        step=2, most_slices=256, hopeless=1.25, least_rounds=3, rounds=10, seconds=4.0, finalists=4, joint_rounds=8,
+    ),
+    "thorough": EffortSettings(
+        timeout=None, presets=tuple(PRESETS), seconds_per_request=600.0,
+        step=2, most_slices=1024, hopeless=1.5, least_rounds=4, rounds=20, seconds=10.0, finalists=6, joint_rounds=20,
+    ),
+}  # fmt: skip
