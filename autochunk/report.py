@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.box import MARKDOWN
 from rich.console import Console, Group
@@ -21,6 +21,11 @@ from autochunk.device import Device
 from autochunk.store.merge import ImportPlan, Relation
 from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile
 from autochunk.store.resolve import Resolution
+
+if TYPE_CHECKING:
+    from autochunk.doctor import Finding
+    from autochunk.tuner.bench import Contender
+    from autochunk.tuner.tune import Event
 
 # --- Data -----------------------------------------------------------------------------------------------------------------
 
@@ -91,12 +96,12 @@ def import_records(plan: ImportPlan) -> list[dict[str, Any]]:
     ]
 
 
-def finding_record(finding: Any) -> dict[str, Any]:
+def finding_record(finding: Finding) -> dict[str, Any]:
     """A doctor's finding as plain data."""
     return asdict(finding)
 
 
-def bench_record(contender: Any) -> dict[str, Any]:
+def bench_record(contender: Contender) -> dict[str, Any]:
     """A bench contender as plain data; ``ratio`` is time relative to haiku's dense attention."""
     return {
         "name": contender.name,
@@ -203,7 +208,7 @@ def import_text(plan: ImportPlan, dry_run: bool) -> Group:
     return Group(*([table] if told else []), Text(f"{counts}. {stored}"))
 
 
-def finding_text(finding: Any) -> Text:
+def finding_text(finding: Finding) -> Text:
     """One line of ``autochunk doctor``, and its cure under it."""
     style = {"ok": "green", "note": "yellow", "problem": "red"}[finding.level]
     text = Text.assemble((f"{finding.level:8}", style), (finding.subject, "bold"), f": {finding.detail}")
@@ -246,11 +251,12 @@ class TuneProgress:
         if self._live:
             self._live.stop()
 
-    def __call__(self, event: Any) -> None:
-        """Takes one ``tuner.tune.Event``, in whichever thread."""
+    def __call__(self, event: Event) -> None:
+        """Takes one event, in whichever thread."""
         label = f"[{event.number}/{event.count}] {event.workload.shape} {event.workload.dtype} {event.workload.mode}" if event.workload else ""
         with self._lock:
             if event.kind == "device":
+                assert event.device is not None
                 self._say(f"device: {event.device.key}")
             elif event.kind == "measured":
                 self._measured(event)
@@ -263,8 +269,9 @@ class TuneProgress:
             elif event.workload not in self._tasks:  # two workers may begin with one workload
                 self._tasks[event.workload] = self._progress.add_task(label, total=None, best="")
 
-    def _measured(self, event: Any) -> None:
-        measurement: Measurement = event.measurement
+    def _measured(self, event: Event) -> None:
+        measurement = event.measurement
+        assert measurement is not None
         best = self._best.get(event.workload)
         if measurement.status == "ok" and (best is None or measurement.ratio < best.ratio):
             best = self._best[event.workload] = measurement
@@ -275,9 +282,7 @@ class TuneProgress:
             result = f"{measurement.seconds_median * 1e3:.1f} ms" if measurement.timed else measurement.status
             self._say(f"  [{event.number}] {event.done}/{event.total} {measurement.plan}: {result}")
 
-    def _ending(self, event: Any) -> str:
-        if event.kind == "skipped":
-            return f"tuned before ({event.profile.effort}, {event.profile.created}); --force measures again"
+    def _ending(self, event: Event) -> str:
         if event.kind == "awaited":
             return "other workers are still at it"
         if event.kind == "failed":
@@ -285,6 +290,9 @@ class TuneProgress:
         if event.kind == "out_of_time":
             stays = f"out of time, and the profile from before stays ({event.profile.effort})" if event.profile else "not measured: out of time"
             return f"{stays}; the same command goes on from here"
+        assert event.profile is not None
+        if event.kind == "skipped":
+            return f"tuned before ({event.profile.effort}, {event.profile.created}); --force measures again"
         choice = event.profile.choose()
         result = str(choice.plan) if choice else "no plan could be measured"
         return result if event.profile.complete else f"{result} (unfinished: out of time; the same command goes on from here)"

@@ -60,7 +60,7 @@ def dump(profiles: Iterable[Profile], note: str = "") -> str:
       ArgumentError: ``note`` is not one line of at most 1000 characters.
       BundleError: two profiles are of one device and workload.
     """
-    ordered = sorted(profiles, key=key_of)
+    ordered = sorted(profiles, key=lambda profile: profile.key)
     refuse_twice(ordered, "a bundle cannot be written")
     entries = [_entry(profile.model_dump(mode="json")) for profile in ordered]
     content = {
@@ -111,18 +111,13 @@ def _provenance(profiles: Iterable[Profile], version: str, note: str) -> Provena
         raise ArgumentError(f"note must be one line of at most 1000 characters, none of them control characters; got {reprlib.repr(note)}") from None
 
 
-def key_of(profile: Profile) -> tuple[str, str]:
-    """(device key, workload key): of those there is one profile in a bundle and in a store."""
-    return profile.device.key, profile.workload
-
-
 def refuse_twice(profiles: Iterable[Profile], source: str) -> None:
     """Raises BundleError where two profiles are of one device and workload."""
     seen = set()
     for profile in profiles:
-        if key_of(profile) in seen:
-            raise BundleError(f"{source}: {_twice(key_of(profile))}")
-        seen.add(key_of(profile))
+        if profile.key in seen:
+            raise BundleError(f"{source}: {_twice(profile.key)}")
+        seen.add(profile.key)
 
 
 def _twice(key: tuple[str, str]) -> str:

@@ -150,7 +150,7 @@ class ProfileStore:
 
     def put(self, profile: Profile) -> None:
         """Stores a profile in place of an earlier one of the same workload and device. If it is complete, the workload is no longer one that was missed."""
-        key = _profile_key(profile)
+        key = _row_key(*profile.key)
         self._write(_PROFILES, lambda table: table.update({key: profile.model_dump_json()}))
         if profile.complete:
             self._forget_missed([key])
@@ -166,7 +166,7 @@ class ProfileStore:
         Raises:
           StoreError: also where the rows are no longer as ``expected``.
         """
-        by_key = {_profile_key(profile): profile for profile in profiles}
+        by_key = {_row_key(*profile.key): profile for profile in profiles}
         rows = {key: profile.model_dump_json() for key, profile in by_key.items()}
         known = self._values(expected or {})
         stored = self._write(_PROFILES, lambda table: _change(table, _REPLACE_UNLESS_CHANGED, json.dumps(rows), json.dumps(known)))
@@ -176,7 +176,7 @@ class ProfileStore:
 
     def forget(self, profiles: Iterable[Profile]) -> int:
         """Deletes what is stored for the workloads and devices of these profiles, all or none; returns how many there were."""
-        keys = json.dumps([_profile_key(profile) for profile in profiles])
+        keys = json.dumps([_row_key(*profile.key) for profile in profiles])
         return self._delete(_PROFILES, _AMONG, lambda: [(keys,)])
 
     def forget_unreadable(self) -> int:
@@ -218,8 +218,8 @@ class ProfileStore:
             profile = Profile.model_validate_json(row.value or b"")
         except ValidationError as error:
             raise StoreError(f"a profile in {self.path} cannot be read ({error.error_count()} problems, first: {_first(error)}); {_CURE}") from error
-        if _profile_key(profile).encode() != row.key:
-            raise StoreError(f"a profile in {self.path} cannot be read (under the key {row.key!r} is the profile of {_profile_key(profile)}); {_CURE}")
+        if _row_key(*profile.key).encode() != row.key:
+            raise StoreError(f"a profile in {self.path} cannot be read (under the key {row.key!r} is the profile of {_row_key(*profile.key)}); {_CURE}")
         return profile
 
     def _readable(self, row: Row | None) -> Profile | None:
@@ -370,10 +370,6 @@ def _prefix_range(device: Device) -> tuple[str, str]:
     """The keys of a device's rows lie from the first, included, to the second."""
     prefix = _row_key(device.key, "")
     return prefix, prefix + "\U0010ffff"
-
-
-def _profile_key(profile: Profile) -> str:
-    return _row_key(profile.device.key, profile.workload)
 
 
 def _names(row_key: bytes | None) -> tuple[str, str] | None:

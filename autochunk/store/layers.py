@@ -128,7 +128,7 @@ class MemoryLayer:
 
     def __init__(self, name: str, profiles: Iterable[Profile]) -> None:
         self.name = name
-        self._profiles = {(profile.device.key, profile.workload): profile for profile in profiles}
+        self._profiles = {profile.key: profile for profile in profiles}
 
     def version(self) -> Any:
         """They do not change."""

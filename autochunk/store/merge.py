@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autochunk.errors import ArgumentError, WorkloadError
-from autochunk.store.bundle import key_of, refuse_twice
+from autochunk.store.bundle import refuse_twice
 from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS, Bundle, Profile
 from autochunk.workload import Workload, key_items
@@ -114,11 +114,11 @@ def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = 
     if prefer not in PREFERENCES:
         raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
     refuse_twice(bundle.profiles, "bundle")
-    mine = {key_of(profile): profile for profile in stored}
+    mine = {profile.key: profile for profile in stored}
     kept = "the store's is of a newer autochunk, which this one cannot read"
     return ImportPlan(
         tuple(
-            ImportEntry(profile, None, "older", False, kept) if key_of(profile) in reserved else _import_entry(profile, mine.get(key_of(profile)), prefer)
+            ImportEntry(profile, None, "older", False, kept) if profile.key in reserved else _import_entry(profile, mine.get(profile.key), prefer)
             for profile in bundle.profiles
         )
     )
@@ -137,7 +137,7 @@ def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort
         store.check_writable()  # which mends a damaged store, for it to be read
     plan = plan_import(store.profiles(), bundle, prefer, reserved=store.newer())
     if plan.taken and not dry_run:
-        store.put_all(plan.taken, expected={key_of(entry.profile): entry.stored for entry in plan.entries if entry.taken})
+        store.put_all(plan.taken, expected={entry.profile.key: entry.stored for entry in plan.entries if entry.taken})
     return plan
 
 

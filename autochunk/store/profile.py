@@ -210,6 +210,11 @@ class Profile(_Record):
         _parse_time(value)
         return value
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """(device key, workload key): of those there is one profile in a bundle and in a store."""
+        return self.device.key, self.workload
+
     def parsed_workload(self) -> Workload:
         """The workload that was measured."""
         return Workload.parse(self.workload)

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from autochunk import device as devices
 from autochunk.device import Device
@@ -130,6 +130,15 @@ def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str | None 
 # --- Resolution -------------------------------------------------------------------------------------------------------
 
 
+class _Request(NamedTuple):
+    """What is asked of the layers."""
+
+    workload: Workload
+    implementation: str | None
+    memory_budget_mb: float | None
+    device: Device
+
+
 class _Snapshot:
     """Layers and answers as of one moment; thrown away when a layer changes.
 
@@ -141,7 +150,7 @@ class _Snapshot:
         self.layers = layers
         self.device = device
         self.versions = [layer.version() for layer in layers]
-        self.answers: dict[Any, Resolution] = {}
+        self.answers: dict[_Request, Resolution] = {}
 
     def current(self, places: tuple[tuple[str, str], ...]) -> bool:
         return places == self.places and all(layer.version() == version for layer, version in zip(self.layers, self.versions, strict=True))
@@ -169,9 +178,9 @@ def resolve(workload: Workload, implementation: str | None = None, *, device: De
     with _lock:
         snapshot = _agreed.snapshot(settings) if device is None and agree.several_processes() else _own_snapshot(settings)
         device = device or snapshot.device or devices.detect()
-        request = (workload, implementation, settings, device)
+        request = _Request(workload, implementation, settings.memory_budget_mb, device)
         if request not in snapshot.answers:
-            snapshot.answers[request] = _resolve(workload, implementation, settings, device, snapshot.layers)
+            snapshot.answers[request] = _resolve(request, snapshot.layers)
         return snapshot.answers[request]
 
 
@@ -241,22 +250,22 @@ def _to_publish(snapshot: _Snapshot) -> dict[str, Any]:
     return {"device": device.model_dump(mode="json"), "layers": published}
 
 
-def _resolve(workload: Workload, implementation: str | None, settings: Settings, device: Device, asked_layers: list[Layer]) -> Resolution:
+def _resolve(request: _Request, asked_layers: list[Layer]) -> Resolution:
     asked: list[tuple[str, str]] = []
     for layer in asked_layers:
-        profile = _ask(layer, device, workload, asked)
-        answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
+        profile = _ask(layer, request, asked)
+        answer = profile and _from_profile(profile, request, layer, asked)
         if answer:
             return replace(answer, asked=tuple(asked))
-    if answer := _nearest(asked_layers, workload, implementation, settings, device, asked):
+    if answer := _nearest(asked_layers, request, asked):
         return replace(answer, asked=tuple(asked))
-    plan = _default(implementation, settings)
-    return Resolution(workload, device, plan, "default", "default", f"no profile; tune with: {workload.tune_command}", asked=tuple(asked))
+    reason = f"no profile; tune with: {request.workload.tune_command}"
+    return Resolution(request.workload, request.device, _default(request), "default", "default", reason, asked=tuple(asked))
 
 
-def _ask(layer: Layer, device: Device, workload: Workload, asked: list[tuple[str, str]]) -> Profile | None:
+def _ask(layer: Layer, request: _Request, asked: list[tuple[str, str]]) -> Profile | None:
     try:
-        profile = layer.get(device, workload)
+        profile = layer.get(request.device, request.workload)
     except (StoreError, BundleError) as error:
         asked.append((layer.name, f"left out: {error}"))
         _warn_of_layer(layer, error)
@@ -269,28 +278,34 @@ def _warn_of_layer(layer: Layer, error: Exception) -> None:
     _warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
 
 
-def _from_profile(profile: Profile, workload: Workload, implementation: str | None, settings: Settings, device: Device, layer: Layer,
-                  asked: list[tuple[str, str]]) -> Resolution | None:  # fmt: skip
-    choice = profile.choose(memory_budget_mb=settings.memory_budget_mb, implementation=implementation)
+def _from_profile(profile: Profile, request: _Request, layer: Layer, asked: list[tuple[str, str]]) -> Resolution | None:
+    choice = profile.choose(memory_budget_mb=request.memory_budget_mb, implementation=request.implementation)
     if choice is None:
         asked.append((layer.name, "its profile has no plan that fits"))
         return None
-    exact = profile.workload == workload.key
-    stale = tuple(profile.device.stale_reasons(device))
-    reason = choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short"
-    return Resolution(workload, device, choice.plan, "exact" if exact else "nearest", layer.name, reason, profile.workload, stale, (), choice.rejected, profile)
+    return Resolution(
+        workload=request.workload,
+        device=request.device,
+        plan=choice.plan,
+        match="exact" if profile.workload == request.workload.key else "nearest",
+        layer=layer.name,
+        reason=choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short",
+        source=profile.workload,
+        stale=tuple(profile.device.stale_reasons(request.device)),
+        rejected=choice.rejected,
+        profile=profile,
+    )
 
 
-def _nearest(asked_layers: list[Layer], workload: Workload, implementation: str | None, settings: Settings, device: Device,
-             asked: list[tuple[str, str]]) -> Resolution | None:  # fmt: skip
+def _nearest(asked_layers: list[Layer], request: _Request, asked: list[tuple[str, str]]) -> Resolution | None:
     """The answer for the tuned workload, of whichever layer, whose sizes differ least; for the next nearest where that has no plan that fits."""
-    for layer, near in _nearest_workloads(workload, asked_layers, device):
+    for layer, near in _nearest_workloads(request.workload, asked_layers, request.device):
         with contextlib.suppress(StoreError, BundleError):  # said when it was asked for the exact workload
-            profile = layer.get(device, near)
-            answer = profile and _from_profile(profile, workload, implementation, settings, device, layer, asked)
+            profile = layer.get(request.device, near)
+            answer = profile and _from_profile(profile, request, layer, asked)
             if answer:
                 asked.append((layer.name, f"nearest tuned workload: {near.key}"))
-                plan = _memory_safe(answer.plan, near, workload, implementation)
+                plan = _memory_safe(answer.plan, near, request)
                 return replace(answer, plan=plan, reason=f"{answer.reason} for the nearest tuned workload, {near.shape}")
     return None
 
@@ -324,23 +339,23 @@ def _distance(one: str, other: str) -> float | None:
     return sum(abs(math.log2(factor)) for factor in factors)
 
 
-def _memory_safe(plan: Plan, tuned: Workload, workload: Workload, implementation: str | None) -> Plan:
+def _memory_safe(plan: Plan, tuned: Workload, request: _Request) -> Plan:
     """A neighbour's plan, never letting more logits live at once than did there: a limit that it did not reach becomes the neighbour's whole size."""
-    pinned = implementation is not None and implementation not in SLICED_IMPLEMENTATIONS
-    if workload.logits_bytes <= tuned.logits_bytes or plan.implementation in FUSED_IMPLEMENTATIONS or pinned:
+    pinned = request.implementation is not None and request.implementation not in SLICED_IMPLEMENTATIONS
+    if request.workload.logits_bytes <= tuned.logits_bytes or plan.implementation in FUSED_IMPLEMENTATIONS or pinned:
         return plan
     most = tuned.logits_bytes / BYTES_PER_MB
     limit = most if plan.max_chunk_size_mb is None else min(most, plan.max_chunk_size_mb)
     return Plan(plan.implementation if plan.implementation in SLICED_IMPLEMENTATIONS else "xla", limit)
 
 
-def _default(implementation: str | None, settings: Settings) -> Plan:
-    implementation = implementation or "xla"
+def _default(request: _Request) -> Plan:
+    implementation = request.implementation or "xla"
     if implementation not in SLICED_IMPLEMENTATIONS:
         return Plan(implementation, None)
-    if settings.memory_budget_mb is None:
+    if request.memory_budget_mb is None:
         return Plan(implementation, DEFAULT_MAX_CHUNK_SIZE_MB)
-    return Plan(implementation, min(DEFAULT_MAX_CHUNK_SIZE_MB, settings.memory_budget_mb * _SHARE_OF_BUDGET))
+    return Plan(implementation, min(DEFAULT_MAX_CHUNK_SIZE_MB, request.memory_budget_mb * _SHARE_OF_BUDGET))
 
 
 # --- For the op -------------------------------------------------------------------------------------------------------

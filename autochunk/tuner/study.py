@@ -33,7 +33,6 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from autochunk.device import Device
 from autochunk.errors import StorageError
 from autochunk.plan import SLICING_ORDER, Plan
-from autochunk.store.bundle import key_of
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Measurement, Profile
 from autochunk.tuner.probe import wire
@@ -90,7 +89,7 @@ class Storage:
         with self.errors():
             summaries = optuna.get_all_study_summaries(storage=self._optuna, include_best_trial=False)
         found = [_readable(summary.user_attrs.get("profile")) for summary in summaries]
-        best = {key_of(profile): profile for profile in sorted(filter(None, found), key=lambda profile: rank(profile, "best-effort"))}
+        best = {profile.key: profile for profile in sorted(filter(None, found), key=lambda profile: rank(profile, "best-effort"))}
         return list(best.values()), found.count(None)
 
     @contextlib.contextmanager

@@ -173,7 +173,7 @@ def _measure(task: _Task, probes: Sequence[Probe], shared: Storage | None, waiti
         _in_turn(task, probes[0], waiting)
     for event in waiting:
         if event.workload not in task.begun:
-            task.on_event(_but(event, kind="out_of_time"))
+            task.on_event(replace(event, kind="out_of_time"))
 
 
 def _in_turn(task: _Task, probe: Probe, waiting: Sequence[Event]) -> None:
@@ -340,7 +340,7 @@ def _tune_one(probe: Probe, study: Study, task: _Task, event: Event, share: floa
     workload = event.workload
     assert workload is not None
     task.begun.add(workload)
-    task.on_event(_but(event, kind="start"))
+    task.on_event(replace(event, kind="start"))
     finished = study.profile  # by others
     outcome = Outcome(finished.measurements, complete=True) if finished else _search(probe, study, task, event, share)
     profile = _keep(outcome, study, workload, task)
@@ -360,7 +360,7 @@ def _search(probe: Probe, study: Study, task: _Task, event: Event, share: float)
 
     def tell(measurement: Measurement, done: int, total: int) -> None:
         probe.deadline = None if task.deadline is None else min(task.deadline, end)
-        task.on_event(_but(event, kind="measured", measurement=measurement, done=done, total=total))
+        task.on_event(replace(event, kind="measured", measurement=measurement, done=done, total=total))
 
     try:
         return search(probe, workload, task.effort, study, hints=_hints(workload, task), on_measurement=tell)
@@ -372,14 +372,14 @@ def _search(probe: Probe, study: Study, task: _Task, event: Event, share: float)
 def _ending(event: Event, outcome: Outcome, profile: Profile | None) -> Event:
     """What is told of a workload that a worker leaves, when ``profile`` is stored of it."""
     if outcome.awaited:
-        return _but(event, kind="awaited")
+        return replace(event, kind="awaited")
     if outcome.failure:
         kept = "; what was measured before is kept, and the same command goes on from there" if profile else ""
-        return _but(event, kind="failed", detail=outcome.failure + kept, profile=profile)
+        return replace(event, kind="failed", detail=outcome.failure + kept, profile=profile)
     if outcome.complete:
-        return _but(event, kind="finished" if profile else "failed", detail="" if profile else "no plan could be timed", profile=profile)
+        return replace(event, kind="finished" if profile else "failed", detail="" if profile else "no plan could be timed", profile=profile)
     # A finished profile is an earlier tune's, which this one has not got beyond.
-    return _but(event, kind="out_of_time" if profile is None or profile.complete else "finished", profile=profile)
+    return replace(event, kind="out_of_time" if profile is None or profile.complete else "finished", profile=profile)
 
 
 def _keep(outcome: Outcome, study: Study, workload: Workload, task: _Task) -> Profile | None:
@@ -427,7 +427,3 @@ def _hints(workload: Workload, task: _Task) -> list[Plan]:
     with use(store=task.store.path):
         known = resolve(workload, device=task.device)
     return [known.plan] if known.match in ("exact", "nearest") else []
-
-
-def _but(event: Event, **changes: object) -> Event:
-    return replace(event, **changes)  # type: ignore[arg-type]
