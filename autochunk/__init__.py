@@ -1,6 +1,25 @@
 """autochunk: attention that never holds more logits than it should, tuned once for each machine.
 
 ``autochunk tune`` measures this machine; ``MultiHeadAttention(..., max_chunk_size_mb="auto")`` and ``dot_product_attention`` run what was found best.
+
+Where things are; each room imports only from those above it, which ``tests/test_imports.py`` holds::
+
+    errors, workload, plan, device   the words: a call, how it runs, where
+    store/         what is remembered
+      profile        measurements, and how a choice follows from them
+      database       the user's own profiles in one SQLite file; rescue mends it
+      bundle         profiles as a file that travels; merge takes it in, remote fetches it
+      layers         the places that profiles come from
+      resolve        the answer to "auto", and why; agree makes it one for all processes of a program
+    attention/     what runs in the model
+      kernels/       the attention itself, for a given plan: jax only
+      op, haiku      the function and the module
+    tuner/         what measures
+      tune           the loop over workloads; presets and effort say which, and how hard
+      search         the loop over one workload's plans; study keeps what is measured, alone or with other machines
+      probe, worker  the measuring process, from outside and from inside; measure is how it measures
+      bench, verify  what tuning bought; whether it still holds
+    doctor, report, cli   what people see
 """
 
 from __future__ import annotations
