@@ -23,7 +23,8 @@ from autochunk.cli import main
 from autochunk.device import detect
 from autochunk.report import TuneProgress
 from autochunk.store import bundle
-from autochunk.store.database import ProfileStore, utc_now
+from autochunk.store.database import ProfileStore
+from autochunk.store.profile import utc_now
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.tune import Event
 from autochunk.workload import Workload

@@ -13,7 +13,6 @@ look the whole file over first; one that finds damage sets the file aside and go
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 from autochunk.device import Device
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
 from autochunk.store import rescue
-from autochunk.store.profile import SCHEMA_VERSION, Profile
+from autochunk.store.profile import SCHEMA_VERSION, Profile, utc_now
 from autochunk.store.rescue import Row
 from autochunk.workload import Workload
 
@@ -100,7 +99,7 @@ class ProfileStore:
         Raises:
           StoreError: also where the row is there and cannot be read.
         """
-        rows = self._select(_PROFILES, f'SELECT {rescue.ROW} FROM "{_PROFILES}" WHERE key = ?', _row_key(device.key, workload.key))  # noqa: S608
+        rows = self._select(_PROFILES, f'SELECT {rescue.ROW} FROM "{_PROFILES}" WHERE key = ?', _row_key(device.key, workload.key))
         return self._profile(Row(*rows[0])) if rows else None
 
     def profiles(self, device: Device | None = None) -> list[Profile]:
@@ -119,7 +118,7 @@ class ProfileStore:
 
     def keys(self) -> list[tuple[str, str]]:
         """Device key and workload key of every profile, in order; of rows under keys that are neither, nothing."""
-        rows = self._select(_PROFILES, f'SELECT CAST(key AS BLOB) FROM "{_PROFILES}" ORDER BY key')  # noqa: S608  (no input in it)
+        rows = self._select(_PROFILES, f'SELECT CAST(key AS BLOB) FROM "{_PROFILES}" ORDER BY key')
         return [names for (key,) in rows if (names := _names(key))]
 
     def missed(self, device: Device) -> list[Workload]:
@@ -191,7 +190,7 @@ class ProfileStore:
     def record_miss(self, device: Device, workload: Workload) -> None:
         """Remembers that "auto" found no profile for a workload. It happens while a model is traced, so that a damaged file is left where it is."""
         key = _row_key(device.key, workload.key)
-        if not self._select(_MISSED, f'SELECT 1 FROM "{_MISSED}" WHERE key = ?', key):  # noqa: S608
+        if not self._select(_MISSED, f'SELECT 1 FROM "{_MISSED}" WHERE key = ?', key):
             self._write(_MISSED, lambda table: table.update({key: _Miss(when=utc_now()).model_dump_json()}), mend=False)
 
     def check_writable(self) -> None:
@@ -203,12 +202,12 @@ class ProfileStore:
 
     def _forget_missed(self, keys: list[str]) -> None:
         text = json.dumps(keys)
-        if self._select(_MISSED, f'SELECT 1 FROM "{_MISSED}" {_AMONG} LIMIT 1', text):  # noqa: S608  (no input in it)
+        if self._select(_MISSED, f'SELECT 1 FROM "{_MISSED}" {_AMONG} LIMIT 1', text):
             self._delete(_MISSED, _AMONG, lambda: [(text,)])
 
     def _delete(self, name: str, where: str, values: Callable[[], Iterable[tuple[object, ...]]]) -> int:
         """Deletes rows by a condition, once for each tuple of values in it; how many there were."""
-        delete = f'DELETE FROM "{name}" {where}'  # noqa: S608  (no input in it)
+        delete = f'DELETE FROM "{name}" {where}'
         return self._write(name, lambda table: sum(_change(table, delete, *each) for each in values())) if self._exists() else 0
 
     # --- Rows ---------------------------------------------------------------------------------------------------------
@@ -256,12 +255,12 @@ class ProfileStore:
 
     def _rows(self, device: Device | None = None) -> list[Row]:
         where, values = (_OF_DEVICE, _prefix_range(device)) if device else ("", ())
-        select = f'SELECT {rescue.ROW} FROM "{_PROFILES}" {where} ORDER BY key'  # noqa: S608  (no input in it)
+        select = f'SELECT {rescue.ROW} FROM "{_PROFILES}" {where} ORDER BY key'
         return [Row(*row) for row in self._select(_PROFILES, select, *values)]
 
     def _workload_keys(self, table: str, device: Device) -> list[str]:
         first, end = _prefix_range(device)
-        rows = self._select(table, f'SELECT CAST(key AS BLOB) FROM "{table}" {_OF_DEVICE} ORDER BY key', first, end)  # noqa: S608
+        rows = self._select(table, f'SELECT CAST(key AS BLOB) FROM "{table}" {_OF_DEVICE} ORDER BY key', first, end)
         return [key.decode(errors="backslashreplace").removeprefix(first) for (key,) in rows]
 
     # --- The file -----------------------------------------------------------------------------------------------------
@@ -342,7 +341,7 @@ _AMONG = "WHERE key IN (SELECT value FROM json_each(?))"
 _REPLACE_UNLESS_CHANGED = f"""
     REPLACE INTO "{_PROFILES}" (key, value) SELECT key, value FROM json_each(?) WHERE NOT EXISTS (
         SELECT 1 FROM json_each(?) AS was LEFT JOIN "{_PROFILES}" AS now ON now.key = was.key WHERE hex(now.value) != was.value)
-"""  # noqa: S608  (no input in it)
+"""
 
 
 @contextlib.contextmanager
@@ -393,8 +392,3 @@ def _row_key(device_key: str, workload_key: str) -> str:
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
-def utc_now() -> str:
-    """The time as an ISO 8601 text in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

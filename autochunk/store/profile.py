@@ -260,8 +260,16 @@ class Profile(_Record):
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
 
 
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def utc_now() -> str:
+    """The time as an ISO 8601 text in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime(_TIME)
+
+
 def _parse_time(text: str) -> datetime.datetime:
-    return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
+    return datetime.datetime.strptime(text, _TIME).replace(tzinfo=datetime.UTC)
 
 
 def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:

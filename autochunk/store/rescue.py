@@ -167,7 +167,7 @@ def _exclusive(file: sqlite3.Connection) -> bytes | None:
 def _rows(file: sqlite3.Connection, table: str) -> list[Row]:
     """Rows of a table that can still be read: from the front to the first damage, from the back to the last, and one by one between."""
     found: dict[int, Row] = {}
-    select = f'SELECT {ROW} FROM "{table}" NOT INDEXED'  # noqa: S608  (no input in it)
+    select = f'SELECT {ROW} FROM "{table}" NOT INDEXED'
     low = _scan(file, f"{select} ORDER BY rowid", found)
     high = _scan(file, f"{select} ORDER BY rowid DESC", found)
     between = range(low + 1, min(high, low + _MOST_LOOK_UPS)) if low and high else ()
@@ -192,7 +192,7 @@ def _indexed(file: sqlite3.Connection, table: str) -> set[int]:
     rowids: set[int] = set()
     for order in ("ASC", "DESC"):
         with contextlib.suppress(sqlite3.Error):
-            for (rowid,) in file.execute(f'SELECT rowid FROM "{table}" INDEXED BY "sqlite_autoindex_{table}_1" ORDER BY key {order}'):  # noqa: S608
+            for (rowid,) in file.execute(f'SELECT rowid FROM "{table}" INDEXED BY "sqlite_autoindex_{table}_1" ORDER BY key {order}'):
                 rowids.add(rowid)
     return rowids
 
@@ -238,7 +238,7 @@ def _fill(file: sqlite3.Connection, rows: Mapping[str, Iterable[Row]]) -> None:
     """Adds rows to the tables of a sound file, beside what another process may have stored in it by now."""
     for table, kept in rows.items():
         file.execute(_MAKE_TABLE.format(table))
-        insert = f'INSERT OR IGNORE INTO "{table}" VALUES (CAST(? AS TEXT), CAST(? AS TEXT))'  # noqa: S608  (no input in it)
+        insert = f'INSERT OR IGNORE INTO "{table}" VALUES (CAST(? AS TEXT), CAST(? AS TEXT))'
         file.execute("BEGIN IMMEDIATE")
         file.executemany(insert, [(row.key, row.value) for row in kept])
         file.execute("COMMIT")

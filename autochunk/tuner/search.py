@@ -12,13 +12,11 @@ Who measures what is the study's business (``study.py``): an interrupted search 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from autochunk.errors import ProbeError, StorageError
 from autochunk.plan import FUSED_IMPLEMENTATIONS, LogitsShape, Plan, candidate_plans, same_slices
@@ -83,11 +81,6 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
 
 def _cut_short(measured: dict[Plan, Measurement], error: BaseException) -> Outcome:
     return Outcome(tuple(measured.values()), complete=False, failure=str(error) if isinstance(error, ProbeError) else "")
-
-
-def journal_path(folder: Path, name: str) -> Path:
-    """Where a study of that name is kept while it is unfinished, if no other place is given."""
-    return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.journal"
 
 
 class _Search:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import hashlib
 import threading
 import time
 import zlib
@@ -17,14 +18,14 @@ from typing import Literal
 import autochunk
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError, StorageError
-from autochunk.plan import Plan, check_positive
-from autochunk.store.database import ProfileStore, utc_now
-from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile
+from autochunk.plan import BYTES_PER_MB, Plan, check_positive
+from autochunk.store.database import ProfileStore
+from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Measurement, Profile, utc_now
 from autochunk.store.resolve import resolve, use
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.presets import PRESETS, standard_dtypes
 from autochunk.tuner.probe import WORKER, OutOfTime, Probe, seconds_left
-from autochunk.tuner.search import Interrupted, Outcome, journal_path, search
+from autochunk.tuner.search import Interrupted, Outcome, search
 from autochunk.tuner.study import Storage, Study, open_private, study_name, worker_name
 from autochunk.workload import MODES, DType, Mode, Workload, workloads_of
 
@@ -123,7 +124,7 @@ def tune(
 @contextlib.contextmanager
 def _probes(command: Sequence[str], gpus: Sequence[str], effort: Effort, memory_budget_mb: float | None, deadline: float | None) -> Iterator[list[Probe]]:
     """A probe for each GPU, or one for the default device; ended on leaving."""
-    budget = None if memory_budget_mb is None else int(memory_budget_mb * 1e6)
+    budget = None if memory_budget_mb is None else int(memory_budget_mb * BYTES_PER_MB)
     with contextlib.ExitStack() as stack:
         probes = []
         for environment in [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]:
@@ -209,7 +210,7 @@ def _journal(task: _Task, workload: Workload) -> Path:
     """
     budget = "" if task.memory_budget_mb is None else f" | {task.memory_budget_mb:g} MB"
     name = study_name(task.device, workload, task.effort) + budget + (" | forced" if task.force else "")
-    return journal_path(task.store.path.with_name(f"{task.store.path.name}.unfinished"), name)
+    return task.store.path.with_name(f"{task.store.path.name}.unfinished") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.journal"
 
 
 def _private_study(task: _Task, workload: Workload) -> Study:

@@ -22,8 +22,8 @@ from factories import make_device, make_measurement, make_profile, make_workload
 
 from autochunk.errors import StoreError, StoreWarning
 from autochunk.store import database
-from autochunk.store.database import ProfileStore, default_path, utc_now
-from autochunk.store.profile import Profile
+from autochunk.store.database import ProfileStore, default_path
+from autochunk.store.profile import Profile, utc_now
 from autochunk.workload import Workload
 
 HERE, THERE = make_device(kind="here"), make_device(kind="there")

@@ -42,9 +42,10 @@ On GPUs (H100 and H200, jax 0.11, f32; a pass over the logits costs as much as a
 - forward as a plain softmax, of which XLA makes one kernel, against dividing last: 1.2x with rows of 2048, 8192 and 12288; 1.05x (H100) and 0.98x (H200) with
   16000; 0.92x, 0.87x and 0.87x with 20000, 24576 and 32768;
 - where the sums are asked for, the maximum first and the sum together with the weights against both in one pass (online softmax): 1.0x to 1.06x;
-- against dense attention, unsliced 1.0x forward (8 x 2048, 16 heads of 64), slices of one head of 16000 positions, a sixteenth of the memory, forward 1.00x (H100) and
-  0.95x (H200), training 1.01x (H200, a twelfth). Single products fill and drain the GPU once for each slice: two heads 0.98x, and nothing else of a sixteenth
-  does better than one (2 heads by half of the rows, 4 by a quarter, all by a sixteenth 0.93x; keys sliced 0.96x; the loop unrolled the same);
+- forward unsliced against dense attention: 1.0x (8 x 2048, 16 heads of 64). Slices of one head of 16000 positions, a sixteenth of the memory, against dense:
+  forward 1.00x (H100) and 0.95x (H200), training 1.01x (H200, a twelfth). Single products fill and drain the GPU once for each slice: two heads have 0.98x, and
+  nothing else of a sixteenth does better than one (2 heads by half of the rows, 4 by a quarter, all by a sixteenth 0.93x; keys sliced 0.96x; the loop unrolled
+  the same);
 - orientation of the backward's logits, and barriers: no difference. Slices of rows with all heads against slices of heads: 0.9x to 0.5x as they get smaller;
 - training of short sequences, which recomputes what dense attention keeps, against that: 0.8x (8 x 2048; 0.77x in slices of a sixteenth);
 - cuDNN in bf16 against dense attention: 4x to 6x forward, 3.5x to 4.4x training; our slices, with float32 logits, 0.5x to 0.7x.
