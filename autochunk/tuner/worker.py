@@ -61,7 +61,6 @@ class Session:
 
     def load(self, workload: str, programs: str) -> dict[str, Any]:
         """Makes a workload's arguments and what its results should be."""
-        self.prepared.clear()
         keep_programs(programs)
         parsed = Workload.parse(workload)
         jax.config.update("jax_enable_x64", parsed.dtype == "float64")  # without it jax computes in float32, with a warning at most
