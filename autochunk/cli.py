@@ -356,7 +356,14 @@ def _agreed_to_forget(names: list[str], yes: bool) -> bool:
 
 
 @main.command()
-@click.option("--verify", "count", type=click.IntRange(0), default=0, metavar="N", help="Time N profiles of this machine again, the oldest first.")
+@click.option(
+    "--verify",
+    "count",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Time N profiles of this machine again, first those tuned here, the oldest first.",
+)
 @_store_option
 @_json_option
 def doctor(count: int, store: Path | None, as_json: bool) -> None:

@@ -176,13 +176,14 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
 
 
 def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
-    """Profiles of this device that "auto" would use, each workload's from the first layer that has one."""
+    """Profiles of this device that "auto" would use, each workload's from the first layer that has one; those of the user's own store before others."""
     found: dict[str, Profile] = {}
+    own: set[str] = set()
     for layer in every:
         for profile in layers.readable_profiles(layer, device):
-            if profile.choose() is not None:
-                found.setdefault(profile.workload, profile)
-    return sorted(found.values(), key=lambda profile: (profile.created, profile.workload))
+            if profile.choose() is not None and found.setdefault(profile.workload, profile) is profile and isinstance(layer, ProfileStore):
+                own.add(profile.workload)
+    return sorted(found.values(), key=lambda profile: (profile.workload not in own, profile.created, profile.workload))
 
 
 def _verified(found: Verification) -> Finding:

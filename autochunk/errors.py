@@ -14,6 +14,7 @@ Callers catch by family; the second base keeps ``except ValueError`` and ``excep
 
     AutochunkWarning (UserWarning)
     ├── MissWarning                  "auto" found no profile; names the command that makes one
+    ├── BudgetWarning                no plan that was measured fits the memory budget
     ├── StaleWarning                 "auto" used a profile measured with other versions
     └── StoreWarning                 a layer, or rows of a store, could not be read and were left out; a damaged store was set aside
 """
@@ -23,6 +24,7 @@ __all__ = [
     "ArgumentError",
     "AutochunkError",
     "AutochunkWarning",
+    "BudgetWarning",
     "BundleError",
     "DeviceError",
     "MissWarning",
@@ -77,6 +79,10 @@ class AutochunkWarning(UserWarning):
 
 class MissWarning(AutochunkWarning):
     """A workload without a profile, met by "auto"; the text names the command that makes one."""
+
+
+class BudgetWarning(AutochunkWarning):
+    """No plan that was measured of a workload fits the memory budget; the text says what the least takes."""
 
 
 class StaleWarning(AutochunkWarning):

@@ -103,8 +103,8 @@ def test_a_gpu_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems()[0].cure == 'pip install "jax[cuda13]"'
 
 
-def test_the_oldest_profiles_are_verified() -> None:
-    """So many as were asked for; slower than when tuned is a problem, as fast is not, and neither is faster."""
+def test_the_oldest_profiles_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many as were asked for, the user's own before others; slower than when tuned is a problem, as fast is not, and neither is faster."""
     store = ProfileStore()
     for year, workload in (("2021", make_workload("t=64,k=8")), ("2020", SMALL), ("2022", make_workload("t=128,k=8"))):
         store.put(measured_here(workload, created=f"{year}-01-01T00:00:00Z"))
@@ -114,6 +114,9 @@ def test_the_oldest_profiles_are_verified() -> None:
         seen.append(profile.created[:4])
         return Verification(profile, Plan("xla", 0.01), DENSE, then=0.5, now=0.7 if len(seen) == 1 else 0.4, spread=0.02)
 
+    file = tmp_path / "older.json"
+    bundle.write(file, bundle.dump([measured_here(make_workload("t=256,k=8"), created="2019-01-01T00:00:00Z")]))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(file))
     (found,) = problems(verify_count=2, verifier=slower)
     assert seen == ["2020", "2021"]
     assert "+40%" in found.detail

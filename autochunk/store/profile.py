@@ -259,6 +259,11 @@ class Profile(_Record):
         reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
 
+    def least_memory(self, implementation: str | None = None) -> Measurement | None:
+        """Of the plans that were timed, or of those of one implementation, the one that takes least working memory; None if there is none."""
+        timed = [m for m in self.measurements if not _objection(m, math.inf, implementation)]
+        return min(timed, key=_memory_then_time, default=None)
+
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 

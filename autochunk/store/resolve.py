@@ -13,6 +13,7 @@ import functools
 import heapq
 import math
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from autochunk import device as devices
 from autochunk.device import Device
-from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning, WorkloadError
+from autochunk.errors import ArgumentError, BudgetWarning, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning, WorkloadError
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
@@ -42,6 +43,7 @@ from autochunk.workload import Mode, Workload, split_key
 
 Match = Literal["exact", "nearest", "default", "pinned"]
 
+_FRAMEWORKS = frozenset({"autochunk", "jax", "haiku", "flax", "contextlib", "functools"})  # of which no line tells a user where to look
 _MOST_NEIGHBOURS = 10  # that are looked at for a plan that fits
 # A tuned workload is near if no size is further than this factor away.
 _FARTHEST = 4.0
@@ -102,7 +104,8 @@ def use(*, max_chunk_size_mb: float | None = _UNSET, implementation: str | None 
     Args:
       max_chunk_size_mb: answers "auto" with this limit (MB, or None to never slice), whatever the profiles say.
       implementation: leaves "auto" only this one to choose; with ``max_chunk_size_mb``, what runs (``"xla"`` if left out).
-      memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes).
+      memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes). Where none does, what takes least runs, and a
+        BudgetWarning says how much that is.
       store: a profile store's file, in place of the user's own.
 
     Raises:
@@ -252,15 +255,31 @@ def _to_publish(snapshot: _Snapshot) -> dict[str, Any]:
 
 def _resolve(request: _Request, asked_layers: list[Layer]) -> Resolution:
     asked: list[tuple[str, str]] = []
+    too_large: Resolution | None = None
     for layer in asked_layers:
         profile = _ask(layer, request, asked)
         answer = profile and _from_profile(profile, request, layer, asked)
         if answer:
             return replace(answer, asked=tuple(asked))
-    if answer := _nearest(asked_layers, request, asked):
+        if profile and request.memory_budget_mb is not None:
+            too_large = too_large or _over_budget(profile, request, request.memory_budget_mb)
+    if answer := _nearest(asked_layers, request, asked) or too_large:
         return replace(answer, asked=tuple(asked))
     reason = f"no profile; tune with: {request.workload.tune_command}"
     return Resolution(request.workload, request.device, _default(request), "default", "default", reason, asked=tuple(asked))
+
+
+def _over_budget(profile: Profile, request: _Request, budget: float) -> Resolution | None:
+    """The answer where none of the plans that were measured fits a budget: the one that takes least, or smaller slices; None if none was measured."""
+    least = profile.least_memory(request.implementation)
+    if least is None:
+        return None
+    plan = _default(request)
+    if least.max_chunk_size_mb is not None and plan.max_chunk_size_mb is not None and least.max_chunk_size_mb <= plan.max_chunk_size_mb:
+        plan = least.plan
+    memory = (least.temp_bytes or 0) / BYTES_PER_MB
+    reason = f"no measured plan fits the memory budget of {budget:g} MB; the one that takes least, {least.plan}, takes {memory:.3g} MB"
+    return Resolution(request.workload, request.device, plan, "default", "default", reason, source=profile.workload, profile=profile)
 
 
 def _ask(layer: Layer, request: _Request, asked: list[tuple[str, str]]) -> Profile | None:
@@ -302,12 +321,20 @@ def _nearest(asked_layers: list[Layer], request: _Request, asked: list[tuple[str
     for layer, near in _nearest_workloads(request.workload, asked_layers, request.device):
         with contextlib.suppress(StoreError, BundleError):  # said when it was asked for the exact workload
             profile = layer.get(request.device, near)
-            answer = profile and _from_profile(profile, request, layer, asked)
+            answer = profile and _from_profile(profile, _scaled(request, near), layer, asked)
             if answer:
                 asked.append((layer.name, f"nearest tuned workload: {near.key}"))
                 plan = _memory_safe(answer.plan, near, request)
                 return replace(answer, plan=plan, reason=f"{answer.reason} for the nearest tuned workload, {near.shape}")
     return None
+
+
+def _scaled(request: _Request, near: Workload) -> _Request:
+    """A request whose budget is for the plans of a neighbour: what a smaller one took does not show what fits here."""
+    if request.memory_budget_mb is None:
+        return request
+    share = min(1.0, near.logits_bytes / request.workload.logits_bytes)
+    return request._replace(memory_budget_mb=request.memory_budget_mb * share)
 
 
 def _nearest_workloads(workload: Workload, asked_layers: Sequence[Layer], device: Device) -> list[tuple[Layer, Workload]]:
@@ -383,14 +410,17 @@ def _report(resolution: Resolution) -> None:
     subject = (resolution.workload, resolution.device)
     if agree.several_processes() and not agree.is_first():
         return  # process 0 says it for all
-    if resolution.match in ("nearest", "default") and subject not in _reported:
+    missed = resolution.match == "default" and resolution.profile is None
+    if (missed or resolution.match == "nearest") and subject not in _reported:
         _reported.add(subject)
         # Nothing to be done in a place where nothing can be written: the warning stands.
         with contextlib.suppress(StoreError):
             ProfileStore(_settings.get().store).record_miss(resolution.device, resolution.workload)
-    if resolution.match == "default":
+    if missed:
         _warn_once(MissWarning, subject, f'max_chunk_size_mb="auto" found no profile for {resolution.workload.key} and uses {resolution.plan}. '
                    f"To tune it on this machine: {resolution.workload.tune_command}")  # fmt: skip
+    elif resolution.match == "default":
+        _warn_once(BudgetWarning, subject, f'max_chunk_size_mb="auto" uses {resolution.plan} for {resolution.workload.key}: {resolution.reason}')
     if resolution.stale:
         _warn_once(StaleWarning, subject, f'max_chunk_size_mb="auto" uses a profile of {resolution.source} that may no longer hold: '
                    f"{'; '.join(resolution.stale)}. To measure again: {resolution.workload.tune_command}")  # fmt: skip
@@ -400,7 +430,15 @@ def _warn_once(category: type[Warning], subject: Any, text: str) -> None:
     if (category, subject) in _reported:
         return
     _reported.add((category, subject))
-    warnings.warn(text, category, stacklevel=2)
+    warnings.warn(text, category, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """How far up from its caller the user's own code is: beyond this package and what traces it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _FRAMEWORKS:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def forget_all() -> None:

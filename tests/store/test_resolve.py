@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.device import detect
-from autochunk.errors import ArgumentError, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.errors import ArgumentError, BudgetWarning, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning
 from autochunk.plan import Plan
 from autochunk.store import bundle, layers, resolve
 from autochunk.store.database import ProfileStore
@@ -349,6 +349,37 @@ def test_a_neighbour_that_fits_before_none(store: ProfileStore) -> None:
         store.put(make_profile(shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, memory)]))
     with use(memory_budget_mb=100):
         assert ask(shape(query_length=1024)).source == shape(query_length=1300).key
+
+
+@pytest.mark.parametrize(("length", "near"), [(512, False), (2048, True)], ids=["smaller", "larger"])
+def test_what_a_smaller_neighbour_took_shows_nothing(store: ProfileStore, length: int, near: bool) -> None:
+    """Of a budget only its share counts for a smaller workload's plans: here each takes 80 of 100 MB."""
+    store.put(make_profile(shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, 80.0)]))
+    with use(memory_budget_mb=100):
+        assert ask(shape(query_length=1024)).match == ("nearest" if near else "default")
+
+
+@pytest.mark.parametrize(
+    ("limit", "budget", "expected"),
+    [(4.0, 5.0, Plan("xla", 1.25)), (0.5, 5.0, Plan("xla_rows", 0.5)), (None, 5.0, Plan("xla", 1.25))],
+    ids=["smaller slices", "the least", "unsliced"],
+)
+def test_a_budget_that_no_measured_plan_fits_is_told(store: ProfileStore, limit: float | None, budget: float, expected: Plan) -> None:
+    """It is no miss, which tuning would cure: the warning says what the least takes, and the smaller slices run, those or a quarter of the budget."""
+    store.put(make_profile(WORKLOAD, detect(), [make_measurement("xla_rows", limit, 1.0, 40.0), make_measurement("dense", None, 0.5, 400.0)]))
+    with use(memory_budget_mb=budget):
+        plans = resolve.plans(WORKLOAD, None)
+    with pytest.warns(BudgetWarning, match=r"the memory budget of 5 MB; the one that takes least, xla_rows, .*, takes 40 MB"):
+        plans.used("forward")
+    assert plans.forward == expected
+    assert store.missed(detect()) == []
+
+
+def test_a_warning_points_at_the_users_line() -> None:
+    """Not into this package or a framework: of many attention calls it is the one to look at."""
+    with pytest.warns(MissWarning) as caught:
+        resolve.plans(WORKLOAD, None).used("forward")
+    assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
 
 
 def test_a_changed_store_does_not_fetch_urls_again(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
