@@ -39,6 +39,7 @@ TREE = {
     "ProbeError": (errors.AutochunkError, RuntimeError),
     "AutochunkWarning": (UserWarning,),
     "MissWarning": (errors.AutochunkWarning,),
+    "BudgetWarning": (errors.AutochunkWarning,),
     "StaleWarning": (errors.AutochunkWarning,),
     "StoreWarning": (errors.AutochunkWarning,),
 }
