@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import importlib.metadata
 import importlib.util
 import os
@@ -69,8 +68,9 @@ def examine(store: Path | None = None, *, verify_count: int = 0, verifier: Calla
     user_store = ProfileStore(store)
     yield from _store(user_store)
     yield from _profiles(user_store, device)
-    for profile in _oldest(every, device)[:verify_count]:
-        yield _verified(verifier(profile))
+    if verify_count:  # all profiles are read for it
+        for profile in _oldest(every, device)[:verify_count]:
+            yield _verified(verifier(profile))
 
 
 # --- Versions and device ----------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def _layer(layer: Layer, device: Device) -> Finding:
         return Finding("problem", layer.name, str(error), "mend it, or take it out: until then it answers nothing")
     damaged: list[StoreError | BundleError] = []
     if not isinstance(layer, ProfileStore):  # whose rows are looked at one by one
-        collections.deque(layers.readable_profiles(layer, device, damaged.append), maxlen=0)
+        list(layers.readable_profiles(layer, device, damaged.append))
     if damaged:
         more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
         return Finding("problem", layer.name, f"{damaged[0]}{more}", "export it again where it was made: until then those profiles answer nothing")
@@ -177,13 +177,12 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
 
 def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
     """Profiles of this device that "auto" would use, each workload's from the first layer that has one; those of the user's own store before others."""
-    found: dict[str, Profile] = {}
-    own: set[str] = set()
+    found: dict[str, tuple[bool, str, Profile]] = {}
     for layer in every:
         for profile in layers.readable_profiles(layer, device):
-            if profile.choose() is not None and found.setdefault(profile.workload, profile) is profile and isinstance(layer, ProfileStore):
-                own.add(profile.workload)
-    return sorted(found.values(), key=lambda profile: (profile.workload not in own, profile.created, profile.workload))
+            if profile.choose() is not None:
+                found.setdefault(profile.workload, (not isinstance(layer, ProfileStore), profile.created, profile))
+    return [found[workload][-1] for workload in sorted(found, key=lambda workload: (*found[workload][:-1], workload))]
 
 
 def _verified(found: Verification) -> Finding:
