@@ -23,7 +23,7 @@ from autochunk.store.profile import EFFORTS, Effort
 from autochunk.store.resolve import resolve, use
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.presets import PRESETS
-from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, workloads_of
+from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, of_kind, workloads_of
 
 _ONE_LINE = 1000  # columns; Markdown's rows must not be broken
 _TIMEOUTS = ", ".join(f"{f'{settings.timeout:g} s' if settings.timeout else 'none'} {effort}" for effort, settings in EFFORT_SETTINGS.items())
@@ -116,7 +116,7 @@ def tune(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets:
     Without --shape, --preset, --missed or --stale: what "auto" has missed here, then a standard set of shapes, on a CPU in float32, on a GPU in bfloat16 and
     (not when quick) float32, and with thorough effort in these and float16.
     """
-    from autochunk.tuner.tune import of_kind, standard_workloads
+    from autochunk.tuner.tune import standard_workloads
     from autochunk.tuner.tune import tune as run
 
     profile_store = ProfileStore(store)
@@ -233,7 +233,6 @@ def bench(shapes: tuple[str, ...], dtypes: tuple[DType, ...], mode: str, presets
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
     """
     from autochunk.tuner.bench import bench as run
-    from autochunk.tuner.tune import of_kind
 
     named = _with_presets(shapes, presets)
     if named:

@@ -181,6 +181,11 @@ def workloads_of(shapes: Iterable[str], dtypes: Sequence[DType] = ("float32",), 
     return [Workload.parse(shape, dtype=dtype, mode=mode) for dtype in dtypes for shape in shapes for mode in modes]
 
 
+def of_kind(workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]) -> list[Workload]:
+    """Those of the workloads that have one of these dtypes, or any if none is given, and one of these modes."""
+    return [workload for workload in workloads if (not dtypes or workload.dtype in dtypes) and workload.mode in modes]
+
+
 def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
     """Writes ``1`` for dims of size one, which cannot be told from broadcast ones."""
     if pattern == "none" or not isinstance(pattern, str):

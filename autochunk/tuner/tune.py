@@ -27,7 +27,7 @@ from autochunk.tuner.presets import PRESETS, standard_dtypes
 from autochunk.tuner.probe import WORKER, OutOfTime, Probe, seconds_left
 from autochunk.tuner.search import Interrupted, Outcome, search
 from autochunk.tuner.study import Storage, Study, open_private, study_name, worker_name
-from autochunk.workload import MODES, DType, Mode, Workload, workloads_of
+from autochunk.workload import MODES, DType, Mode, Workload, of_kind, workloads_of
 
 _POLL_SECONDS = 1.0  # between looks at what other workers have measured
 
@@ -314,11 +314,6 @@ def standard_workloads(store: ProfileStore, device: Device, effort: Effort = "st
     """
     shapes = [PRESETS[name] for name in EFFORT_SETTINGS[effort].presets]
     return [*of_kind(store.missed(device), dtypes, modes), *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes)]
-
-
-def of_kind(workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]) -> list[Workload]:
-    """Those of the workloads that have one of these dtypes, or any if none is given, and one of these modes."""
-    return [workload for workload in workloads if (not dtypes or workload.dtype in dtypes) and workload.mode in modes]
 
 
 def _check(effort: str, timeout: float | None, memory_budget_mb: float | None) -> None:
