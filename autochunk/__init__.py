@@ -1,8 +1,10 @@
 """autochunk: attention that never holds more logits than it should, tuned once for each machine.
 
-``autochunk tune`` measures this machine; ``MultiHeadAttention(..., max_chunk_size_mb="auto")`` and ``dot_product_attention`` run what was found best.
+``autochunk tune`` measures this machine; ``MultiHeadAttention(..., max_chunk_size_mb="auto")`` and
+``dot_product_attention`` run what was found best.
 
-Where things are; each room imports only from those above it, which ``tests/test_imports.py`` holds::
+Where things are; each room imports only from those above it, which ``tests/test_imports.py``
+holds::
 
     errors, workload, plan, device   the words: a call, how it runs, where
     store/         what is remembered
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded when first asked for, so that importing autochunk is quick and pulls in neither optuna nor sqlitedict.
+# Loaded when first asked for, so that importing autochunk is quick and pulls in neither optuna nor
+# sqlitedict.
 _HOMES = {
     "Device": "autochunk.device",
     "Measurement": "autochunk.store.profile",

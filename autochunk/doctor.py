@@ -26,7 +26,10 @@ from autochunk.tuner.verify import Verification, verify
 Level = Literal["ok", "note", "problem"]
 
 _PACKAGES = ("jax", "jaxlib", "dm-haiku", "optuna", "sqlitedict", "pydantic")
-_EXTRAS = {"fsspec": 'pip install "autochunk[remote]" to read bundles from URLs', "psycopg": 'pip install "autochunk[postgresql]" to tune through PostgreSQL'}
+_EXTRAS = {
+    "fsspec": 'pip install "autochunk[remote]" to read bundles from URLs',
+    "psycopg": 'pip install "autochunk[postgresql]" to tune through PostgreSQL',
+}
 _ELSEWHERE = "set AUTOCHUNK_STORE to a file in a folder you may write"
 
 
@@ -47,8 +50,15 @@ class Finding:
     cure: str = ""
 
 
-def examine(store: Path | None = None, *, verify_count: int = 0, verifier: Callable[[Profile], Verification] = verify) -> Iterator[Finding]:
-    """Everything there is to find, in order: versions, device, layers, store, profiles. Changes nothing.
+def examine(
+    store: Path | None = None,
+    *,
+    verify_count: int = 0,
+    verifier: Callable[[Profile], Verification] = verify,
+) -> Iterator[Finding]:
+    """Everything there is to find, in order.
+
+    Versions, device, layers, store, profiles. Changes nothing.
 
     Args:
       store: the user's store; None is the default one.
@@ -59,7 +69,9 @@ def examine(store: Path | None = None, *, verify_count: int = 0, verifier: Calla
     try:
         device = devices.detect()
     except DeviceError as error:
-        yield Finding("problem", "device", str(error), "see https://docs.jax.dev/en/latest/installation.html")
+        yield Finding(
+            "problem", "device", str(error), "see https://docs.jax.dev/en/latest/installation.html"
+        )
         return
     yield from _device(device)
     every = layers.all_layers(store)
@@ -73,24 +85,42 @@ def examine(store: Path | None = None, *, verify_count: int = 0, verifier: Calla
             yield _verified(verifier(profile))
 
 
-# --- Versions and device ----------------------------------------------------------------------------------------------
+# --- Versions and device --------------------------------------------------------------------------
 
 
 def _versions() -> Iterator[Finding]:
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    yield Finding("ok", "versions", f"Python {platform.python_version()}, autochunk {autochunk.__version__}, {found}")
+    yield Finding(
+        "ok",
+        "versions",
+        f"Python {platform.python_version()}, autochunk {autochunk.__version__}, {found}",
+    )
     for name, cure in _EXTRAS.items():
         if importlib.util.find_spec(name) is None:
             yield Finding("ok", "extras", f"{name} is not installed", cure)
 
 
 def _device(device: Device) -> Iterator[Finding]:
-    versions = ", ".join(f"{name} {getattr(device, name)}" for name in ("driver", "cuda", "cudnn") if getattr(device, name))
+    versions = ", ".join(
+        f"{name} {getattr(device, name)}"
+        for name in ("driver", "cuda", "cudnn")
+        if getattr(device, name)
+    )
     yield Finding("ok", "device", f"{device.key}{'; ' + versions if versions else ''}")
     if device.platform != "gpu" and _nvidia_gpu_here():
-        yield Finding("problem", "GPU", f"this machine has an NVIDIA GPU, and jax computes on {device.platform}", _gpu_cure())
+        yield Finding(
+            "problem",
+            "GPU",
+            f"this machine has an NVIDIA GPU, and jax computes on {device.platform}",
+            _gpu_cure(),
+        )
     if device.platform == "gpu" and not device.cudnn:
-        yield Finding("note", "GPU", "the version of cuDNN is not known, so that profiles do not go stale with it", "install jax[cuda13] with pip")
+        yield Finding(
+            "note",
+            "GPU",
+            "the version of cuDNN is not known, so that profiles do not go stale with it",
+            "install jax[cuda13] with pip",
+        )
 
 
 def _nvidia_gpu_here() -> bool:
@@ -106,22 +136,34 @@ def _gpu_cure() -> str:
     return 'pip install "jax[cuda13]"'
 
 
-# --- Layers and store -------------------------------------------------------------------------------------------------
+# --- Layers and store -----------------------------------------------------------------------------
 
 
 def _layer(layer: Layer, device: Device) -> Finding:
     try:
         keys = layer.keys()
     except (StoreError, BundleError) as error:
-        return Finding("problem", layer.name, str(error), "mend it, or take it out: until then it answers nothing")
+        return Finding(
+            "problem",
+            layer.name,
+            str(error),
+            "mend it, or take it out: until then it answers nothing",
+        )
     damaged: list[StoreError | BundleError] = []
     if not isinstance(layer, ProfileStore):  # whose rows are looked at one by one
         list(layers.readable_profiles(layer, device, damaged.append))
     if damaged:
         more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
-        return Finding("problem", layer.name, f"{damaged[0]}{more}", "export it again where it was made: until then those profiles answer nothing")
+        return Finding(
+            "problem",
+            layer.name,
+            f"{damaged[0]}{more}",
+            "export it again where it was made: until then those profiles answer nothing",
+        )
     here = sum(key == device.key for key, _ in keys)
-    return Finding("ok", layer.name, f"{len(keys)} profiles, {here} of this device" if keys else "empty")
+    return Finding(
+        "ok", layer.name, f"{len(keys)} profiles, {here} of this device" if keys else "empty"
+    )
 
 
 def _store(store: ProfileStore) -> Iterator[Finding]:
@@ -138,21 +180,41 @@ def _store_file(store: ProfileStore) -> Iterator[Finding]:
     if not store.path.exists():
         folder = next(parent for parent in store.path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            yield Finding("problem", "store", f"{store.path} cannot be made: {folder} cannot be written", _ELSEWHERE)
+            yield Finding(
+                "problem",
+                "store",
+                f"{store.path} cannot be made: {folder} cannot be written",
+                _ELSEWHERE,
+            )
         return
     if not os.access(store.path, os.W_OK) or not os.access(store.path.parent, os.W_OK):
-        yield Finding("note", "store", f"{store.path} cannot be written: it answers, and nothing can be tuned", _ELSEWHERE)
+        yield Finding(
+            "note",
+            "store",
+            f"{store.path} cannot be written: it answers, and nothing can be tuned",
+            _ELSEWHERE,
+        )
     if store.path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        yield Finding("problem", "store", f"others may write {store.path} and so decide what you run", f"chmod 600 {store.path}")
+        yield Finding(
+            "problem",
+            "store",
+            f"others may write {store.path} and so decide what you run",
+            f"chmod 600 {store.path}",
+        )
     try:
         unreadable = store.unreadable()
     except StoreError:
         return  # said of the layer
     if unreadable:
-        yield Finding("problem", "store", f"{len(unreadable)} rows cannot be read, the first of {unreadable[0]}", "autochunk forget --unreadable")
+        yield Finding(
+            "problem",
+            "store",
+            f"{len(unreadable)} rows cannot be read, the first of {unreadable[0]}",
+            "autochunk forget --unreadable",
+        )
 
 
-# --- Profiles ---------------------------------------------------------------------------------------------------------
+# --- Profiles -------------------------------------------------------------------------------------
 
 
 def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
@@ -167,22 +229,45 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
     stale = [profile for profile in mine if profile.device.stale_reasons(device)]
     if stale:
         reasons = "; ".join(stale[0].device.stale_reasons(device))
-        yield Finding("note", "profiles", f"{len(stale)} of {len(mine)} may no longer hold ({reasons})", "autochunk show --stale; autochunk tune --stale")
+        yield Finding(
+            "note",
+            "profiles",
+            f"{len(stale)} of {len(mine)} may no longer hold ({reasons})",
+            "autochunk show --stale; autochunk tune --stale",
+        )
     unfinished = [profile for profile in mine if not profile.complete]
     if unfinished:
-        yield Finding("note", "profiles", f"{len(unfinished)} of {len(mine)} were cut short", unfinished[0].parsed_workload().tune_command)
+        yield Finding(
+            "note",
+            "profiles",
+            f"{len(unfinished)} of {len(mine)} were cut short",
+            unfinished[0].parsed_workload().tune_command,
+        )
     if missed:
-        yield Finding("note", "profiles", f'"auto" found nothing for {len(missed)} workloads, such as {missed[0].shape}', "autochunk tune --missed")
+        yield Finding(
+            "note",
+            "profiles",
+            f'"auto" found nothing for {len(missed)} workloads, such as {missed[0].shape}',
+            "autochunk tune --missed",
+        )
 
 
 def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
-    """Profiles of this device that "auto" would use, each workload's from the first layer that has one; those of the user's own store before others."""
+    """Profiles of this device that "auto" would use, each workload's from the first layer that has
+    one; those of the user's own store before others.
+    """
     found: dict[str, tuple[bool, str, Profile]] = {}
     for layer in every:
         for profile in layers.readable_profiles(layer, device):
             if profile.choose() is not None:
-                found.setdefault(profile.workload, (not isinstance(layer, ProfileStore), profile.created, profile))
-    return [found[workload][-1] for workload in sorted(found, key=lambda workload: (*found[workload][:-1], workload))]
+                found.setdefault(
+                    profile.workload,
+                    (not isinstance(layer, ProfileStore), profile.created, profile),
+                )
+    return [
+        found[workload][-1]
+        for workload in sorted(found, key=lambda workload: (*found[workload][:-1], workload))
+    ]
 
 
 def _verified(found: Verification) -> Finding:
@@ -190,6 +275,16 @@ def _verified(found: Verification) -> Finding:
     subject = f"{workload.shape} {workload.dtype} {workload.mode}"
     again = f"{workload.tune_command} --force"
     if found.failure:
-        return Finding("problem", subject, f"{found.plan} cannot be timed here any more: {found.failure}", again)
-    text = f"{found.plan} takes {found.now:.2f} of the time of {found.baseline}, {found.then:.2f} when tuned ({found.change:+.0%} ±{found.spread:.0%})"
-    return Finding("problem", subject, text, again) if found.drifted else Finding("ok", subject, text)
+        return Finding(
+            "problem",
+            subject,
+            f"{found.plan} cannot be timed here any more: {found.failure}",
+            again,
+        )
+    text = (
+        f"{found.plan} takes {found.now:.2f} of the time of {found.baseline}, {found.then:.2f} "
+        f"when tuned ({found.change:+.0%} ±{found.spread:.0%})"
+    )
+    return (
+        Finding("problem", subject, text, again) if found.drifted else Finding("ok", subject, text)
+    )

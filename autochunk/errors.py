@@ -1,6 +1,7 @@
 """Every exception and warning that autochunk lets its callers see.
 
-Callers catch by family; the second base keeps ``except ValueError`` and ``except OSError`` working::
+Callers catch by family; the second base keeps ``except ValueError`` and ``except OSError``
+working::
 
     AutochunkError
     ├── ArgumentError (ValueError)   an argument of the op, the module or the tuner is not usable
@@ -62,7 +63,10 @@ class BundleError(AutochunkError, ValueError):
 
 
 class AgreementError(AutochunkError, RuntimeError):
-    """The processes of one program do not agree on the profiles that answer "auto"; they would compile different programs and wait for each other for ever."""
+    """The processes of one program do not agree on the profiles that answer "auto".
+
+    They would compile different programs and wait for each other for ever.
+    """
 
 
 class StorageError(AutochunkError, RuntimeError):
@@ -82,7 +86,10 @@ class MissWarning(AutochunkWarning):
 
 
 class BudgetWarning(AutochunkWarning):
-    """No plan that was measured of a workload fits the memory budget; the text says what the least takes."""
+    """No plan that was measured of a workload fits the memory budget.
+
+    The text says what the least takes.
+    """
 
 
 class StaleWarning(AutochunkWarning):
@@ -90,4 +97,7 @@ class StaleWarning(AutochunkWarning):
 
 
 class StoreWarning(AutochunkWarning):
-    """Profiles could not be read: a layer or rows were left out, or a damaged store was set aside and what is whole in it rescued."""
+    """Profiles could not be read.
+
+    A layer or rows were left out, or a damaged store was set aside and what is whole in it rescued.
+    """

@@ -1,7 +1,8 @@
 """From ``max_chunk_size_mb`` to slices: plain integer arithmetic, no jax.
 
-A Plan says how a call runs, independent of its sizes; ``slice_logits`` works out the slices where the sizes are known. That is late on purpose: under
-``vmap`` the true batch is only seen when the call is lowered, and the limit must hold there too.
+A Plan says how a call runs, independent of its sizes; ``slice_logits`` works out the slices where
+the sizes are known. That is late on purpose: under ``vmap`` the true batch is only seen when the
+call is lowered, and the limit must hold there too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ BYTES_PER_MB = 10**6
 DEFAULT_MAX_CHUNK_SIZE_MB = 1000.0
 """What dm-haiku pull request #679 proposed, and what "auto" falls back to."""
 
-# The axes along which each implementation slices, first choice first. "dense" is haiku's order of operations and "cudnn" cuDNN's kernel, which have none.
+# The axes along which each implementation slices, first choice first. "dense" is haiku's order of
+# operations and "cudnn" cuDNN's kernel, which have none.
 SLICING_ORDER: dict[str, tuple[str, ...]] = {
     "dense": (),
     "cudnn": (),
@@ -36,36 +38,51 @@ class Plan:
     """How one attention call runs.
 
     Attributes:
-      implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys), ``"xla_rows"`` (query rows first), ``"dense"`` (haiku's own
-        order of operations, unsliced; where all logits do not fit the limit, slices) or ``"cudnn"`` (cuDNN's fused kernel, on NVIDIA GPUs, in half precision).
-      max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None sets no limit. Long causal attention is cut into blocks even so.
+      implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys),
+        ``"xla_rows"`` (query rows first), ``"dense"`` (haiku's own order of operations, unsliced;
+        where all logits do not fit the limit, slices) or ``"cudnn"`` (cuDNN's fused kernel, on
+        NVIDIA GPUs, in half precision).
+      max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None sets no limit. Long
+        causal attention is cut into blocks even so.
     """
 
     implementation: str = "xla"
     max_chunk_size_mb: float | None = None
 
     def sliced(self) -> Plan:
-        """The plan itself if it slices; else the slices for what a kernel that does not slice cannot do, rows first since that suits every mesh."""
+        """The plan itself if it slices.
+
+        Else the slices for what a kernel that does not slice cannot do, rows first since that suits
+        every mesh.
+        """
         if self.implementation in SLICED_IMPLEMENTATIONS:
             return self
         return Plan("xla_rows", self.max_chunk_size_mb or DEFAULT_MAX_CHUNK_SIZE_MB)
 
     def __str__(self) -> str:
-        if self.implementation in IMPLEMENTATIONS and self.implementation not in SLICED_IMPLEMENTATIONS:
+        if (
+            self.implementation in IMPLEMENTATIONS
+            and self.implementation not in SLICED_IMPLEMENTATIONS
+        ):
             return self.implementation
-        return f"{self.implementation}, " + ("do not chunk" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB")
+        return f"{self.implementation}, " + (
+            "do not chunk" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB"
+        )
 
 
 @dataclass(frozen=True)
 class Plans:
     """The plan of a call that is not differentiated, and of one that is.
 
-    ``on_use`` is told which of the two came to run; it takes no part in equality, so that compiled programs are shared.
+    ``on_use`` is told which of the two came to run; it takes no part in equality, so that compiled
+    programs are shared.
     """
 
     forward: Plan
     training: Plan
-    on_use: Callable[[Literal["forward", "training"]], None] | None = field(default=None, compare=False, repr=False)
+    on_use: Callable[[Literal["forward", "training"]], None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     def used(self, mode: Literal["forward", "training"]) -> None:
         """Tells ``on_use`` that the plan for ``mode`` is the one that runs."""
@@ -98,7 +115,10 @@ class Slices(NamedTuple):
     keys: int
 
     def counts(self, shape: LogitsShape) -> Slices:
-        """Number of slices along each axis; the last one overlaps its neighbour where the size does not divide."""
+        """Number of slices along each axis.
+
+        The last one overlaps its neighbour where the size does not divide.
+        """
         return Slices(*(-(-getattr(shape, axis) // getattr(self, axis)) for axis in self._fields))
 
     def chunk_bytes(self, shape: LogitsShape) -> int:
@@ -107,7 +127,9 @@ class Slices(NamedTuple):
 
 
 def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
-    """The slices that keep a call within its plan's limit: as few as possible, of equal size along each axis.
+    """The slices that keep a call within its plan's limit.
+
+    As few as possible, of equal size along each axis.
 
     Raises:
       ArgumentError: the limit is less than one logit (one per query head of a key/value head).
@@ -125,22 +147,32 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
         unit *= sizes[axis]
     if unit > limit:
         raise ArgumentError(
-            f"max_chunk_size_mb={plan.max_chunk_size_mb:g} is {limit} bytes, less than the {unit} bytes of the smallest slice possible; give a larger limit"
+            f"max_chunk_size_mb={plan.max_chunk_size_mb:g} is {limit} bytes, less than the {unit} "
+            "bytes of the smallest slice possible; give a larger limit"
         )
     return Slices(**sizes)
 
 
 def _whole_bytes(limit: float) -> int:
-    """A limit in bytes. One made from whole bytes must give them back: n / 10^6 * 10^6 may come out just below n."""
+    """A limit in bytes.
+
+    One made from whole bytes must give them back: n / 10^6 * 10^6 may come out just below n.
+    """
     return math.floor(min(limit * BYTES_PER_MB, 2.0**100) * (1 + 1e-12))
 
 
 def runs_dense(plan: Plan, shape: LogitsShape) -> bool:
-    """Whether a plan computes all logits at once in haiku's order of operations: if it says so and they fit its limit."""
-    return plan.implementation == "dense" and (plan.max_chunk_size_mb is None or shape.bytes <= _whole_bytes(plan.max_chunk_size_mb))
+    """Whether a plan computes all logits at once in haiku's order of operations.
+
+    If it says so and they fit its limit.
+    """
+    return plan.implementation == "dense" and (
+        plan.max_chunk_size_mb is None or shape.bytes <= _whole_bytes(plan.max_chunk_size_mb)
+    )
 
 
-# Square blocks along the diagonal: n by n of them compute (n + 1) / 2n of the logits. More gain little; in shorter ones products are less efficient.
+# Square blocks along the diagonal: n by n of them compute (n + 1) / 2n of the logits. More gain
+# little; in shorter ones products are less efficient.
 _MOST_BLOCKS = 8
 _SHORTEST_BLOCK = 256
 
@@ -148,19 +180,25 @@ _SHORTEST_BLOCK = 256
 def cuts_blocks(causal: bool, masked: bool) -> bool:
     """Whether attention runs in blocks of which those above the diagonal are left out.
 
-    Not with a mask: a row that the mask leaves no key at all is the mean of all values, also of those that causality hides.
+    Not with a mask: a row that the mask leaves no key at all is the mean of all values, also of
+    those that causality hides.
     """
     return causal and not masked
 
 
 def causal_block(shape: LogitsShape) -> LogitsShape:
-    """What slicing works on where ``cuts_blocks``: blocks so small that those above the diagonal are nearly half."""
+    """What slicing works on where ``cuts_blocks``.
+
+    Blocks so small that those above the diagonal are nearly half.
+    """
     count = max(1, min(_MOST_BLOCKS, shape.rows // _SHORTEST_BLOCK, shape.keys // _SHORTEST_BLOCK))
     return shape._replace(rows=-(-shape.rows // count), keys=-(-shape.keys // count))
 
 
 def balanced(length: int, most: int) -> int:
-    """The slice size, at most ``most``, that cuts ``length`` into the fewest slices and those as equal as they can be."""
+    """The slice size, at most ``most``, that cuts ``length`` into the fewest slices and those as
+    equal as they can be.
+    """
     count = -(-length // max(1, most))
     size = -(-length // count)
     # Matrix units work in eights; round up to one where that still fits and makes no fewer slices.
@@ -171,8 +209,9 @@ def balanced(length: int, most: int) -> int:
 def candidate_plans(shape: LogitsShape, *, step: int = 2, most_slices: int = 1024) -> list[Plan]:
     """The plans worth measuring for these sizes, from most memory to least.
 
-    Limits are powers of ``step`` times 1.05 MB, so that a choice reads well and carries over to other shapes. Plans that come to the same slices as an
-    earlier one are left out; so are those with more than ``most_slices`` slices.
+    Limits are powers of ``step`` times 1.05 MB, so that a choice reads well and carries over to
+    other shapes. Plans that come to the same slices as an earlier one are left out; so are those
+    with more than ``most_slices`` slices.
     """
     plans: dict[Slices, Plan] = {}
     for plan in _ladder(shape, step):
@@ -182,7 +221,8 @@ def candidate_plans(shape: LogitsShape, *, step: int = 2, most_slices: int = 102
     return [plan for _, plan in sorted(plans.items(), key=lambda item: -item[0].chunk_bytes(shape))]
 
 
-# Just over 2^20 bytes: slices of sizes that are powers of two then fit without a remainder, which was seen to be up to 1.3x faster than in limits of 2^n MB.
+# Just over 2^20 bytes: slices of sizes that are powers of two then fit without a remainder, which
+# was seen to be up to 1.3x faster than in limits of 2^n MB.
 _RUNG_MB = 1.05
 
 
@@ -203,7 +243,10 @@ def _round(limit: float) -> float:
 
 def same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
     """Whether two plans come to the same computation at these sizes."""
-    if one.implementation != other.implementation and not {one.implementation, other.implementation} <= SLICED_IMPLEMENTATIONS:
+    if (
+        one.implementation != other.implementation
+        and not {one.implementation, other.implementation} <= SLICED_IMPLEMENTATIONS
+    ):
         return False
     return slice_logits(one, shape) == slice_logits(other, shape)
 
@@ -220,7 +263,10 @@ def check_max_chunk_size_mb(value: Any) -> float | Literal["auto"] | None:
         return "auto"
     limit = _positive(value)
     if limit is None:
-        raise ArgumentError(f'max_chunk_size_mb must be a positive finite number (MB of logits), None (never chunk) or "auto"; got {value!r}')
+        raise ArgumentError(
+            "max_chunk_size_mb must be a positive finite number (MB of logits), None (never "
+            f'chunk) or "auto"; got {value!r}'
+        )
     return limit
 
 
@@ -232,7 +278,9 @@ def check_positive(name: str, value: Any, unit: str) -> float | None:
     """
     number = _positive(value)
     if value is not None and number is None:
-        raise ArgumentError(f"{name} must be a positive finite number of {unit} or None; got {value!r}")
+        raise ArgumentError(
+            f"{name} must be a positive finite number of {unit} or None; got {value!r}"
+        )
     return number
 
 
@@ -255,4 +303,7 @@ def check_implementation(value: Any) -> str | None:
     """
     if value is None or (isinstance(value, str) and value in SLICING_ORDER):
         return value
-    raise ArgumentError(f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}; got {value!r}")
+    raise ArgumentError(
+        f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}; got "
+        f"{value!r}"
+    )

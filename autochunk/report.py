@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, get_args
 from rich.box import MARKDOWN
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -27,14 +34,15 @@ if TYPE_CHECKING:
     from autochunk.tuner.bench import Contender
     from autochunk.tuner.tune import Event
 
-# --- Data -----------------------------------------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
 
 def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
     """One profile as a flat record.
 
-    ``speedup_*`` are times of the baseline over that of the chosen plan; ``memory_vs_dense`` is the chosen plan's working memory over dense's; ``spread``
-    is half the interquartile range of the time ratio to dense, relative to it. None where a baseline could not be measured.
+    ``speedup_*`` are times of the baseline over that of the chosen plan; ``memory_vs_dense`` is the
+    chosen plan's working memory over dense's; ``spread`` is half the interquartile range of the
+    time ratio to dense, relative to it. None where a baseline could not be measured.
     """
     workload = profile.parsed_workload()
     choice = profile.choose()
@@ -53,8 +61,14 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
         "speedup_vs_dense": _over(dense, best),
         "speedup_vs_default": _over(default, best),
         "temp_bytes": best.temp_bytes if best else None,
-        "memory_vs_dense": best.temp_bytes / dense.temp_bytes if best and dense and best.temp_bytes is not None and dense.temp_bytes else None,
-        "spread": math.hypot(best.spread, dense.spread) if best and dense else best.spread if best else None,
+        "memory_vs_dense": best.temp_bytes / dense.temp_bytes
+        if best and dense and best.temp_bytes is not None and dense.temp_bytes
+        else None,
+        "spread": math.hypot(best.spread, dense.spread)
+        if best and dense
+        else best.spread
+        if best
+        else None,
         "repeats": len(best.ratios) if best else 0,
         "plans_measured": len(profile.measurements),
         "effort": profile.effort,
@@ -91,7 +105,13 @@ def resolution_record(resolution: Resolution) -> dict[str, Any]:
 def import_records(plan: ImportPlan) -> list[dict[str, Any]]:
     """What an import does, as plain data."""
     return [
-        {"device": entry.profile.device.key, "workload": entry.profile.workload, "relation": entry.relation, "taken": entry.taken, "reason": entry.reason}
+        {
+            "device": entry.profile.device.key,
+            "workload": entry.profile.workload,
+            "relation": entry.relation,
+            "taken": entry.taken,
+            "reason": entry.reason,
+        }
         for entry in plan.entries
     ]
 
@@ -113,7 +133,7 @@ def bench_record(contender: Contender) -> dict[str, Any]:
     }
 
 
-# --- Drawing --------------------------------------------------------------------------------------------------------------
+# --- Drawing --------------------------------------------------------------------------------------
 
 
 def as_json(data: Any) -> str:
@@ -124,7 +144,16 @@ def as_json(data: Any) -> str:
 def profile_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Table:
     """The table that ends ``autochunk tune`` and that ``autochunk show`` prints."""
     table = Table(box=MARKDOWN if markdown else None, pad_edge=markdown, header_style="bold")
-    for title in ("workload", "mode", "chosen plan", "time vs dense", "vs 1000 MB", "memory vs dense", "spread", "notes"):
+    for title in (
+        "workload",
+        "mode",
+        "chosen plan",
+        "time vs dense",
+        "vs 1000 MB",
+        "memory vs dense",
+        "spread",
+        "notes",
+    ):
         table.add_column(title, overflow="fold", no_wrap=title in ("mode", "spread"))
     for row in rows:
         dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
@@ -174,15 +203,24 @@ def resolution_text(resolution: Resolution, accounts: Sequence[tuple[str, str]] 
     lines = [
         f"workload  {resolution.workload.key}",
         f"device    {resolution.device.key}",
-        f'"auto" is max_chunk_size_mb={plan.max_chunk_size_mb if plan.max_chunk_size_mb is None else format(plan.max_chunk_size_mb, "g")}, '
+        '"auto" is '
+        f"max_chunk_size_mb={plan.max_chunk_size_mb if plan.max_chunk_size_mb is None else format(plan.max_chunk_size_mb, 'g')}, "
         f'implementation="{plan.implementation}"',
         f"because   {resolution.reason}",
-        f"from      {resolution.layer} ({resolution.match}{', stale: ' + '; '.join(resolution.stale) if resolution.stale else ''})",
+        f"from      {resolution.layer} "
+        f"({resolution.match}{', stale: ' + '; '.join(resolution.stale) if resolution.stale else ''})",
     ]
     if resolution.profile is not None:
         measured = resolution.profile
-        lines.append(f"measured  {measured.created}, effort {measured.effort}, jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}")
-    parts: list[Any] = [Text("\n".join(lines)), Text("\nasked, in this order:"), _pairs(resolution.asked or [("use(...)", "answered")])]
+        lines.append(
+            f"measured  {measured.created}, effort {measured.effort}, jaxlib "
+            f"{measured.device.jaxlib}, autochunk {measured.autochunk}"
+        )
+    parts: list[Any] = [
+        Text("\n".join(lines)),
+        Text("\nasked, in this order:"),
+        _pairs(resolution.asked or [("use(...)", "answered")]),
+    ]
     if accounts:
         parts += [Text("\nwhat each layer has:"), _pairs(accounts)]
     if resolution.rejected:
@@ -198,20 +236,34 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
 
 
 def import_text(plan: ImportPlan, dry_run: bool) -> Group:
-    """What an import did, or would do: each profile that is not simply new or the same, and how many there are of each kind."""
+    """What an import did, or would do.
+
+    Each profile that is not simply new or the same, and how many there are of each kind.
+    """
     told = [entry for entry in plan.entries if entry.relation not in ("new", "same")]
     table = Table(box=None, show_header=False, pad_edge=False)
     for entry in told:
-        table.add_row(entry.relation, "stored" if entry.taken else "left out", Text(entry.profile.workload), Text(entry.profile.device.key), Text(entry.reason))
+        table.add_row(
+            entry.relation,
+            "stored" if entry.taken else "left out",
+            Text(entry.profile.workload),
+            Text(entry.profile.device.key),
+            Text(entry.reason),
+        )
     counts = ", ".join(f"{plan.count(relation)} {relation}" for relation in get_args(Relation))
-    stored = f"{len(plan.taken)} of {len(plan.entries)} profiles {'would be' if dry_run else 'were'} stored."
+    stored = (
+        f"{len(plan.taken)} of {len(plan.entries)} profiles {'would be' if dry_run else 'were'} "
+        "stored."
+    )
     return Group(*([table] if told else []), Text(f"{counts}. {stored}"))
 
 
 def finding_text(finding: Finding) -> Text:
     """One line of ``autochunk doctor``, and its cure under it."""
     style = {"ok": "green", "note": "yellow", "problem": "red"}[finding.level]
-    text = Text.assemble((f"{finding.level:8}", style), (finding.subject, "bold"), f": {finding.detail}")
+    text = Text.assemble(
+        (f"{finding.level:8}", style), (finding.subject, "bold"), f": {finding.detail}"
+    )
     return text.append(f"\n        to do: {finding.cure}") if finding.cure else text
 
 
@@ -224,7 +276,14 @@ def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
         time_text = "-" if record["seconds"] is None else f"{record['seconds'] * 1e3:.2f} ms"
         memory = "-" if record["temp_bytes"] is None else f"{record['temp_bytes'] / 1e6:.0f} MB"
         speedup = faster(1 / record["ratio"] if record["ratio"] else None)
-        table.add_row(record["name"], time_text, speedup, _percent(record["spread"]), memory, Text(record["detail"]))
+        table.add_row(
+            record["name"],
+            time_text,
+            speedup,
+            _percent(record["spread"]),
+            memory,
+            Text(record["detail"]),
+        )
     return table
 
 
@@ -236,9 +295,16 @@ class TuneProgress:
         self._start = time.monotonic()
         self._lock = threading.Lock()  # several GPUs tell of their workloads at the same time
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[best]}"),
+            console=console,
         )
-        self._live = Live(self._progress, console=console, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(self._progress, console=console, transient=True) if console.is_terminal else None
+        )
         self._best: dict[Any, Measurement] = {}
         self._tasks: dict[Any, TaskID] = {}
 
@@ -253,7 +319,12 @@ class TuneProgress:
 
     def __call__(self, event: Event) -> None:
         """Takes one event, in whichever thread."""
-        label = f"[{event.number}/{event.count}] {event.workload.shape} {event.workload.dtype} {event.workload.mode}" if event.workload else ""
+        label = (
+            f"[{event.number}/{event.count}] {event.workload.shape} {event.workload.dtype} "
+            f"{event.workload.mode}"
+            if event.workload
+            else ""
+        )
         with self._lock:
             if event.kind == "device":
                 assert event.device is not None
@@ -277,9 +348,15 @@ class TuneProgress:
             best = self._best[event.workload] = measurement
         if event.workload in self._tasks:
             text = f"best {best.plan}, {best.seconds_median * 1e3:.1f} ms" if best else ""
-            self._progress.update(self._tasks[event.workload], completed=event.done, total=event.total, best=text)
+            self._progress.update(
+                self._tasks[event.workload], completed=event.done, total=event.total, best=text
+            )
         else:
-            result = f"{measurement.seconds_median * 1e3:.1f} ms" if measurement.timed else measurement.status
+            result = (
+                f"{measurement.seconds_median * 1e3:.1f} ms"
+                if measurement.timed
+                else measurement.status
+            )
             self._say(f"  [{event.number}] {event.done}/{event.total} {measurement.plan}: {result}")
 
     def _ending(self, event: Event) -> str:
@@ -288,17 +365,33 @@ class TuneProgress:
         if event.kind == "failed":
             return f"{'failed' if event.profile else 'not measured'}: {event.detail}"
         if event.kind == "out_of_time":
-            stays = f"out of time, and the profile from before stays ({event.profile.effort})" if event.profile else "not measured: out of time"
+            stays = (
+                f"out of time, and the profile from before stays ({event.profile.effort})"
+                if event.profile
+                else "not measured: out of time"
+            )
             return f"{stays}; the same command goes on from here"
         assert event.profile is not None
         if event.kind == "skipped":
-            return f"tuned before ({event.profile.effort}, {event.profile.created}); --force measures again"
+            return (
+                f"tuned before ({event.profile.effort}, {event.profile.created}); --force "
+                "measures again"
+            )
         choice = event.profile.choose()
         result = str(choice.plan) if choice else "no plan could be measured"
-        return result if event.profile.complete else f"{result} (unfinished: out of time; the same command goes on from here)"
+        return (
+            result
+            if event.profile.complete
+            else f"{result} (unfinished: out of time; the same command goes on from here)"
+        )
 
     def _say(self, line: str) -> None:
         if self._live:
             self.console.print(line, highlight=False, markup=False)
         else:
-            self.console.print(f"{time.monotonic() - self._start:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                f"{time.monotonic() - self._start:6.1f} s  {line}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )

@@ -1,7 +1,8 @@
 """A Workload: one tunable attention call, and the one text that names it.
 
-The same grammar serves the store's keys and the command line's ``--shape``: ``name=value`` items between commas. The key spells every item, in one
-order, so that equal workloads have equal keys; a shape may leave items out. Both are written by ``Workload.key`` / ``Workload.shape`` and read by
+The same grammar serves the store's keys and the command line's ``--shape``: ``name=value`` items
+between commas. The key spells every item, in one order, so that equal workloads have equal keys; a
+shape may leave items out. Both are written by ``Workload.key`` / ``Workload.shape`` and read by
 ``Workload.parse``.
 """
 
@@ -22,7 +23,8 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES: tuple[DType, ...] = get_args(DType)
 
-# Larger than any array that a device can hold; keeps products of sizes far from overflow in other readers of the key.
+# Larger than any array that a device can hold; keeps products of sizes far from overflow in other
+# readers of the key.
 _Size = Annotated[int, Field(ge=1, le=2**40)]
 
 # What the text calls each field, in the key's order.
@@ -47,9 +49,11 @@ _PREFIX = "attention:"
 class Workload(BaseModel):
     """One tunable attention call.
 
-    Sizes are element counts: ``batch`` is the product of the leading dims, ``query_length`` is T' (``t`` in texts), ``key_length`` is T (``s``),
-    ``num_heads`` is H and ``num_kv_heads`` divides it. ``mask`` and ``bias`` are ``"none"`` or four letters for the dims [batch, heads, query, key]
-    with ``1`` where the array broadcasts: ``"b1ts"`` is a mask per batch element, shared by the heads. ``causal`` is the op's ``is_causal``.
+    Sizes are element counts: ``batch`` is the product of the leading dims, ``query_length`` is T'
+    (``t`` in texts), ``key_length`` is T (``s``), ``num_heads`` is H and ``num_kv_heads`` divides
+    it. ``mask`` and ``bias`` are ``"none"`` or four letters for the dims [batch, heads, query, key]
+    with ``1`` where the array broadcasts: ``"b1ts"`` is a mask per batch element, shared by the
+    heads. ``causal`` is the op's ``is_causal``.
 
     Raises:
       WorkloadError: from ``make`` and ``parse``; says which item is wrong.
@@ -83,7 +87,12 @@ class Workload(BaseModel):
             ("value_size", "key_size", None),
         ):
             data.setdefault(name, data.get(source, default))
-        sizes = [data.get("batch", 1), data.get("num_heads", 1), data.get("query_length"), data["key_length"]]
+        sizes = [
+            data.get("batch", 1),
+            data.get("num_heads", 1),
+            data.get("query_length"),
+            data["key_length"],
+        ]
         for name in ("mask", "bias"):
             data[name] = _canonical_pattern(name, data.get(name, "none"), sizes)
         return data
@@ -91,12 +100,16 @@ class Workload(BaseModel):
     @model_validator(mode="after")
     def _check_heads(self) -> Workload:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"h={self.num_heads} is not a multiple of kv_heads={self.num_kv_heads}")
+            raise ValueError(
+                f"h={self.num_heads} is not a multiple of kv_heads={self.num_kv_heads}"
+            )
         return self
 
     @classmethod
     def make(cls, **fields: Any) -> Workload:
-        """Builds a Workload from its fields; ``key_length``, ``num_kv_heads`` and ``value_size`` may be left out.
+        """Builds a Workload from its fields.
+
+        ``key_length``, ``num_kv_heads`` and ``value_size`` may be left out.
 
         Raises:
           WorkloadError: a field is missing, unknown or out of range.
@@ -108,10 +121,13 @@ class Workload(BaseModel):
 
     @classmethod
     def parse(cls, text: str, **defaults: Any) -> Workload:
-        """Reads a key, or a shape such as ``b=1,t=4096,s=4096,h=8,k=64``; items left out come from ``defaults`` (fields, by name).
+        """Reads a key, or a shape such as ``b=1,t=4096,s=4096,h=8,k=64``.
+
+        Items left out come from ``defaults`` (fields, by name).
 
         Raises:
-          WorkloadError: an item is unknown, given twice or out of range, or ``t`` or ``k`` is missing.
+          WorkloadError: an item is unknown, given twice or out of range, or ``t`` or ``k`` is
+            missing.
         """
         fields = dict(defaults)
         given: set[str] = set()
@@ -119,7 +135,8 @@ class Workload(BaseModel):
             name, equals, value = item.strip().partition("=")
             if not equals or name not in _ITEMS:
                 raise WorkloadError(
-                    f"{text!r}: {item.strip()!r} is not an item of a shape; items are NAME=VALUE between commas, NAME one of {', '.join(_ITEMS)}"
+                    f"{text!r}: {item.strip()!r} is not an item of a shape; items are NAME=VALUE "
+                    f"between commas, NAME one of {', '.join(_ITEMS)}"
                 )
             if name in given:
                 raise WorkloadError(f"{text!r}: {name}= is given twice")
@@ -127,7 +144,10 @@ class Workload(BaseModel):
             fields[_ITEMS[name]] = _read_value(text, name, value)
         missing = [name for name in ("t", "k") if _ITEMS[name] not in fields]
         if missing:
-            raise WorkloadError(f"{text!r}: {' and '.join(f'{name}=' for name in missing)} must be given; for example b=1,t=4096,h=8,k=64")
+            raise WorkloadError(
+                f"{text!r}: {' and '.join(f'{name}=' for name in missing)} must be given; for "
+                "example b=1,t=4096,h=8,k=64"
+            )
         try:
             return cls.make(**fields)
         except WorkloadError as error:
@@ -136,7 +156,9 @@ class Workload(BaseModel):
     @property
     def key(self) -> str:
         """The canonical text of this workload; ``Workload.parse`` reads it back."""
-        return _PREFIX + ",".join(f"{item}={_text(getattr(self, field))}" for item, field in _ITEMS.items())
+        return _PREFIX + ",".join(
+            f"{item}={_text(getattr(self, field))}" for item, field in _ITEMS.items()
+        )
 
     @property
     def shape(self) -> str:
@@ -150,7 +172,11 @@ class Workload(BaseModel):
             "dtype": self.dtype,
             "mode": self.mode,
         }
-        return ",".join(f"{item}={_text(getattr(self, field))}" for item, field in _ITEMS.items() if getattr(self, field) != implied.get(item))
+        return ",".join(
+            f"{item}={_text(getattr(self, field))}"
+            for item, field in _ITEMS.items()
+            if getattr(self, field) != implied.get(item)
+        )
 
     @property
     def tune_command(self) -> str:
@@ -169,21 +195,38 @@ class Workload(BaseModel):
     @property
     def logits_bytes(self) -> int:
         """Bytes of the whole logits array [batch, H, T', T]."""
-        return self.batch * self.num_heads * self.query_length * self.key_length * self.logits_itemsize
+        return (
+            self.batch * self.num_heads * self.query_length * self.key_length * self.logits_itemsize
+        )
 
 
-def workloads_of(shapes: Iterable[str], dtypes: Sequence[DType] = ("float32",), modes: Sequence[Mode] = MODES) -> list[Workload]:
+def workloads_of(
+    shapes: Iterable[str], dtypes: Sequence[DType] = ("float32",), modes: Sequence[Mode] = MODES
+) -> list[Workload]:
     """Each shape in each dtype and mode.
 
     Raises:
       WorkloadError: a shape cannot be read.
     """
-    return [Workload.parse(shape, dtype=dtype, mode=mode) for dtype in dtypes for shape in shapes for mode in modes]
+    return [
+        Workload.parse(shape, dtype=dtype, mode=mode)
+        for dtype in dtypes
+        for shape in shapes
+        for mode in modes
+    ]
 
 
-def of_kind(workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]) -> list[Workload]:
-    """Those of the workloads that have one of these dtypes, or any if none is given, and one of these modes."""
-    return [workload for workload in workloads if (not dtypes or workload.dtype in dtypes) and workload.mode in modes]
+def of_kind(
+    workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]
+) -> list[Workload]:
+    """Those of the workloads that have one of these dtypes, or any if none is given, and one of
+    these modes.
+    """
+    return [
+        workload
+        for workload in workloads
+        if (not dtypes or workload.dtype in dtypes) and workload.mode in modes
+    ]
 
 
 def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
@@ -191,8 +234,13 @@ def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
     if pattern == "none" or not isinstance(pattern, str):
         return pattern
     if not re.fullmatch("[b1][h1][t1][s1]", pattern):
-        raise ValueError(f"{name}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the array broadcasts over batch, heads, t or s)")
-    return "".join("1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True))
+        raise ValueError(
+            f"{name}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the "
+            "array broadcasts over batch, heads, t or s)"
+        )
+    return "".join(
+        "1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True)
+    )
 
 
 def key_items(text: str) -> dict[str, str]:
@@ -203,10 +251,16 @@ def key_items(text: str) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=100_000)
 def split_key(key: str) -> tuple[tuple[int, ...], str]:
-    """(sizes, everything else) of a key as ``Workload.key`` writes it, quicker than by ``Workload.parse``; no sizes for another text."""
+    """(sizes, everything else) of a key as ``Workload.key`` writes it, quicker than by
+    ``Workload.parse``; no sizes for another text.
+    """
     sizes, comma, rest = key.removeprefix(_PREFIX).partition(",dtype=")
     numbers = [item.partition("=")[2] for item in sizes.split(",")]
-    return (tuple(map(int, numbers)), rest) if comma and all(number.isdecimal() for number in numbers) else ((), key)
+    return (
+        (tuple(map(int, numbers)), rest)
+        if comma and all(number.isdecimal() for number in numbers)
+        else ((), key)
+    )
 
 
 def _read_value(text: str, name: str, value: str) -> Any:
@@ -232,5 +286,9 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         location = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        details.append(f"{names.get(location, location)}={problem['input']!r}: {message}" if location else message)
+        details.append(
+            f"{names.get(location, location)}={problem['input']!r}: {message}"
+            if location
+            else message
+        )
     return "; ".join(details)

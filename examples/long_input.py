@@ -1,7 +1,10 @@
-"""The example of dm-haiku pull request #679: self-attention over a long input on a CPU, whole module, forward.
+"""The example of dm-haiku pull request #679.
 
-The full size is input [1, 16000, 1024], 16 heads of 64, where dense attention needs about 33 GB and is left out unless it fits; ``--length`` makes it smaller.
-Each kind of attention runs in a process of its own, in turn, so that its peak memory is its own.
+Self-attention over a long input on a CPU, whole module, forward.
+
+The full size is input [1, 16000, 1024], 16 heads of 64, where dense attention needs about 33 GB and
+is left out unless it fits; ``--length`` makes it smaller. Each kind of attention runs in a process
+of its own, in turn, so that its peak memory is its own.
 
     python examples/long_input.py --length 4000
 """
@@ -32,9 +35,15 @@ KINDS = ("dense", "row loop", "1000 MB", "auto")
 class RowLoopAttention(hk.MultiHeadAttention):
     """The pull request's way: query rows in a Python loop, 1000 MB of logits at a time."""
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
         """As in ``hk.MultiHeadAttention``."""
-        inputs = ((query, self.key_size, "query"), (key, self.key_size, "key"), (value, self.value_size, "value"))
+        inputs = (
+            (query, self.key_size, "query"),
+            (key, self.key_size, "key"),
+            (value, self.value_size, "value"),
+        )
         heads = [self._linear_projection(x, size, name) for x, size, name in inputs]
         attended = row_loop(*heads, None, mask, causal=False)
         flat = attended.reshape((*query.shape[:-1], self.num_heads * self.value_size))
@@ -55,19 +64,30 @@ def module(kind: str, sizes: Sizes) -> hk.Transformed:
     """Self-attention by one of KINDS."""
 
     def forward(x: jax.Array) -> jax.Array:
-        settings = {"num_heads": sizes.heads, "key_size": sizes.key_size, "w_init": hk.initializers.VarianceScaling(), "name": "attention"}
+        settings = {
+            "num_heads": sizes.heads,
+            "key_size": sizes.key_size,
+            "w_init": hk.initializers.VarianceScaling(),
+            "name": "attention",
+        }
         if kind in ("dense", "row loop"):
             attention = (hk.MultiHeadAttention if kind == "dense" else RowLoopAttention)(**settings)
         else:
-            attention = autochunk.MultiHeadAttention(max_chunk_size_mb=1000 if kind == "1000 MB" else "auto", **settings)
+            attention = autochunk.MultiHeadAttention(
+                max_chunk_size_mb=1000 if kind == "1000 MB" else "auto", **settings
+            )
         return attention(x, x, x)
 
     return hk.without_apply_rng(hk.transform(forward))
 
 
 def measure(kind: str, sizes: Sizes, repeats: int) -> tuple[float, float]:
-    """(median seconds, MB by which this process's peak memory grew) of a forward pass, compiling left out of the time."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, sizes.length, sizes.size), np.float32))
+    """(median seconds, MB by which this process's peak memory grew) of a forward pass, compiling
+    left out of the time.
+    """
+    x = jnp.asarray(
+        np.random.default_rng(0).standard_normal((1, sizes.length, sizes.size), np.float32)
+    )
     parameters = module("dense", sizes).init(jax.random.key(1), x[:, :1])
     compiled = jax.jit(module(kind, sizes).apply).lower(parameters, x).compile()
     before = peak_mb()
@@ -87,26 +107,44 @@ def peak_mb() -> float:
 def run(sizes: Sizes, repeats: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """(seconds, MB) of every kind that fits in memory, once a round."""
     logits_bytes = 4 * sizes.heads * sizes.length**2
-    kinds = [kind for kind in KINDS if kind != "dense" or 2.5 * logits_bytes < available_cpu_bytes()]
+    kinds = [
+        kind for kind in KINDS if kind != "dense" or 2.5 * logits_bytes < available_cpu_bytes()
+    ]
     if "dense" not in kinds:
         print(f"dense    left out: {logits_bytes / 1e9:.1f} GB of logits, twice, do not fit here")
     results: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            with concurrent.futures.ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn")
+            ) as process:
                 results[kind].append(process.submit(measure, kind, sizes, repeats).result())
     reference = "row loop"
     for kind, measured in results.items():
         seconds, memory = (statistics.median(values) for values in zip(*measured, strict=True))
-        ratios = [own[0] / other[0] for own, other in zip(measured, results[reference], strict=True)]
-        print(f"{kind:8s} {seconds * 1e3:9.1f} ms ({statistics.median(ratios):.2f} of the row loop's, {min(ratios):.2f} to {max(ratios):.2f}) {memory:9.0f} MB")
+        ratios = [
+            own[0] / other[0] for own, other in zip(measured, results[reference], strict=True)
+        ]
+        print(
+            f"{kind:8s} {seconds * 1e3:9.1f} ms ({statistics.median(ratios):.2f} of the row "
+            f"loop's, {min(ratios):.2f} to {max(ratios):.2f}) {memory:9.0f} MB"
+        )
     return results
 
 
 def main(arguments: list[str]) -> None:
     """Reads the sizes and runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("length", 16000), ("size", 1024), ("heads", 16), ("key-size", 64), ("repeats", 2), ("rounds", 3)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("length", 16000),
+        ("size", 1024),
+        ("heads", 16),
+        ("key-size", 64),
+        ("repeats", 2),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     read = vars(parser.parse_args(arguments))
     repeats, rounds = read.pop("repeats"), read.pop("rounds")

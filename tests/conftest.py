@@ -1,4 +1,7 @@
-"""What every test gets: a profile store of its own, no reports left over from another test, and strict JAX settings."""
+"""What every test gets.
+
+A profile store of its own, no reports left over from another test, and strict JAX settings.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ hypothesis.settings.load_profile("autochunk")
 
 @pytest.fixture(autouse=True)
 def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file of this test's own store (not yet there), which AUTOCHUNK_STORE names; no other layer has anything, whatever this machine is."""
+    """The file of this test's own store (not yet there), which AUTOCHUNK_STORE names.
+
+    No other layer has anything, whatever this machine is.
+    """
     path = tmp_path / "store" / "profiles.sqlite"
     monkeypatch.setenv("AUTOCHUNK_STORE", str(path))
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "site"))

@@ -1,4 +1,6 @@
-"""Devices, workloads, measurements and profiles with every field filled in, and Python processes of their own."""
+"""Devices, workloads, measurements and profiles with every field filled in, and Python processes of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ TESTS = Path(__file__).resolve().parent
 
 def make_device(**fields: Any) -> Device:
     """A CPU that no profile was ever shipped for."""
-    return Device(**{"platform": "cpu", "kind": "Made/Up", "cores": 4, "memory_gib": 8, "jax": "0.12.0", "jaxlib": "0.12.0", **fields})
+    return Device(
+        **{
+            "platform": "cpu",
+            "kind": "Made/Up",
+            "cores": 4,
+            "memory_gib": 8,
+            "jax": "0.12.0",
+            "jaxlib": "0.12.0",
+            **fields,
+        }
+    )
 
 
 def make_workload(shape: str = "b=2,t=1024,s=1024,h=8,k=64", **defaults: Any) -> Workload:
@@ -36,7 +48,10 @@ def make_measurement(
     noise: float = 0.0,
     **fields: Any,
 ) -> Measurement:
-    """A plan measured in five rounds; the quartiles of its ratios lie ``noise`` (a fraction) to either side of ``ratio``."""
+    """A plan measured in five rounds.
+
+    The quartiles of its ratios lie ``noise`` (a fraction) to either side of ``ratio``.
+    """
     timed = status in ("ok", "pruned")
     ratios = tuple(ratio * (1 + step * noise) for step in (-2, -1, 0, 1, 2)) if timed else ()
     given = {
@@ -61,11 +76,27 @@ CURVE = (
 """Three plans and dense; ``xla`` at 16 MB is the fastest by far."""
 
 
-def make_profile(workload: Workload | str | None = None, device: Device | None = None, measurements: Sequence[Measurement] = CURVE, **fields: Any) -> Profile:
+def make_profile(
+    workload: Workload | str | None = None,
+    device: Device | None = None,
+    measurements: Sequence[Measurement] = CURVE,
+    **fields: Any,
+) -> Profile:
     """A complete profile; by default "xla, 16 MB" is its choice."""
     key = workload.key if isinstance(workload, Workload) else workload or make_workload().key
-    given = {"schema_version": 1, "effort": "standard", "complete": True, "created": "2026-01-02T03:04:05Z", "autochunk": "0.1.0"}
-    return Profile(workload=key, device=device or make_device(), measurements=tuple(measurements), **{**given, **fields})
+    given = {
+        "schema_version": 1,
+        "effort": "standard",
+        "complete": True,
+        "created": "2026-01-02T03:04:05Z",
+        "autochunk": "0.1.0",
+    }
+    return Profile(
+        workload=key,
+        device=device or make_device(),
+        measurements=tuple(measurements),
+        **{**given, **fields},
+    )
 
 
 def one_plan(limit: float | None, implementation: str = "xla") -> tuple[Measurement, ...]:
@@ -77,7 +108,14 @@ def start_python(code: str, *arguments: object, **environment: str) -> subproces
     """Starts a Python process with this environment and more, which can import this module."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
-    return subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run_python(code: str, *arguments: object, timeout: float = 60.0, **environment: str) -> str:

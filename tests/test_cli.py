@@ -47,7 +47,10 @@ def tuned() -> list[dict[str, Any]]:
 
 
 def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_path: Path) -> None:
-    """The whole road by commands: what tune prints is what show lists, explain answers with, and export and import carry over."""
+    """The whole road by commands.
+
+    What tune prints is what show lists, explain answers with, and export and import carry over.
+    """
     (row,) = tuned
     assert row["complete"]
     assert row["speedup_vs_dense"] > 0
@@ -55,7 +58,11 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert row["shape"] in call("show").stdout
 
     (answer,) = json.loads(call("explain", "--shape", SHAPE, "--mode", "forward", "--json").stdout)
-    assert (answer["match"], answer["implementation"], answer["max_chunk_size_mb"]) == ("exact", row["implementation"], row["max_chunk_size_mb"])
+    assert (answer["match"], answer["implementation"], answer["max_chunk_size_mb"]) == (
+        "exact",
+        row["implementation"],
+        row["max_chunk_size_mb"],
+    )
     assert "because" in call("explain", "--shape", SHAPE, "--mode", "forward").stdout
 
     file = tmp_path / "profiles.json"
@@ -63,10 +70,19 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert call("export", "-").stdout == file.read_text()
     other = str(tmp_path / "other.sqlite")
     counts = "0 newer, 0 older, 0 conflicting"
-    assert f"1 new, 0 same, {counts}. 1 of 1 profiles would be stored." in call("import", "--dry-run", "--store", other, str(file)).stdout
+    assert (
+        f"1 new, 0 same, {counts}. 1 of 1 profiles would be stored."
+        in call("import", "--dry-run", "--store", other, str(file)).stdout
+    )
     assert not Path(other).exists()
-    assert f"1 new, 0 same, {counts}. 1 of 1 profiles were stored." in call("import", "--store", other, str(file)).stdout
-    assert f"0 new, 1 same, {counts}. 0 of 1 profiles were stored." in call("import", "--store", other, "-", stdin=file.read_bytes()).stdout
+    assert (
+        f"1 new, 0 same, {counts}. 1 of 1 profiles were stored."
+        in call("import", "--store", other, str(file)).stdout
+    )
+    assert (
+        f"0 new, 1 same, {counts}. 0 of 1 profiles were stored."
+        in call("import", "--store", other, "-", stdin=file.read_bytes()).stdout
+    )
     assert json.loads(call("show", "--store", other, "--json").stdout) == tuned
 
     (compared,) = json.loads(call("bench", "--rounds", "2", "--json").stdout)
@@ -81,7 +97,10 @@ def test_show_and_explain_without_profiles() -> None:
     assert "`autochunk tune` makes some" in call("show").stdout
     assert json.loads(call("show", "--json").stdout) == []
     answer = call("explain", "--shape", SHAPE, "--mode", "training").stdout
-    assert f"autochunk tune --shape {'b=2,t=64,s=64,h=2,k=8'} --dtype float32 --mode training" in answer
+    assert (
+        f"autochunk tune --shape {'b=2,t=64,s=64,h=2,k=8'} --dtype float32 --mode training"
+        in answer
+    )
     assert "1000" in answer
 
 
@@ -108,13 +127,22 @@ def test_missed_workloads_are_tuned() -> None:
     [
         (["tune", "--shape", "b=1,q=3"], "'q=3' is not an item of a shape"),
         (["tune", "--shape", "t=0,k=1"], "t='0'|t=0"),
-        (["tune", "--shape", "t=8,k=8", "--timeout", "-1"], "timeout must be a positive finite number of seconds"),
+        (
+            ["tune", "--shape", "t=8,k=8", "--timeout", "-1"],
+            "timeout must be a positive finite number of seconds",
+        ),
         (["tune", "--shape", "t=8,k=8", "--timeout", "nan"], "timeout must be"),
         (["tune", "--effort", "heroic"], "heroic"),
         (["tune", "--preset", "nope"], "nope"),
         (["explain"], "--shape"),
-        (["explain", "--shape", SHAPE, "--implementation", "fast"], "implementation must be None or one of"),
-        (["explain", "--shape", SHAPE, "--memory-budget-mb", "-3"], "must be a positive finite number"),
+        (
+            ["explain", "--shape", SHAPE, "--implementation", "fast"],
+            "implementation must be None or one of",
+        ),
+        (
+            ["explain", "--shape", SHAPE, "--memory-budget-mb", "-3"],
+            "must be a positive finite number",
+        ),
         (["bench"], "the store has no such profile of this machine"),
         (["import", "/nonexistent/bundle.json"], "No such file"),
     ],
@@ -127,8 +155,21 @@ def test_bad_arguments_are_told_in_a_line(arguments: list[str], words: str) -> N
     assert isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2, "profiles": []}', b'{"schema_version": 1}', b"\xff\xfe", b"[" * 10**6])
-def test_importing_what_is_no_bundle_changes_nothing(content: bytes, tuned: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"schema_version": 2, "profiles": []}',
+        b'{"schema_version": 1}',
+        b"\xff\xfe",
+        b"[" * 10**6,
+    ],
+)
+def test_importing_what_is_no_bundle_changes_nothing(
+    content: bytes, tuned: list[dict[str, Any]]
+) -> None:
     """One line of error, and the store as it was."""
     result = call("import", "-", stdin=content)
     assert result.exit_code == 1
@@ -137,7 +178,10 @@ def test_importing_what_is_no_bundle_changes_nothing(content: bytes, tuned: list
 
 
 def test_import_says_what_it_does_with_each_profile(tmp_path: Path) -> None:
-    """What differs from the store's is listed with what decided; --prefer decides otherwise; --json is for scripts."""
+    """What differs from the store's is listed with what decided.
+
+    --prefer decides otherwise; --json is for scripts.
+    """
     mine = make_profile(created="2026-01-01T00:00:00Z")
     theirs = make_profile(created="2026-02-01T00:00:00Z", effort="quick")
     ProfileStore().put(mine)
@@ -167,7 +211,12 @@ def test_export_of_nothing_writes_nothing(filters: list[str], tmp_path: Path) ->
 def test_bench_without_a_shape_heeds_dtype_and_mode() -> None:
     """Of what is stored only that is timed which they name."""
     here = detect()
-    ProfileStore().put_all([make_profile(make_workload("t=8,k=2", dtype=dtype), here) for dtype in ("float32", "bfloat16")])
+    ProfileStore().put_all(
+        [
+            make_profile(make_workload("t=8,k=2", dtype=dtype), here)
+            for dtype in ("float32", "bfloat16")
+        ]
+    )
     results = json.loads(call("bench", "--dtype", "bfloat16", "--rounds", "1", "--json").stdout)
     assert [Workload.parse(result["workload"]).dtype for result in results] == ["bfloat16"]
     assert "no such profile" in call("bench", "--dtype", "float16").stderr
@@ -177,7 +226,16 @@ def test_export_chooses_and_notes(tmp_path: Path) -> None:
     """By device and workload; says how many were left out."""
     here, there = make_profile(), make_profile(device=make_device(kind="Another/Kind"))
     ProfileStore().put_all([here, there])
-    result = call("export", str(tmp_path / "b.json"), "--device", "another", "--shape", "t=1024", "--note", "from the lab")
+    result = call(
+        "export",
+        str(tmp_path / "b.json"),
+        "--device",
+        "another",
+        "--shape",
+        "t=1024",
+        "--note",
+        "from the lab",
+    )
     assert result.exit_code == 0, result.output
     assert "1 profiles exported, 1 left out." in result.stderr
     found = bundle.read(tmp_path / "b.json")
@@ -189,7 +247,9 @@ def test_export_chooses_and_notes(tmp_path: Path) -> None:
 def test_export_of_what_machines_tuned_together(tmp_path: Path) -> None:
     """One bundle of a shared storage, whatever this machine's own store has."""
     place, workload = str(tmp_path / "journal"), Workload.parse(SHAPE)
-    result = call("tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick", "--storage", place)
+    result = call(
+        "tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick", "--storage", place
+    )
     assert result.exit_code == 0, result.output
     ProfileStore().forget(ProfileStore().profiles())
     exported = call("export", "-", "--storage", place)
@@ -198,7 +258,10 @@ def test_export_of_what_machines_tuned_together(tmp_path: Path) -> None:
 
 def test_forget_asks_first_and_names_what_goes() -> None:
     """No answer, no deletion; the filters choose; without one it does nothing."""
-    old, new = make_profile(created="2020-01-01T00:00:00Z"), make_profile(make_workload("t=64,k=8"), created=utc_now())
+    old, new = (
+        make_profile(created="2020-01-01T00:00:00Z"),
+        make_profile(make_workload("t=64,k=8"), created=utc_now()),
+    )
     ProfileStore().put_all([old, new])
     assert call("forget").exit_code == 2
     refused = call("forget", "--older-than", "30", stdin=b"n\n")
@@ -218,13 +281,26 @@ def test_forget_asks_first_and_names_what_goes() -> None:
         ("failed", False, "not measured: no worker"),
         ("failed", True, "failed: no worker"),
         ("out_of_time", False, "not measured: out of time; the same command goes on from here"),
-        ("out_of_time", True, "out of time, and the profile from before stays (standard); the same command goes on from here"),
+        (
+            "out_of_time",
+            True,
+            "out of time, and the profile from before stays (standard); the same command goes on "
+            "from here",
+        ),
     ],
 )
 def test_progress_says_what_became_of_a_workload(kind: Any, stored: bool, words: str) -> None:
     """Not measured is only what nothing is stored of."""
     console = Console(file=io.StringIO(), width=200)
-    event = Event(kind, make_workload(SHAPE), 1, 2, make_device(), detail="no worker", profile=make_profile() if stored else None)
+    event = Event(
+        kind,
+        make_workload(SHAPE),
+        1,
+        2,
+        make_device(),
+        detail="no worker",
+        profile=make_profile() if stored else None,
+    )
     with TuneProgress(console) as progress:
         progress(event)
     assert words in console.file.getvalue()  # type: ignore[attr-defined]
@@ -281,11 +357,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
         (["--dtype", "bfloat16", "--mode", "training"], {("bfloat16", "training")}),
     ],
 )
-def test_dtypes_and_modes_hold_for_what_is_stored(options: list[str], kinds: set[tuple[str, str]], asked: list[Workload]) -> None:
-    """What was missed, and what is stale, is measured only so far as --dtype and --mode let it through."""
+def test_dtypes_and_modes_hold_for_what_is_stored(
+    options: list[str], kinds: set[tuple[str, str]], asked: list[Workload]
+) -> None:
+    """What was missed, and what is stale, is measured only so far as --dtype and --mode let it
+    through.
+    """
     for dtype, mode in (("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "training")):
         ProfileStore().record_miss(make_device(), Workload.parse(SHAPE, dtype=dtype, mode=mode))
-        ProfileStore().put(make_profile(Workload.parse("t=64,k=8", dtype=dtype, mode=mode), make_device(jaxlib="0.1.0")))
+        ProfileStore().put(
+            make_profile(
+                Workload.parse("t=64,k=8", dtype=dtype, mode=mode), make_device(jaxlib="0.1.0")
+            )
+        )
     call("tune", *options)
     assert {(workload.dtype, workload.mode) for workload in asked} == kinds
 
@@ -301,7 +385,10 @@ def test_an_interrupted_tune_of_what_is_stale_goes_on(asked: list[Workload]) -> 
 def test_dtypes_and_modes_are_those_of_the_standard_set(asked: list[Workload]) -> None:
     """--dtype is repeatable, and holds where no shape is named."""
     call("tune", "--dtype", "float16", "--dtype", "bfloat16", "--mode", "forward")
-    assert {(workload.dtype, workload.mode) for workload in asked} == {("float16", "forward"), ("bfloat16", "forward")}
+    assert {(workload.dtype, workload.mode) for workload in asked} == {
+        ("float16", "forward"),
+        ("bfloat16", "forward"),
+    }
     assert len(asked) == 2 * len(EFFORT_SETTINGS["standard"].presets)
 
 
@@ -309,7 +396,9 @@ def test_stale_profiles_are_shown_forgotten_and_tuned_anew(tuned: list[dict[str,
     """--stale means the same everywhere: measured on this machine with another jaxlib."""
     assert "No stale profiles" in call("show", "--stale").stdout
     (profile,) = ProfileStore().profiles()
-    ProfileStore().put(profile.model_copy(update={"device": profile.device.model_copy(update={"jaxlib": "0.1.0"})}))
+    ProfileStore().put(
+        profile.model_copy(update={"device": profile.device.model_copy(update={"jaxlib": "0.1.0"})})
+    )
     (row,) = json.loads(call("show", "--stale", "--json").stdout)
     assert row["shape"] == tuned[0]["shape"]
     again = call("tune", "--stale", "--effort", "quick", "--json")
@@ -320,7 +409,10 @@ def test_stale_profiles_are_shown_forgotten_and_tuned_anew(tuned: list[dict[str,
 
 
 def test_doctor_ends_by_what_it_found(tuned: list[dict[str, Any]]) -> None:
-    """Status 0 while nothing is wrong; --verify times what is stored; a store that others may write is wrong, with its cure."""
+    """Status 0 while nothing is wrong.
+
+    --verify times what is stored; a store that others may write is wrong, with its cure.
+    """
     healthy = call("doctor", "--verify", "1")
     assert "versions" in healthy.stdout
     assert tuned[0]["shape"] in healthy.stdout
@@ -375,9 +467,23 @@ def test_explain_goes_on_without_a_damaged_store() -> None:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) -> None:
-    """Ctrl-C, SIGTERM (a scheduler), SIGHUP (a lost connection) in a tune: exit status 130 within seconds, the hint, and what was measured is stored."""
+    """Ctrl-C, SIGTERM (a scheduler), SIGHUP (a lost connection) in a tune.
+
+    Exit status 130 within seconds, the hint, and what was measured is stored.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "autochunk.cli", "tune", "--shape", "b=4,t=1024,h=8,k=64", "--effort", "thorough"], stderr=subprocess.PIPE, text=True
+        [
+            sys.executable,
+            "-m",
+            "autochunk.cli",
+            "tune",
+            "--shape",
+            "b=4,t=1024,h=8,k=64",
+            "--effort",
+            "thorough",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -402,15 +508,31 @@ def test_every_command_and_effort_is_in_the_readme() -> None:
         assert command.help
     assert all(
         option in text
-        for option in ("--missed", "--effort", "--timeout", "--json", "--preset", "--storage", "--verify", "--stale", "AUTOCHUNK_STORE", "AUTOCHUNK_PROFILES")
+        for option in (
+            "--missed",
+            "--effort",
+            "--timeout",
+            "--json",
+            "--preset",
+            "--storage",
+            "--verify",
+            "--stale",
+            "AUTOCHUNK_STORE",
+            "AUTOCHUNK_PROFILES",
+        )
     )
 
 
 def documented_commands() -> list[str]:
     """Every ``autochunk`` command line in the README's code and in the Kubernetes manifest."""
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    lines = re.findall(r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)", "\n".join(block.replace("/shared/autochunk/", "") for block in blocks))
-    manifest = re.search(r"command: \[autochunk, (.*)\]", (README.parent / "examples" / "tune-job.yaml").read_text())
+    lines = re.findall(
+        r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)",
+        "\n".join(block.replace("/shared/autochunk/", "") for block in blocks),
+    )
+    manifest = re.search(
+        r"command: \[autochunk, (.*)\]", (README.parent / "examples" / "tune-job.yaml").read_text()
+    )
     assert manifest is not None
     return [line.strip() for line in lines] + [manifest[1].replace(",", "")]
 
@@ -427,5 +549,11 @@ def test_the_installed_command_runs() -> None:
     command = Path(sys.executable).with_name("autochunk")
     if not command.exists():
         pytest.skip("the package is not installed beside this interpreter")
-    done = subprocess.run([str(command), "--version"], capture_output=True, text=True, check=True, env=dict(os.environ))
+    done = subprocess.run(
+        [str(command), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ),
+    )
     assert "autochunk" in done.stdout

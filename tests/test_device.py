@@ -1,6 +1,7 @@
 """The device's fingerprint, and what of a machine's cores and memory a process may use.
 
-Files of ``/proc`` and ``/sys`` come from a dict of texts in place of ``autochunk.device._read``; all parsing is the real one.
+Files of ``/proc`` and ``/sys`` come from a dict of texts in place of ``autochunk.device._read``;
+all parsing is the real one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from autochunk.device import Device, available_cpu_bytes, cpu_memory_bytes, dete
 from autochunk.errors import DeviceError
 
 GIB = 2**30
-MEMINFO = "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nBuffers:               0 kB\n"
+MEMINFO = (
+    "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 "
+    "kB\nBuffers:               0 kB\n"
+)
 V2 = "0::/\n"
 V1 = "12:cpu,cpuacct:/\n5:memory:/\n1:name=systemd:/\n"
 NESTED_V2 = "0::/outer/inner\n"
@@ -33,7 +37,10 @@ ROOT = "/sys/fs/cgroup"
 
 
 class Files(dict[str, str]):
-    """A machine's files by path; one that is not there reads as "", as in ``autochunk.device._read``."""
+    """A machine's files by path.
+
+    One that is not there reads as "", as in ``autochunk.device._read``.
+    """
 
     def read(self, path: str | Path) -> str:
         """Stands in for ``_read``."""
@@ -63,8 +70,14 @@ def test_detect_is_complete() -> None:
 
 
 def test_detect_is_the_same_in_another_process() -> None:
-    """The fingerprint depends on the machine only: a profile made by one process answers in the next."""
-    code = "import jax; from autochunk import detect; print(detect(jax.devices('cpu')[0]).model_dump_json())"
+    """The fingerprint depends on the machine only.
+
+    A profile made by one process answers in the next.
+    """
+    code = (
+        "import jax; from autochunk import detect; "
+        "print(detect(jax.devices('cpu')[0]).model_dump_json())"
+    )
     other = Device.model_validate_json(run_python(code, PYTHONHASHSEED="77"))
     assert other == detect(jax.devices("cpu")[0])
 
@@ -74,13 +87,21 @@ def test_detect_means_jax_s_default_device() -> None:
     assert detect() == detect(jax.local_devices()[0])
     with jax.default_device(jax.devices("cpu")[0]):
         assert detect().platform == "cpu"
-    code = "import jax; jax.config.update('jax_default_device', 'cpu'); from autochunk import detect; print(detect().platform)"
+    code = (
+        "import jax; jax.config.update('jax_default_device', 'cpu'); from autochunk import "
+        "detect; print(detect().platform)"
+    )
     assert run_python(code).strip() == "cpu"
 
 
 def test_no_such_device_is_a_device_error() -> None:
-    """A platform that jax does not have is a DeviceError with jax's reason, not jax's RuntimeError alone."""
-    code = "import autochunk\nfrom autochunk.errors import DeviceError\ntry: autochunk.detect()\nexcept DeviceError as error: print(error)"
+    """A platform that jax does not have is a DeviceError with jax's reason, not jax's RuntimeError
+    alone.
+    """
+    code = (
+        "import autochunk\nfrom autochunk.errors import DeviceError\ntry: "
+        "autochunk.detect()\nexcept DeviceError as error: print(error)"
+    )
     assert "jax finds no device to compute on" in run_python(code, JAX_PLATFORMS="nonsense")
     assert issubclass(DeviceError, RuntimeError)
 
@@ -109,10 +130,20 @@ class FakeDriver:
 
 @pytest.mark.parametrize(
     ("visible", "wanted", "expected"),
-    [(None, "all", ["0", "1", "2"]), (None, "2,0", ["2", "0"]), ("5,GPU-abc,7", "all", ["5", "GPU-abc", "7"]), ("5,GPU-abc,7", "1", ["GPU-abc"])],
+    [
+        (None, "all", ["0", "1", "2"]),
+        (None, "2,0", ["2", "0"]),
+        ("5,GPU-abc,7", "all", ["5", "GPU-abc", "7"]),
+        ("5,GPU-abc,7", "1", ["GPU-abc"]),
+    ],
 )
-def test_visible_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, wanted: str, expected: list[str]) -> None:
-    """Numbers count the GPUs that this process sees; names are those that a process of its own is given."""
+def test_visible_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, wanted: str, expected: list[str]
+) -> None:
+    """Numbers count the GPUs that this process sees.
+
+    Names are those that a process of its own is given.
+    """
     monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
@@ -124,7 +155,9 @@ def test_visible_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, want
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """What was asked for is named with what there is."""
     monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
-    with pytest.raises(DeviceError, match=r'devices must be "all" or different numbers from 0 to 2'):
+    with pytest.raises(
+        DeviceError, match=r'devices must be "all" or different numbers from 0 to 2'
+    ):
         device.visible_gpus(wanted)
 
 
@@ -139,14 +172,26 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
 
 def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read from what the driver and jax say of themselves."""
-    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version:  gcc version 15.3.0\n"
+    text = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC "
+        "version:  gcc version 15.3.0\n"
+    )
     monkeypatch.setattr(device, "_read", lambda _: text)
     assert device._nvidia_driver() == "580.159.04"
     monkeypatch.setattr(device, "_read", lambda _: "")
     assert device._nvidia_driver() == ""
-    assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 13000"))) == "13.0"
-    assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12080"))) == "12.8"
-    assert device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="rocm 7"))) == ""
+    assert (
+        device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 13000")))
+        == "13.0"
+    )
+    assert (
+        device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12080")))
+        == "12.8"
+    )
+    assert (
+        device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="rocm 7")))
+        == ""
+    )
 
 
 @pytest.mark.parametrize("field", ["jax", "jaxlib", "driver", "cuda", "cudnn"])
@@ -156,7 +201,10 @@ def test_key_has_no_version_in_it(field: str) -> None:
     assert "0.12" not in make_device().key
 
 
-@pytest.mark.parametrize("fields", [{"platform": "gpu"}, {"kind": "Other"}, {"cores": 5}, {"cores": 0}, {"memory_gib": 9}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"platform": "gpu"}, {"kind": "Other"}, {"cores": 5}, {"cores": 0}, {"memory_gib": 9}],
+)
 def test_key_has_every_hard_field(fields: dict[str, object]) -> None:
     """Profiles are shared between equal machines only."""
     assert make_device(**fields).key != make_device().key
@@ -190,7 +238,9 @@ def test_stale_by_cudnns_minor_version() -> None:
     """A newer cuDNN brings other kernels, and those are candidates."""
     then = make_device(cudnn="9.19.0.56")
     assert then.stale_reasons(make_device(cudnn="9.19.1.2")) == []
-    assert then.stale_reasons(make_device(cudnn="9.20.0.48")) == ["measured with cuDNN 9.19.0.56, this is 9.20.0.48"]
+    assert then.stale_reasons(make_device(cudnn="9.20.0.48")) == [
+        "measured with cuDNN 9.19.0.56, this is 9.20.0.48"
+    ]
 
 
 @pytest.mark.parametrize("field", ["jax", "driver", "cuda"])
@@ -199,19 +249,37 @@ def test_other_versions_are_recorded_only(field: str) -> None:
     assert make_device(**{field: "1"}).stale_reasons(make_device(**{field: "2"})) == []
 
 
-@pytest.mark.parametrize("fields", [{"platform": ""}, {"kind": ""}, {"kind": "x" * 201}, {"cores": -1}, {"memory_gib": -1}, {"speed": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"platform": ""},
+        {"kind": ""},
+        {"kind": "x" * 201},
+        {"cores": -1},
+        {"memory_gib": -1},
+        {"speed": 1},
+    ],
+)
 def test_device_is_checked(fields: dict[str, object]) -> None:
     """A fingerprint read from a file is checked."""
     with pytest.raises(ValidationError):
         make_device(**fields)
 
 
-KINDS = st.text(st.characters(exclude_categories=["C"], exclude_characters="|"), min_size=1, max_size=20).filter(
-    lambda kind: "cores=" not in kind and "memory=" not in kind
+KINDS = st.text(
+    st.characters(exclude_categories=["C"], exclude_characters="|"), min_size=1, max_size=20
+).filter(lambda kind: "cores=" not in kind and "memory=" not in kind)
+
+
+@given(
+    st.builds(
+        make_device,
+        kind=KINDS,
+        cores=st.integers(0, 512),
+        memory_gib=st.integers(0, 4096),
+        driver=st.text(max_size=9),
+    )
 )
-
-
-@given(st.builds(make_device, kind=KINDS, cores=st.integers(0, 512), memory_gib=st.integers(0, 4096), driver=st.text(max_size=9)))
 def test_device_json_round_trip(one: Device) -> None:
     """A device goes through JSON unchanged."""
     assert Device.model_validate_json(one.model_dump_json()) == one
@@ -222,22 +290,33 @@ def test_device_json_round_trip(one: Device) -> None:
 def test_keys_of_devices_are_injective(one: str, other: str, cores: int, more: int) -> None:
     """Different hard fields never give one key, whatever the kind's text."""
     same = (one, cores) == (other, more)
-    assert (make_device(kind=one, cores=cores).key == make_device(kind=other, cores=more).key) == same
+    assert (
+        make_device(kind=one, cores=cores).key == make_device(kind=other, cores=more).key
+    ) == same
 
 
-@pytest.mark.parametrize("kind", ["", "A cores=4", "A memory=8GiB", "A | attention:t=1", "new\nline", "\x1b[31m"])
+@pytest.mark.parametrize(
+    "kind", ["", "A cores=4", "A memory=8GiB", "A | attention:t=1", "new\nline", "\x1b[31m"]
+)
 def test_a_kind_that_imitates_a_key_is_refused(kind: str) -> None:
-    """What stands for other fields, or ends a device's key, is no name of a device; a bundle could carry it."""
+    """What stands for other fields, or ends a device's key, is no name of a device.
+
+    A bundle could carry it.
+    """
     with pytest.raises(ValidationError):
         make_device(kind=kind)
 
 
-# --- The CPU's kind -------------------------------------------------------------------------------------------------------
+# --- The CPU's kind -------------------------------------------------------------------------------
 
 X86 = (
-    "processor\t: {n}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nstepping\t: 1\ncpu MHz\t: {mhz}\nflags\t\t: {flags}\n"
+    "processor\t: {n}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: "
+    "AMD EPYC\nstepping\t: 1\ncpu MHz\t: {mhz}\nflags\t\t: {flags}\n"
 )
-ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n"
+ARM = (
+    "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU "
+    "variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n"
+)
 
 
 def test_kind_of_an_x86(files: Files) -> None:
@@ -253,10 +332,17 @@ def test_kind_of_an_arm(files: Files) -> None:
 
 
 def test_kind_leaves_out_what_changes(files: Files) -> None:
-    """Clock, number of processors and the order of flags change from boot to boot; the kind does not."""
+    """Clock, number of processors and the order of flags change from boot to boot.
+
+    The kind does not.
+    """
     files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
     first = device._cpu_kind()
-    files["/proc/cpuinfo"] = X86.format(n=0, mhz=3456.789, flags="avx  sse") + "\n" + X86.format(n=1, mhz=1, flags="sse avx")
+    files["/proc/cpuinfo"] = (
+        X86.format(n=0, mhz=3456.789, flags="avx  sse")
+        + "\n"
+        + X86.format(n=1, mhz=1, flags="sse avx")
+    )
     assert device._cpu_kind() == first
 
 
@@ -275,7 +361,7 @@ def test_kind_without_cpuinfo(files: Files, text: str) -> None:
     assert Device(platform="cpu", kind=device._cpu_kind(), cores=1, memory_gib=1)
 
 
-# --- Cores ----------------------------------------------------------------------------------------------------------------
+# --- Cores ----------------------------------------------------------------------------------------
 
 
 def test_cores_without_cgroups(files: Files) -> None:
@@ -288,7 +374,13 @@ def test_cores_follow_the_affinity_of_this_process() -> None:
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no affinity on this system")
     core = min(os.sched_getaffinity(0))
-    assert run_python(f"import os; os.sched_setaffinity(0, {{{core}}}); from autochunk.device import usable_cores; print(usable_cores())").strip() == "1"
+    assert (
+        run_python(
+            f"import os; os.sched_setaffinity(0, {{{core}}}); from autochunk.device import "
+            "usable_cores; print(usable_cores())"
+        ).strip()
+        == "1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,37 +404,75 @@ def test_cores_follow_the_affinity_of_this_process() -> None:
     ],
 )
 def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
-    """cpu.max is quota and period: their ratio, rounded up, bounds the cores; "max" and what cannot be read do not."""
+    """cpu.max is quota and period.
+
+    Their ratio, rounded up, bounds the cores; "max" and what cannot be read do not.
+    """
     files.update({"/proc/self/cgroup": V2, f"{ROOT}/cpu.max": quota})
     assert usable_cores() == cores
 
 
 @pytest.mark.parametrize(
-    ("quota", "period", "cores"), [("150000\n", "100000\n", 2), ("-1\n", "100000\n", 64), ("400000", "100000", 4), ("", "100000", 64), ("1", "", 64)]
+    ("quota", "period", "cores"),
+    [
+        ("150000\n", "100000\n", 2),
+        ("-1\n", "100000\n", 64),
+        ("400000", "100000", 4),
+        ("", "100000", 64),
+        ("1", "", 64),
+    ],
 )
 def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: int) -> None:
     """Version 1 has quota and period in two files; -1 is no limit."""
-    files.update({"/proc/self/cgroup": V1, f"{ROOT}/cpu/cpu.cfs_quota_us": quota, f"{ROOT}/cpu/cpu.cfs_period_us": period})
+    files.update(
+        {
+            "/proc/self/cgroup": V1,
+            f"{ROOT}/cpu/cpu.cfs_quota_us": quota,
+            f"{ROOT}/cpu/cpu.cfs_period_us": period,
+        }
+    )
     assert usable_cores() == cores
 
 
-@pytest.mark.parametrize(("cgroup", "root", "name"), [(NESTED_V2, ROOT, "cpu.max"), (NESTED_V1, f"{ROOT}/cpu", "cpu.max")])
 @pytest.mark.parametrize(
-    ("outer", "inner", "cores"), [("200000 100000", "max 100000", 2), ("max 100000", "300000 100000", 3), ("200000 100000", "300000 100000", 2)]
+    ("cgroup", "root", "name"),
+    [(NESTED_V2, ROOT, "cpu.max"), (NESTED_V1, f"{ROOT}/cpu", "cpu.max")],
 )
-def test_cores_by_nested_quotas(files: Files, cgroup: str, root: str, name: str, outer: str, inner: str, cores: int) -> None:
+@pytest.mark.parametrize(
+    ("outer", "inner", "cores"),
+    [
+        ("200000 100000", "max 100000", 2),
+        ("max 100000", "300000 100000", 3),
+        ("200000 100000", "300000 100000", 2),
+    ],
+)
+def test_cores_by_nested_quotas(
+    files: Files, cgroup: str, root: str, name: str, outer: str, inner: str, cores: int
+) -> None:
     """A quota may sit on any cgroup above the process's own; the least one binds."""
-    files.update({"/proc/self/cgroup": cgroup, f"{root}/outer/{name}": outer, f"{root}/outer/inner/{name}": inner})
+    files.update(
+        {
+            "/proc/self/cgroup": cgroup,
+            f"{root}/outer/{name}": outer,
+            f"{root}/outer/inner/{name}": inner,
+        }
+    )
     assert usable_cores() == cores
 
 
 def test_quota_of_a_foreign_cgroup_does_not_bind(files: Files) -> None:
     """Only the process's own cgroup and those above it count, and only the cpu controller's."""
-    files.update({"/proc/self/cgroup": "3:cpuset:/\n0::/mine\n", f"{ROOT}/other/cpu.max": "100000 100000", f"{ROOT}/cpuset/cpu.cfs_quota_us": "1"})
+    files.update(
+        {
+            "/proc/self/cgroup": "3:cpuset:/\n0::/mine\n",
+            f"{ROOT}/other/cpu.max": "100000 100000",
+            f"{ROOT}/cpuset/cpu.cfs_quota_us": "1",
+        }
+    )
     assert usable_cores() == 64
 
 
-# --- Memory ---------------------------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 def test_memory_without_cgroups(files: Files) -> None:
@@ -359,12 +489,20 @@ def test_memory_without_meminfo(files: Files) -> None:
 
 def test_memory_of_this_machine() -> None:
     """The real files, without a seam: some memory is available, and no more than there is."""
-    assert 0 < available_cpu_bytes() <= cpu_memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert (
+        0
+        < available_cpu_bytes()
+        <= cpu_memory_bytes()
+        <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
 
 
 @pytest.mark.parametrize(
     ("cgroup", "root", "limit_name", "used_name"),
-    [(V2, ROOT, "memory.max", "memory.current"), (V1, f"{ROOT}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")],
+    [
+        (V2, ROOT, "memory.max", "memory.current"),
+        (V1, f"{ROOT}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
 )
 @pytest.mark.parametrize(
     ("limit", "used", "total", "available"),
@@ -381,16 +519,33 @@ def test_memory_of_this_machine() -> None:
     ],
 )
 def test_memory_by_cgroup(
-    files: Files, cgroup: str, root: str, limit_name: str, used_name: str, limit: object, used: object, total: int, available: int
+    files: Files,
+    cgroup: str,
+    root: str,
+    limit_name: str,
+    used_name: str,
+    limit: object,
+    used: object,
+    total: int,
+    available: int,
 ) -> None:
     """The lesser of the machine's memory and the cgroup's, in both versions."""
-    files.update({"/proc/self/cgroup": cgroup, f"{root}/{limit_name}": f"{limit}\n", f"{root}/{used_name}": f"{used}\n"})
+    files.update(
+        {
+            "/proc/self/cgroup": cgroup,
+            f"{root}/{limit_name}": f"{limit}\n",
+            f"{root}/{used_name}": f"{used}\n",
+        }
+    )
     assert cpu_memory_bytes() == total * GIB
     assert available_cpu_bytes() == available * GIB
 
 
 def test_memory_by_nested_cgroups(files: Files) -> None:
-    """Total and available memory may be bound by different cgroups: the outer one has neighbours that use it up."""
+    """Total and available memory may be bound by different cgroups.
+
+    The outer one has neighbours that use it up.
+    """
     folder = f"{ROOT}/outer"
     files.update(
         {
@@ -408,8 +563,20 @@ def test_memory_by_nested_cgroups(files: Files) -> None:
 @pytest.mark.parametrize(
     ("cgroup", "root", "limit_name", "used_name", "stat"),
     [
-        (V2, ROOT, "memory.max", "memory.current", f"anon 1\ninactive_file {2 * GIB}\nactive_file 3\n"),
-        (V1, f"{ROOT}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", f"cache 1\ntotal_inactive_file {2 * GIB}\n"),
+        (
+            V2,
+            ROOT,
+            "memory.max",
+            "memory.current",
+            f"anon 1\ninactive_file {2 * GIB}\nactive_file 3\n",
+        ),
+        (
+            V1,
+            f"{ROOT}/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            f"cache 1\ntotal_inactive_file {2 * GIB}\n",
+        ),
         pytest.param(
             V1,
             f"{ROOT}/memory",
@@ -419,9 +586,21 @@ def test_memory_by_nested_cgroups(files: Files) -> None:
         ),
     ],
 )
-def test_page_cache_is_free(files: Files, cgroup: str, root: str, limit_name: str, used_name: str, stat: str) -> None:
-    """Cached files that the kernel drops on demand do not count as used; in version 1 those of child groups, too."""
-    files.update({"/proc/self/cgroup": cgroup, f"{root}/{limit_name}": str(4 * GIB), f"{root}/{used_name}": str(3 * GIB), f"{root}/memory.stat": stat})
+def test_page_cache_is_free(
+    files: Files, cgroup: str, root: str, limit_name: str, used_name: str, stat: str
+) -> None:
+    """Cached files that the kernel drops on demand do not count as used.
+
+    In version 1 those of child groups, too.
+    """
+    files.update(
+        {
+            "/proc/self/cgroup": cgroup,
+            f"{root}/{limit_name}": str(4 * GIB),
+            f"{root}/{used_name}": str(3 * GIB),
+            f"{root}/memory.stat": stat,
+        }
+    )
     assert available_cpu_bytes() == 3 * GIB
 
 
@@ -456,7 +635,10 @@ ascii_text = st.text(st.characters(max_codepoint=127))
 
 @given(st.text(), ascii_text, st.text())
 def test_garbage_never_raises(cgroup: str, limit: str, meminfo: str) -> None:
-    """Files that cannot be understood bind nothing: there is always at least one core, and never less than no memory."""
+    """Files that cannot be understood bind nothing.
+
+    There is always at least one core, and never less than no memory.
+    """
     texts = {"/proc/self/cgroup": f"0::/{cgroup}", "/proc/meminfo": meminfo}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_read", lambda path: texts.get(str(path), limit))

@@ -62,11 +62,15 @@ def test_a_damaged_layer_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "bad.json" in found.detail
 
 
-def test_damaged_profiles_of_a_bundle_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_profiles_of_a_bundle_are_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bundle can be read, and has them listed; their content is not what was written."""
     file = tmp_path / "b.json"
     profiles = [make_profile(make_workload(f"t={t},k=2"), detect()) for t in (8, 16, 24)]
-    bundle.write(file, bundle.dump(profiles).replace('"effort": "standard"', '"effort": "quick"', 2))
+    bundle.write(
+        file, bundle.dump(profiles).replace('"effort": "standard"', '"effort": "quick"', 2)
+    )
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(file))
     (finding,) = [found for found in examine() if str(file) in found.subject]
     assert finding.level == "problem"
@@ -89,14 +93,21 @@ def test_notes_about_profiles() -> None:
     store.put(stale.model_copy(update={"device": here.model_copy(update={"jaxlib": "0.1.0"})}))
     store.record_miss(here, make_workload("t=256,k=8"))
     cures = [finding.cure for finding in examine() if finding.level == "note"]
-    assert cures == ["autochunk show --stale; autochunk tune --stale", SMALL.tune_command, "autochunk tune --missed"]
+    assert cures == [
+        "autochunk show --stale; autochunk tune --stale",
+        SMALL.tune_command,
+        "autochunk tune --missed",
+    ]
 
 
 def test_a_gpu_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what keeps jax from it, where that can be told."""
     monkeypatch.setattr(doctor, "_nvidia_gpu_here", lambda: True)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    for name, value, words in (("JAX_PLATFORMS", "cpu", "JAX_PLATFORMS is 'cpu'"), ("CUDA_VISIBLE_DEVICES", "", "CUDA_VISIBLE_DEVICES is empty")):
+    for name, value, words in (
+        ("JAX_PLATFORMS", "cpu", "JAX_PLATFORMS is 'cpu'"),
+        ("CUDA_VISIBLE_DEVICES", "", "CUDA_VISIBLE_DEVICES is empty"),
+    ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert words in problems()[0].cure
@@ -104,18 +115,35 @@ def test_a_gpu_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_oldest_profiles_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many as were asked for, the user's own before others; slower than when tuned is a problem, as fast is not, and neither is faster."""
+    """So many as were asked for, the user's own before others.
+
+    Slower than when tuned is a problem, as fast is not, and neither is faster.
+    """
     store = ProfileStore()
-    for year, workload in (("2021", make_workload("t=64,k=8")), ("2020", SMALL), ("2022", make_workload("t=128,k=8"))):
+    for year, workload in (
+        ("2021", make_workload("t=64,k=8")),
+        ("2020", SMALL),
+        ("2022", make_workload("t=128,k=8")),
+    ):
         store.put(measured_here(workload, created=f"{year}-01-01T00:00:00Z"))
     seen: list[str] = []
 
     def slower(profile: Profile) -> Verification:
         seen.append(profile.created[:4])
-        return Verification(profile, Plan("xla", 0.01), DENSE, then=0.5, now=0.7 if len(seen) == 1 else 0.4, spread=0.02)
+        return Verification(
+            profile,
+            Plan("xla", 0.01),
+            DENSE,
+            then=0.5,
+            now=0.7 if len(seen) == 1 else 0.4,
+            spread=0.02,
+        )
 
     file = tmp_path / "older.json"
-    bundle.write(file, bundle.dump([measured_here(make_workload("t=256,k=8"), created="2019-01-01T00:00:00Z")]))
+    bundle.write(
+        file,
+        bundle.dump([measured_here(make_workload("t=256,k=8"), created="2019-01-01T00:00:00Z")]),
+    )
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(file))
     (found,) = problems(verify_count=2, verifier=slower)
     assert seen == ["2020", "2021"]
@@ -123,10 +151,21 @@ def test_the_oldest_profiles_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.cure == f"{SMALL.tune_command} --force"
 
 
-@pytest.mark.parametrize(("now", "spread", "drifted"), [(0.5, 0.0, False), (0.54, 0.0, False), (0.56, 0.0, True), (0.56, 0.2, False), (0.3, 0.0, False)])
+@pytest.mark.parametrize(
+    ("now", "spread", "drifted"),
+    [
+        (0.5, 0.0, False),
+        (0.54, 0.0, False),
+        (0.56, 0.0, True),
+        (0.56, 0.2, False),
+        (0.3, 0.0, False),
+    ],
+)
 def test_drift_is_more_than_noise(now: float, spread: float, drifted: bool) -> None:
     """More than a tenth, and more than twice the spread."""
-    assert Verification(measured_here(), Plan("xla", 0.01), DENSE, 0.5, now, spread).drifted is drifted
+    assert (
+        Verification(measured_here(), Plan("xla", 0.01), DENSE, 0.5, now, spread).drifted is drifted
+    )
 
 
 def test_verify_times_the_choice_beside_a_baseline() -> None:

@@ -29,7 +29,9 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_the_transformer_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps on the standard library's docstrings lower the loss."""
-    losses = load("transformer", monkeypatch).train(steps=12, batch=4, length=32, layers=1, heads=2, key_size=8, learning_rate=1e-2)
+    losses = load("transformer", monkeypatch).train(
+        steps=12, batch=4, length=32, layers=1, heads=2, key_size=8, learning_rate=1e-2
+    )
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.3
 
@@ -37,9 +39,27 @@ def test_the_transformer_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_the_long_input_runs_short() -> None:
     """Every kind of attention gives a time and a memory at a small size, in a process of its own."""
-    command = [sys.executable, str(EXAMPLES / "long_input.py"), "--length", "64", "--size", "32", "--heads", "2", "--key-size", "8", "--rounds", "1"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "long_input.py"),
+        "--length",
+        "64",
+        "--size",
+        "32",
+        "--heads",
+        "2",
+        "--key-size",
+        "8",
+        "--rounds",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert re.findall(r"^(\w.*?)  +[\d.]+ ms .* MB$", done.stdout, re.MULTILINE) == ["dense", "row loop", "1000 MB", "auto"]
+    assert re.findall(r"^(\w.*?)  +[\d.]+ ms .* MB$", done.stdout, re.MULTILINE) == [
+        "dense",
+        "row loop",
+        "1000 MB",
+        "auto",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
@@ -56,18 +76,33 @@ def test_the_long_inputs_kinds_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_long_gpu_example_runs_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs on any device where it is not asked to limit a GPU's memory."""
-    seconds = load("long_gpu", monkeypatch).run(length=64, heads=2, key_size=8, max_chunk_size_mb=0.01, repeats=1)
+    seconds = load("long_gpu", monkeypatch).run(
+        length=64, heads=2, key_size=8, max_chunk_size_mb=0.01, repeats=1
+    )
     assert set(seconds) == {"forward", "training"}
 
 
 @pytest.mark.gpu
 def test_the_long_gpu_example_keeps_to_its_limit() -> None:
     """At a fifth of the length, 1.5 GB for what needs 4.6 GB."""
-    command = [sys.executable, str(EXAMPLES / "long_gpu.py"), "--length", "6000", "--memory-gb", "1.5", "--max-chunk-size-mb", "100"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "long_gpu.py"),
+        "--length",
+        "6000",
+        "--memory-gb",
+        "1.5",
+        "--max-chunk-size-mb",
+        "100",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert all(float(peak) < 1.5 for peak in re.findall(r"at most ([\d.]+) GB", done.stdout))
 
 
 def test_every_example_is_tested() -> None:
     """A new example needs a test here."""
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"transformer", "long_input", "long_gpu"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "transformer",
+        "long_input",
+        "long_gpu",
+    }

@@ -1,4 +1,7 @@
-"""Who may import whom: the plan of the house, held by reading every source and by looking at what a fresh process loads."""
+"""Who may import whom.
+
+The plan of the house, held by reading every source and by looking at what a fresh process loads.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,16 @@ from factories import run_python
 import autochunk
 
 PACKAGE = Path(autochunk.__file__).parent
-MODULES = {".".join(("autochunk", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
+MODULES = {
+    ".".join(("autochunk", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 FLOOR = {"errors", "plan", "workload", "device"}
-# Each room and the other rooms it may import. A module belongs to the longest room name that it starts with; "" is the package itself (for its version).
+# Each room and the other rooms it may import. A module belongs to the longest room name that it
+# starts with; "" is the package itself (for its version).
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
@@ -53,23 +62,40 @@ def test_direction_of_imports(module: str) -> None:
     """cli, report -> tuner -> attention -> store -> floor, wherever in a module the import stands."""
     room = _room(module)
     allowed = MAY_IMPORT[room] | {room}
-    wrong = sorted({name for name in _imports(MODULES[module]) if name.partition(".")[0] == "autochunk" and _room(name) not in allowed})
+    wrong = sorted(
+        {
+            name
+            for name in _imports(MODULES[module])
+            if name.partition(".")[0] == "autochunk" and _room(name) not in allowed
+        }
+    )
     assert wrong == []
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_package_is_not_imported_relatively(module: str) -> None:
     """Imports are absolute, so that the table above can be held."""
-    assert not [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.ImportFrom) and node.level]
+    assert not [
+        node
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
 
 
 @pytest.mark.parametrize(("package", "importer"), ONLY_IMPORTER.items())
 def test_only_importer(package: str, importer: str) -> None:
     """Each heavy package enters through one module."""
-    assert [module for module, path in MODULES.items() if package in {name.partition(".")[0] for name in _imports(path)}] == [importer]
+    assert [
+        module
+        for module, path in MODULES.items()
+        if package in {name.partition(".")[0] for name in _imports(path)}
+    ] == [importer]
 
 
-@pytest.mark.parametrize("module", ["autochunk.plan", "autochunk.errors", "autochunk.workload", "autochunk.store.profile"])
+@pytest.mark.parametrize(
+    "module",
+    ["autochunk.plan", "autochunk.errors", "autochunk.workload", "autochunk.store.profile"],
+)
 def test_no_jax_at_the_top_of_the_floor(module: str) -> None:
     """Plain data needs no jax."""
     assert "jax" not in {name.partition(".")[0] for name in _imports(MODULES[module])}
@@ -79,24 +105,38 @@ def test_no_jax_at_the_top_of_the_floor(module: str) -> None:
     ("statement", "forbidden"),
     [
         ("import autochunk", {"optuna", "sqlitedict", "haiku", "jax", "numpy", "pydantic"}),
-        ("import autochunk.plan", {"optuna", "sqlitedict", "haiku", "jax", "pydantic", "pydantic_core"}),
-        ("import autochunk.attention.kernels", {"optuna", "sqlitedict", "haiku", "pydantic", "pydantic_core"}),
+        (
+            "import autochunk.plan",
+            {"optuna", "sqlitedict", "haiku", "jax", "pydantic", "pydantic_core"},
+        ),
+        (
+            "import autochunk.attention.kernels",
+            {"optuna", "sqlitedict", "haiku", "pydantic", "pydantic_core"},
+        ),
         ("import autochunk.workload, autochunk.device", {"optuna", "sqlitedict", "haiku", "jax"}),
         ("import autochunk.store.resolve, autochunk.store.bundle", {"optuna", "haiku", "jax"}),
-        ("from autochunk import Workload, Plan, Profile, Device", {"optuna", "sqlitedict", "haiku", "jax"}),
+        (
+            "from autochunk import Workload, Plan, Profile, Device",
+            {"optuna", "sqlitedict", "haiku", "jax"},
+        ),
         ("from autochunk import dot_product_attention", {"optuna", "haiku"}),
         ("from autochunk import MultiHeadAttention", {"optuna"}),
     ],
 )
 def test_import_loads_no_more_than_it_needs(statement: str, forbidden: set[str]) -> None:
     """What a user does not use is not loaded."""
-    loaded = json.loads(run_python(f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"))
+    loaded = json.loads(
+        run_python(f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    )
     assert forbidden & {name.partition(".")[0] for name in loaded} == set()
 
 
 def _room(module: str) -> str:
     inside = module.removeprefix("autochunk").removeprefix(".")
-    return max((room for room in MAY_IMPORT if room in ("", inside) or inside.startswith(f"{room}.")), key=len)
+    return max(
+        (room for room in MAY_IMPORT if room in ("", inside) or inside.startswith(f"{room}.")),
+        key=len,
+    )
 
 
 def _imports(path: Path) -> Iterator[str]:

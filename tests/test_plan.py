@@ -32,8 +32,18 @@ from autochunk.plan import (
 )
 
 SLICED = sorted(SLICED_IMPLEMENTATIONS)
-axis_sizes = st.one_of(st.integers(1, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 16000]))
-shapes = st.builds(LogitsShape, axis_sizes, axis_sizes, st.integers(1, 16), axis_sizes, axis_sizes, st.sampled_from([4, 8]))
+axis_sizes = st.one_of(
+    st.integers(1, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 16000])
+)
+shapes = st.builds(
+    LogitsShape,
+    axis_sizes,
+    axis_sizes,
+    st.integers(1, 16),
+    axis_sizes,
+    axis_sizes,
+    st.sampled_from([4, 8]),
+)
 sliced = st.sampled_from(SLICED)
 
 
@@ -43,7 +53,11 @@ def limited(draw: st.DrawFn) -> tuple[Plan, LogitsShape]:
     shape = draw(shapes)
     least = shape.groups * shape.itemsize
     limit = draw(
-        st.one_of(st.integers(least, max(least, shape.bytes + 1)), st.integers(least, least * 64), st.sampled_from([10**6, 10**9]).filter(lambda n: n >= least))
+        st.one_of(
+            st.integers(least, max(least, shape.bytes + 1)),
+            st.integers(least, least * 64),
+            st.sampled_from([10**6, 10**9]).filter(lambda n: n >= least),
+        )
     )
     # Half a byte more, so that rounding of limit / 10^6 cannot take a byte away.
     return Plan(draw(sliced), (limit + 0.5) / 1e6), shape
@@ -56,7 +70,9 @@ def limit_bytes(plan: Plan) -> int:
 
 @given(limited())
 def test_slice_is_within_the_limit(case: tuple[Plan, LogitsShape]) -> None:
-    """No slice holds more bytes of logits than the limit, and none is empty or larger than its axis."""
+    """No slice holds more bytes of logits than the limit, and none is empty or larger than its
+    axis.
+    """
     plan, shape = case
     slices = slice_logits(plan, shape)
     assert slices.chunk_bytes(shape) <= limit_bytes(plan)
@@ -65,7 +81,10 @@ def test_slice_is_within_the_limit(case: tuple[Plan, LogitsShape]) -> None:
 
 @given(limited())
 def test_slices_cover_each_axis(case: tuple[Plan, LogitsShape]) -> None:
-    """The counted slices cover each axis, and one slice fewer would not: the last overlaps its neighbour by less than a slice."""
+    """The counted slices cover each axis, and one slice fewer would not.
+
+    The last overlaps its neighbour by less than a slice.
+    """
     plan, shape = case
     slices = slice_logits(plan, shape)
     for axis, count in slices.counts(shape)._asdict().items():
@@ -76,7 +95,9 @@ def test_slices_cover_each_axis(case: tuple[Plan, LogitsShape]) -> None:
 
 @given(limited())
 def test_slices_are_balanced_and_as_few_as_possible(case: tuple[Plan, LogitsShape]) -> None:
-    """Along the axis where slicing ends there is the least number of slices that the limit allows, and they are equal but for rounding up to eight."""
+    """Along the axis where slicing ends there is the least number of slices that the limit allows,
+    and they are equal but for rounding up to eight.
+    """
     plan, shape = case
     slices, order = slice_logits(plan, shape), SLICING_ORDER[plan.implementation]
     counts = slices.counts(shape)
@@ -94,7 +115,10 @@ def test_slices_are_balanced_and_as_few_as_possible(case: tuple[Plan, LogitsShap
 
 @given(limited())
 def test_slicing_order(case: tuple[Plan, LogitsShape]) -> None:
-    """Axes are sliced in the implementation's order: the next one only when single elements of those before are still too large."""
+    """Axes are sliced in the implementation's order.
+
+    The next one only when single elements of those before are still too large.
+    """
     plan, shape = case
     slices = slice_logits(plan, shape)
     order = SLICING_ORDER[plan.implementation]
@@ -125,17 +149,29 @@ def test_no_limit_never_slices(shape: LogitsShape, implementation: str) -> None:
 
 @given(shapes, st.floats(1e-9, 1e9))
 def test_dense_has_no_slices(shape: LogitsShape, limit: float) -> None:
-    """The plan "dense" is whole whatever the limit; where it does not fit, ``runs_dense`` says so and ``Plan.sliced`` what runs in its place."""
-    assert slice_logits(Plan("dense", limit), shape) == Slices(shape.batch, shape.heads, shape.rows, shape.keys)
+    """The plan "dense" is whole whatever the limit.
+
+    Where it does not fit, ``runs_dense`` says so and ``Plan.sliced`` what runs in its place.
+    """
+    assert slice_logits(Plan("dense", limit), shape) == Slices(
+        shape.batch, shape.heads, shape.rows, shape.keys
+    )
 
 
 @given(shapes, sliced, st.floats(0, 1, exclude_min=True, exclude_max=True))
-def test_limit_below_one_logit_is_an_error(shape: LogitsShape, implementation: str, share: float) -> None:
-    """A limit that not even one logit per query head of a group fits is an ArgumentError that says how many bytes are needed."""
+def test_limit_below_one_logit_is_an_error(
+    shape: LogitsShape, implementation: str, share: float
+) -> None:
+    """A limit that not even one logit per query head of a group fits is an ArgumentError that says
+    how many bytes are needed.
+    """
     least = shape.groups * shape.itemsize
     if shape.bytes * 1e-6 <= least * share * 1e-6:
         return
-    with pytest.raises(ArgumentError, match=rf"less than the {least} bytes of the smallest slice possible; give a larger limit"):
+    with pytest.raises(
+        ArgumentError,
+        match=rf"less than the {least} bytes of the smallest slice possible; give a larger limit",
+    ):
         slice_logits(Plan(implementation, math.floor(least * share) / 1e6), shape)
 
 
@@ -144,7 +180,9 @@ def test_smallest_limit(implementation: str) -> None:
     """A limit of exactly one logit works, one byte less does not."""
     shape = LogitsShape(2, 3, 1, 5, 7, 4)
     assert slice_logits(Plan(implementation, 4.5e-6), shape) == Slices(1, 1, 1, 1)
-    with pytest.raises(ArgumentError, match="max_chunk_size_mb=3e-06 is 3 bytes, less than the 4 bytes"):
+    with pytest.raises(
+        ArgumentError, match="max_chunk_size_mb=3e-06 is 3 bytes, less than the 4 bytes"
+    ):
         slice_logits(Plan(implementation, 3e-6), shape)
 
 
@@ -155,15 +193,23 @@ def test_smallest_limit(implementation: str) -> None:
         ("xla", LogitsShape(1, 8, 1, 1000, 1000, 4), 16, Slices(1, 4, 1000, 1000)),  # then heads
         ("xla", LogitsShape(1, 1, 1, 1000, 1000, 4), 1, Slices(1, 1, 250, 1000)),  # then rows
         ("xla", LogitsShape(1, 1, 1, 2, 1_000_000, 4), 1, Slices(1, 1, 1, 250_000)),  # then keys
-        ("xla", LogitsShape(1, 2, 4, 1000, 1000, 4), 16, Slices(1, 1, 1000, 1000)),  # query heads of a group stay together
-        ("xla", LogitsShape(5, 1, 1, 1000, 1000, 4), 16, Slices(3, 1, 1000, 1000)),  # 3 + 2, not 4 + 1
-        ("xla_rows", LogitsShape(4, 8, 1, 1000, 1000, 4), 64, Slices(4, 8, 500, 1000)),  # rows first
-        ("xla_rows", LogitsShape(4, 8, 1, 4000, 1000, 4), 1, Slices(4, 8, 7, 1000)),  # ceil(4000 / ceil(4000 / 7)); too few rows to round up to eight
-        ("xla_rows", LogitsShape(1, 1, 1, 1000, 1000, 4), 0.5, Slices(1, 1, 125, 1000)),  # 128 rows would be over the limit
-        ("xla_rows", LogitsShape(1, 1, 1, 1000, 1000, 4), 0.52, Slices(1, 1, 128, 1000)),  # 125 rounded up to eight
+        # query heads of a group stay together
+        ("xla", LogitsShape(1, 2, 4, 1000, 1000, 4), 16, Slices(1, 1, 1000, 1000)),
+        # 3 + 2, not 4 + 1
+        ("xla", LogitsShape(5, 1, 1, 1000, 1000, 4), 16, Slices(3, 1, 1000, 1000)),
+        # rows first
+        ("xla_rows", LogitsShape(4, 8, 1, 1000, 1000, 4), 64, Slices(4, 8, 500, 1000)),
+        # ceil(4000 / ceil(4000 / 7)); too few rows to round up to eight
+        ("xla_rows", LogitsShape(4, 8, 1, 4000, 1000, 4), 1, Slices(4, 8, 7, 1000)),
+        # 128 rows would be over the limit
+        ("xla_rows", LogitsShape(1, 1, 1, 1000, 1000, 4), 0.5, Slices(1, 1, 125, 1000)),
+        # 125 rounded up to eight
+        ("xla_rows", LogitsShape(1, 1, 1, 1000, 1000, 4), 0.52, Slices(1, 1, 128, 1000)),
     ],
 )
-def test_slices_by_hand(implementation: str, shape: LogitsShape, limit: float, expected: Slices) -> None:
+def test_slices_by_hand(
+    implementation: str, shape: LogitsShape, limit: float, expected: Slices
+) -> None:
     """Slices worked out by hand."""
     assert slice_logits(Plan(implementation, limit), shape) == expected
 
@@ -185,7 +231,10 @@ def test_huge_limit_does_not_slice(limit: float) -> None:
 @given(st.integers(1, 2**40))
 @example(249)
 def test_limit_in_bytes_survives_the_way_through_mb(size: int) -> None:
-    """A limit of n bytes, written in MB as n / 10^6, is n bytes again: slices of exactly n bytes fit it."""
+    """A limit of n bytes, written in MB as n / 10^6, is n bytes again.
+
+    Slices of exactly n bytes fit it.
+    """
     shape = LogitsShape(2, 1, 1, 1, size, 4)
     half = shape.bytes // 2
     assert slice_logits(Plan("xla", half / 10**6), shape) == Slices(1, 1, 1, size)
@@ -197,30 +246,45 @@ def test_candidates_differ_in_slices(shape: LogitsShape) -> None:
     plans = candidate_plans(shape)
     assert plans[0] == Plan("xla", None)
     assert len({slice_logits(plan, shape) for plan in plans}) == len(plans)
-    assert not any(same_slices(one, other, shape) for index, one in enumerate(plans) for other in plans[:index])
+    assert not any(
+        same_slices(one, other, shape) for index, one in enumerate(plans) for other in plans[:index]
+    )
 
 
 @given(shapes)
 def test_candidates_are_legal(shape: LogitsShape) -> None:
-    """Every candidate passes the checks of the op, and its limit is not more than its slices need twice over."""
+    """Every candidate passes the checks of the op, and its limit is not more than its slices need
+    twice over.
+    """
     for plan in candidate_plans(shape):
         assert check_implementation(plan.implementation) == plan.implementation
         assert check_max_chunk_size_mb(plan.max_chunk_size_mb) == plan.max_chunk_size_mb
-        assert slice_logits(plan, shape).chunk_bytes(shape) <= (shape.bytes if plan.max_chunk_size_mb is None else limit_bytes(plan))
+        assert slice_logits(plan, shape).chunk_bytes(shape) <= (
+            shape.bytes if plan.max_chunk_size_mb is None else limit_bytes(plan)
+        )
 
 
 @given(shapes)
 def test_candidates_descend_in_memory(shape: LogitsShape) -> None:
-    """From most memory to least, for a tuner that stops early. A limit is a power of two times 1.05 MB, room for as many MiB."""
+    """From most memory to least, for a tuner that stops early.
+
+    A limit is a power of two times 1.05 MB, room for as many MiB.
+    """
     plans = candidate_plans(shape)
-    limits = [math.inf if plan.max_chunk_size_mb is None else plan.max_chunk_size_mb for plan in plans]
+    limits = [
+        math.inf if plan.max_chunk_size_mb is None else plan.max_chunk_size_mb for plan in plans
+    ]
     assert limits == sorted(limits, reverse=True)
     for limit in limits[1:]:
         exponent = round(math.log2(limit / 1.05))
         assert limit == pytest.approx(1.05 * 2.0**exponent, rel=1e-3)
         assert limit * 1e6 >= 2.0 ** (20 + exponent)
     for implementation in SLICED:
-        memory = [slice_logits(plan, shape).chunk_bytes(shape) for plan in plans if plan.implementation == implementation]
+        memory = [
+            slice_logits(plan, shape).chunk_bytes(shape)
+            for plan in plans
+            if plan.implementation == implementation
+        ]
         assert memory == sorted(set(memory), reverse=True)
 
 
@@ -235,14 +299,22 @@ def test_candidates_descend_in_memory(shape: LogitsShape) -> None:
 )
 def test_candidates_have_no_more_slices_than_asked(most_slices: int) -> None:
     """Plans with more than ``most_slices`` slices are left out."""
-    for shape in (LogitsShape(64, 1, 1, 1000, 1000, 4), LogitsShape(64, 8, 1, 1000, 1000, 4), LogitsShape(100, 12, 1, 129, 129, 4)):
+    for shape in (
+        LogitsShape(64, 1, 1, 1000, 1000, 4),
+        LogitsShape(64, 8, 1, 1000, 1000, 4),
+        LogitsShape(100, 12, 1, 129, 129, 4),
+    ):
         for plan in candidate_plans(shape, most_slices=most_slices):
             assert math.prod(slice_logits(plan, shape).counts(shape)) <= most_slices
 
 
-@pytest.mark.parametrize("shape", [LogitsShape(1, 1, 32768, 4, 4, 4), LogitsShape(2, 1, 2**20, 8, 1, 8)])
+@pytest.mark.parametrize(
+    "shape", [LogitsShape(1, 1, 32768, 4, 4, 4), LogitsShape(2, 1, 2**20, 8, 1, 8)]
+)
 def test_candidates_of_very_large_groups(shape: LogitsShape) -> None:
-    """Where one logit of every query head in a group is much already, there are fewer candidates and no error."""
+    """Where one logit of every query head in a group is much already, there are fewer candidates
+    and no error.
+    """
     assert all(slice_logits(plan, shape) for plan in candidate_plans(shape))
 
 
@@ -259,14 +331,18 @@ def test_candidates_in_larger_steps_are_fewer(shape: LogitsShape) -> None:
     assert len(candidate_plans(shape, step=4)) <= len(candidate_plans(shape, step=2))
 
 
-@pytest.mark.parametrize("shape", [LogitsShape(1, 1, 1, 1, 1, 4), LogitsShape(2**20, 2**10, 1, 2**20, 2**20, 8)])
+@pytest.mark.parametrize(
+    "shape", [LogitsShape(1, 1, 1, 1, 1, 4), LogitsShape(2**20, 2**10, 1, 2**20, 2**20, 8)]
+)
 def test_candidates_at_the_ends(shape: LogitsShape) -> None:
     """One logit, and more logits than any machine has, both have candidates."""
     assert candidate_plans(shape)[0] == Plan("xla", None)
 
 
 def test_same_slices() -> None:
-    """Plans are the same where their slices are, except that "dense" is another computation than any other."""
+    """Plans are the same where their slices are, except that "dense" is another computation than
+    any other.
+    """
     shape = LogitsShape(1, 8, 1, 1000, 1000, 4)
     assert same_slices(Plan("xla", None), Plan("xla_rows", 1000.0), shape)
     assert same_slices(Plan("xla", 16.0), Plan("xla", 17.0), shape)
@@ -335,8 +411,13 @@ TOO_LARGE: list[Callable[[], object]] = [lambda: 10**400, lambda: fractions.Frac
 
 @pytest.mark.parametrize("make", [*WRONG_LIMITS, *TOO_LARGE])
 def test_limit_is_refused(make: Callable[[], object]) -> None:
-    """Whatever is no positive finite number is an ArgumentError that says what is required and what was received; arrays are no numbers."""
-    with pytest.raises(ArgumentError, match=r'max_chunk_size_mb must be a positive finite number .*None .*or "auto"; got ') as error:
+    """Whatever is no positive finite number is an ArgumentError that says what is required and what
+    was received; arrays are no numbers.
+    """
+    with pytest.raises(
+        ArgumentError,
+        match=r'max_chunk_size_mb must be a positive finite number .*None .*or "auto"; got ',
+    ) as error:
         check_max_chunk_size_mb(make())
     assert isinstance(error.value, ValueError)
 
@@ -347,10 +428,29 @@ def test_implementation_is_accepted(name: str | None) -> None:
     assert check_implementation(name) == name
 
 
-@pytest.mark.parametrize("value", ["", "XLA", "auto", "cudnn_v8", " xla", True, 0, b"xla", ["xla"], {}, np.array(["xla"]), object()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "XLA",
+        "auto",
+        "cudnn_v8",
+        " xla",
+        True,
+        0,
+        b"xla",
+        ["xla"],
+        {},
+        np.array(["xla"]),
+        object(),
+    ],
+)
 def test_implementation_is_refused(value: object) -> None:
     """Anything else is an ArgumentError that lists the names."""
-    with pytest.raises(ArgumentError, match=r"implementation must be None or one of 'dense', 'cudnn', 'xla', 'xla_rows'.*; got "):
+    with pytest.raises(
+        ArgumentError,
+        match=r"implementation must be None or one of 'dense', 'cudnn', 'xla', 'xla_rows'.*; got ",
+    ):
         check_implementation(value)
 
 
@@ -358,7 +458,9 @@ def test_plan_says_its_limit() -> None:
     """A plan's text names the implementation and the limit, so that it can be read in a report."""
     assert str(Plan("xla", 64.0)) == "xla, 64 MB"
     assert "xla_rows" in str(Plan("xla_rows", None))
-    assert len({str(Plan(name, limit)) for name in SLICED for limit in (None, 1.0, 0.5)}) == 3 * len(SLICED)
+    assert len(
+        {str(Plan(name, limit)) for name in SLICED for limit in (None, 1.0, 0.5)}
+    ) == 3 * len(SLICED)
 
 
 def test_plan_is_a_value() -> None:
@@ -368,7 +470,10 @@ def test_plan_is_a_value() -> None:
 
 
 def test_plans_tell_which_one_ran() -> None:
-    """``used`` reports the mode; who listens takes no part in equality, so that compiled programs are shared."""
+    """``used`` reports the mode.
+
+    Who listens takes no part in equality, so that compiled programs are shared.
+    """
     heard: list[str] = []
     plans = Plans(Plan("xla", 1.0), Plan("xla", 2.0), heard.append)
     plans.used("training")
@@ -382,7 +487,10 @@ def test_plans_tell_which_one_ran() -> None:
 
 @given(shapes)
 def test_causal_blocks_cover_and_are_no_shorter_than_they_should_be(shape: LogitsShape) -> None:
-    """At most eight by eight blocks, as equal as can be, none shorter than 256 unless the whole is; other axes as they were."""
+    """At most eight by eight blocks, as equal as can be, none shorter than 256 unless the whole is.
+
+    Other axes as they were.
+    """
     block = causal_block(shape)
     assert block._replace(rows=shape.rows, keys=shape.keys) == shape
     for whole, part in ((shape.rows, block.rows), (shape.keys, block.keys)):

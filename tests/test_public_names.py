@@ -26,7 +26,8 @@ NAMES = [
     "use",
 ]
 
-# Each exception's place in the tree: its family and the built-in that keeps plain `except` clauses working.
+# Each exception's place in the tree: its family and the built-in that keeps plain `except` clauses
+# working.
 TREE = {
     "AutochunkError": (Exception,),
     "ArgumentError": (errors.AutochunkError, ValueError),

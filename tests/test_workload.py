@@ -17,7 +17,9 @@ LARGEST = 2**40
 ITEMS = ("b", "t", "s", "h", "kv_heads", "k", "v", "dtype", "causal", "mask", "bias", "mode")
 
 sizes = st.one_of(st.integers(1, 8), st.integers(1, LARGEST))
-patterns = st.one_of(st.just("none"), st.tuples(*(st.sampled_from((letter, "1")) for letter in "bhts")).map("".join))
+patterns = st.one_of(
+    st.just("none"), st.tuples(*(st.sampled_from((letter, "1")) for letter in "bhts")).map("".join)
+)
 
 
 @st.composite
@@ -56,13 +58,21 @@ def test_keys_are_injective(one: Workload, other: Workload) -> None:
 
 
 @given(workloads(), st.sampled_from(ITEMS), st.data())
-def test_changing_one_item_changes_the_key(workload: Workload, item: str, data: st.DataObject) -> None:
+def test_changing_one_item_changes_the_key(
+    workload: Workload, item: str, data: st.DataObject
+) -> None:
     """No item is left out of the key."""
-    given_items = dict(part.split("=") for part in workload.key.removeprefix("attention:").split(","))
+    given_items = dict(
+        part.split("=") for part in workload.key.removeprefix("attention:").split(",")
+    )
     other = Workload.parse(data.draw(workloads()).key)
     value = dict(part.split("=") for part in other.key.removeprefix("attention:").split(","))[item]
     try:
-        changed = Workload.parse(",".join(f"{name}={value if name == item else old}" for name, old in given_items.items()))
+        changed = Workload.parse(
+            ",".join(
+                f"{name}={value if name == item else old}" for name, old in given_items.items()
+            )
+        )
     except WorkloadError:
         return  # kv_heads that no longer divides
     assert (changed.key == workload.key) == (changed == workload)
@@ -72,7 +82,10 @@ def test_changing_one_item_changes_the_key(workload: Workload, item: str, data: 
 def test_key_spells_every_item_in_one_order(workload: Workload) -> None:
     """Keys are one line of plain ASCII without spaces, with every item, always in the same order."""
     assert workload.key.startswith("attention:")
-    assert tuple(part.partition("=")[0] for part in workload.key.removeprefix("attention:").split(",")) == ITEMS
+    assert (
+        tuple(part.partition("=")[0] for part in workload.key.removeprefix("attention:").split(","))
+        == ITEMS
+    )
     assert workload.key.isascii()
     assert workload.key.isprintable()
     assert " " not in workload.key
@@ -86,7 +99,10 @@ def test_shape_round_trip(workload: Workload) -> None:
 
 @given(workloads())
 def test_shape_leaves_out_what_is_implied(workload: Workload) -> None:
-    """A shape is as short as it can be: no dtype, no mode, nothing that parsing would fill in by itself."""
+    """A shape is as short as it can be.
+
+    No dtype, no mode, nothing that parsing would fill in by itself.
+    """
     names = [item.partition("=")[0] for item in workload.shape.split(",")]
     assert names[:4] == ["b", "t", "s", "h"]
     assert "dtype" not in names
@@ -99,7 +115,10 @@ def test_shape_leaves_out_what_is_implied(workload: Workload) -> None:
 
 @given(workloads())
 def test_tune_command_names_the_workload(workload: Workload) -> None:
-    """The printed command line can be pasted: it needs no quoting, and its options give the workload back."""
+    """The printed command line can be pasted.
+
+    It needs no quoting, and its options give the workload back.
+    """
     words = workload.tune_command.split(" ")
     assert words[:3] == ["autochunk", "tune", "--shape"]
     assert words[4::2] == ["--dtype", "--mode"]
@@ -115,9 +134,16 @@ def test_order_of_items_does_not_matter(workload: Workload, random: Any) -> None
 
 
 def test_defaults() -> None:
-    """Left out: one batch element, one head, s as t, kv_heads as h, v as k; float32, no mask, no bias, not causal, forward."""
+    """Left out.
+
+    One batch element, one head, s as t, kv_heads as h, v as k; float32, no mask, no bias, not
+    causal, forward.
+    """
     workload = Workload.parse("t=128,k=64")
-    assert workload.key == "attention:b=1,t=128,s=128,h=1,kv_heads=1,k=64,v=64,dtype=float32,causal=no,mask=none,bias=none,mode=forward"
+    assert (
+        workload.key
+        == "attention:b=1,t=128,s=128,h=1,kv_heads=1,k=64,v=64,dtype=float32,causal=no,mask=none,bias=none,mode=forward"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +198,16 @@ def test_pattern_is_canonical_for_sizes_left_out(shape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("item", "wrong"), [("mask", "all"), ("mask", "bht"), ("mask", "bhtss"), ("mask", "sthb"), ("mask", ""), ("bias", "BHTS"), ("bias", "b1t1\n")]
+    ("item", "wrong"),
+    [
+        ("mask", "all"),
+        ("mask", "bht"),
+        ("mask", "bhtss"),
+        ("mask", "sthb"),
+        ("mask", ""),
+        ("bias", "BHTS"),
+        ("bias", "b1t1\n"),
+    ],
 )
 def test_wrong_pattern(item: str, wrong: str) -> None:
     """A pattern is 'none' or four letters; the error names the item and shows what is right."""
@@ -230,7 +265,9 @@ def test_wrong_pattern(item: str, wrong: str) -> None:
     ],
 )
 def test_error_names_the_item_and_the_cure(shape: str, names: str, cure: str) -> None:
-    """Every text that is no shape is a WorkloadError, of one line, which repeats the text, names the item and says what is right."""
+    """Every text that is no shape is a WorkloadError, of one line, which repeats the text, names
+    the item and says what is right.
+    """
     with pytest.raises(WorkloadError) as error:
         Workload.parse(shape)
     message = str(error.value)
@@ -266,16 +303,42 @@ def test_make_names_the_field(fields: dict[str, Any], names: str) -> None:
 
 
 fragments = st.sampled_from(
-    [*(f"{item}=" for item in ITEMS), ",", "=", "attention:", "1", "4", "none", "bhts", "yes", "float32", "training", "-", " ", "\n", "\0", "²", "\uff19"]
+    [
+        *(f"{item}=" for item in ITEMS),
+        ",",
+        "=",
+        "attention:",
+        "1",
+        "4",
+        "none",
+        "bhts",
+        "yes",
+        "float32",
+        "training",
+        "-",
+        " ",
+        "\n",
+        "\0",
+        "²",
+        "\uff19",
+    ]
 )
 
 
-@given(st.one_of(st.text(), st.lists(fragments).map("".join), st.lists(st.one_of(fragments, st.text(max_size=3))).map("".join)))
+@given(
+    st.one_of(
+        st.text(),
+        st.lists(fragments).map("".join),
+        st.lists(st.one_of(fragments, st.text(max_size=3))).map("".join),
+    )
+)
 @example("t=1\n,k=1")
 @example("\ud800")
 @example("t=\x1b[31m,k=1")
 def test_hostile_text_is_a_workload_error_or_a_workload(text: str) -> None:
-    """Whatever the text, it is a workload with a canonical key, or a WorkloadError and nothing else."""
+    """Whatever the text, it is a workload with a canonical key, or a WorkloadError and nothing
+    else.
+    """
     try:
         workload = Workload.parse(text)
     except WorkloadError:
@@ -285,7 +348,10 @@ def test_hostile_text_is_a_workload_error_or_a_workload(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["t=1\n2,k=4", "t=4,k=4,causal=\x1b[31m", "t=4,k=4,mask=a\nb"])
 def test_error_is_one_printable_line(text: str) -> None:
-    """An error can be printed in a terminal or a log whatever the text was: one line, no control characters."""
+    """An error can be printed in a terminal or a log whatever the text was.
+
+    One line, no control characters.
+    """
     with pytest.raises(WorkloadError) as error:
         Workload.parse(text)
     assert str(error.value).isprintable()
@@ -302,7 +368,9 @@ def test_defaults_may_give_what_must_be_given() -> None:
     assert Workload.parse("b=2", query_length=4, key_size=8) == Workload.parse("b=2,t=4,k=8")
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 4), ("float16", 4), ("float64", 8)])
+@pytest.mark.parametrize(
+    ("dtype", "itemsize"), [("float32", 4), ("bfloat16", 4), ("float16", 4), ("float64", 8)]
+)
 def test_logits_bytes(dtype: str, itemsize: int) -> None:
     """Logits are float32 for half-precision inputs; key/value heads do not change their number."""
     workload = Workload.parse("b=2,t=3,s=5,h=6,kv_heads=2,k=7,v=11", dtype=dtype)
@@ -319,7 +387,14 @@ def test_with_mode(workload: Workload) -> None:
     assert workload.with_mode(workload.mode) == workload
 
 
-@pytest.mark.parametrize("change", [lambda w: setattr(w, "batch", 2), lambda w: delattr(w, "batch"), lambda w: setattr(w, "new", 2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: setattr(w, "batch", 2),
+        lambda w: delattr(w, "batch"),
+        lambda w: setattr(w, "new", 2),
+    ],
+)
 def test_workload_is_frozen(change: Callable[[Workload], None]) -> None:
     """A workload never changes, so it may be a key of a dict."""
     workload = Workload.parse("t=4,k=8")

@@ -1,6 +1,7 @@
 """MultiHeadAttention: ``hk.MultiHeadAttention`` whose attention runs in slices.
 
-It subclasses haiku's module so that constructor, parameters and initialisers are haiku's own, whatever version is installed.
+It subclasses haiku's module so that constructor, parameters and initialisers are haiku's own,
+whatever version is installed.
 """
 
 from __future__ import annotations
@@ -16,40 +17,56 @@ from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
 
 class MultiHeadAttention(hk.MultiHeadAttention):
-    """Multi-head attention with the parameters and results of ``hk.MultiHeadAttention``, and bounded memory.
+    """Multi-head attention with the parameters and results of ``hk.MultiHeadAttention``, and
+    bounded memory.
 
-    Glossary of shapes: T' and T are query and key lengths, H heads, K key size, V value size, D' model size; [...] are zero or more leading dims.
+    Glossary of shapes: T' and T are query and key lengths, H heads, K key size, V value size, D'
+    model size; [...] are zero or more leading dims.
     """
 
-    def __init__(self, num_heads: int, key_size: int, w_init_scale: float | None = None, *,
-                 max_chunk_size_mb: float | Literal["auto"] | None = "auto", implementation: str | None = None,
-                 name: str | None = None, **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        num_heads: int,
+        key_size: int,
+        w_init_scale: float | None = None,
+        *,
+        max_chunk_size_mb: float | Literal["auto"] | None = "auto",
+        implementation: str | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Initialises the module; arguments are those of ``hk.MultiHeadAttention`` and two more.
 
         Args:
           num_heads: number of heads (H).
           key_size: size of keys and queries (K).
           w_init_scale: deprecated by haiku in favour of ``w_init``.
-          max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None never to slice, or "auto" to take what ``autochunk tune`` found best.
+          max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None never to slice, or
+            "auto" to take what ``autochunk tune`` found best.
           implementation: as in ``autochunk.dot_product_attention``.
           name: name of the module.
-          **kwargs: ``w_init``, ``with_bias``, ``b_init``, ``value_size`` and ``model_size``, as in haiku.
+          **kwargs: ``w_init``, ``with_bias``, ``b_init``, ``value_size`` and ``model_size``, as in
+            haiku.
 
         Raises:
-          ArgumentError: ``max_chunk_size_mb`` or ``implementation`` is not usable. It is a ValueError.
+          ArgumentError: ``max_chunk_size_mb`` or ``implementation`` is not usable. It is a
+            ValueError.
         """
         super().__init__(num_heads, key_size, w_init_scale, name=name, **kwargs)
         self.max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
         self.implementation = check_implementation(implementation)
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Computes attention of queries over keys and values.
 
         Args:
           query: [..., T', D_q].
           key: [..., T, D_k].
           value: [..., T, D_v].
-          mask: boolean or number, false takes no part; [..., H=1, T', T], of one rank more than the query.
+          mask: boolean or number, false takes no part; [..., H=1, T', T], of one rank more than the
+            query.
 
         Returns:
           [..., T', D'].
@@ -62,8 +79,13 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         key_heads = self._linear_projection(key, self.key_size, "key")  # [..., T, H, K]
         value_heads = self._linear_projection(value, self.value_size, "value")  # [..., T, H, V]
         if mask is not None and mask.ndim != query_heads.ndim:
-            raise ValueError(f"Mask dimensionality {mask.ndim} must match logits dimensionality {query_heads.ndim}.")
-        query_heads, key_heads, value_heads = _broadcast_and_promote(query_heads, key_heads, value_heads)
+            raise ValueError(
+                f"Mask dimensionality {mask.ndim} must match logits dimensionality "
+                f"{query_heads.ndim}."
+            )
+        query_heads, key_heads, value_heads = _broadcast_and_promote(
+            query_heads, key_heads, value_heads
+        )
         attended = dot_product_attention(
             query_heads,
             key_heads,
@@ -73,7 +95,10 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             implementation=self.implementation,
         )  # [..., T', H, V]
         flat = attended.reshape((*leading, length, self.num_heads * self.value_size))
-        return hk.Linear(self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init)(flat)  # [..., T', D']
+        # [..., T', D']
+        return hk.Linear(
+            self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init
+        )(flat)
 
 
 def _broadcast_and_promote(*heads: jax.Array) -> list[jax.Array]:

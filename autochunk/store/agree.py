@@ -1,8 +1,12 @@
-"""Agreement: in a program of several JAX processes, what process 0 knows answers "auto" on all of them.
+"""Agreement.
 
-With different plans they would compile different programs and wait for each other for ever. So at its first "auto" process 0 publishes what its layers hold
-for its device in the key-value store of JAX's distributed runtime, and every other process waits for that, for a limited time. It is done once: a store
-that changes later changes nothing for the processes that run. A program of one process never comes here.
+In a program of several JAX processes, what process 0 knows answers "auto" on all of them.
+
+With different plans they would compile different programs and wait for each other for ever. So at
+its first "auto" process 0 publishes what its layers hold for its device in the key-value store of
+JAX's distributed runtime, and every other process waits for that, for a limited time. It is done
+once: a store that changes later changes nothing for the processes that run. A program of one
+process never comes here.
 """
 
 from __future__ import annotations
@@ -44,7 +48,8 @@ def agreed(topic: str, make: Callable[[], Any]) -> Any:
       make: called on process 0 only.
 
     Raises:
-      AgreementError: process 0 did not ask within LIMIT_SECONDS, could not make it, or runs another version of autochunk.
+      AgreementError: process 0 did not ask within LIMIT_SECONDS, could not make it, or runs another
+        version of autochunk.
     """
     import jax
 
@@ -55,7 +60,10 @@ def agreed(topic: str, make: Callable[[], Any]) -> Any:
 
 
 def runtime() -> Any:
-    """The connection to the program's processes: another one after ``jax.distributed.shutdown`` and a new ``initialize``."""
+    """The connection to the program's processes.
+
+    Another one after ``jax.distributed.shutdown`` and a new ``initialize``.
+    """
     from jax._src import distributed  # jax has no public name for its key-value store
 
     return distributed.global_state.client
@@ -68,13 +76,24 @@ def _publish(client: Any, topic: str, make: Callable[[], Any]) -> None:
     try:
         content = gzip.compress(json.dumps(make()).encode(), mtime=0)
     except Exception as error:
-        client.key_value_set_bytes(_key(topic), json.dumps(header | {"error": f"{type(error).__name__}: {error}"[:1000]}).encode())
+        client.key_value_set_bytes(
+            _key(topic),
+            json.dumps(header | {"error": f"{type(error).__name__}: {error}"[:1000]}).encode(),
+        )
         raise
-    pieces = [content[start : start + _PIECE_BYTES] for start in range(0, len(content), _PIECE_BYTES)]
+    pieces = [
+        content[start : start + _PIECE_BYTES] for start in range(0, len(content), _PIECE_BYTES)
+    ]
     for number, piece in enumerate(pieces):
-        client.key_value_set_bytes(_key(topic, number), piece, allow_overwrite=True)  # a process that died here may have left some
+        # a process that died here may have left some
+        client.key_value_set_bytes(_key(topic, number), piece, allow_overwrite=True)
     # Last: who finds it finds the pieces, too.
-    client.key_value_set_bytes(_key(topic), json.dumps(header | {"pieces": len(pieces), "sha256": hashlib.sha256(content).hexdigest()}).encode())
+    client.key_value_set_bytes(
+        _key(topic),
+        json.dumps(
+            header | {"pieces": len(pieces), "sha256": hashlib.sha256(content).hexdigest()}
+        ).encode(),
+    )
 
 
 def _published(client: Any, topic: str) -> bool:
@@ -92,22 +111,32 @@ def _receive(client: Any, topic: str, process: int, count: int) -> Any:
 
     def get(*part: int) -> bytes:
         try:
-            return bytes(client.blocking_key_value_get_bytes(_key(topic, *part), int(LIMIT_SECONDS * 1000)))
+            return bytes(
+                client.blocking_key_value_get_bytes(_key(topic, *part), int(LIMIT_SECONDS * 1000))
+            )
         except jax.errors.JaxRuntimeError as error:
             raise AgreementError(
-                f'process {process} of {count} waited {LIMIT_SECONDS:g} s for the profiles of process 0, which has not come to an "auto" of its own '
-                f"({str(error).splitlines()[0][:200]}). All processes must trace the same attention; to do without profiles pin it: "
+                f"process {process} of {count} waited {LIMIT_SECONDS:g} s for the profiles of "
+                'process 0, which has not come to an "auto" of its own '
+                f"({str(error).splitlines()[0][:200]}). All processes must trace the same "
+                "attention; to do without profiles pin it: "
                 "autochunk.use(max_chunk_size_mb=...)"
             ) from error
 
     header = json.loads(get())
     if header["autochunk"] != autochunk.__version__:
-        raise AgreementError(f"process {process} of {count} runs autochunk {autochunk.__version__}, process 0 runs {header['autochunk']}; install one version")
+        raise AgreementError(
+            f"process {process} of {count} runs autochunk {autochunk.__version__}, process 0 runs "
+            f"{header['autochunk']}; install one version"
+        )
     if "error" in header:
         raise AgreementError(f"process 0 of {count} could not read its profiles: {header['error']}")
     content = b"".join(get(number) for number in range(header["pieces"]))
     if hashlib.sha256(content).hexdigest() != header["sha256"]:
-        raise AgreementError(f"process {process} of {count} received other profiles than process 0 sent; start the program again")
+        raise AgreementError(
+            f"process {process} of {count} received other profiles than process 0 sent; start the "
+            "program again"
+        )
     return json.loads(gzip.decompress(content))
 
 

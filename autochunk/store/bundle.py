@@ -1,8 +1,9 @@
 """Bundles: profiles as one JSON file that travels between machines.
 
-Its text is deterministic, so that the same profiles give the same bytes, and laid out for people and for diffs: each field on its own line, each
-measurement on one. Every profile stands beside the digest of its content, and the checksum is over the digests: a layer of many profiles checks its list
-at once, and each profile when it is asked for.
+Its text is deterministic, so that the same profiles give the same bytes, and laid out for people
+and for diffs: each field on its own line, each measurement on one. Every profile stands beside the
+digest of its content, and the checksum is over the digests: a layer of many profiles checks its
+list at once, and each profile when it is asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from autochunk.store.profile import Bundle, Profile, Provenance
 BUNDLE_VERSION: Literal[2] = 2
 
 MOST_BYTES = 256 * 2**20
-# Python takes up to some 100 bytes for a value that JSON writes in three; a bundle has one in about 20 bytes of text.
+# Python takes up to some 100 bytes for a value that JSON writes in three; a bundle has one in about
+# 20 bytes of text.
 MOST_VALUES = 2**24
 # Pydantic keeps an error for each field that it does not know.
 _MOST_FIELDS = 50
@@ -46,7 +48,7 @@ _T = TypeVar("_T")
 _Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
-# --- Writing --------------------------------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def dump(profiles: Iterable[Profile], note: str = "") -> str:
@@ -69,18 +71,31 @@ def dump(profiles: Iterable[Profile], note: str = "") -> str:
         "provenance": _provenance(ordered, autochunk.__version__, note).model_dump(mode="json"),
         "profiles": entries,
     }
-    # Bundle, list, entry, profile and its list of measurements are spread out; a measurement is not.
+    # Bundle, list, entry, profile and its list of measurements are spread out; a measurement is
+    # not.
     return _lay_out(content, levels=5) + "\n"
 
 
 def _lay_out(value: Any, levels: int, line: str = "\n") -> str:
-    """JSON with the items of the outermost ``levels`` on lines of their own, and what is inside those on one line."""
+    """JSON with the items of the outermost ``levels`` on lines of their own, and what is inside
+    those on one line.
+    """
     if not levels or not value or not isinstance(value, dict | list):
         return json.dumps(value)
     inner = line + " "
     if isinstance(value, list):
-        return "[" + ",".join(inner + _lay_out(item, levels - 1, inner) for item in value) + line + "]"
-    return "{" + ",".join(f"{inner}{json.dumps(name)}: {_lay_out(item, levels - 1, inner)}" for name, item in value.items()) + line + "}"
+        return (
+            "[" + ",".join(inner + _lay_out(item, levels - 1, inner) for item in value) + line + "]"
+        )
+    return (
+        "{"
+        + ",".join(
+            f"{inner}{json.dumps(name)}: {_lay_out(item, levels - 1, inner)}"
+            for name, item in value.items()
+        )
+        + line
+        + "}"
+    )
 
 
 def _entry(profile: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +103,10 @@ def _entry(profile: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(profile: dict[str, Any]) -> str:
-    """Of the content, however it is laid out. Raises ValueError for 1e999, which is read as infinity."""
+    """Of the content, however it is laid out.
+
+    Raises ValueError for 1e999, which is read as infinity.
+    """
     return _sha256(json.dumps(profile, sort_keys=True, separators=(",", ":"), allow_nan=False))
 
 
@@ -106,9 +124,19 @@ def _provenance(profiles: Iterable[Profile], version: str, note: str) -> Provena
     devices = sorted({profile.device.key for profile in profiles})
     oldest, newest = (created[0], created[-1]) if created else (None, None)
     try:
-        return Provenance(autochunk=version, devices=tuple(devices), oldest=oldest, newest=newest, profiles=len(profiles), note=note)
+        return Provenance(
+            autochunk=version,
+            devices=tuple(devices),
+            oldest=oldest,
+            newest=newest,
+            profiles=len(profiles),
+            note=note,
+        )
     except ValidationError:
-        raise ArgumentError(f"note must be one line of at most 1000 characters, none of them control characters; got {reprlib.repr(note)}") from None
+        raise ArgumentError(
+            "note must be one line of at most 1000 characters, none of them control characters; "
+            f"got {reprlib.repr(note)}"
+        ) from None
 
 
 def refuse_twice(profiles: Iterable[Profile], source: str) -> None:
@@ -121,10 +149,13 @@ def refuse_twice(profiles: Iterable[Profile], source: str) -> None:
 
 
 def _twice(key: tuple[str, str]) -> str:
-    return f"a bundle has one profile of each device and workload; there are two of {_one_line(' | '.join(key))}"
+    return (
+        "a bundle has one profile of each device and workload; there are two of "
+        f"{_one_line(' | '.join(key))}"
+    )
 
 
-# --- Reading --------------------------------------------------------------------------------------------------------------
+# --- Reading --------------------------------------------------------------------------------------
 
 
 class _Strict(BaseModel):
@@ -162,7 +193,12 @@ class _Subject(BaseModel):
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     entries = [_entry(profile) for profile in _File1.model_validate(content).profiles]
-    return {"schema_version": 2, "checksum": _checksum(entry["digest"] for entry in entries), "provenance": None, "profiles": entries}
+    return {
+        "schema_version": 2,
+        "checksum": _checksum(entry["digest"] for entry in entries),
+        "provenance": None,
+        "profiles": entries,
+    }
 
 
 # From each older version to the next; a released one is never taken out.
@@ -170,9 +206,12 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_ver
 
 
 class Index(Mapping[tuple[str, str], Profile]):
-    """A bundle's profiles by (device key, workload key): each is compared with its digest and validated when it is asked for.
+    """A bundle's profiles by (device key, workload key).
 
-    Asking raises BundleError where a profile is damaged; one that is damaged leaves the others usable.
+    Each is compared with its digest and validated when it is asked for.
+
+    Asking raises BundleError where a profile is damaged; one that is damaged leaves the others
+    usable.
 
     Attributes:
       source: names the bundle in errors.
@@ -189,7 +228,9 @@ class Index(Mapping[tuple[str, str], Profile]):
             place = f"profiles.{number}"
             key = _checked(functools.partial(_subject, entry), source, place)
             if key in self._entries:
-                raise BundleError(f"{source}: {place}: {_twice(key)}, the other at {self._entries[key][0]}")
+                raise BundleError(
+                    f"{source}: {place}: {_twice(key)}, the other at {self._entries[key][0]}"
+                )
             self._entries[key] = place, entry
 
     def __getitem__(self, key: tuple[str, str]) -> Profile:
@@ -226,21 +267,28 @@ def _subject(entry: _Entry) -> tuple[str, str]:
 
 def _profile(entry: _Entry, key: tuple[str, str]) -> Profile:
     if _digest(entry.profile) != entry.digest:
-        raise ValueError(f"the profile of {' | '.join(key)} is not what its digest was made of: the file was damaged or edited; export it again")
+        raise ValueError(
+            f"the profile of {' | '.join(key)} is not what its digest was made of: the file was "
+            "damaged or edited; export it again"
+        )
     return Profile.model_validate(entry.profile)
 
 
 def scan(data: str | bytes, source: str = "bundle") -> Index:
-    """Reads a bundle's text, or that text compressed with gzip, without validating the profiles in it: each is when it is asked for.
+    """Reads a bundle's text, or that text compressed with gzip, without validating the profiles in
+    it: each is when it is asked for.
 
     Raises:
-      BundleError: it is no bundle, or of a newer version, or its checksum does not fit its list of profiles.
+      BundleError: it is no bundle, or of a newer version, or its checksum does not fit its list of
+        profiles.
     """
     return Index(_checked(lambda: _parse(_json_bytes(data)), source), source)
 
 
 def load(text: str | bytes, source: str = "bundle") -> Bundle:
-    """Reads a bundle's text, or that text compressed with gzip, and checks all of it; ``source`` names it in errors.
+    """Reads a bundle's text, or that text compressed with gzip, and checks all of it.
+
+    ``source`` names it in errors.
 
     Raises:
       BundleError: it is no bundle, or of a newer version, or it was damaged or edited.
@@ -252,7 +300,10 @@ def load(text: str | bytes, source: str = "bundle") -> Bundle:
     said = index.provenance
     provenance = _provenance(profiles, said.autochunk if said else "", said.note if said else "")
     if said not in (None, provenance):
-        raise BundleError(f"{source}: its provenance does not fit its profiles: the file was damaged or edited; export it again")
+        raise BundleError(
+            f"{source}: its provenance does not fit its profiles: the file was damaged or edited; "
+            "export it again"
+        )
     return Bundle(schema_version=index.schema_version, profiles=profiles, provenance=provenance)
 
 
@@ -277,14 +328,19 @@ def _decompressed(data: bytes) -> bytes:
 
 def _refuse_large(size: int) -> None:
     if size > MOST_BYTES:
-        raise ValueError(f"a bundle has at most {MOST_BYTES >> 20} MiB; this has {'more' if size == MOST_BYTES + 1 else size >> 20}")
+        raise ValueError(
+            f"a bundle has at most {MOST_BYTES >> 20} MiB; this has "
+            f"{'more' if size == MOST_BYTES + 1 else size >> 20}"
+        )
 
 
 def _parse(data: bytes) -> Any:
     """The value that a JSON text stands for."""
     values = sum(map(data.count, (b",", b"[", b"{")))
     if values > MOST_VALUES:
-        raise ValueError(f"{_NO_BUNDLE}; a bundle has at most {MOST_VALUES} values, this has about {values}")
+        raise ValueError(
+            f"{_NO_BUNDLE}; a bundle has at most {MOST_VALUES} values, this has about {values}"
+        )
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -296,22 +352,36 @@ def _version(content: Any) -> int:
         raise ValueError(f"{_NO_BUNDLE}; it must be an object; got {reprlib.repr(content)}")
     version = content.get("schema_version")
     if type(version) is not int or version < 1:
-        raise ValueError(f"{_NO_BUNDLE}; its schema_version must be a whole number from 1 to {BUNDLE_VERSION}; got {reprlib.repr(version)}")
+        raise ValueError(
+            f"{_NO_BUNDLE}; its schema_version must be a whole number from 1 to {BUNDLE_VERSION}; "
+            f"got {reprlib.repr(version)}"
+        )
     if version > BUNDLE_VERSION:
-        raise ValueError(f"its schema_version is {reprlib.repr(version)}, and this autochunk reads those up to {BUNDLE_VERSION}; upgrade autochunk to read it")
+        raise ValueError(
+            f"its schema_version is {reprlib.repr(version)}, and this autochunk reads those up to "
+            f"{BUNDLE_VERSION}; upgrade autochunk to read it"
+        )
     return version
 
 
 def _check_list(file: _File) -> None:
     """Raises ValueError where the list of profiles is not the one that was written."""
     if _checksum(entry.digest for entry in file.profiles) != file.checksum:
-        raise ValueError("its checksum does not fit its list of profiles: the file was damaged or edited, or a merge left it mixed; export it again")
+        raise ValueError(
+            "its checksum does not fit its list of profiles: the file was damaged or edited, or a "
+            "merge left it mixed; export it again"
+        )
     if file.provenance is not None and file.provenance.profiles != len(file.profiles):
-        raise ValueError(f"its provenance says {file.provenance.profiles} profiles; there are {len(file.profiles)}")
+        raise ValueError(
+            f"its provenance says {file.provenance.profiles} profiles; there are "
+            f"{len(file.profiles)}"
+        )
 
 
 def _refuse_wide(value: Any, levels: int) -> None:
-    """Raises ValueError where an object in the outer ``levels`` has more fields than any of a bundle."""
+    """Raises ValueError where an object in the outer ``levels`` has more fields than any of a
+    bundle.
+    """
     if isinstance(value, dict) and len(value) > _MOST_FIELDS:
         raise ValueError(f"{_NO_BUNDLE}; an object has {len(value)} fields")
     if levels and isinstance(value, dict | list):
@@ -323,11 +393,17 @@ def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> None:
     # Readers differ in which of two they take, so what was checked need not be what is used.
     names = {name for name, _ in pairs}
     if len(names) < len(pairs):
-        raise ValueError(f"{_NO_BUNDLE}; a name is given twice in one object, among {reprlib.repr(sorted(names))}")
+        raise ValueError(
+            f"{_NO_BUNDLE}; a name is given twice in one object, among "
+            f"{reprlib.repr(sorted(names))}"
+        )
 
 
 def _checked(work: Callable[[], _T], source: str, place: str = "") -> _T:
-    """What ``work`` returns; what goes wrong in it is a BundleError of one line that names the source and the place in it."""
+    """What ``work`` returns.
+
+    What goes wrong in it is a BundleError of one line that names the source and the place in it.
+    """
     try:
         return work()
     except BundleError:
@@ -336,26 +412,35 @@ def _checked(work: Callable[[], _T], source: str, place: str = "") -> _T:
         message = _explanation(error, place)
     except (ValueError, RecursionError) as error:
         message = f"{place + ': ' if place else ''}{_one_line(str(error)[:1000])}"
-    # Not inside the `except`, where pydantic's error would become this one's context: it holds on to all that was read, out of the garbage collector's sight.
+    # Not inside the `except`, where pydantic's error would become this one's context: it holds on
+    # to all that was read, out of the garbage collector's sight.
     raise BundleError(f"{source}: {message}")
 
 
 def _explanation(error: ValidationError, place: str) -> str:
     problem = error.errors(include_url=False)[0]
     where = _one_line(".".join(map(str, (*filter(None, [place]), *problem["loc"]))))
-    return f"{_NO_BUNDLE}; {error.error_count()} problem(s), first at {where[:300]}: {_one_line(problem['msg'][:300])}"
+    return (
+        f"{_NO_BUNDLE}; {error.error_count()} problem(s), first at {where[:300]}: "
+        f"{_one_line(problem['msg'][:300])}"
+    )
 
 
 def _one_line(text: str) -> str:
-    """Text from a file, fit for a line of an error: line ends and whatever else does not print are escaped."""
+    """Text from a file, fit for a line of an error.
+
+    Line ends and whatever else does not print are escaped.
+    """
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-# --- Files ----------------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def read(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> Bundle:
-    """Reads a bundle from a path, a URL (in ``timeout`` seconds) or "-", standard input; see ``load``.
+    """Reads a bundle from a path, a URL (in ``timeout`` seconds) or "-", standard input.
+
+    See ``load``.
 
     Raises:
       BundleError: it cannot be read, or is no bundle.
@@ -364,7 +449,8 @@ def read(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS)
 
 
 def fetch(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> bytes:
-    """The bytes at a path, a URL (in ``timeout`` seconds) or "-", standard input, for ``load`` or ``scan``; compressed they may still be.
+    """The bytes at a path, a URL (in ``timeout`` seconds) or "-", standard input, for ``load`` or
+    ``scan``; compressed they may still be.
 
     Raises:
       BundleError: they cannot be read, or are more than a bundle has.
@@ -389,8 +475,12 @@ def _read_file(path: Path, name: str) -> bytes:
         return file.read(MOST_BYTES + 1)  # a pipe does not tell its size
 
 
-def write(place: str | os.PathLike[str], text: str, timeout: float = remote.TIMEOUT_SECONDS) -> None:
-    """Writes a bundle's text to a path, a URL (in ``timeout`` seconds) or "-", standard output; to a name that ends in ``.gz`` compressed.
+def write(
+    place: str | os.PathLike[str], text: str, timeout: float = remote.TIMEOUT_SECONDS
+) -> None:
+    """Writes a bundle's text to a path, a URL (in ``timeout`` seconds) or "-", standard output.
+
+    To a name that ends in ``.gz`` compressed.
 
     A file is there whole or, on an error, as it was before; at a URL that depends on the protocol.
 

@@ -1,7 +1,9 @@
 """Layers: the places that profiles come from, in the order in which they are asked.
 
-First what ``AUTOCHUNK_PROFILES`` names (bundle files, folders of them, URLs), then the user's own store, the site's folder of bundles (of all users of a
-machine or of a cluster's shared file system), and what is shipped with autochunk. Folders are read without locks, and again only when they have changed.
+First what ``AUTOCHUNK_PROFILES`` names (bundle files, folders of them, URLs), then the user's own
+store, the site's folder of bundles (of all users of a machine or of a cluster's shared file
+system), and what is shipped with autochunk. Folders are read without locks, and again only when
+they have changed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from autochunk.workload import Workload, key_items
 
 PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
 
-_LOOK_SECONDS = 1.0  # between looks at each file of a folder, of which there may be many, on a slow file system
+# between looks at each file of a folder, of which there may be many, on a slow file system
+_LOOK_SECONDS = 1.0
 
 _RETRY_SECONDS = 300.0  # before a URL that failed is tried again
 
@@ -71,14 +74,21 @@ class BundleLayer:
         self._loaded: list[bundle.Index] | BundleError | None = None
 
     def version(self) -> Any:
-        """Times and sizes of the files; None where there is none. What is shipped or far away does not change while a process runs."""
+        """Times and sizes of the files.
+
+        None where there is none. What is shipped or far away does not change while a process runs.
+        """
         if self.label == SHIPPED or remote.is_url(self.place):
             return None
         try:
             status = os.stat(self.place)
-            # A file that is put in, taken out or replaced as `autochunk export` does it changes the folder's own time; one that is written over does not.
+            # A file that is put in, taken out or replaced as `autochunk export` does it changes the
+            # folder's own time; one that is written over does not.
             if _identity(status) != self._seen[0] or time.monotonic() > self._look_again:
-                self._seen = (_identity(status), tuple(_identity(os.stat(file)) for file in self._files()))
+                self._seen = (
+                    _identity(status),
+                    tuple(_identity(os.stat(file)) for file in self._files()),
+                )
                 self._look_again = time.monotonic() + _LOOK_SECONDS
             return self._seen
         except OSError:
@@ -91,7 +101,9 @@ class BundleLayer:
 
     def workloads(self, device: Device) -> list[str]:
         """Those of all files."""
-        return sorted({workload for index in self._indexes() for workload in index.workloads(device.key)})
+        return sorted(
+            {workload for index in self._indexes() for workload in index.workloads(device.key)}
+        )
 
     def keys(self) -> list[tuple[str, str]]:
         """Those of all files."""
@@ -103,11 +115,15 @@ class BundleLayer:
             return []  # nobody named it
         if remote.is_url(self.place) or not folder.is_dir():
             return [self.place]
-        return sorted(str(file) for pattern in ("*.json", "*.json.gz") for file in folder.glob(pattern))
+        return sorted(
+            str(file) for pattern in ("*.json", "*.json.gz") for file in folder.glob(pattern)
+        )
 
     def _indexes(self) -> list[bundle.Index]:
         failed = isinstance(self._loaded, BundleError)
-        if self._loaded is None or (failed and remote.is_url(self.place) and time.monotonic() > self._retry_at):
+        if self._loaded is None or (
+            failed and remote.is_url(self.place) and time.monotonic() > self._retry_at
+        ):
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             try:
                 self._loaded = [bundle.scan(bundle.fetch(file), file) for file in self._files()]
@@ -147,8 +163,15 @@ class MemoryLayer:
         return sorted(self._profiles)
 
 
-def readable_profiles(layer: Layer, device: Device, complain: Callable[[StoreError | BundleError], None] = lambda _: None) -> Iterator[Profile]:
-    """A layer's profiles of a device, without those that cannot be read; ``complain`` is told of each error."""
+def readable_profiles(
+    layer: Layer,
+    device: Device,
+    complain: Callable[[StoreError | BundleError], None] = lambda _: None,
+) -> Iterator[Profile]:
+    """A layer's profiles of a device, without those that cannot be read.
+
+    ``complain`` is told of each error.
+    """
     try:
         keys = layer.workloads(device)
     except (StoreError, BundleError) as error:
@@ -167,7 +190,9 @@ def readable_profiles(layer: Layer, device: Device, complain: Callable[[StoreErr
 
 
 def account(layer: Layer, device: Device, workload: Workload) -> str:
-    """What a layer has, and in which fields the nearest of that differs from a workload on a device. It reads all keys: for people, not for tracing."""
+    """What a layer has, and in which fields the nearest of that differs from a workload on a
+    device. It reads all keys: for people, not for tracing.
+    """
     try:
         keys = layer.keys()
     except (StoreError, BundleError) as error:
@@ -181,52 +206,85 @@ def account(layer: Layer, device: Device, workload: Workload) -> str:
     if here:
         text.append(f"the nearest differs in {_least_difference(here, workload.key, key_items)}")
     if elsewhere := [device_key for device_key, other in keys if other == workload.key]:
-        text.append(f"this workload on a device that differs in {_least_difference(elsewhere, device.key, _device_items)}")
+        text.append(
+            "this workload on a device that differs in "
+            f"{_least_difference(elsewhere, device.key, _device_items)}"
+        )
     return "; ".join(text)
 
 
-def _least_difference(keys: Iterable[str], asked: str, items: Callable[[str], dict[str, str]]) -> str:
+def _least_difference(
+    keys: Iterable[str], asked: str, items: Callable[[str], dict[str, str]]
+) -> str:
     """The fields, with what was asked, in which the most similar of the keys differs."""
     wanted = items(asked)
-    differences = [{name: value for name, value in items(key).items() if value != wanted.get(name)} for key in keys]
+    differences = [
+        {name: value for name, value in items(key).items() if value != wanted.get(name)}
+        for key in keys
+    ]
     fewest = min(differences, key=lambda fields: (len(fields), sorted(fields.items())))
-    return ", ".join(f"{name} ({value}, asked was {wanted.get(name, 'none')})" for name, value in fewest.items())
+    return ", ".join(
+        f"{name} ({value}, asked was {wanted.get(name, 'none')})" for name, value in fewest.items()
+    )
 
 
 def _device_items(key: str) -> dict[str, str]:
     platform, _, rest = key.partition(" ")
     kind = re.split(r" (?=cores=|memory=)", rest)
-    return {"platform": platform, "kind": kind[0]} | dict(item.partition("=")[::2] for item in kind[1:])
+    return {"platform": platform, "kind": kind[0]} | dict(
+        item.partition("=")[::2] for item in kind[1:]
+    )
 
 
-# --- Where they are ---------------------------------------------------------------------------------------------------
+# --- Where they are -------------------------------------------------------------------------------
 
 
 def shipped_profiles() -> Path:
-    """The folder of profiles that come with autochunk: inside the wheel, or beside the package in a checkout."""
+    """The folder of profiles that come with autochunk.
+
+    Inside the wheel, or beside the package in a checkout.
+    """
     package = Path(__file__).resolve().parent.parent
     inside = package / "shipped_profiles"
     return inside if inside.is_dir() else package.parent / "profiles"
 
 
 def site_profiles() -> Path:
-    """The folder of bundles for all users of a machine, such as ``/usr/local/share/autochunk``; ``XDG_DATA_DIRS`` moves it."""
+    """The folder of bundles for all users of a machine, such as ``/usr/local/share/autochunk``.
+
+    ``XDG_DATA_DIRS`` moves it.
+    """
     return Path(platformdirs.site_data_path("autochunk"))
 
 
 def places(store: Path | None) -> tuple[tuple[str, str], ...]:
     """(kind, place) of each layer, first asked first; ``store`` stands in for the user's own."""
-    return _places(store, *map(os.environ.get, (PROFILES_VARIABLE, STORE_VARIABLE, "XDG_DATA_HOME", "XDG_DATA_DIRS", "HOME")))
+    return _places(
+        store,
+        *map(
+            os.environ.get,
+            (PROFILES_VARIABLE, STORE_VARIABLE, "XDG_DATA_HOME", "XDG_DATA_DIRS", "HOME"),
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _places(store: Path | None, profiles: str | None, *_environment: str | None) -> tuple[tuple[str, str], ...]:
+def _places(
+    store: Path | None, profiles: str | None, *_environment: str | None
+) -> tuple[tuple[str, str], ...]:
     """The same, from all that it depends on."""
     own = []
-    with contextlib.suppress(StoreError):  # who has no home directory has no store, and says so when one is to be written
+    # who has no home directory has no store, and says so when one is to be written
+    with contextlib.suppress(StoreError):
         own = [(STORE, str(store or default_path()))]
     return (
-        *((PROFILES_VARIABLE, part if remote.is_url(part) else str(Path(os.path.expanduser(part)).absolute())) for part in _split(profiles or "")),
+        *(
+            (
+                PROFILES_VARIABLE,
+                part if remote.is_url(part) else str(Path(os.path.expanduser(part)).absolute()),
+            )
+            for part in _split(profiles or "")
+        ),
         *own,
         (SITE, str(site_profiles())),
         (SHIPPED, str(shipped_profiles())),
@@ -234,11 +292,19 @@ def _places(store: Path | None, profiles: str | None, *_environment: str | None)
 
 
 def _split(text: str) -> list[str]:
-    """The places in a list like PATH. In a URL the colons after the scheme, before a port and in a user's name separate nothing."""
+    """The places in a list like PATH.
+
+    In a URL the colons after the scheme, before a port and in a user's name separate nothing.
+    """
     parts: list[str] = []
     for piece in text.split(os.pathsep):
         scheme = bool(parts) and piece.startswith("//")
-        in_host = bool(parts) and "://" in parts[-1] and "/" not in parts[-1].partition("://")[2] and piece[:1] not in ("/", "~", ".", "")
+        in_host = (
+            bool(parts)
+            and "://" in parts[-1]
+            and "/" not in parts[-1].partition("://")[2]
+            and piece[:1] not in ("/", "~", ".", "")
+        )
         if scheme or in_host:
             parts[-1] += os.pathsep + piece
         else:

@@ -1,4 +1,7 @@
-"""Which profiles travel, and what becomes of them where they arrive: filters for export, and import into a store that may have its own."""
+"""Which profiles travel, and what becomes of them where they arrive.
+
+Filters for export, and import into a store that may have its own.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,24 @@ from autochunk.store.database import ProfileStore
 from autochunk.store.profile import EFFORTS, Bundle, Profile
 from autochunk.workload import Workload, key_items
 
-# --- Choosing what travels ------------------------------------------------------------------------------------------------
+# --- Choosing what travels ------------------------------------------------------------------------
 
 
 def select(
-    profiles: Iterable[Profile], *, device: str | None = None, shapes: Iterable[str] = (), dtype: str | None = None, mode: str | None = None
+    profiles: Iterable[Profile],
+    *,
+    device: str | None = None,
+    shapes: Iterable[str] = (),
+    dtype: str | None = None,
+    mode: str | None = None,
 ) -> list[Profile]:
     """Those of the profiles that every filter lets through, in their order.
 
     Args:
       profiles: from which to choose.
       device: a part of the device's key, in any case.
-      shapes: any of these; each is items such as ``t=4096,h=8``, of which all that are given must be equal.
+      shapes: any of these; each is items such as ``t=4096,h=8``, of which all that are given must
+        be equal.
       dtype: as a workload has it.
       mode: "forward" or "training".
 
@@ -35,22 +44,29 @@ def select(
     return [
         profile
         for profile in profiles
-        if (device or "").lower() in profile.device.key.lower() and any(items.items() <= key_items(profile.workload).items() for items in wanted)
+        if (device or "").lower() in profile.device.key.lower()
+        and any(items.items() <= key_items(profile.workload).items() for items in wanted)
     ]
 
 
 def _shape_items(shape: str) -> dict[str, str]:
     items, known = key_items(shape), key_items(Workload.make(query_length=1, key_size=1).key)
     if not items.keys() <= known.keys() or not all(items.values()):
-        raise WorkloadError(f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of {', '.join(known)}; for example t=4096,h=8")
-    # Read and written again, so that it is spelt as keys are. Sizes left out are no ones, which a pattern would take for broadcast.
+        raise WorkloadError(
+            f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of "
+            f"{', '.join(known)}; for example t=4096,h=8"
+        )
+    # Read and written again, so that it is spelt as keys are. Sizes left out are no ones, which a
+    # pattern would take for broadcast.
     others: dict[str, int] = dict.fromkeys(("batch", "query_length", "key_length", "key_size"), 2)
     others["num_heads"] = int(items["kv_heads"]) if items.get("kv_heads", "").isdecimal() else 2
-    spelt = key_items(Workload.parse(",".join("=".join(item) for item in items.items()), **others).key)
+    spelt = key_items(
+        Workload.parse(",".join("=".join(item) for item in items.items()), **others).key
+    )
     return {name: spelt[name] for name in items}
 
 
-# --- Import ---------------------------------------------------------------------------------------------------------------
+# --- Import ---------------------------------------------------------------------------------------
 
 Preference = Literal["newest", "best-effort", "theirs", "ours"]
 PREFERENCES: tuple[Preference, ...] = get_args(Preference)
@@ -58,7 +74,10 @@ PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 Relation = Literal["new", "same", "newer", "older", "conflicting"]
 
 # What is compared in turn; more is better.
-_CRITERIA: dict[Preference, tuple[str, ...]] = {"newest": ("created",), "best-effort": ("complete", "effort", "created")}
+_CRITERIA: dict[Preference, tuple[str, ...]] = {
+    "newest": ("created",),
+    "best-effort": ("complete", "effort", "created"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,8 @@ class ImportEntry:
     Attributes:
       profile: the bundle's.
       stored: the store's of the same device and workload; None if it has none.
-      relation: "new" to the store, the "same" as the store's, created "newer" or "older", or "conflicting": created at the same time and yet different.
+      relation: "new" to the store, the "same" as the store's, created "newer" or "older", or
+        "conflicting": created at the same time and yet different.
       taken: whether it is stored; if not, what is stored stays.
       reason: what decided, in words.
     """
@@ -96,16 +116,24 @@ class ImportPlan:
         return sum(entry.relation == relation for entry in self.entries)
 
 
-def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = "best-effort", *, reserved: Collection[tuple[str, str]] = ()) -> ImportPlan:
+def plan_import(
+    stored: Iterable[Profile],
+    bundle: Bundle,
+    prefer: Preference = "best-effort",
+    *,
+    reserved: Collection[tuple[str, str]] = (),
+) -> ImportPlan:
     """What importing a bundle would do to a store with these profiles.
 
     Args:
       stored: the store's profiles.
       bundle: what is to be imported.
-      prefer: which of two different profiles of one device and workload stays: "newest", the one created later; "best-effort", a complete one before one
-        that was cut short, then the one of higher effort, then the one created later; "theirs", the bundle's; "ours", the store's. Of two that this does
-        not tell apart the store's stays.
-      reserved: (device key, workload key) of what the store has from a newer autochunk, which stays whatever is preferred.
+      prefer: which of two different profiles of one device and workload stays: "newest", the one
+        created later; "best-effort", a complete one before one that was cut short, then the one of
+        higher effort, then the one created later; "theirs", the bundle's; "ours", the store's. Of
+        two that this does not tell apart the store's stays.
+      reserved: (device key, workload key) of what the store has from a newer autochunk, which stays
+        whatever is preferred.
 
     Raises:
       ArgumentError: ``prefer`` is none of these.
@@ -118,32 +146,44 @@ def plan_import(stored: Iterable[Profile], bundle: Bundle, prefer: Preference = 
     kept = "the store's is of a newer autochunk, which this one cannot read"
     return ImportPlan(
         tuple(
-            ImportEntry(profile, None, "older", False, kept) if profile.key in reserved else _import_entry(profile, mine.get(profile.key), prefer)
+            ImportEntry(profile, None, "older", False, kept)
+            if profile.key in reserved
+            else _import_entry(profile, mine.get(profile.key), prefer)
             for profile in bundle.profiles
         )
     )
 
 
-def merge(store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort", dry_run: bool = False) -> ImportPlan:
-    """Adds a bundle's profiles to a store, all that the plan takes or, on an error, none; with ``dry_run`` only says what it would do. See ``plan_import``.
+def merge(
+    store: ProfileStore, bundle: Bundle, prefer: Preference = "best-effort", dry_run: bool = False
+) -> ImportPlan:
+    """Adds a bundle's profiles to a store, all that the plan takes or, on an error, none.
+
+    With ``dry_run`` only says what it would do. See ``plan_import``.
 
     Raises:
       ArgumentError: ``prefer`` is no preference.
       BundleError: the bundle has two profiles of one device and workload.
-      StoreError: the store cannot be read or written, or another process changed the same profiles meanwhile.
+      StoreError: the store cannot be read or written, or another process changed the same profiles
+        meanwhile.
     """
     refuse_twice(bundle.profiles, "bundle")  # before anything is mended for it
     if not dry_run and bundle.profiles:
         store.check_writable()  # which mends a damaged store, for it to be read
     plan = plan_import(store.profiles(), bundle, prefer, reserved=store.newer())
     if plan.taken and not dry_run:
-        store.put_all(plan.taken, expected={entry.profile.key: entry.stored for entry in plan.entries if entry.taken})
+        store.put_all(
+            plan.taken,
+            expected={entry.profile.key: entry.stored for entry in plan.entries if entry.taken},
+        )
     return plan
 
 
 def _import_entry(profile: Profile, mine: Profile | None, prefer: Preference) -> ImportEntry:
     if mine is None:
-        return ImportEntry(profile, None, "new", True, "the store has none of this device and workload")
+        return ImportEntry(
+            profile, None, "new", True, "the store has none of this device and workload"
+        )
     if profile == mine:
         return ImportEntry(profile, mine, "same", False, "the store has the very same")
     taken, reason = _decide(profile, mine, prefer)
@@ -162,13 +202,22 @@ def _decide(theirs: Profile, ours: Profile, prefer: Preference) -> tuple[bool, s
         return prefer == "theirs", f"prefer is {prefer!r}"
     for criterion in _CRITERIA[prefer]:
         if _rank(theirs, criterion) != _rank(ours, criterion):
-            reason = f"{criterion} is {getattr(theirs, criterion)} in the bundle and {getattr(ours, criterion)} in the store"
+            reason = (
+                f"{criterion} is {getattr(theirs, criterion)} in the bundle and "
+                f"{getattr(ours, criterion)} in the store"
+            )
             return _rank(theirs, criterion) > _rank(ours, criterion), reason
-    return False, f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or 'ours'"
+    return (
+        False,
+        f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or "
+        "'ours'",
+    )
 
 
 def rank(profile: Profile, prefer: Preference) -> tuple[Any, ...]:
-    """Greater for the one that is preferred, "newest" or "best-effort", of two profiles of one device and workload."""
+    """Greater for the one that is preferred, "newest" or "best-effort", of two profiles of one
+    device and workload.
+    """
     return tuple(_rank(profile, criterion) for criterion in _CRITERIA[prefer])
 
 

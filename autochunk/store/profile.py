@@ -1,7 +1,7 @@
 """What a measurement leaves behind, and how a choice follows from it.
 
-A Profile keeps the whole curve of measurements, not only the winner: the choice is made when it is read, so that a memory budget, or a better rule in a
-later version, needs no new measurement.
+A Profile keeps the whole curve of measurements, not only the winner: the choice is made when it is
+read, so that a memory budget, or a better rule in a later version, needs no new measurement.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ from autochunk.workload import Workload
 
 SCHEMA_VERSION: Literal[1] = 1
 
-Status = Literal["ok", "oom", "over_budget", "timeout", "crashed", "inaccurate", "unsupported", "pruned", "skipped"]
+Status = Literal[
+    "ok",
+    "oom",
+    "over_budget",
+    "timeout",
+    "crashed",
+    "inaccurate",
+    "unsupported",
+    "pruned",
+    "skipped",
+]
 Effort = Literal["quick", "standard", "thorough"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
 
@@ -58,15 +68,19 @@ class Measurement(_Record):
 
     Attributes:
       implementation, max_chunk_size_mb: the plan.
-      status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others say why there are none ("skipped":
-        larger limits had got slower and slower).
+      status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others
+        say why there are none ("skipped": larger limits had got slower and slower).
       detail: what happened, in words, for a status other than "ok".
       seconds: device time of each repeat.
-      ratios: each repeat over the anchor plan's time in the same round; rounds of one workload share the anchor, so these compare across plans.
-      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and ``measured_bytes``.
-      measured_bytes: working memory that the process or the device's allocator was seen to take, where that could be told.
+      ratios: each repeat over the anchor plan's time in the same round; rounds of one workload
+        share the anchor, so these compare across plans.
+      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and
+        ``measured_bytes``.
+      measured_bytes: working memory that the process or the device's allocator was seen to take,
+        where that could be told.
       compile_seconds: time to compile.
-      error: largest error of output and gradients relative to the largest reference value, against float64 on sampled rows.
+      error: largest error of output and gradients relative to the largest reference value, against
+        float64 on sampled rows.
     """
 
     implementation: str
@@ -125,20 +139,27 @@ class Measurement(_Record):
 
     @property
     def spread(self) -> float:
-        """Half the interquartile range of the ratios, relative to their median; 0 for a single repeat."""
+        """Half the interquartile range of the ratios, relative to their median.
+
+        0 for a single repeat.
+        """
         return relative_spread(self.ratios) or 0.0
 
     @property
     def noise(self) -> float:
         """Standard error of the median ratio, relative to it.
 
-        Normal approximation: 1.4826 makes a standard deviation of half the interquartile range, 1.2533 the median's error of the mean's.
+        Normal approximation: 1.4826 makes a standard deviation of half the interquartile range,
+        1.2533 the median's error of the mean's.
         """
         return 1.2533 * 1.4826 * self.spread / math.sqrt(len(self.ratios)) if self.ratios else 0.0
 
 
 def relative_spread(values: Sequence[float]) -> float | None:
-    """Half the interquartile range of positive values, relative to their median; None for fewer than two values or a median of zero."""
+    """Half the interquartile range of positive values, relative to their median.
+
+    None for fewer than two values or a median of zero.
+    """
     if len(values) < 2:
         return None
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -146,7 +167,10 @@ def relative_spread(values: Sequence[float]) -> float | None:
 
 
 def slower_by(one: Measurement, other: Measurement) -> float:
-    """By what fraction ``one`` is slower than ``other`` (0.1 is 10%); 0 where their times cannot be told apart."""
+    """By what fraction ``one`` is slower than ``other`` (0.1 is 10%).
+
+    0 where their times cannot be told apart.
+    """
     difference = one.ratio / other.ratio - 1 if other.ratio else 0.0
     noise = min(LARGEST_NOISE, max(SAME_TIME, 2 * math.hypot(one.noise, other.noise)))
     return difference if abs(difference) > noise else 0.0
@@ -177,7 +201,8 @@ class Profile(_Record):
     Attributes:
       workload: canonical key text of the workload.
       device: where it was measured, and with which versions.
-      measurements: one per plan; among them the baselines, haiku's dense attention and the 1000 MB default, unless they could not run.
+      measurements: one per plan; among them the baselines, haiku's dense attention and the 1000 MB
+        default, unless they could not run.
       effort: how hard the tuner looked.
       complete: False where time ran out first.
       created: when, as an ISO 8601 text in UTC.
@@ -201,7 +226,9 @@ class Profile(_Record):
         except WorkloadError as error:
             raise ValueError(str(error)) from None
         if workload.key != value:
-            raise ValueError(f"not a canonical workload key: {value!r}; canonical is {workload.key!r}")
+            raise ValueError(
+                f"not a canonical workload key: {value!r}; canonical is {workload.key!r}"
+            )
         return value
 
     @field_validator("created")
@@ -221,22 +248,31 @@ class Profile(_Record):
 
     def age_days(self) -> float:
         """Days since it was measured."""
-        return (datetime.datetime.now(datetime.UTC) - _parse_time(self.created)).total_seconds() / 86_400
+        return (
+            datetime.datetime.now(datetime.UTC) - _parse_time(self.created)
+        ).total_seconds() / 86_400
 
     def baseline(self, plan: Plan) -> Measurement | None:
-        """The measurement of a plan, or of one that comes to the same slices; None if it was not timed."""
+        """The measurement of a plan, or of one that comes to the same slices.
+
+        None if it was not timed.
+        """
         shape = sliced_shape(self.parsed_workload())
         timed = [m for m in self.measurements if m.timed]
         exact = [m for m in timed if m.plan == plan]
         same = exact or [m for m in timed if _same_slices(m.plan, plan, shape)]
         return same[0] if same else None
 
-    def choose(self, *, memory_budget_mb: float | None = None, implementation: str | None = None) -> Choice | None:
+    def choose(
+        self, *, memory_budget_mb: float | None = None, implementation: str | None = None
+    ) -> Choice | None:
         """The best plan by the measurements; None if none can be recommended.
 
-        The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose times cannot be told from the fastest's, the one with
-        least memory; never one slower than dense attention, where dense fits. ``implementation`` narrows the choice to one. A plan that was given up early
-        was slower than another; it may be the best of those that a budget or an implementation leaves, and counts only there.
+        The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose
+        times cannot be told from the fastest's, the one with least memory; never one slower than
+        dense attention, where dense fits. ``implementation`` narrows the choice to one. A plan that
+        was given up early was slower than another; it may be the best of those that a budget or an
+        implementation leaves, and counts only there.
         """
         rejected: list[tuple[str, str]] = []
         fitting: list[Measurement] = []
@@ -255,12 +291,22 @@ class Profile(_Record):
         dense = next((m for m in fitting if m.plan == DENSE), None)
         if dense is not None and slower_by(best, dense) > 0:
             best = min((m for m in equal if slower_by(m, dense) <= 0), key=_memory_then_time)
-        rejected += [(str(other.plan), _comparison(other, best, fastest)) for other in fitting if other is not best]
-        reason = "fastest" if best is fastest else f"least memory of {len(equal)} plans whose times cannot be told apart"
+        rejected += [
+            (str(other.plan), _comparison(other, best, fastest))
+            for other in fitting
+            if other is not best
+        ]
+        reason = (
+            "fastest"
+            if best is fastest
+            else f"least memory of {len(equal)} plans whose times cannot be told apart"
+        )
         return Choice(measurement=best, reason=reason, rejected=tuple(rejected))
 
     def least_memory(self, implementation: str | None = None) -> Measurement | None:
-        """Of the plans that were timed, or of those of one implementation, the one that takes least working memory; None if there is none."""
+        """Of the plans that were timed, or of those of one implementation, the one that takes least
+        working memory; None if there is none.
+        """
         timed = [m for m in self.measurements if not _objection(m, math.inf, implementation)]
         return min(timed, key=_memory_then_time, default=None)
 
@@ -289,7 +335,9 @@ def _same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
         return False
 
 
-def _objection(measurement: Measurement, memory_budget_mb: float | None, implementation: str | None) -> str:
+def _objection(
+    measurement: Measurement, memory_budget_mb: float | None, implementation: str | None
+) -> str:
     """Why a measurement cannot be chosen at all; empty if it can."""
     if implementation is not None and measurement.implementation != implementation:
         return f"implementation={implementation!r} was asked for"
@@ -299,15 +347,26 @@ def _objection(measurement: Measurement, memory_budget_mb: float | None, impleme
     if measurement.status == "pruned" and not narrowed:
         return f"given up early, {measurement.detail or 'too slow'}"
     if not measurement.timed:
-        return f"{measurement.status}: {measurement.detail}" if measurement.detail else measurement.status
-    if memory_budget_mb is not None and (measurement.temp_bytes or 0) > memory_budget_mb * BYTES_PER_MB:
-        return f"{(measurement.temp_bytes or 0) / 1e6:.0f} MB of working memory is over the budget of {memory_budget_mb:g} MB"
+        return (
+            f"{measurement.status}: {measurement.detail}"
+            if measurement.detail
+            else measurement.status
+        )
+    if (
+        memory_budget_mb is not None
+        and (measurement.temp_bytes or 0) > memory_budget_mb * BYTES_PER_MB
+    ):
+        return (
+            f"{(measurement.temp_bytes or 0) / 1e6:.0f} MB of working memory is over the budget "
+            f"of {memory_budget_mb:g} MB"
+        )
     return ""
 
 
 def _comparison(other: Measurement, best: Measurement, fastest: Measurement) -> str:
     slower, memory = slower_by(other, best), (other.temp_bytes or 0) - (best.temp_bytes or 0)
-    if not slower and (behind := slower_by(other, fastest)):  # two plans may each be near a third and not near each other
+    # two plans may each be near a third and not near each other
+    if not slower and (behind := slower_by(other, fastest)):
         return f"{behind:+.0%} time against the fastest, {memory / 1e6:+.0f} MB of working memory"
     if not slower:
         return f"as fast, {memory / 1e6:+.0f} MB of working memory"
@@ -317,7 +376,14 @@ def _comparison(other: Measurement, best: Measurement, fastest: Measurement) -> 
 def sliced_shape(workload: Workload) -> LogitsShape:
     """The sizes of what is cut into slices: the logits', or of causal attention one block's."""
     groups = workload.num_heads // workload.num_kv_heads
-    shape = LogitsShape(workload.batch, workload.num_kv_heads, groups, workload.query_length, workload.key_length, workload.logits_itemsize)
+    shape = LogitsShape(
+        workload.batch,
+        workload.num_kv_heads,
+        groups,
+        workload.query_length,
+        workload.key_length,
+        workload.logits_itemsize,
+    )
     return causal_block(shape) if cuts_blocks(workload.causal, workload.mask != "none") else shape
 
 
@@ -331,7 +397,8 @@ class Provenance(_Record):
     Attributes:
       autochunk: the version that wrote it; "" of a bundle that was written before bundles said so.
       devices: keys of the devices that were measured.
-      oldest, newest: when the first and the last of its profiles was created; None without profiles.
+      oldest, newest: when the first and the last of its profiles was created; None without
+        profiles.
       profiles: how many it has.
       note: what whoever wrote it had to say, in one line.
     """

@@ -1,6 +1,9 @@
-"""Files at URLs, through fsspec: an optional package, because a file on this machine needs none of it.
+"""Files at URLs, through fsspec.
 
-fsspec reaches many kinds of store but bounds neither their time nor their size, so both are bounded here. Whatever goes wrong is an OSError that says why.
+An optional package, because a file on this machine needs none of it.
+
+fsspec reaches many kinds of store but bounds neither their time nor their size, so both are bounded
+here. Whatever goes wrong is an OSError that says why.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ def write(url: str, data: bytes, timeout: float = TIMEOUT_SECONDS) -> None:
 
 def _read(url: str, most_bytes: int, given_up: threading.Event) -> bytes:
     files, path = _files_and_path(url)
-    # By blocks, http asks for ranges up to the size that the server claims; as a stream it takes what comes.
+    # By blocks, http asks for ranges up to the size that the server claims; as a stream it takes
+    # what comes.
     options = {"block_size": 0} if url.startswith(("http://", "https://")) else {}
     pieces, left = [], most_bytes
     with contextlib.closing(files.open(path, "rb", **options)) as file:
@@ -71,11 +75,16 @@ def _files_and_path(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise OSError('URLs need fsspec, which is not installed: pip install "autochunk[remote]"') from None
+        raise OSError(
+            'URLs need fsspec, which is not installed: pip install "autochunk[remote]"'
+        ) from None
     try:
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise OSError(f'this protocol needs a package that is not installed ({error}); pip install "autochunk[remote]" brings that of http') from None
+        raise OSError(
+            f"this protocol needs a package that is not installed ({error}); pip install "
+            '"autochunk[remote]" brings that of http'
+        ) from None
     return files, str(path)
 
 

@@ -1,7 +1,11 @@
-"""SQLite files as such: opened without surprises, looked over for damage, and mended: kept under another name, with whatever is whole in them brought over.
+"""SQLite files as such.
 
-Nothing here knows what a profile is. A damaged file is copied aside and its content replaced in place, in one transaction: were it renamed, programs that
-have it open would take the new file's journal for the old one's. Whoever is killed in between leaves the damage for the next one to find.
+Opened without surprises, looked over for damage, and mended: kept under another name, with whatever
+is whole in them brought over.
+
+Nothing here knows what a profile is. A damaged file is copied aside and its content replaced in
+place, in one transaction: were it renamed, programs that have it open would take the new file's
+journal for the old one's. Whoever is killed in between leaves the damage for the next one to find.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ class Row(NamedTuple):
 
 
 class Mended(NamedTuple):
-    """What was done about a damaged file: what was wrong, where it is kept, and how many rows of each table were rescued."""
+    """What was done about a damaged file.
+
+    What was wrong, where it is kept, and how many rows of each table were rescued.
+    """
 
     damage: str
     aside: Path
@@ -44,13 +51,19 @@ ROW = "rowid, CAST(key AS BLOB), CAST(value AS BLOB)"
 def connect(path: Path, seconds: float) -> sqlite3.Connection:
     """Opens a file that exists, and waits up to ``seconds`` for others' locks.
 
-    Opened for writing but never created: after a crash in mid-commit the first to open the file must be able to roll it back.
+    Opened for writing but never created: after a crash in mid-commit the first to open the file
+    must be able to roll it back.
     """
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=seconds, isolation_level=None)
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=seconds, isolation_level=None
+    )
 
 
 def make_tables(path: Path, tables: Iterable[str], seconds: float) -> None:
-    """Makes what sqlitedict would make at its first use, which it does with ``synchronous`` off: a power cut then may cost the file."""
+    """Makes what sqlitedict would make at its first use, which it does with ``synchronous`` off.
+
+    A power cut then may cost the file.
+    """
     with contextlib.closing(connect(path, seconds)) as file:
         for table in tables:
             file.execute(_MAKE_TABLE.format(table))
@@ -58,17 +71,26 @@ def make_tables(path: Path, tables: Iterable[str], seconds: float) -> None:
 
 def is_damage(error: BaseException) -> bool:
     """Whether SQLite said that the file is damaged, or no database."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+    )
 
 
 def must_reopen(error: BaseException) -> bool:
-    """Whether a write failed, without effect, because another program held the file for long or put another one in its place."""
+    """Whether a write failed, without effect, because another program held the file for long or put
+    another one in its place.
+    """
     code = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF == sqlite3.SQLITE_BUSY or code == sqlite3.SQLITE_READONLY_DBMOVED
 
 
 def damage(path: Path, seconds: float, check: str = "quick_check") -> str:
-    """What is wrong with a file, in words; empty for a sound one. ``integrity_check`` also compares indexes with tables, and takes several times as long."""
+    """What is wrong with a file, in words.
+
+    Empty for a sound one. ``integrity_check`` also compares indexes with tables, and takes several
+    times as long.
+    """
     try:
         with contextlib.closing(connect(path, seconds)) as file:
             (verdict,) = file.execute(f"PRAGMA {check}(1)").fetchone()
@@ -79,14 +101,18 @@ def damage(path: Path, seconds: float, check: str = "quick_check") -> str:
     return "" if verdict == "ok" else " ".join(str(verdict).split())
 
 
-def mend(path: Path, tables: Iterable[str], whole: Callable[[str, Row], bool], seconds: float) -> Mended | None:
-    """Keeps a damaged file's content under another name, and only its whole rows in the file itself; None if the file is sound.
+def mend(
+    path: Path, tables: Iterable[str], whole: Callable[[str, Row], bool], seconds: float
+) -> Mended | None:
+    """Keeps a damaged file's content under another name, and only its whole rows in the file
+    itself; None if the file is sound.
 
     Args:
       path: the file; of a symbolic link, what it leads to.
       tables: those to rescue, each of a column ``key`` and a column ``value``.
       whole: whether a row of a table is to be kept.
-      seconds: how long to wait for others: for their locks, and for one that is mending the file already.
+      seconds: how long to wait for others: for their locks, and for one that is mending the file
+        already.
 
     Raises:
       OSError, sqlite3.Error: it could not be done; the file is as it was.
@@ -97,7 +123,9 @@ def mend(path: Path, tables: Iterable[str], whole: Callable[[str, Row], bool], s
         if not wrong:
             return None
         with _held(path, seconds) as (file, content):
-            kept = {table: [row for row in _rows(file, table) if whole(table, row)] for table in tables}
+            kept = {
+                table: [row for row in _rows(file, table) if whole(table, row)] for table in tables
+            }
             aside = _keep(path, content)
             try:
                 _refill(file, path, kept, seconds)
@@ -129,7 +157,9 @@ def _alone(folder: Path, seconds: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process has been rescuing a store in {folder} for {seconds:g} s") from None
+                    raise TimeoutError(
+                        f"another process has been rescuing a store in {folder} for {seconds:g} s"
+                    ) from None
                 time.sleep(0.02)
         yield
     finally:
@@ -138,13 +168,17 @@ def _alone(folder: Path, seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(path: Path, seconds: float) -> Iterator[tuple[sqlite3.Connection, bytes]]:
-    """A damaged file and its bytes; everybody else is kept from it meanwhile, or by the damage to its first page."""
+    """A damaged file and its bytes.
+
+    Everybody else is kept from it meanwhile, or by the damage to its first page.
+    """
     with contextlib.closing(connect(path, seconds)) as file:
         content = _exclusive(file)
         if content is not None:
             yield file, content
             return
-    # Not while SQLite has the file open here: closing it drops all locks that this process has on it.
+    # Not while SQLite has the file open here: closing it drops all locks that this process has on
+    # it.
     content = path.read_bytes()
     with contextlib.closing(connect(path, seconds)) as file:
         with contextlib.suppress(sqlite3.Error):
@@ -159,13 +193,19 @@ def _exclusive(file: sqlite3.Connection) -> bytes | None:
             file.execute(statement)
         return file.serialize()
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR):
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+            sqlite3.SQLITE_BUSY,
+            sqlite3.SQLITE_IOERR,
+        ):
             raise
         return None
 
 
 def _rows(file: sqlite3.Connection, table: str) -> list[Row]:
-    """Rows of a table that can still be read: from the front to the first damage, from the back to the last, and one by one between."""
+    """Rows of a table that can still be read.
+
+    From the front to the first damage, from the back to the last, and one by one between.
+    """
     found: dict[int, Row] = {}
     select = f'SELECT {ROW} FROM "{table}" NOT INDEXED'
     low = _scan(file, f"{select} ORDER BY rowid", found)
@@ -188,11 +228,17 @@ def _scan(file: sqlite3.Connection, select: str, found: dict[int, Row]) -> int |
 
 
 def _indexed(file: sqlite3.Connection, table: str) -> set[int]:
-    """What rows there are by the index of keys, as far as it can be read: all that is known beyond damage at either end of the table."""
+    """What rows there are by the index of keys, as far as it can be read.
+
+    All that is known beyond damage at either end of the table.
+    """
     rowids: set[int] = set()
     for order in ("ASC", "DESC"):
         with contextlib.suppress(sqlite3.Error):
-            for (rowid,) in file.execute(f'SELECT rowid FROM "{table}" INDEXED BY "sqlite_autoindex_{table}_1" ORDER BY key {order}'):
+            for (rowid,) in file.execute(
+                f'SELECT rowid FROM "{table}" INDEXED BY "sqlite_autoindex_{table}_1" ORDER BY '
+                f"key {order}"
+            ):
                 rowids.add(rowid)
     return rowids
 
@@ -200,7 +246,9 @@ def _indexed(file: sqlite3.Connection, table: str) -> set[int]:
 def _keep(path: Path, content: bytes) -> Path:
     """A file beside ``path`` with its bytes, owner and permissions, under a name that was free."""
     name = f"{path.name}.damaged-{datetime.datetime.now(datetime.UTC).strftime('%Y%m%dT%H%M%SZ')}"
-    names = (path.with_name(f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
+    names = (
+        path.with_name(f"{name}-{number}" if number > 1 else name) for number in itertools.count(1)
+    )
     aside = next(candidate for candidate in names if not candidate.exists())
     handle, status = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), path.stat()
     try:
@@ -217,7 +265,9 @@ def _keep(path: Path, content: bytes) -> Path:
     return aside
 
 
-def _refill(file: sqlite3.Connection, path: Path, rows: Mapping[str, Iterable[Row]], seconds: float) -> None:
+def _refill(
+    file: sqlite3.Connection, path: Path, rows: Mapping[str, Iterable[Row]], seconds: float
+) -> None:
     """Replaces all that is in a file that is held."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as new:
         _fill(new, rows)
@@ -227,7 +277,8 @@ def _refill(file: sqlite3.Connection, path: Path, rows: Mapping[str, Iterable[Ro
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
-    # Not even its first page is a database's. Of no bytes it is an empty one, also for those who have it open and wait.
+    # Not even its first page is a database's. Of no bytes it is an empty one, also for those who
+    # have it open and wait.
     file.close()
     os.truncate(path, 0)
     with contextlib.closing(connect(path, seconds)) as empty:
@@ -235,7 +286,9 @@ def _refill(file: sqlite3.Connection, path: Path, rows: Mapping[str, Iterable[Ro
 
 
 def _fill(file: sqlite3.Connection, rows: Mapping[str, Iterable[Row]]) -> None:
-    """Adds rows to the tables of a sound file, beside what another process may have stored in it by now."""
+    """Adds rows to the tables of a sound file, beside what another process may have stored in it by
+    now.
+    """
     for table, kept in rows.items():
         file.execute(_MAKE_TABLE.format(table))
         insert = f'INSERT OR IGNORE INTO "{table}" VALUES (CAST(? AS TEXT), CAST(? AS TEXT))'

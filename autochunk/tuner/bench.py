@@ -1,7 +1,7 @@
 """``bench``: what tuning bought, in one process and alternating rounds.
 
-Every contender computes the same attention from the same arrays; each round times all of them in turn, and ratios are taken within a round, so that
-drift of the machine hits all alike.
+Every contender computes the same attention from the same arrays; each round times all of them in
+turn, and ratios are taken within a round, so that drift of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from autochunk.device import default_device
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.store.profile import relative_spread
 from autochunk.store.resolve import resolve
-from autochunk.tuner.measure import SHORTEST_TIMING, Timed, WorkloadInputs, available_bytes, make_function, measure_growth, program_bytes
+from autochunk.tuner.measure import (
+    SHORTEST_TIMING,
+    Timed,
+    WorkloadInputs,
+    available_bytes,
+    make_function,
+    measure_growth,
+    program_bytes,
+)
 from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
 from autochunk.workload import Workload
 
@@ -35,10 +43,12 @@ Attend = Callable[..., jax.Array]
 
 @dataclass
 class Contender:
-    """One way to compute the workload: ``run`` does so, often enough to be timed, and returns the seconds that it took once.
+    """One way to compute the workload.
 
-    ``detail`` says why it did not run, or what "auto" chose. ``ratios`` are to haiku's dense attention in the same round, below one is faster; empty where
-    dense did not run.
+    ``run`` does so, often enough to be timed, and returns the seconds that it took once.
+
+    ``detail`` says why it did not run, or what "auto" chose. ``ratios`` are to haiku's dense
+    attention in the same round, below one is faster; empty where dense did not run.
     """
 
     name: str
@@ -64,8 +74,19 @@ class Contender:
         return relative_spread(self.ratios)
 
 
-def haiku_dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *, causal: bool) -> jax.Array:
-    """Attention as ``hk.MultiHeadAttention`` computes it, from heads [..., T, H, K]; a bias is added to the logits."""
+def haiku_dense(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """Attention as ``hk.MultiHeadAttention`` computes it, from heads [..., T, H, K].
+
+    A bias is added to the logits.
+    """
     key, value = (jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2) for x in (key, value))
     logits = jnp.einsum("...thd,...Thd->...htT", query, key)
     logits = logits / np.sqrt(query.shape[-1]).astype(query.dtype)
@@ -79,22 +100,43 @@ def haiku_dense(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Ar
     return jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)
 
 
-def row_loop(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *, causal: bool) -> jax.Array:
-    """Attention as dm-haiku pull request #679 slices it: query rows in a Python loop, 1000 MB of logits at a time."""
+def row_loop(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """Attention as dm-haiku pull request #679 slices it.
+
+    Query rows in a Python loop, 1000 MB of logits at a time.
+    """
     length, logits_bytes = query.shape[-3], 4 * query[..., 0].size * key.shape[-3]
-    bounds = np.linspace(0, length, 1 + math.ceil(logits_bytes / (DEFAULT_MAX_CHUNK_SIZE_MB * BYTES_PER_MB))).astype(int)
+    bounds = np.linspace(
+        0, length, 1 + math.ceil(logits_bytes / (DEFAULT_MAX_CHUNK_SIZE_MB * BYTES_PER_MB))
+    ).astype(int)
     if causal:
         triangle = jnp.tril(jnp.ones((1, 1, length, key.shape[-3]), bool))
         mask = triangle if mask is None else mask & triangle
     outs = []
     for first, last in itertools.pairwise(bounds):
-        terms = [term if term is None or term.shape[-2] == 1 else term[..., first:last, :] for term in (bias, mask)]
+        terms = [
+            term if term is None or term.shape[-2] == 1 else term[..., first:last, :]
+            for term in (bias, mask)
+        ]
         outs.append(haiku_dense(query[..., first:last, :, :], key, value, *terms, causal=False))
     return jnp.concatenate(outs, axis=-3)
 
 
-def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torch", "tokamax"),
-          on_contender: Callable[[str], None] = lambda _: None) -> list[Contender]:  # fmt: skip
+def bench(
+    workload: Workload,
+    *,
+    rounds: int = 10,
+    peers: Sequence[str] = ("torch", "tokamax"),
+    on_contender: Callable[[str], None] = lambda _: None,
+) -> list[Contender]:
     """Times every contender on a workload, in this process.
 
     Args:
@@ -104,11 +146,13 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
       on_contender: told of each contender as it is prepared.
 
     Returns:
-      Haiku's dense attention, the 1000 MB default, "auto", above 1000 MB of logits the pull request's loop over rows, each implementation of
-      ``jax.nn.dot_product_attention``, and the peers; also those that did not run, with the reason. For a causal workload that is tuned without causality,
-      too, "auto" there: what leaving out the masked half gains.
+      Haiku's dense attention, the 1000 MB default, "auto", above 1000 MB of logits the pull
+      request's loop over rows, each implementation of ``jax.nn.dot_product_attention``, and the
+      peers; also those that did not run, with the reason. For a causal workload that is tuned
+      without causality, too, "auto" there: what leaving out the masked half gains.
     """
-    with jax.enable_x64(workload.dtype == "float64"):  # without it jax computes in float32, with a warning at most
+    # without it jax computes in float32, with a warning at most
+    with jax.enable_x64(workload.dtype == "float64"):
         inputs = WorkloadInputs(workload)
         contenders = []
         for name, attend, detail in _jax_contenders(workload):
@@ -124,18 +168,28 @@ def bench(workload: Workload, *, rounds: int = 10, peers: Sequence[str] = ("torc
 
 def _jax_contenders(workload: Workload) -> list[tuple[str, Attend, str]]:
     def ours(limit: Any, causal: bool = workload.causal) -> Attend:
-        return lambda q, k, v, b, m: dot_product_attention(q, k, v, b, m, is_causal=causal, max_chunk_size_mb=limit)
+        return lambda q, k, v, b, m: dot_product_attention(
+            q, k, v, b, m, is_causal=causal, max_chunk_size_mb=limit
+        )
 
     def jax_nn(implementation: Any) -> Attend:
-        return lambda q, k, v, b, m: jax.nn.dot_product_attention(q, k, v, b, m, is_causal=workload.causal, implementation=implementation)
+        return lambda q, k, v, b, m: jax.nn.dot_product_attention(
+            q, k, v, b, m, is_causal=workload.causal, implementation=implementation
+        )
 
     resolution = resolve(workload)
     sliced = workload.logits_bytes > DEFAULT_MAX_CHUNK_SIZE_MB * BYTES_PER_MB
     loop: list[tuple[str, Attend, str]] = [
-        ("row loop", lambda q, k, v, b, m: row_loop(q, k, v, b, m, causal=workload.causal), "the pull request's way, 1000 MB")
+        (
+            "row loop",
+            lambda q, k, v, b, m: row_loop(q, k, v, b, m, causal=workload.causal),
+            "the pull request's way, 1000 MB",
+        )
     ]
     whole = resolve(workload.model_copy(update={"causal": False}))
-    not_causal: list[tuple[str, Attend, str]] = [("auto, not causal", ours("auto", causal=False), f"{whole.plan}; other results")]
+    not_causal: list[tuple[str, Attend, str]] = [
+        ("auto, not causal", ours("auto", causal=False), f"{whole.plan}; other results")
+    ]
     return [
         (HAIKU_DENSE, lambda q, k, v, b, m: haiku_dense(q, k, v, b, m, causal=workload.causal), ""),
         (f"{DEFAULT_MAX_CHUNK_SIZE_MB:g} MB", ours(DEFAULT_MAX_CHUNK_SIZE_MB), ""),
@@ -156,7 +210,10 @@ def _peer(name: str, inputs: WorkloadInputs) -> Contender:
 
 def _refusal(error: Exception) -> str:
     """Another library's, in whatever words it has."""
-    return f"does not run here: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return (
+        f"does not run here: {type(error).__name__}: "
+        f"{str(error).splitlines()[0][:200] if str(error) else ''}"
+    )
 
 
 def _compile(name: str, attend: Attend, detail: str, inputs: WorkloadInputs) -> Contender:
@@ -167,7 +224,9 @@ def _compile(name: str, attend: Attend, detail: str, inputs: WorkloadInputs) -> 
         temp, out = program_bytes(compiled)
         allowed = available_bytes() * SHARE_OF_FREE_MEMORY
         if temp + out > allowed:
-            contender.detail = f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
+            contender.detail = (
+                f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
+            )
             return contender
         start = time.perf_counter()
         _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
@@ -181,7 +240,10 @@ def _compile(name: str, attend: Attend, detail: str, inputs: WorkloadInputs) -> 
 
 
 def _torch(inputs: WorkloadInputs) -> Contender:
-    """Torch's ``scaled_dot_product_attention`` on the same device kind; CPU only, where arrays are shared by copying."""
+    """Torch's ``scaled_dot_product_attention`` on the same device kind.
+
+    CPU only, where arrays are shared by copying.
+    """
     contender = Contender("torch")
     if default_device().platform != "cpu" or inputs.workload.bias != "none":
         contender.detail = "compared on CPU and without a bias only"
@@ -194,12 +256,17 @@ def _torch(inputs: WorkloadInputs) -> Contender:
     mask = None if inputs.mask is None else torch.from_numpy(np.array(inputs.mask))
     causal = w.causal
     if mask is not None and causal:  # torch does not take both
-        mask, causal = mask & torch.ones(w.query_length, w.key_length, dtype=torch.bool).tril(), False
+        mask, causal = (
+            mask & torch.ones(w.query_length, w.key_length, dtype=torch.bool).tril(),
+            False,
+        )
     cotangent = _to_torch(inputs.cotangent, dtype)
     grouped = w.num_kv_heads != w.num_heads
 
     def forward() -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return torch.nn.functional.scaled_dot_product_attention(
+            heads[0], heads[1], heads[2], attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
 
     def training() -> Any:
         for array in heads:
@@ -218,7 +285,9 @@ def _to_torch(array: jax.Array, dtype: Any) -> Any:
     """[B, T, H, K] as a torch tensor [B, H, T, K]."""
     import torch
 
-    return torch.from_numpy(np.array(array.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous()
+    return (
+        torch.from_numpy(np.array(array.astype(jnp.float32))).to(dtype).transpose(1, 2).contiguous()
+    )
 
 
 def _repeating(run: Callable[[], Any]) -> Callable[[], float]:
@@ -239,7 +308,14 @@ def _tokamax(inputs: WorkloadInputs) -> Contender:
     import tokamax
 
     causal = inputs.workload.causal
-    return _compile("tokamax", lambda q, k, v, b, m: tokamax.dot_product_attention(q, k, v, bias=b, mask=m, is_causal=causal), "", inputs)
+    return _compile(
+        "tokamax",
+        lambda q, k, v, b, m: tokamax.dot_product_attention(
+            q, k, v, bias=b, mask=m, is_causal=causal
+        ),
+        "",
+        inputs,
+    )
 
 
 _PEERS: dict[str, Callable[[WorkloadInputs], Contender]] = {"torch": _torch, "tokamax": _tokamax}

@@ -14,14 +14,18 @@ class EffortSettings:
 
     Attributes:
       timeout: seconds for everything, where no other limit is given; None is none.
-      presets: what is tuned where nothing else is asked for, the longest last: time that the others leave is theirs.
+      presets: what is tuned where nothing else is asked for, the longest last: time that the others
+        leave is theirs.
       seconds_per_request: a measuring process that takes longer over one plan is ended.
       step: ratio between neighbouring limits in MB.
       most_slices: plans with more slices are not tried.
-      hopeless: slower than the best by this factor, a plan gets no third round; slower by its square, not even a second.
-      least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines, which users compare with, always get the fewest.
+      hopeless: slower than the best by this factor, a plan gets no third round; slower by its
+        square, not even a second.
+      least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines,
+        which users compare with, always get the fewest.
       seconds: time for the rounds of one plan, beyond the fewest.
-      finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there are.
+      finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there
+        are.
     """
 
     timeout: float | None

@@ -1,4 +1,6 @@
-"""What is measured, and how: a workload's arguments and reference results, the time and the memory of a program.
+"""What is measured, and how.
+
+A workload's arguments and reference results, the time and the memory of a program.
 
 The measuring process (``worker.py``) and ``bench`` both measure by it.
 """
@@ -26,7 +28,8 @@ from autochunk.workload import Workload
 
 _SAMPLE_BYTES = 64 * 2**20
 _MOST_SAMPLED_ROWS = 16
-# One timing takes at least this long, by repeating the call: shorter ones measure the clock and the dispatch.
+# One timing takes at least this long, by repeating the call: shorter ones measure the clock and the
+# dispatch.
 SHORTEST_TIMING = 0.02
 # Longer computations hide what it takes to start them.
 _LONGEST_REPEATED = 0.002
@@ -35,7 +38,9 @@ _SHORT_RUN = 0.5
 
 
 class WorkloadInputs:
-    """Random arguments of a workload, a sample of query rows, and what float64 arithmetic makes of those."""
+    """Random arguments of a workload, a sample of query rows, and what float64 arithmetic makes of
+    those.
+    """
 
     def __init__(self, workload: Workload) -> None:
         w = self.workload = workload
@@ -46,9 +51,12 @@ class WorkloadInputs:
         self.bias = None if w.bias == "none" else self._normal(*self._term_shape(w.bias))
         self.mask = None if w.mask == "none" else self._open_mask(self._term_shape(w.mask))
         self.rows = sample_rows(w)
-        # Only sampled rows have a cotangent, so that the reference gradients need no other row. Multiplying by zeros takes as long as by anything else.
+        # Only sampled rows have a cotangent, so that the reference gradients need no other row.
+        # Multiplying by zeros takes as long as by anything else.
         cotangent = np.zeros((w.batch, w.query_length, w.num_heads, w.value_size), np.float32)
-        cotangent[:, self.rows] = self._random.standard_normal(cotangent[:, self.rows].shape, np.float32)
+        cotangent[:, self.rows] = self._random.standard_normal(
+            cotangent[:, self.rows].shape, np.float32
+        )
         self.cotangent = jnp.asarray(cotangent, w.dtype)
 
     def _normal(self, *shape: int) -> jax.Array:
@@ -64,7 +72,9 @@ class WorkloadInputs:
     def _term_shape(self, pattern: str) -> tuple[int, ...]:
         w = self.workload
         sizes = (w.batch, w.num_heads, w.query_length, w.key_length)
-        return tuple(1 if letter == "1" else size for letter, size in zip(pattern, sizes, strict=True))
+        return tuple(
+            1 if letter == "1" else size for letter, size in zip(pattern, sizes, strict=True)
+        )
 
     @property
     def differentiated(self) -> tuple[jax.Array, ...]:
@@ -75,15 +85,25 @@ class WorkloadInputs:
     def arguments(self) -> tuple[jax.Array, ...]:
         """Everything the measured function takes."""
         mask = () if self.mask is None else (self.mask,)
-        return (*self.differentiated, *mask, *((self.cotangent,) if self.workload.mode == "training" else ()))
+        return (
+            *self.differentiated,
+            *mask,
+            *((self.cotangent,) if self.workload.mode == "training" else ()),
+        )
 
     def function(self, plan: Plan) -> Callable[..., Any]:
-        """The workload computed by a plan: the output, and in training the gradients too, from ``arguments``."""
+        """The workload computed by a plan.
+
+        The output, and in training the gradients too, from ``arguments``.
+        """
 
         def attend(*arrays: Any) -> jax.Array:
             with on_one_device():
                 return dot_product_attention(
-                    *arrays, is_causal=self.workload.causal, max_chunk_size_mb=plan.max_chunk_size_mb, implementation=plan.implementation
+                    *arrays,
+                    is_causal=self.workload.causal,
+                    max_chunk_size_mb=plan.max_chunk_size_mb,
+                    implementation=plan.implementation,
                 )
 
         return make_function(self.workload, attend)
@@ -91,21 +111,44 @@ class WorkloadInputs:
     def refusal(self, plan: Plan) -> str:
         """Why the plan's implementation does not take the workload; empty if it does."""
         arrays = (self.query, self.key, self.value, self.bias, self.mask)
-        return why_not(plan.implementation, *arrays, is_causal=self.workload.causal, training=self.workload.mode == "training")
+        return why_not(
+            plan.implementation,
+            *arrays,
+            is_causal=self.workload.causal,
+            training=self.workload.mode == "training",
+        )
 
-    def sampled(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
-        """query, key, value, bias, mask and cotangent with the sampled query rows only; a causal mask becomes an array."""
+    def sampled(
+        self,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
+        """query, key, value, bias, mask and cotangent with the sampled query rows only.
+
+        A causal mask becomes an array.
+        """
         mask = self.mask
         if self.workload.causal:
-            causal = jnp.asarray(self.rows)[None, None, :, None] >= jnp.arange(self.workload.key_length)[None, None, None, :]
+            causal = (
+                jnp.asarray(self.rows)[None, None, :, None]
+                >= jnp.arange(self.workload.key_length)[None, None, None, :]
+            )
             mask = causal if mask is None else causal & _rows_of(mask, self.rows)
         elif mask is not None:
             mask = _rows_of(mask, self.rows)
         bias = None if self.bias is None else _rows_of(self.bias, self.rows)
-        return self.query[:, self.rows], self.key, self.value, bias, mask, self.cotangent[:, self.rows]
+        return (
+            self.query[:, self.rows],
+            self.key,
+            self.value,
+            bias,
+            mask,
+            self.cotangent[:, self.rows],
+        )
 
     def on_sample(self, results: tuple[jax.Array, ...]) -> list[np.ndarray[Any, Any]]:
-        """A function's results where the reference has them: output and query gradient on sampled rows, the other gradients whole."""
+        """A function's results where the reference has them.
+
+        Output and query gradient on sampled rows, the other gradients whole.
+        """
         names = ("out", "query", "key", "value", "bias")[: len(results)]
         taken = []
         for name, result in zip(names, results, strict=True):
@@ -119,11 +162,16 @@ class WorkloadInputs:
 
 
 def sample_rows(workload: Workload) -> np.ndarray[Any, Any]:
-    """Query rows to check: the first, the last, and as many others as their float64 logits leave room for."""
+    """Query rows to check.
+
+    The first, the last, and as many others as their float64 logits leave room for.
+    """
     w = workload
     fitting = _SAMPLE_BYTES // (w.batch * w.num_heads * w.key_length * 8)
     count = min(w.query_length, _MOST_SAMPLED_ROWS, max(2, fitting))
-    inner = np.random.default_rng(0).permutation(np.arange(1, w.query_length - 1))[: max(0, count - 2)]
+    inner = np.random.default_rng(0).permutation(np.arange(1, w.query_length - 1))[
+        : max(0, count - 2)
+    ]
     return np.unique(np.concatenate([[0, w.query_length - 1], inner]).astype(np.int64))
 
 
@@ -132,7 +180,10 @@ def _rows_of(term: jax.Array, rows: np.ndarray[Any, Any]) -> jax.Array:
 
 
 def make_function(workload: Workload, attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The workload from its arguments by ``attend(query, key, value, bias, mask)``: (output,), and in training the gradients after it."""
+    """The workload from its arguments by ``attend(query, key, value, bias, mask)``.
+
+    (output,), and in training the gradients after it.
+    """
     moving = 3 + (workload.bias != "none")
 
     def forward(*arrays: jax.Array) -> Any:
@@ -149,12 +200,15 @@ def make_function(workload: Workload, attend: Callable[..., Any]) -> Callable[..
 
 
 def reference(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
-    """Output, and in training the gradients, on the sampled rows in float64, by the textbook formulas in numpy."""
+    """Output, and in training the gradients, on the sampled rows in float64, by the textbook
+    formulas in numpy.
+    """
     w = inputs.workload
     groups = w.num_heads // w.num_kv_heads
     query, key, value, bias, mask, cotangent = inputs.sampled()
     q, g = (np.moveaxis(_float64(x), 2, 1) for x in (query, cotangent))  # [B, H, rows, K]
-    k, v = (np.repeat(np.moveaxis(_float64(x), 2, 1), groups, axis=1) for x in (key, value))  # [B, H, T, K]
+    # [B, H, T, K]
+    k, v = (np.repeat(np.moveaxis(_float64(x), 2, 1), groups, axis=1) for x in (key, value))
     scale = 1 / math.sqrt(w.key_size)
     logits = q @ np.swapaxes(k, -1, -2) * scale
     if bias is not None:
@@ -171,9 +225,14 @@ def reference(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
         d_query = d_logits @ k * scale
         d_key, d_value = np.swapaxes(d_logits, -1, -2) @ q * scale, np.swapaxes(weights, -1, -2) @ g
         results.append(np.moveaxis(d_query, 1, 2))
-        results += [np.moveaxis(grad.reshape(w.batch, w.num_kv_heads, groups, *grad.shape[2:]).sum(2), 1, 2) for grad in (d_key, d_value)]
+        results += [
+            np.moveaxis(grad.reshape(w.batch, w.num_kv_heads, groups, *grad.shape[2:]).sum(2), 1, 2)
+            for grad in (d_key, d_value)
+        ]
         if bias is not None:
-            broadcast = tuple(dim for dim, size in enumerate(bias.shape) if size == 1 and d_logits.shape[dim] > 1)
+            broadcast = tuple(
+                dim for dim, size in enumerate(bias.shape) if size == 1 and d_logits.shape[dim] > 1
+            )
             results.append(d_logits.sum(broadcast, keepdims=True))
     return results
 
@@ -186,17 +245,29 @@ def dense_on_sample(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
     """The same by haiku's dense attention in the workload's dtype: how much error is usual."""
     w = inputs.workload
     query, key, value, bias, mask, cotangent = inputs.sampled()
-    attend = lambda q, k, v, b, m: dot_product_attention(q, k, v, b, m, max_chunk_size_mb=None, implementation="dense")  # noqa: E731
+    attend = lambda q, k, v, b, m: dot_product_attention(
+        q, k, v, b, m, max_chunk_size_mb=None, implementation="dense"
+    )
     function = make_function(w, attend)
     optional = [x for x in (bias, mask) if x is not None]
-    results = jax.jit(function)(query, key, value, *optional, *([cotangent] if w.mode == "training" else []))
-    return [np.asarray(result.astype(jnp.promote_types(result.dtype, jnp.float32))) for result in results]
+    results = jax.jit(function)(
+        query, key, value, *optional, *([cotangent] if w.mode == "training" else [])
+    )
+    return [
+        np.asarray(result.astype(jnp.promote_types(result.dtype, jnp.float32)))
+        for result in results
+    ]
 
 
-def relative_error(results: list[np.ndarray[Any, Any]], references: list[np.ndarray[Any, Any]]) -> float:
-    """Largest error over the results, each relative to its reference's largest value; infinite where a result is not finite.
+def relative_error(
+    results: list[np.ndarray[Any, Any]], references: list[np.ndarray[Any, Any]]
+) -> float:
+    """Largest error over the results, each relative to its reference's largest value.
 
-    A reference may be zero throughout (the query's gradient of a single key): a hundredth of the largest value of all is the least to compare with.
+    Infinite where a result is not finite.
+
+    A reference may be zero throughout (the query's gradient of a single key): a hundredth of the
+    largest value of all is the least to compare with.
     """
     largest = [float(np.abs(expected).max()) for expected in references]
     worst = 0.0
@@ -208,17 +279,26 @@ def relative_error(results: list[np.ndarray[Any, Any]], references: list[np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A compiled program, how often it computes the workload each time it is run, and how often it is run for one timing."""
+    """A compiled program, how often it computes the workload each time it is run, and how often it
+    is run for one timing.
+    """
 
     program: Any
     repeats: int
     runs: int
 
     @classmethod
-    def of(cls, compiled: Any, function: Callable[..., Any], arguments: tuple[jax.Array, ...], first: float) -> Timed:
+    def of(
+        cls,
+        compiled: Any,
+        function: Callable[..., Any],
+        arguments: tuple[jax.Array, ...],
+        first: float,
+    ) -> Timed:
         """What makes one timing long enough, given the seconds that the first run took.
 
-        On an accelerator a short workload is repeated within one program: starting one takes longer than it does.
+        On an accelerator a short workload is repeated within one program: starting one takes longer
+        than it does.
         """
         once = cls(compiled, 1, 1)
         # The first run of a program on an accelerator was seen to take up to twice its time.
@@ -249,10 +329,13 @@ def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
     def run(*arguments: jax.Array) -> Any:
         def again(_: Any, carry: Any) -> Any:
             arguments, _ = carry
-            # Arguments that seem to wait for the results keep XLA from computing once what is the same each time.
+            # Arguments that seem to wait for the results keep XLA from computing once what is the
+            # same each time.
             return jax.lax.optimization_barrier((arguments, function(*arguments)))
 
-        results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments))
+        results = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments)
+        )
         return jax.lax.fori_loop(0, times, again, (arguments, results))[1]
 
     return run
@@ -264,7 +347,10 @@ def _platform() -> str:
 
 
 def program_bytes(compiled: Any) -> tuple[int, int]:
-    """(working memory, results) of a compiled program in bytes, by XLA's account; zeros where it gives none."""
+    """(working memory, results) of a compiled program in bytes, by XLA's account.
+
+    Zeros where it gives none.
+    """
     memory = compiled.memory_analysis()
     return (int(memory.temp_size_in_bytes), int(memory.output_size_in_bytes)) if memory else (0, 0)
 
@@ -273,15 +359,23 @@ def available_bytes() -> int:
     """Memory free for this process on its device, in bytes."""
     if _platform() == "cpu":
         return devices.available_cpu_bytes()
-    gpu = devices.gpu_memory(devices.default_device().local_hardware_id or 0) if _platform() == "gpu" else None
+    gpu = (
+        devices.gpu_memory(devices.default_device().local_hardware_id or 0)
+        if _platform() == "gpu"
+        else None
+    )
     return free_bytes(_allocator_stats(), None if gpu is None else gpu[1])
 
 
 def free_bytes(stats: dict[str, int], free_on_gpu: int | None) -> int:
-    """Memory free for this process by its allocator's account (empty where that keeps none, as "platform" does) and by the GPU's driver, in bytes."""
+    """Memory free for this process by its allocator's account (empty where that keeps none, as
+    "platform" does) and by the GPU's driver, in bytes.
+    """
     in_use = stats.get("bytes_in_use", 0)
     # What jax's allocator holds and does not use is free for this process though not for others.
-    by_driver = None if free_on_gpu is None else free_on_gpu + stats.get("pool_bytes", in_use) - in_use
+    by_driver = (
+        None if free_on_gpu is None else free_on_gpu + stats.get("pool_bytes", in_use) - in_use
+    )
     by_allocator = stats["bytes_limit"] - in_use if "bytes_limit" in stats else None
     return min((free for free in (by_driver, by_allocator) if free is not None), default=0)
 
@@ -291,10 +385,13 @@ def _allocator_stats() -> dict[str, int]:
 
 
 def measure_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
-    """Runs and returns (result, bytes by which memory in use rose above where it stood); None where the system cannot tell.
+    """Runs and returns (result, bytes by which memory in use rose above where it stood).
 
-    On CPU that is the process's resident memory. On accelerators it is what jax's allocator handed out; its record never goes down, so that only a run that
-    takes more than every earlier one can tell.
+    None where the system cannot tell.
+
+    On CPU that is the process's resident memory. On accelerators it is what jax's allocator handed
+    out; its record never goes down, so that only a run that takes more than every earlier one can
+    tell.
     """
     if _platform() != "cpu":
         before, result, after = _allocator_stats(), run(), _allocator_stats()

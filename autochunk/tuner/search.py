@@ -1,12 +1,15 @@
 """The search over one workload's plans.
 
-The space is small and discrete, so it is searched exhaustively, the likely best first; what makes it quick is giving up early. Every round times the plan
-beside one fixed plan, the anchor, in alternating order: drift of the machine hits both alike, and the ratios of different plans, measured by different
-workers too, compare. A plan that is clearly hopeless goes after a round or two, one that is probably worse by Wilcoxon's signed-rank test over the paired
-rounds (Optuna's ``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at all. Those plans that are left and close
-meet once more in joint rounds.
+The space is small and discrete, so it is searched exhaustively, the likely best first; what makes
+it quick is giving up early. Every round times the plan beside one fixed plan, the anchor, in
+alternating order: drift of the machine hits both alike, and the ratios of different plans, measured
+by different workers too, compare. A plan that is clearly hopeless goes after a round or two, one
+that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
+``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at
+all. Those plans that are left and close meet once more in joint rounds.
 
-Who measures what is the study's business (``study.py``): an interrupted search goes on where it stopped, and several workers share one.
+Who measures what is the study's business (``study.py``): an interrupted search goes on where it
+stopped, and several workers share one.
 """
 
 from __future__ import annotations
@@ -33,7 +36,11 @@ _MIDDLE_MB = 32.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: measurements by whomever, whether everything was looked at, whether other workers are still looking, and what put an end to it."""
+    """What a search found.
+
+    Measurements by whomever, whether everything was looked at, whether other workers are still
+    looking, and what put an end to it.
+    """
 
     measurements: tuple[Measurement, ...]
     complete: bool
@@ -49,9 +56,17 @@ class Interrupted(KeyboardInterrupt):
         self.outcome = outcome
 
 
-def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hints: Iterable[Plan] = (),
-           on_measurement: Callable[[Measurement, int, int], None] = lambda *_: None) -> Outcome:  # fmt: skip
-    """Measures those of a workload's plans that nobody else does, until none is left, the probe's deadline comes, or no worker can go on: see ``Outcome``.
+def search(
+    probe: Probe,
+    workload: Workload,
+    effort: Effort,
+    study: Study,
+    *,
+    hints: Iterable[Plan] = (),
+    on_measurement: Callable[[Measurement, int, int], None] = lambda *_: None,
+) -> Outcome:
+    """Measures those of a workload's plans that nobody else does, until none is left, the probe's
+    deadline comes, or no worker can go on: see ``Outcome``.
 
     Args:
       probe: measures; is turned to the workload here.
@@ -69,7 +84,9 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
         platform = probe.connect().platform
     except (OutOfTime, ProbeError) as error:
         return _cut_short(study.measured(), error)
-    running = _Search(probe, platform, workload, EFFORT_SETTINGS[effort], study, tuple(hints), on_measurement)
+    running = _Search(
+        probe, platform, workload, EFFORT_SETTINGS[effort], study, tuple(hints), on_measurement
+    )
     try:
         complete = running.run()
     except (OutOfTime, ProbeError) as error:
@@ -80,16 +97,37 @@ def search(probe: Probe, workload: Workload, effort: Effort, study: Study, *, hi
 
 
 def _cut_short(measured: dict[Plan, Measurement], error: BaseException) -> Outcome:
-    return Outcome(tuple(measured.values()), complete=False, failure=str(error) if isinstance(error, ProbeError) else "")
+    return Outcome(
+        tuple(measured.values()),
+        complete=False,
+        failure=str(error) if isinstance(error, ProbeError) else "",
+    )
 
 
 class _Search:
-    def __init__(self, probe: Probe, platform: str, workload: Workload, settings: EffortSettings, study: Study, hints: tuple[Plan, ...],
-                 on_measurement: Callable[[Measurement, int, int], None]) -> None:  # fmt: skip
-        self.probe, self.workload, self.settings, self.study, self.on_measurement = probe, workload, settings, study, on_measurement
+    def __init__(
+        self,
+        probe: Probe,
+        platform: str,
+        workload: Workload,
+        settings: EffortSettings,
+        study: Study,
+        hints: tuple[Plan, ...],
+        on_measurement: Callable[[Measurement, int, int], None],
+    ) -> None:
+        self.probe, self.workload, self.settings, self.study, self.on_measurement = (
+            probe,
+            workload,
+            settings,
+            study,
+            on_measurement,
+        )
         self.shape = sliced_shape(workload)
         plans = _all_plans(self.shape, settings, platform)
-        first = [*(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))), *_likely(plans)]
+        first = [
+            *(plan for hint in hints if (plan := _equivalent(hint, plans, self.shape))),
+            *_likely(plans),
+        ]
         self.plans = list(dict.fromkeys([*first, *sorted(plans, key=_from_the_middle)]))
         self.baselines = (DENSE, _equivalent(DEFAULT, plans, self.shape))
         self.measured: dict[Plan, Measurement] = study.measured()
@@ -115,7 +153,10 @@ class _Search:
         return not self.study.workers()
 
     def latest(self) -> dict[Plan, Measurement]:
-        """All that is measured, by others since the last claim too; without them where the storage is what failed."""
+        """All that is measured, by others since the last claim too.
+
+        Without them where the storage is what failed.
+        """
         with contextlib.suppress(StorageError):
             self.measured = self.study.measured()
         return self.measured
@@ -145,7 +186,14 @@ class _Search:
         except WorkerFailure as failure:
             self._check_anchor(plan)
             return _measurement(plan, prepared, status=failure.status, detail=failure.detail)
-        return _measurement(plan, prepared, status="pruned" if given_up else "ok", detail=given_up, seconds=seconds, ratios=ratios)
+        return _measurement(
+            plan,
+            prepared,
+            status="pruned" if given_up else "ok",
+            detail=given_up,
+            seconds=seconds,
+            ratios=ratios,
+        )
 
     def _rounds(self, plan: Plan, claim: Claim, seconds: list[float], ratios: list[float]) -> str:
         """Times a plan beside the anchor; returns why it was given up, or nothing."""
@@ -163,7 +211,10 @@ class _Search:
             # A plan that is slower by no more than noise may still win by its memory.
             if step >= 3 and slower > 1 + LARGEST_NOISE and claim.hopeless():
                 return f"probably slower than the best plan, {slower:.2f}x its time"
-            if step + 1 >= self.settings.least_rounds and time.monotonic() - start > self.settings.seconds:
+            if (
+                step + 1 >= self.settings.least_rounds
+                and time.monotonic() - start > self.settings.seconds
+            ):
                 break
         return ""
 
@@ -185,20 +236,29 @@ class _Search:
                     self.probe.drop(plan)
 
     def _best_ratio(self) -> float:
-        return min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)  # the anchor's own ratio is one
+        # the anchor's own ratio is one
+        return min((m.ratio for m in self.measured.values() if m.status == "ok"), default=1.0)
 
     def _beneath_the_hopeless(self, plan: Plan) -> str:
         """Why a limit need not be tried, if the two next larger ones say so; else nothing."""
         if plan.max_chunk_size_mb is None:
             return ""
-        siblings = [m for m in self.measured.values() if m.implementation == plan.implementation and (m.max_chunk_size_mb or 0) > plan.max_chunk_size_mb]
+        siblings = [
+            m
+            for m in self.measured.values()
+            if m.implementation == plan.implementation
+            and (m.max_chunk_size_mb or 0) > plan.max_chunk_size_mb
+        ]
         nearest = sorted(siblings, key=lambda m: m.max_chunk_size_mb or 0)[:2]
         if nearest and nearest[0].status == "skipped":
             return nearest[0].detail
         slower = [m.ratio / self._best_ratio() for m in nearest if m.timed]
         if len(slower) < 2 or not slower[0] > slower[1] > self.settings.hopeless**2:
             return ""
-        return f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB took {slower[1]:.1f}x and {slower[0]:.1f}x the best time"
+        return (
+            f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB "
+            f"took {slower[1]:.1f}x and {slower[0]:.1f}x the best time"
+        )
 
     # Comparisons
 
@@ -210,7 +270,10 @@ class _Search:
             self._loaded = True
 
     def _find_anchor(self) -> None:
-        """The study's anchor, or the first likely plan that runs here, dense last; what others are timed beside."""
+        """The study's anchor, or the first likely plan that runs here, dense last.
+
+        What others are timed beside.
+        """
         likely = [*filter(None, [self.study.anchor]), *_likely(self.plans), *self.plans]
         for plan in dict.fromkeys([*(plan for plan in likely if plan != DENSE), DENSE]):
             if plan in self.measured and not self.measured[plan].timed:
@@ -233,13 +296,22 @@ class _Search:
         return None
 
     def _check_anchor(self, plan: Plan) -> None:
-        """Raises ProbeError if it is the anchor that fails, as in a new worker it may: no plan is to blame then, and none can be timed."""
+        """Raises ProbeError if it is the anchor that fails, as in a new worker it may.
+
+        No plan is to blame then, and none can be timed.
+        """
         if self.anchor is not None and self.anchor != plan and (failed := self._try(self.anchor)):
             reason = f"{failed.status}: {failed.detail}" if failed.detail else failed.status
-            raise ProbeError(f"{self.anchor}, which all plans are timed beside, ran before and no longer does ({reason})")
+            raise ProbeError(
+                f"{self.anchor}, which all plans are timed beside, ran before and no longer does "
+                f"({reason})"
+            )
 
     def _follow_anchor(self, otherwise: Plan | None = None) -> None:
-        """Takes the anchor that the study has, which may be another worker's; sets it if ``otherwise`` is given and differs."""
+        """Takes the anchor that the study has, which may be another worker's.
+
+        Sets it if ``otherwise`` is given and differs.
+        """
         if otherwise is not None and self.study.anchor != otherwise:
             self.study.anchor = otherwise
         if self.study.anchor != self.anchor:
@@ -247,15 +319,23 @@ class _Search:
             self.measured = self.study.measured()  # ratios to another anchor do not compare
 
     def _best_plans(self) -> list[Plan]:
-        """The plans that could still win, best first. The second is one of them even if it was given up, lest nobody meets a first that was lucky."""
+        """The plans that could still win, best first.
+
+        The second is one of them even if it was given up, lest nobody meets a first that was lucky.
+        """
         ranked = sorted((m for m in self.measured.values() if m.timed), key=lambda m: m.ratio)
         best = ranked[0].ratio if ranked else 0.0
         second = [m for m in ranked[1:2] if m.ratio <= self.settings.hopeless**2 * best]
         close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
-        return list(dict.fromkeys(m.plan for m in (*close[:1], *second, *close[1:])))[: self.settings.finalists]
+        return list(dict.fromkeys(m.plan for m in (*close[:1], *second, *close[1:])))[
+            : self.settings.finalists
+        ]
 
     def _joint_rounds(self) -> list[Measurement]:
-        """More rounds for the plans that are close, all in each round; returns their measurements with those added."""
+        """More rounds for the plans that are close, all in each round.
+
+        Returns their measurements with those added.
+        """
         finalists = self._best_plans()
         if len(finalists) < 2 or self.anchor is None:
             return []
@@ -266,30 +346,51 @@ class _Search:
                 order = everyone[step % len(everyone) :] + everyone[: step % len(everyone)]
                 times = dict(zip(order, self.probe.time(order), strict=True))
                 for plan in finalists:
-                    # The anchor beside itself would be a ratio of exactly one, and look surer than it is.
+                    # The anchor beside itself would be a ratio of exactly one, and look surer than
+                    # it is.
                     if plan != self.anchor:
                         extra[plan].append((times[plan], times[plan] / times[self.anchor]))
         return [_with_rounds(self.measured[plan], pairs) for plan, pairs in extra.items()]
 
 
 def _with_rounds(old: Measurement, pairs: list[tuple[float, float]]) -> Measurement:
-    """A measurement and more rounds, (seconds, ratio) each; after them it is no longer one that was given up early."""
+    """A measurement and more rounds, (seconds, ratio) each.
+
+    After them it is no longer one that was given up early.
+    """
     if not pairs:
         return old
     seconds, ratios = zip(*pairs, strict=True)
-    return old.model_copy(update={"status": "ok", "detail": "", "seconds": (*old.seconds, *seconds), "ratios": (*old.ratios, *ratios)})
+    return old.model_copy(
+        update={
+            "status": "ok",
+            "detail": "",
+            "seconds": (*old.seconds, *seconds),
+            "ratios": (*old.ratios, *ratios),
+        }
+    )
 
 
 def _from_the_middle(plan: Plan) -> tuple[bool, float]:
-    """Order in which limits are tried: from ``_MIDDLE_MB`` outwards, so that a plan's larger neighbours come before it if it is small."""
+    """Order in which limits are tried.
+
+    From ``_MIDDLE_MB`` outwards, so that a plan's larger neighbours come before it if it is small.
+    """
     limit = plan.max_chunk_size_mb
     return (True, 0.0) if limit is None else (False, abs(math.log(limit / _MIDDLE_MB)))
 
 
 def _all_plans(shape: LogitsShape, settings: EffortSettings, platform: str) -> list[Plan]:
-    """Dense, fused kernels where there may be any, the default limit, and the ladder of limits; plans that come to the same slices once."""
+    """Dense, fused kernels where there may be any, the default limit, and the ladder of limits.
+
+    Plans that come to the same slices once.
+    """
     fused = [Plan(name) for name in sorted(FUSED_IMPLEMENTATIONS)] if platform == "gpu" else []
-    plans = [DENSE, *fused, *candidate_plans(shape, step=settings.step, most_slices=settings.most_slices)]
+    plans = [
+        DENSE,
+        *fused,
+        *candidate_plans(shape, step=settings.step, most_slices=settings.most_slices),
+    ]
     return plans if _equivalent(DEFAULT, plans, shape) else [*plans, DEFAULT]
 
 
@@ -298,13 +399,26 @@ def _equivalent(plan: Plan, plans: list[Plan], shape: LogitsShape) -> Plan | Non
 
 
 def _likely(plans: list[Plan]) -> list[Plan]:
-    """What to measure first: a fused kernel, which wins by far where there is one; a limit near _MIDDLE_MB, which often wins and always fits; the baselines."""
-    sliced = [plan for plan in plans if plan.implementation == "xla" and plan.max_chunk_size_mb is not None]
+    """What to measure first.
+
+    A fused kernel, which wins by far where there is one; a limit near _MIDDLE_MB, which often wins
+    and always fits; the baselines.
+    """
+    sliced = [
+        plan
+        for plan in plans
+        if plan.implementation == "xla" and plan.max_chunk_size_mb is not None
+    ]
     middle = min(sliced, key=_from_the_middle, default=None)
     unsliced = [plan for plan in plans if plan.max_chunk_size_mb is None]
     fused = [plan for plan in plans if plan.implementation in FUSED_IMPLEMENTATIONS]
     others = [plan for plan in unsliced if plan not in fused]
-    return [*fused, *([middle] if middle else []), *others, *(plan for plan in plans if plan == DEFAULT)]
+    return [
+        *fused,
+        *([middle] if middle else []),
+        *others,
+        *(plan for plan in plans if plan == DEFAULT),
+    ]
 
 
 def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measurement:

@@ -1,4 +1,6 @@
-"""Does a profile still hold? Its chosen plan is timed here and now, beside the baseline it was compared with."""
+"""Does a profile still hold? Its chosen plan is timed here and now, beside the baseline it was
+compared with.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from autochunk.plan import Plan
 from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile, relative_spread
 from autochunk.tuner.probe import WORKER, Probe, WorkerFailure
 
-# A ratio of two times has drifted if it changed by more than this and by more than twice its spread.
+# A ratio of two times has drifted if it changed by more than this and by more than twice its
+# spread.
 DRIFT = 0.10
 
 
@@ -38,7 +41,9 @@ class Verification:
 
     @property
     def change(self) -> float:
-        """By what fraction the plan became slower (0.1 is 10%) or, negative, faster, in relation to the baseline."""
+        """By what fraction the plan became slower (0.1 is 10%) or, negative, faster, in relation to
+        the baseline.
+        """
         return self.now / self.then - 1
 
     @property
@@ -47,15 +52,20 @@ class Verification:
         return self.change > max(DRIFT, 2 * self.spread)
 
 
-def verify(profile: Profile, *, rounds: int = 7, worker_command: Sequence[str] = WORKER) -> Verification:
-    """Times a profile's chosen plan and its baseline in alternating rounds, in a process of their own.
+def verify(
+    profile: Profile, *, rounds: int = 7, worker_command: Sequence[str] = WORKER
+) -> Verification:
+    """Times a profile's chosen plan and its baseline in alternating rounds, in a process of their
+    own.
 
     Raises:
       ArgumentError: the profile chooses no plan.
     """
     choice = profile.choose()
     if choice is None:
-        raise ArgumentError(f"the profile of {profile.workload} chooses no plan, so that there is none to verify")
+        raise ArgumentError(
+            f"the profile of {profile.workload} chooses no plan, so that there is none to verify"
+        )
     best, baseline = choice.measurement, _baseline(profile, choice.measurement)
     try:
         with Probe(worker_command) as probe:
@@ -64,14 +74,33 @@ def verify(profile: Profile, *, rounds: int = 7, worker_command: Sequence[str] =
     except (ProbeError, WorkerFailure) as error:
         return Verification(profile, best.plan, baseline.plan, failure=str(error))
     if not best.ratio or not baseline.ratio:
-        return Verification(profile, best.plan, baseline.plan, failure="the profile has times of zero, which nothing can be compared with")
+        return Verification(
+            profile,
+            best.plan,
+            baseline.plan,
+            failure="the profile has times of zero, which nothing can be compared with",
+        )
     then = best.ratio / baseline.ratio
-    return Verification(profile, best.plan, baseline.plan, then, statistics.median(ratios), relative_spread(ratios) or 0.0)
+    return Verification(
+        profile,
+        best.plan,
+        baseline.plan,
+        then,
+        statistics.median(ratios),
+        relative_spread(ratios) or 0.0,
+    )
 
 
 def _baseline(profile: Profile, best: Measurement) -> Measurement:
-    """Another plan that was timed, to compare with: of the baselines and the rest the fastest, for it takes the least time and memory."""
-    others = [found for plan in (DEFAULT, DENSE) if (found := profile.baseline(plan)) is not None and found.plan != best.plan]
+    """Another plan that was timed, to compare with.
+
+    Of the baselines and the rest the fastest, for it takes the least time and memory.
+    """
+    others = [
+        found
+        for plan in (DEFAULT, DENSE)
+        if (found := profile.baseline(plan)) is not None and found.plan != best.plan
+    ]
     others = others or [m for m in profile.measurements if m.timed and m.plan != best.plan]
     return min(others, key=lambda m: (m.ratio, str(m.plan)), default=best)
 

@@ -1,15 +1,18 @@
 """The measuring process, which ``probe.py`` starts: one JSON object a line in and out.
 
-It compiles, checks and times plans of one workload, and may die doing so: the parent (``probe.py``) takes a death for a result. Requests, in the order of
-a session; every reply is an object with ``ok``, or ``error`` where the request itself was wrong:
+It compiles, checks and times plans of one workload, and may die doing so: the parent (``probe.py``)
+takes a death for a result. Requests, in the order of a session; every reply is an object with
+``ok``, or ``error`` where the request itself was wrong:
 
     {"do": "hello"}                          -> {"device": {...}, "available_bytes": n}
     {"do": "load", "workload": key, "programs": folder}
-                                             -> {"argument_bytes": n, "dense_error": x}   compiled programs are kept in the folder for the next worker
-    {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
-                                             -> {"status": ..., "detail": ..., "temp_bytes": n, "measured_bytes": n, "compile_seconds": x, "error": x}
-    {"do": "time", "plans": [[name, mb], ...]} -> {"seconds": [x, ...]}   one round, in the order given
-    {"do": "drop", "plan": [name, mb]}       -> {}
+                                             -> {"argument_bytes": n, "dense_error": x}   compiled
+                                             programs are kept in the folder for the next worker
+    {"do": "prepare", "plan": [name, mb], "budget_bytes": n} -> {"status": ..., "detail": ...,
+                                             "temp_bytes": n, "measured_bytes": n,
+                                             "compile_seconds": x, "error": x}
+    {"do": "time", "plans": [[name, mb], ...]} -> {"seconds": [x, ...]}   one round, in the order
+    given {"do": "drop", "plan": [name, mb]}       -> {}
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from autochunk.tuner.measure import (
 )
 from autochunk.workload import Workload
 
-# A plan may err this many times as much as dense attention in the same dtype does, plus a few roundings.
+# A plan may err this many times as much as dense attention in the same dtype does, plus a few
+# roundings.
 ERROR_FACTOR = 4.0
 ERROR_ROUNDINGS = 16.0
 
@@ -63,12 +67,18 @@ class Session:
         """Makes a workload's arguments and what its results should be."""
         keep_programs(programs)
         parsed = Workload.parse(workload)
-        jax.config.update("jax_enable_x64", parsed.dtype == "float64")  # without it jax computes in float32, with a warning at most
+        # without it jax computes in float32, with a warning at most
+        jax.config.update("jax_enable_x64", parsed.dtype == "float64")
         self.inputs = WorkloadInputs(parsed)
         self.references = reference(self.inputs)
         dense_error = relative_error(dense_on_sample(self.inputs), self.references)
-        self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * float(jnp.finfo(self.inputs.workload.dtype).eps)
-        return {"argument_bytes": sum(x.nbytes for x in self.inputs.arguments), "dense_error": dense_error}
+        self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * float(
+            jnp.finfo(self.inputs.workload.dtype).eps
+        )
+        return {
+            "argument_bytes": sum(x.nbytes for x in self.inputs.arguments),
+            "dense_error": dense_error,
+        }
 
     def prepare(self, plan: list[Any], budget_bytes: int) -> dict[str, Any]:
         """Compiles a plan, and if it should fit runs and checks it once."""
@@ -85,9 +95,17 @@ class Session:
             result = {"compile_seconds": compile_seconds, "temp_bytes": temp}
             needed = max(temp, self._least_working_bytes(chosen)) + out
             if needed > budget_bytes:
-                return result | {"status": "over_budget", "detail": f"needs about {needed / 1e6:.0f} MB, {budget_bytes / 1e6:.0f} MB may be used"}
+                return result | {
+                    "status": "over_budget",
+                    "detail": (
+                        f"needs about {needed / 1e6:.0f} MB, {budget_bytes / 1e6:.0f} MB may be "
+                        "used"
+                    ),
+                }
             start = time.perf_counter()
-            results, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.arguments)))
+            results, grown = measure_growth(
+                lambda: jax.block_until_ready(compiled(*inputs.arguments))
+            )
             first = time.perf_counter() - start
             deviation = relative_error(inputs.on_sample(results), self.references)
             del results
@@ -101,12 +119,21 @@ class Session:
             result |= {"measured_bytes": measured, "temp_bytes": max(temp, measured)}
         result["error"] = min(deviation, 1e30)
         if not deviation <= self.error_limit:
-            return result | {"status": "inaccurate", "detail": f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is allowed"}
+            return result | {
+                "status": "inaccurate",
+                "detail": (
+                    f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is "
+                    "allowed"
+                ),
+            }
         self.prepared[chosen] = timed
         return result | {"status": "ok", "detail": ""}
 
     def _least_working_bytes(self, plan: Plan) -> int:
-        """A guess from below at what XLA:CPU's fused kernels allocate without saying so: a quarter of a slice's logits."""
+        """A guess from below at what XLA:CPU's fused kernels allocate without saying so.
+
+        A quarter of a slice's logits.
+        """
         shape = sliced_shape(self._loaded().workload)
         return slice_logits(plan, shape).chunk_bytes(shape) // 4
 
@@ -127,7 +154,9 @@ class Session:
 
 
 def keep_programs(folder: str) -> None:
-    """Keeps every program that is compiled in a folder, if one is given, and takes it from there if another process has compiled it."""
+    """Keeps every program that is compiled in a folder, if one is given, and takes it from there if
+    another process has compiled it.
+    """
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -155,7 +184,10 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended: busy with a plan, it would not see for long that no more requests come."""
+    """Ends this process when its parent has ended.
+
+    Busy with a plan, it would not see for long that no more requests come.
+    """
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,6 +1,7 @@
 """What attention is, written twice as plainly as possible, and helpers that several tests share.
 
-``exact`` is float64 numpy with gradients written by hand, so that it shares nothing with JAX; ``plain`` is for JAX's transformations to act on.
+``exact`` is float64 numpy with gradients written by hand, so that it shares nothing with JAX;
+``plain`` is for JAX's transformations to act on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-# Compiling takes most of the tests' time; how well the machine code is optimised makes no difference to most of them.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+# Compiling takes most of the tests' time; how well the machine code is optimised makes no
+# difference to most of them.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
@@ -30,9 +38,19 @@ def draw_mask(shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng([seed, *shape]).random(shape) < 0.67
 
 
-def operands(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, heads: int = 2, kv_heads: int | None = None, key_size: int = 4,
-             value_size: int | None = None, *, bias: tuple[int, ...] | None = None, mask: tuple[int, ...] | None = None,
-             dtype: Any = np.float32) -> Arrays:  # fmt: skip
+def operands(
+    leading: tuple[int, ...] = (2,),
+    rows: int = 6,
+    keys: int = 5,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    key_size: int = 4,
+    value_size: int | None = None,
+    *,
+    bias: tuple[int, ...] | None = None,
+    mask: tuple[int, ...] | None = None,
+    dtype: Any = np.float32,
+) -> Arrays:
     """Arguments of a call by name, and the output's cotangent."""
     kv_heads, value_size = kv_heads or heads, value_size or key_size
     arrays = {
@@ -48,23 +66,38 @@ def operands(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, head
     return arrays
 
 
-def output_and_gradients(function: Callable[..., jax.Array], arrays: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+def output_and_gradients(
+    function: Callable[..., jax.Array], arrays: Arrays
+) -> dict[str, np.ndarray[Any, Any]]:
     """The output, and the gradients of query, key, value and bias, from one compiled program."""
     moving = {name: array for name, array in arrays.items() if name not in ("mask", "cotangent")}
 
     @quick_jit
-    def both(moving: dict[str, jax.Array], mask: jax.Array | None, cotangent: jax.Array) -> dict[str, jax.Array]:
+    def both(
+        moving: dict[str, jax.Array], mask: jax.Array | None, cotangent: jax.Array
+    ) -> dict[str, jax.Array]:
         out, pull = jax.vjp(lambda moving: function(**moving, mask=mask), moving)
         return {"output": out, **pull(cotangent)[0]}
 
-    return {name: np.asarray(array) for name, array in both(moving, arrays.get("mask"), arrays["cotangent"]).items()}
+    return {
+        name: np.asarray(array)
+        for name, array in both(moving, arrays.get("mask"), arrays["cotangent"]).items()
+    }
 
 
-def exact(arrays: Arrays, *, scale: float | None = None, is_causal: bool = False) -> dict[str, np.ndarray[Any, Any]]:
-    """Output and gradients of attention in float64. A row that is masked throughout weighs all values alike and gives its logits no gradient."""
-    query, key, value, cotangent = (np.asarray(arrays[name], np.float64) for name in ("query", "key", "value", "cotangent"))
+def exact(
+    arrays: Arrays, *, scale: float | None = None, is_causal: bool = False
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Output and gradients of attention in float64.
+
+    A row that is masked throughout weighs all values alike and gives its logits no gradient.
+    """
+    query, key, value, cotangent = (
+        np.asarray(arrays[name], np.float64) for name in ("query", "key", "value", "cotangent")
+    )
     groups = query.shape[-2] // key.shape[-2]
-    keys, values = np.repeat(key, groups, axis=-2), np.repeat(value, groups, axis=-2)  # [..., T, H, K]
+    # [..., T, H, K]
+    keys, values = np.repeat(key, groups, axis=-2), np.repeat(value, groups, axis=-2)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = np.einsum("...thk,...shk->...hts", query, keys) * factor
     bias = np.asarray(arrays.get("bias", 0.0), np.float64)
@@ -90,30 +123,54 @@ def exact(arrays: Arrays, *, scale: float | None = None, is_causal: bool = False
 
 
 def _ungroup(array: np.ndarray[Any, Any], groups: int) -> np.ndarray[Any, Any]:
-    return array.reshape((*array.shape[:-2], array.shape[-2] // groups, groups, array.shape[-1])).sum(axis=-2)
+    return array.reshape(
+        (*array.shape[:-2], array.shape[-2] // groups, groups, array.shape[-1])
+    ).sum(axis=-2)
 
 
 def _sum_to(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     array = array.sum(axis=tuple(range(array.ndim - len(shape))))
-    return array.sum(axis=tuple(dim for dim, size in enumerate(shape) if size == 1 and array.shape[dim] != 1), keepdims=True)
+    return array.sum(
+        axis=tuple(dim for dim, size in enumerate(shape) if size == 1 and array.shape[dim] != 1),
+        keepdims=True,
+    )
 
 
-def plain(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None, mask: jax.Array | None = None,
-          *, is_causal: bool = False) -> jax.Array:  # fmt: skip
+def plain(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    is_causal: bool = False,
+) -> jax.Array:
     """Attention in plain JAX."""
     groups = query.shape[-2] // key.shape[-2]
     keys, values = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
     logits = jnp.einsum("...thk,...shk->...hts", query, keys) / math.sqrt(query.shape[-1])
-    logits = logits if bias is None else logits + jnp.expand_dims(bias, range(logits.ndim - bias.ndim))
-    allowed = jnp.ones((), bool) if mask is None else jnp.expand_dims(mask, range(logits.ndim - mask.ndim))
+    logits = (
+        logits if bias is None else logits + jnp.expand_dims(bias, range(logits.ndim - bias.ndim))
+    )
+    allowed = (
+        jnp.ones((), bool)
+        if mask is None
+        else jnp.expand_dims(mask, range(logits.ndim - mask.ndim))
+    )
     if is_causal:
-        allowed = jnp.logical_and(allowed, jnp.expand_dims(jnp.tri(*logits.shape[-2:], dtype=bool), range(logits.ndim - 2)))
+        allowed = jnp.logical_and(
+            allowed,
+            jnp.expand_dims(jnp.tri(*logits.shape[-2:], dtype=bool), range(logits.ndim - 2)),
+        )
     weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30))
     return jnp.einsum("...hts,...shv->...thv", weights, values)
 
 
 def assert_close(received: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    """Compares trees of arrays; the tolerance is relative to the largest element, or absolute where that is less than one."""
+    """Compares trees of arrays.
+
+    The tolerance is relative to the largest element, or absolute where that is less than one.
+    """
     assert jax.tree.structure(received) == jax.tree.structure(expected)
     compare = functools.partial(_assert_close, tolerance=tolerance)
     jax.tree.map_with_path(compare, received, expected)
@@ -121,7 +178,12 @@ def assert_close(received: Any, expected: Any, tolerance: float = 2e-5) -> None:
 
 def _assert_close(path: Any, received: Any, expected: Any, tolerance: float) -> None:
     received, expected = np.asarray(received, np.float64), np.asarray(expected, np.float64)
-    assert received.shape == expected.shape, f"{jax.tree_util.keystr(path)}: {received.shape}, expected {expected.shape}"
+    assert received.shape == expected.shape, (
+        f"{jax.tree_util.keystr(path)}: {received.shape}, expected {expected.shape}"
+    )
     if expected.size:
         error, largest = np.max(np.abs(received - expected)), np.max(np.abs(expected))
-        assert error <= tolerance * max(1.0, largest), f"{jax.tree_util.keystr(path)}: error {error:.3g}, largest {largest:.3g}"  # NaN fails, too
+        # NaN fails, too
+        assert error <= tolerance * max(1.0, largest), (
+            f"{jax.tree_util.keystr(path)}: error {error:.3g}, largest {largest:.3g}"
+        )

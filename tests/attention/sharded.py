@@ -1,4 +1,7 @@
-"""Run by ``test_transformations`` in a process with four devices: prints, as JSON, what went wrong in each case ("" for nothing)."""
+"""Run by ``test_transformations`` in a process with four devices.
+
+Prints, as JSON, what went wrong in each case ("" for nothing).
+"""
 
 from __future__ import annotations
 
@@ -32,20 +35,35 @@ def pulled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attend(implementation: str = "xla", **settings: Any) -> Callable[..., Any]:
-    return functools.partial(dot_product_attention, implementation=implementation, max_chunk_size_mb=1e-4, **settings)
+    return functools.partial(
+        dot_product_attention, implementation=implementation, max_chunk_size_mb=1e-4, **settings
+    )
 
 
 def compare(function: Callable[..., Any], *arrays: Any) -> None:
-    assert_close(jax.device_get(quick_jit(pulled(function))(*arrays)), jax.device_get(quick_jit(pulled(plain))(*arrays)))
+    assert_close(
+        jax.device_get(quick_jit(pulled(function))(*arrays)),
+        jax.device_get(quick_jit(pulled(plain))(*arrays)),
+    )
 
 
 def shard_map(check_vma: bool, *specs: Any) -> None:
-    """With a bias that all devices share, whose gradient is a sum over them; in pieces, and with keys in pieces."""
+    """With a bias that all devices share, whose gradient is a sum over them.
+
+    In pieces, and with keys in pieces.
+    """
     for limit in (1e-4, 8e-6):
         function = functools.partial(dot_product_attention, max_chunk_size_mb=limit, is_causal=True)
-        mapped = jax.shard_map(function, mesh=MESH, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
+        mapped = jax.shard_map(
+            function, mesh=MESH, in_specs=specs, out_specs=specs[0], check_vma=check_vma
+        )
         received = jax.device_get(quick_jit(pulled(mapped))(*ARRAYS, BIAS))
-        assert_close(received, jax.device_get(quick_jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)))
+        assert_close(
+            received,
+            jax.device_get(
+                quick_jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)
+            ),
+        )
 
 
 def vmapped() -> None:
@@ -54,25 +72,38 @@ def vmapped() -> None:
     received = quick_jit(pulled(jax.vmap(attend("xla_rows"), spmd_axis_name="batch")))(
         *(jax.device_put(array, NamedSharding(MESH, P("batch"))) for array in wide)
     )
-    assert_close(jax.device_get(received), jax.device_get(quick_jit(pulled(jax.vmap(plain)))(*wide)))
+    assert_close(
+        jax.device_get(received), jax.device_get(quick_jit(pulled(jax.vmap(plain)))(*wide))
+    )
 
 
 def sharded(implementation: str) -> None:
     """Operands that are spread over the mesh, and no word about it in the program."""
-    compare(attend(implementation), *(jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads"))) for array in ARRAYS))
+    compare(
+        attend(implementation),
+        *(
+            jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads")))
+            for array in ARRAYS
+        ),
+    )
 
 
 def explicit() -> None:
     """Shardings that are part of the types."""
     with jax.set_mesh(EXPLICIT):
-        arrays = [jax.device_put(array, NamedSharding(EXPLICIT, P("batch", None, None))) for array in ARRAYS]
+        arrays = [
+            jax.device_put(array, NamedSharding(EXPLICIT, P("batch", None, None)))
+            for array in ARRAYS
+        ]
         received = jax.device_get(quick_jit(pulled(attend("xla_rows")))(*arrays))
     assert_close(received, jax.device_get(quick_jit(pulled(plain))(*ARRAYS)))
 
 
 def gathers() -> None:
     """With batch and heads sharded, slicing over rows first moves nothing between devices."""
-    arrays = [jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads"))) for array in ARRAYS]
+    arrays = [
+        jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads"))) for array in ARRAYS
+    ]
     text = jax.jit(pulled(attend("xla_rows"))).lower(*arrays).compile().as_text()
     assert re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", text) == []
 

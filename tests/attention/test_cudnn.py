@@ -29,21 +29,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def attend(**settings: Any) -> Any:
-    return functools.partial(dot_product_attention, implementation="cudnn", max_chunk_size_mb=None, **settings)
+    return functools.partial(
+        dot_product_attention, implementation="cudnn", max_chunk_size_mb=None, **settings
+    )
 
 
 def error(ours: jax.Array, expected: Any) -> float:
     """Largest error, relative to the largest value."""
-    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / max(1e-3, np.abs(expected).max()))
+    return float(
+        np.abs(np.asarray(ours, np.float64) - expected).max() / max(1e-3, np.abs(expected).max())
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool) -> None:
-    """CuDNN's output and gradients are what attention is, to half precision; causal is counted from the first key, as everywhere here."""
+    """CuDNN's output and gradients are what attention is, to half precision.
+
+    Causal is counted from the first key, as everywhere here.
+    """
     arrays = operands(**({"heads": 4, "key_size": 64} | shape), dtype=dtype)
-    expected = exact({name: np.asarray(array, np.float64) for name, array in arrays.items()}, is_causal=is_causal)
+    expected = exact(
+        {name: np.asarray(array, np.float64) for name, array in arrays.items()}, is_causal=is_causal
+    )
 
     @jax.jit
     def both(cotangent: jax.Array, *moving: jax.Array) -> Any:
@@ -51,7 +60,8 @@ def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool
         return {"output": out, **dict(zip(NAMES, pull(cotangent), strict=True))}
 
     lowered = both.lower(arrays["cotangent"], *(arrays[name] for name in NAMES))
-    even = shape["rows"] % 2 == shape["keys"] % 2 == 0  # of odd lengths cuDNN has no gradient: our slices have
+    # of odd lengths cuDNN has no gradient: our slices have
+    even = shape["rows"] % 2 == shape["keys"] % 2 == 0
     assert ("__cudnn$fmha" in lowered.as_text()) == even
     ours = both(arrays["cotangent"], *(arrays[name] for name in NAMES))
     for name, array in ours.items():
@@ -59,11 +69,17 @@ def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool
 
 
 def test_the_forward_pass_is_not_run_again() -> None:
-    """A gradient is one call of cuDNN's forward and one of its backward, though a scan keeps the two apart."""
+    """A gradient is one call of cuDNN's forward and one of its backward, though a scan keeps the
+    two apart.
+    """
     x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
 
     def loss(query: jax.Array, key: jax.Array) -> jax.Array:
-        return jnp.sum(jax.lax.scan(lambda x, _: (attend()(x, key, key), None), query, None, length=3)[0].astype(jnp.float32))
+        return jnp.sum(
+            jax.lax.scan(lambda x, _: (attend()(x, key, key), None), query, None, length=3)[
+                0
+            ].astype(jnp.float32)
+        )
 
     text = jax.jit(jax.grad(loss)).lower(x, x).compile().as_text()
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
@@ -76,7 +92,11 @@ def test_the_forward_pass_is_not_run_again() -> None:
         lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],
         lambda f: jax.hessian(lambda x: jnp.sum(f(x).astype(jnp.float32))),
         lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])),
-        lambda f: lambda x: jax.vmap(jax.grad(lambda y: jnp.sum(f(y).astype(jnp.float32))))(jnp.stack([x, 2 * x])),
+        lambda f: (
+            lambda x: jax.vmap(jax.grad(lambda y: jnp.sum(f(y).astype(jnp.float32))))(
+                jnp.stack([x, 2 * x])
+            )
+        ),
     ],
     ids=["jvp", "hessian", "vmap", "vmap of grad"],
 )
@@ -86,12 +106,20 @@ def test_every_transformation(change: Any) -> None:
     ours = jax.jit(change(lambda x: attend()(x, key, key)))(query)
     wide = [array.astype(jnp.float32) for array in (query, key)]
     with jax.default_matmul_precision("highest"):
-        plain = jax.jit(change(lambda x: dot_product_attention(x, wide[1], wide[1], implementation="dense", max_chunk_size_mb=None)))(wide[0])
+        plain = jax.jit(
+            change(
+                lambda x: dot_product_attention(
+                    x, wide[1], wide[1], implementation="dense", max_chunk_size_mb=None
+                )
+            )
+        )(wide[0])
     assert error(ours, np.asarray(plain, np.float64)) < 0.05
 
 
 def test_rows_without_a_key() -> None:
-    """Where cuDNN takes a mask, a row that is masked throughout is the mean of all values, as elsewhere."""
+    """Where cuDNN takes a mask, a row that is masked throughout is the mean of all values, as
+    elsewhere.
+    """
     arrays = operands(rows=64, keys=64, key_size=64, dtype=jnp.bfloat16)
     mask = np.ones((2, 1, 64, 64), bool)
     mask[:, :, 3] = False
@@ -102,5 +130,7 @@ def test_rows_without_a_key() -> None:
 def test_what_it_does_not_take() -> None:
     """The refusal says why: float32 is not for cuDNN."""
     x = draw((1, 64, 2, 64))
-    with pytest.raises(ArgumentError, match=r"implementation='cudnn' does not take this call.*fp16/bf16"):
+    with pytest.raises(
+        ArgumentError, match=r"implementation='cudnn' does not take this call.*fp16/bf16"
+    ):
         attend()(x, x, x)

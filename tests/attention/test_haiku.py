@@ -39,10 +39,20 @@ def transformed(module: Module, **settings: Any) -> hk.Transformed:
     return hk.without_apply_rng(hk.transform(applied(module, **settings)))
 
 
-def inputs(leading: tuple[int, ...] = (2,), rows: int = 6, keys: int = 5, *, sizes: tuple[int, int, int] = (7, 5, 3),
-           mask: tuple[int, ...] | None = None, dtype: Any = np.float32) -> list[Any]:  # fmt: skip
+def inputs(
+    leading: tuple[int, ...] = (2,),
+    rows: int = 6,
+    keys: int = 5,
+    *,
+    sizes: tuple[int, int, int] = (7, 5, 3),
+    mask: tuple[int, ...] | None = None,
+    dtype: Any = np.float32,
+) -> list[Any]:
     """Query, key and value, each of its own size, and maybe a mask."""
-    arrays = [draw((*leading, length, size), size, dtype) for length, size in zip((rows, keys, keys), sizes, strict=True)]
+    arrays = [
+        draw((*leading, length, size), size, dtype)
+        for length, size in zip((rows, keys, keys), sizes, strict=True)
+    ]
     return [*arrays, draw_mask(mask)] if mask is not None else arrays
 
 
@@ -51,7 +61,9 @@ def results(function: hk.Transformed, params: Any, arrays: list[Any]) -> dict[st
 
     @quick_jit
     def both(params: Any, moving: list[Any], rest: list[Any]) -> dict[str, Any]:
-        out, pull = jax.vjp(lambda params, moving: function.apply(params, *moving, *rest), params, moving)
+        out, pull = jax.vjp(
+            lambda params, moving: function.apply(params, *moving, *rest), params, moving
+        )
         return {"output": out, "gradients": pull(jnp.cos(out))}
 
     return both(params, arrays[:3], arrays[3:])
@@ -61,12 +73,18 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {}),
     "value size, without bias": ({"value_size": 3, "with_bias": False}, {}),
     "model size, named": ({"model_size": 9, "name": "cross"}, {}),
-    "all sizes, initialised bias": ({"value_size": 3, "model_size": 9, "b_init": hk.initializers.RandomNormal()}, {"mask": (2, 1, 6, 5)}),
+    "all sizes, initialised bias": (
+        {"value_size": 3, "model_size": 9, "b_init": hk.initializers.RandomNormal()},
+        {"mask": (2, 1, 6, 5)},
+    ),
     "one head": ({"num_heads": 1, "key_size": 3}, {"mask": (1, 1, 6, 5)}),
     "no leading dims": ({}, {"leading": ()}),
     "no leading dims, mask": ({}, {"leading": (), "mask": (1, 6, 5)}),
     "two leading dims": ({}, {"leading": (2, 3), "rows": 3, "keys": 4}),
-    "two leading dims, mask": ({}, {"leading": (2, 3), "rows": 3, "keys": 4, "mask": (2, 1, 1, 3, 4)}),
+    "two leading dims, mask": (
+        {},
+        {"leading": (2, 3), "rows": 3, "keys": 4, "mask": (2, 1, 1, 3, 4)},
+    ),
     "mask by head": ({}, {"mask": (1, 2, 6, 5)}),
     "mask of keys": ({}, {"mask": (2, 1, 1, 5)}),
     "decoding": ({}, {"rows": 1, "keys": 11}),
@@ -75,25 +93,42 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("settings", "shape"), CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 def test_like_haiku(settings: dict[str, Any], shape: dict[str, Any]) -> None:
-    """With the same rng the parameters have haiku's names, shapes and values; output and gradients are haiku's."""
+    """With the same rng the parameters have haiku's names, shapes and values.
+
+    Output and gradients are haiku's.
+    """
     arrays = inputs(**shape)
-    theirs, ours = transformed(hk.MultiHeadAttention, **settings), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT, **settings)
-    their_params, our_params = quick_jit(lambda: (theirs.init(KEY, *arrays), ours.init(KEY, *arrays)))()
+    theirs, ours = (
+        transformed(hk.MultiHeadAttention, **settings),
+        transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT, **settings),
+    )
+    their_params, our_params = quick_jit(
+        lambda: (theirs.init(KEY, *arrays), ours.init(KEY, *arrays))
+    )()
     assert_close(our_params, their_params, 0.0)
     assert_close(results(ours, their_params, arrays), results(theirs, their_params, arrays))
 
 
-@pytest.mark.parametrize("settings", [{"max_chunk_size_mb": None}, {"implementation": "xla_rows"}, {"implementation": "dense"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_chunk_size_mb": None}, {"implementation": "xla_rows"}, {"implementation": "dense"}],
+    ids=str,
+)
 def test_settings(settings: dict[str, Any]) -> None:
     """Limit and implementation change how it is computed, not what."""
     arrays = inputs(mask=(2, 1, 6, 5))
-    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, **{"max_chunk_size_mb": LIMIT} | settings)
+    theirs, ours = (
+        transformed(hk.MultiHeadAttention),
+        transformed(MultiHeadAttention, **{"max_chunk_size_mb": LIMIT} | settings),
+    )
     params = quick_jit(theirs.init)(KEY, *arrays)
     assert_close(results(ours, params, arrays), results(theirs, params, arrays))
 
 
 def test_a_checkpoint_loads(tmp_path: Any) -> None:
-    """Parameters that haiku's module wrote to a file are this one's, path by path, without a conversion; and back."""
+    """Parameters that haiku's module wrote to a file are this one's, path by path, without a
+    conversion; and back.
+    """
 
     def model(module: Module, **settings: Any) -> hk.Transformed:
         def run(x: jax.Array) -> jax.Array:
@@ -106,7 +141,14 @@ def test_a_checkpoint_loads(tmp_path: Any) -> None:
     theirs, ours = model(hk.MultiHeadAttention), model(MultiHeadAttention, max_chunk_size_mb=LIMIT)
     x = draw((2, 3, 8))
     params = quick_jit(theirs.init)(KEY, x)
-    np.savez(tmp_path / "checkpoint.npz", **{f"{module}:{name}": array for module, entries in params.items() for name, array in entries.items()})
+    np.savez(
+        tmp_path / "checkpoint.npz",
+        **{
+            f"{module}:{name}": array
+            for module, entries in params.items()
+            for name, array in entries.items()
+        },
+    )
     loaded: dict[str, dict[str, Any]] = {}
     for path, array in np.load(tmp_path / "checkpoint.npz").items():
         module, _, name = path.partition(":")
@@ -117,7 +159,9 @@ def test_a_checkpoint_loads(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype: Any) -> None:
-    """Half-precision inputs give half-precision outputs, as close to the float32 result as haiku's are."""
+    """Half-precision inputs give half-precision outputs, as close to the float32 result as haiku's
+    are.
+    """
     arrays = inputs(mask=(2, 1, 1, 5))
     arrays[3][..., 0] = True
     params = quick_jit(transformed(hk.MultiHeadAttention).init)(KEY, *arrays)
@@ -125,11 +169,19 @@ def test_half_precision(dtype: Any) -> None:
     half_params = jax.tree.map(lambda array: array.astype(dtype), params)
     exact = quick_jit(transformed(hk.MultiHeadAttention).apply)(params, *arrays)
     theirs, ours = (
-        quick_jit(module.apply)(half_params, *half) for module in (transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT))
+        quick_jit(module.apply)(half_params, *half)
+        for module in (
+            transformed(hk.MultiHeadAttention),
+            transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT),
+        )
     )
     assert ours.dtype == theirs.dtype == dtype
-    their_error, our_error = (float(jnp.max(jnp.abs(array.astype(jnp.float32) - exact))) for array in (theirs, ours))
-    assert our_error <= 1.5 * their_error + 0.02 * float(jnp.finfo(dtype).eps / jnp.finfo(jnp.bfloat16).eps)
+    their_error, our_error = (
+        float(jnp.max(jnp.abs(array.astype(jnp.float32) - exact))) for array in (theirs, ours)
+    )
+    assert our_error <= 1.5 * their_error + 0.02 * float(
+        jnp.finfo(dtype).eps / jnp.finfo(jnp.bfloat16).eps
+    )
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
@@ -137,7 +189,10 @@ def test_a_mask_of_numbers(kind: Any) -> None:
     """As haiku's module takes any number that is not zero for true, so does this."""
     arrays = inputs(mask=(2, 1, 6, 5))
     arrays[3] = 3 * arrays[3].astype(kind)
-    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    theirs, ours = (
+        transformed(hk.MultiHeadAttention),
+        transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT),
+    )
     params = quick_jit(theirs.init)(KEY, *arrays)
     assert_close(quick_jit(ours.apply)(params, *arrays), quick_jit(theirs.apply)(params, *arrays))
 
@@ -146,7 +201,10 @@ def test_rows_masked_throughout() -> None:
     """A row that is masked throughout behaves as in haiku, in gradients, too."""
     arrays = inputs(mask=(2, 1, 6, 5))
     arrays[3][0, :, :2] = arrays[3][1] = False
-    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+    theirs, ours = (
+        transformed(hk.MultiHeadAttention),
+        transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT),
+    )
     params = quick_jit(theirs.init)(KEY, *arrays)
     assert_close(results(ours, params, arrays), results(theirs, params, arrays))
 
@@ -159,27 +217,48 @@ BROADCASTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("key_leading", "value_leading", "dtype"), BROADCASTS.values(), ids=BROADCASTS.keys())
-def test_keys_that_broadcast(key_leading: tuple[int, ...], value_leading: tuple[int, ...], dtype: Any) -> None:
-    """Keys and values may be shared by the queries' leading dims, or have another dtype, as in haiku."""
-    arrays = [draw((2, 6, 7)), draw((*key_leading, 5, 5)).astype(dtype), draw((*value_leading, 5, 3)).astype(dtype)]
-    theirs, ours = transformed(hk.MultiHeadAttention), transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT)
+@pytest.mark.parametrize(
+    ("key_leading", "value_leading", "dtype"), BROADCASTS.values(), ids=BROADCASTS.keys()
+)
+def test_keys_that_broadcast(
+    key_leading: tuple[int, ...], value_leading: tuple[int, ...], dtype: Any
+) -> None:
+    """Keys and values may be shared by the queries' leading dims, or have another dtype, as in
+    haiku.
+    """
+    arrays = [
+        draw((2, 6, 7)),
+        draw((*key_leading, 5, 5)).astype(dtype),
+        draw((*value_leading, 5, 3)).astype(dtype),
+    ]
+    theirs, ours = (
+        transformed(hk.MultiHeadAttention),
+        transformed(MultiHeadAttention, max_chunk_size_mb=LIMIT),
+    )
     with jax.numpy_rank_promotion("allow"):
         params = quick_jit(theirs.init)(KEY, *arrays)
-        assert_close(quick_jit(ours.apply)(params, *arrays), quick_jit(theirs.apply)(params, *arrays), 2e-2)
+        assert_close(
+            quick_jit(ours.apply)(params, *arrays), quick_jit(theirs.apply)(params, *arrays), 2e-2
+        )
 
 
-# --- Errors and signature ---------------------------------------------------------------------------------------------
+# --- Errors and signature -------------------------------------------------------------------------
 
 
-def error_of(module: Module, *arguments: Any, call: list[Any] | None = None, **settings: Any) -> tuple[type, str, list[tuple[type, str]]]:
+def error_of(
+    module: Module, *arguments: Any, call: list[Any] | None = None, **settings: Any
+) -> tuple[type, str, list[tuple[type, str]]]:
     """Type and text of what is raised, and the warnings given."""
     initialise = hk.transform(applied(module, *arguments, **settings)).init
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(Exception) as error:  # noqa: PT011  (compared by the test)
             jax.eval_shape(initialise, KEY, *(call or inputs()))
-    return error.type, str(error.value), [(warning.category, str(warning.message)) for warning in caught]
+    return (
+        error.type,
+        str(error.value),
+        [(warning.category, str(warning.message)) for warning in caught],
+    )
 
 
 MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -200,32 +279,73 @@ def test_errors_are_haikus(arguments: tuple[Any, ...], settings: dict[str, Any])
 
 
 def test_w_init_scale_is_deprecated_as_in_haiku() -> None:
-    """``w_init_scale`` works, third by position, gives haiku's parameters and haiku's DeprecationWarning."""
+    """``w_init_scale`` works, third by position, gives haiku's parameters and haiku's
+    DeprecationWarning.
+    """
     arrays = inputs()
-    expected = quick_jit(hk.transform(applied(hk.MultiHeadAttention, 2, 4, w_init=hk.initializers.VarianceScaling(0.5))).init)(KEY, *arrays)
+    expected = quick_jit(
+        hk.transform(
+            applied(hk.MultiHeadAttention, 2, 4, w_init=hk.initializers.VarianceScaling(0.5))
+        ).init
+    )(KEY, *arrays)
     with pytest.warns(DeprecationWarning, match="w_init_scale is deprecated"):
-        params = quick_jit(hk.transform(applied(MultiHeadAttention, 2, 4, 0.5, max_chunk_size_mb=LIMIT)).init)(KEY, *arrays)
+        params = quick_jit(
+            hk.transform(applied(MultiHeadAttention, 2, 4, 0.5, max_chunk_size_mb=LIMIT)).init
+        )(KEY, *arrays)
     assert_close(params, expected, 0.0)
 
 
 def test_signature() -> None:
-    """Whatever haiku takes by position or by name is taken in the same way; the two new arguments are by name only."""
-    theirs, ours = (inspect.signature(module.__init__).parameters for module in (hk.MultiHeadAttention, MultiHeadAttention))
-    by_position = [name for name, parameter in theirs.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    assert [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD] == by_position
-    new = {name for name, parameter in ours.items() if parameter.kind is parameter.KEYWORD_ONLY} - theirs.keys()
+    """Whatever haiku takes by position or by name is taken in the same way.
+
+    The two new arguments are by name only.
+    """
+    theirs, ours = (
+        inspect.signature(module.__init__).parameters
+        for module in (hk.MultiHeadAttention, MultiHeadAttention)
+    )
+    by_position = [
+        name
+        for name, parameter in theirs.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    assert [
+        name
+        for name, parameter in ours.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ] == by_position
+    new = {
+        name for name, parameter in ours.items() if parameter.kind is parameter.KEYWORD_ONLY
+    } - theirs.keys()
     assert new == {"max_chunk_size_mb", "implementation"}
-    their_call, our_call = (list(inspect.signature(module.__call__).parameters) for module in (hk.MultiHeadAttention, MultiHeadAttention))
+    their_call, our_call = (
+        list(inspect.signature(module.__call__).parameters)
+        for module in (hk.MultiHeadAttention, MultiHeadAttention)
+    )
     assert our_call == their_call
     assert issubclass(MultiHeadAttention, hk.MultiHeadAttention)
 
 
-@pytest.mark.parametrize("settings", [{"max_chunk_size_mb": 0}, {"max_chunk_size_mb": "big"}, {"max_chunk_size_mb": True}, {"implementation": "cuda"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_chunk_size_mb": 0},
+        {"max_chunk_size_mb": "big"},
+        {"max_chunk_size_mb": True},
+        {"implementation": "cuda"},
+    ],
+    ids=str,
+)
 def test_settings_are_checked_at_construction(settings: dict[str, Any]) -> None:
     """A setting that cannot be is refused where it is written, before any array is there."""
     (name,) = settings
     with pytest.raises(ArgumentError, match=name):
-        jax.eval_shape(hk.transform(lambda: MultiHeadAttention(2, 4, w_init=w_init(), **settings) and None).init, KEY)
+        jax.eval_shape(
+            hk.transform(
+                lambda: MultiHeadAttention(2, 4, w_init=w_init(), **settings) and None
+            ).init,
+            KEY,
+        )
 
 
 @pytest.mark.parametrize("wrap", [hk.remat, hk.vmap, None], ids=["remat", "vmap", "layer_stack"])
@@ -247,5 +367,10 @@ def test_haikus_own_transformations(wrap: Any) -> None:
     x = draw((2, 2, 3, 8))
     with jax.numpy_rank_promotion("allow"):
         params = quick_jit(theirs.init)(KEY, x)
-        gradients = [quick_jit(jax.grad(lambda params, model=model: jnp.sum(jnp.sin(model.apply(params, x)))))(params) for model in (ours, theirs)]
+        gradients = [
+            quick_jit(
+                jax.grad(lambda params, model=model: jnp.sum(jnp.sin(model.apply(params, x))))
+            )(params)
+            for model in (ours, theirs)
+        ]
     assert_close(*gradients, 1e-4)

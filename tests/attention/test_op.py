@@ -16,7 +16,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from factories import make_profile, one_plan
-from reference import Arrays, assert_close, draw, draw_mask, exact, operands, output_and_gradients, plain
+from reference import (
+    Arrays,
+    assert_close,
+    draw,
+    draw_mask,
+    exact,
+    operands,
+    output_and_gradients,
+    plain,
+)
 
 import autochunk
 from autochunk import Plan, dot_product_attention
@@ -33,7 +42,7 @@ def run(arrays: Arrays, **settings: Any) -> dict[str, np.ndarray[Any, Any]]:
     return output_and_gradients(functools.partial(dot_product_attention, **settings), arrays)
 
 
-# --- What it computes -------------------------------------------------------------------------------------------------
+# --- What it computes -----------------------------------------------------------------------------
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -63,25 +72,55 @@ def test_shapes(shape: str) -> None:
 @pytest.mark.parametrize("limit", [2.0e-4, 6.2e-5, 8e-6])
 @pytest.mark.parametrize("implementation", ["xla", "xla_rows"])
 def test_limits(implementation: str, limit: float) -> None:
-    """The limit decides the slices (of batch, of heads, of rows, of keys, of all of them, down to a single logit per head), never the result."""
-    arrays = operands(leading=(3,), rows=5, keys=3, heads=4, kv_heads=2, bias=(4, 5, 3), mask=(3, 1, 5, 3))
+    """The limit decides the slices (of batch, of heads, of rows, of keys, of all of them, down to a
+    single logit per head), never the result.
+    """
+    arrays = operands(
+        leading=(3,), rows=5, keys=3, heads=4, kv_heads=2, bias=(4, 5, 3), mask=(3, 1, 5, 3)
+    )
     assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
 
 
-@pytest.mark.parametrize("settings", [{"max_chunk_size_mb": None}, {"max_chunk_size_mb": 1e-4, "implementation": "dense"}], ids=["no limit", "dense"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_chunk_size_mb": None}, {"max_chunk_size_mb": 1e-4, "implementation": "dense"}],
+    ids=["no limit", "dense"],
+)
 def test_unsliced(settings: dict[str, Any]) -> None:
-    """Without a limit, and in haiku's order of operations, which is never sliced, the result is the same."""
+    """Without a limit, and in haiku's order of operations, which is never sliced, the result is the
+    same.
+    """
     arrays = operands(heads=4, kv_heads=2, value_size=3, bias=(1, 4, 6, 1), mask=(2, 1, 6, 5))
-    assert_close(run(arrays, is_causal=True, scale=0.3, **settings), exact(arrays, is_causal=True, scale=0.3))
+    assert_close(
+        run(arrays, is_causal=True, scale=0.3, **settings), exact(arrays, is_causal=True, scale=0.3)
+    )
 
 
-TERMS = [(2, 4, 6, 5), (1, 4, 6, 5), (2, 1, 6, 5), (2, 4, 1, 5), (2, 4, 6, 1), (1, 1, 1, 1), (4, 6, 5), (1, 6, 1), (6, 5), (5,), (1,), ()]
+TERMS = [
+    (2, 4, 6, 5),
+    (1, 4, 6, 5),
+    (2, 1, 6, 5),
+    (2, 4, 1, 5),
+    (2, 4, 6, 1),
+    (1, 1, 1, 1),
+    (4, 6, 5),
+    (1, 6, 1),
+    (6, 5),
+    (5,),
+    (1,),
+    (),
+]
 
 
 @pytest.mark.parametrize("shape", TERMS, ids=str)
 def test_bias_and_mask_broadcast(shape: tuple[int, ...]) -> None:
-    """Bias and mask may have size one in any dim, and fewer dims than the logits; the bias's gradient has the bias's shape."""
-    arrays = operands(heads=4, kv_heads=2, bias=shape, mask=shape[::-1] if shape == (1, 6, 1) else shape)
+    """Bias and mask may have size one in any dim, and fewer dims than the logits.
+
+    The bias's gradient has the bias's shape.
+    """
+    arrays = operands(
+        heads=4, kv_heads=2, bias=shape, mask=shape[::-1] if shape == (1, 6, 1) else shape
+    )
     implementation, limit = ("xla", TINY) if len(shape) % 2 else ("xla_rows", 6.2e-5)
     assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
 
@@ -90,7 +129,12 @@ def test_bias_and_mask_broadcast(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("term", ["bias", "mask"])
 def test_bias_and_mask_broadcast_over_any_leading_dims(leading: tuple[int, ...], term: str) -> None:
     """Some leading dims of a term may be its own and others broadcast."""
-    arrays = operands(leading=leading, rows=3, keys=5, **{term: (*leading[:-1], *(1 for _ in leading[-1:]), 2, 1, 5)})
+    arrays = operands(
+        leading=leading,
+        rows=3,
+        keys=5,
+        **{term: (*leading[:-1], *(1 for _ in leading[-1:]), 2, 1, 5)},
+    )
     assert_close(run(arrays, max_chunk_size_mb=TINY), exact(arrays))
 
 
@@ -98,16 +142,27 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "square": {"rows": 6, "keys": 6},
     "more keys": {"rows": 3, "keys": 7},
     "more queries": {"rows": 7, "keys": 3},
-    "grouped, masked and biased": {"heads": 4, "kv_heads": 2, "mask": (2, 1, 1, 5), "bias": (4, 6, 5)},
+    "grouped, masked and biased": {
+        "heads": 4,
+        "kv_heads": 2,
+        "mask": (2, 1, 1, 5),
+        "bias": (4, 6, 5),
+    },
 }
 
 
 @pytest.mark.parametrize(("implementation", "limit"), [("xla", TINY), ("xla_rows", 1e-4)])
 @pytest.mark.parametrize("shape", CAUSAL.values(), ids=CAUSAL.keys())
 def test_causal(shape: dict[str, Any], implementation: str, limit: float) -> None:
-    """Query i sees keys 0 to i, counted from the first of each, also where slices begin elsewhere; a mask is a further restriction."""
+    """Query i sees keys 0 to i, counted from the first of each, also where slices begin elsewhere.
+
+    A mask is a further restriction.
+    """
     arrays = operands(**shape)
-    assert_close(run(arrays, is_causal=True, max_chunk_size_mb=limit, implementation=implementation), exact(arrays, is_causal=True))
+    assert_close(
+        run(arrays, is_causal=True, max_chunk_size_mb=limit, implementation=implementation),
+        exact(arrays, is_causal=True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +175,9 @@ def test_causal(shape: dict[str, Any], implementation: str, limit: float) -> Non
         ("xla_rows", 1e-4, np.float16, 4e-3),
     ],
 )
-def test_rows_that_are_masked_throughout(implementation: str, limit: float | None, dtype: Any, tolerance: float) -> None:
+def test_rows_that_are_masked_throughout(
+    implementation: str, limit: float | None, dtype: Any, tolerance: float
+) -> None:
     """They give the mean of all values, whatever the bias, and no NaN in any gradient."""
     arrays = operands(bias=(2, 6, 5), dtype=dtype)
     arrays["mask"] = draw_mask((2, 1, 6, 5))
@@ -131,20 +188,39 @@ def test_rows_that_are_masked_throughout(implementation: str, limit: float | Non
     assert_close(received["output"][1], mean, tolerance)
 
 
-@pytest.mark.parametrize(("scale", "limit", "kind"), [(0.0, None, "mask"), (0.7, TINY, "causal"), (-1.5, 1e-4, "mask")])
+@pytest.mark.parametrize(
+    ("scale", "limit", "kind"), [(0.0, None, "mask"), (0.7, TINY, "causal"), (-1.5, 1e-4, "mask")]
+)
 def test_scale(scale: float, limit: float | None, kind: str) -> None:
-    """The logits are multiplied by ``scale``, before the bias is added; zero and negative ones are numbers like others."""
+    """The logits are multiplied by ``scale``, before the bias is added.
+
+    Zero and negative ones are numbers like others.
+    """
     arrays = operands(bias=(6, 5), mask=(6, 5) if kind == "mask" else None)
     is_causal = kind == "causal"
-    assert_close(run(arrays, scale=scale, is_causal=is_causal, max_chunk_size_mb=limit), exact(arrays, scale=scale, is_causal=is_causal))
+    assert_close(
+        run(arrays, scale=scale, is_causal=is_causal, max_chunk_size_mb=limit),
+        exact(arrays, scale=scale, is_causal=is_causal),
+    )
 
 
 @pytest.mark.parametrize("empty", ["leading", "rows", "keys"])
 def test_empty(empty: str) -> None:
-    """A call with nothing to do gives an output of the right shape and zeros for gradients; no keys at all give zeros."""
+    """A call with nothing to do gives an output of the right shape and zeros for gradients.
+
+    No keys at all give zeros.
+    """
     arrays = operands(**{empty: (0,) if empty == "leading" else 0})
-    arrays["bias"] = draw((*arrays["query"].shape[:-3], 1, arrays["query"].shape[-3], arrays["key"].shape[-3]))
-    assert_close(run(arrays, max_chunk_size_mb=TINY), {"output": 0 * arrays["cotangent"], **{n: 0 * arrays[n] for n in ("query", "key", "value", "bias")}})
+    arrays["bias"] = draw(
+        (*arrays["query"].shape[:-3], 1, arrays["query"].shape[-3], arrays["key"].shape[-3])
+    )
+    assert_close(
+        run(arrays, max_chunk_size_mb=TINY),
+        {
+            "output": 0 * arrays["cotangent"],
+            **{n: 0 * arrays[n] for n in ("query", "key", "value", "bias")},
+        },
+    )
 
 
 JAX_CALLS: dict[str, dict[str, Any]] = {
@@ -161,18 +237,30 @@ def test_like_jax(call: dict[str, Any]) -> None:
     """Where ``jax.nn.dot_product_attention`` takes the same arguments it gives the same result."""
     settings = {name: call[name] for name in call.keys() & {"is_causal", "scale"}}
     arrays = operands(**{name: call[name] for name in call.keys() - settings.keys()})
-    expected = output_and_gradients(functools.partial(jax.nn.dot_product_attention, **settings), arrays)
+    expected = output_and_gradients(
+        functools.partial(jax.nn.dot_product_attention, **settings), arrays
+    )
     assert_close(run(arrays, max_chunk_size_mb=TINY, **settings), expected)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64], ids=["f32", "bf16", "f16", "f64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [np.float32, ml_dtypes.bfloat16, np.float16, np.float64],
+    ids=["f32", "bf16", "f16", "f64"],
+)
 def test_dtypes(dtype: Any) -> None:
     """Output and gradients have the inputs' dtype, and the bias's gradient the bias's."""
     with jax.enable_x64(dtype == np.float64):
         arrays = operands(dtype=dtype) | {"bias": draw((6, 5))}
         received = run(arrays, max_chunk_size_mb=TINY)
-        assert {name: array.dtype for name, array in received.items()} == dict.fromkeys(received, np.dtype(dtype)) | {"bias": np.dtype(np.float32)}
-        assert_close(received, exact(arrays), 1e-6 if dtype == np.float64 else 1e-1 if dtype == ml_dtypes.bfloat16 else 1e-2)
+        assert {name: array.dtype for name, array in received.items()} == dict.fromkeys(
+            received, np.dtype(dtype)
+        ) | {"bias": np.dtype(np.float32)}
+        assert_close(
+            received,
+            exact(arrays),
+            1e-6 if dtype == np.float64 else 1e-1 if dtype == ml_dtypes.bfloat16 else 1e-2,
+        )
 
 
 def test_float64_is_computed_in_float64() -> None:
@@ -182,37 +270,72 @@ def test_float64_is_computed_in_float64() -> None:
         assert_close(run(arrays, max_chunk_size_mb=2.4e-5), exact(arrays), 1e-14)
 
 
-# --- How exactly ------------------------------------------------------------------------------------------------------
+# --- How exactly ----------------------------------------------------------------------------------
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of ``operands``, and settings of the op."""
     size = st.integers(1, 9)
-    batch, rows, keys, kv_heads, groups = draw(st.integers(1, 3)), draw(size), draw(size), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    batch, rows, keys, kv_heads, groups = (
+        draw(st.integers(1, 3)),
+        draw(size),
+        draw(size),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+    )
     heads = kv_heads * groups
     whole = (batch, heads, rows, keys)
     term = st.none() | st.tuples(*(st.sampled_from([1, length]) for length in whole))
-    shape = {"leading": (batch,), "rows": rows, "keys": keys, "heads": heads, "kv_heads": kv_heads, "bias": draw(term), "mask": draw(term)}
+    shape = {
+        "leading": (batch,),
+        "rows": rows,
+        "keys": keys,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "bias": draw(term),
+        "mask": draw(term),
+    }
     logits_bytes = 4 * math.prod(whole)
     limit = draw(st.integers(4 * groups, max(4 * groups, logits_bytes))) / 1e6
-    return shape, {"max_chunk_size_mb": limit, "is_causal": draw(st.booleans()), "implementation": draw(st.sampled_from(["xla", "xla_rows"]))}
+    return shape, {
+        "max_chunk_size_mb": limit,
+        "is_causal": draw(st.booleans()),
+        "implementation": draw(st.sampled_from(["xla", "xla_rows"])),
+    }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["f32", "bf16", "f16"])
-@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["f32", "bf16", "f16"]
+)
+@hypothesis.settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.generate],
+)
 @hypothesis.given(calls())
 def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Against float64, no result errs more than twice what dense attention in the same dtype does, beyond a few roundings."""
+    """Against float64, no result errs more than twice what dense attention in the same dtype does,
+    beyond a few roundings.
+    """
     shape, settings = call
     arrays = operands(**shape, dtype=dtype)
-    hypothesis.assume(dtype != np.float16 or shape["mask"] is None or arrays["mask"].all())  # haiku's -1e30 is -inf there
+    # haiku's -1e30 is -inf there
+    hypothesis.assume(dtype != np.float16 or shape["mask"] is None or arrays["mask"].all())
     expected = exact(arrays, is_causal=settings["is_causal"])
     received = run(arrays, **settings)
-    dense = run(arrays, is_causal=settings["is_causal"], implementation="dense", max_chunk_size_mb=None)
+    dense = run(
+        arrays, is_causal=settings["is_causal"], implementation="dense", max_chunk_size_mb=None
+    )
     for name, array in expected.items():
-        error, dense_error = (np.max(np.abs(np.asarray(result[name], np.float64) - array)) for result in (received, dense))
-        rounding = 2 * float(ml_dtypes.finfo(dtype).eps) + 16 * float(np.finfo(np.float32).eps)  # of the result, and of sums of terms that cancel
+        error, dense_error = (
+            np.max(np.abs(np.asarray(result[name], np.float64) - array))
+            for result in (received, dense)
+        )
+        # of the result, and of sums of terms that cancel
+        rounding = 2 * float(ml_dtypes.finfo(dtype).eps) + 16 * float(np.finfo(np.float32).eps)
         assert error <= 2 * dense_error + rounding * max(1.0, np.max(np.abs(array))), name
 
 
@@ -239,7 +362,10 @@ def test_large_logits(dtype: Any, limit: float | None) -> None:
     ],
 )
 def test_bias_of_minus_infinity(where: str, implementation: str, limit: float | None) -> None:
-    """A bias of -inf takes its key out, as ``jax.nn.dot_product_attention`` has it; as long as one key is left there is no NaN."""
+    """A bias of -inf takes its key out, as ``jax.nn.dot_product_attention`` has it.
+
+    As long as one key is left there is no NaN.
+    """
     arrays = operands(bias=(6, 5))
     arrays["bias"][:, 1:2] = -np.inf
     if where != "one key":
@@ -247,15 +373,28 @@ def test_bias_of_minus_infinity(where: str, implementation: str, limit: float | 
     assert_close(run(arrays, max_chunk_size_mb=limit, implementation=implementation), exact(arrays))
 
 
-@pytest.mark.parametrize(("implementation", "limit"), [("xla", None), ("xla", 0.3), ("xla_rows", 0.1)])
+@pytest.mark.parametrize(
+    ("implementation", "limit"), [("xla", None), ("xla", 0.3), ("xla_rows", 0.1)]
+)
 def test_rows_that_see_nothing_but_minus_infinity(implementation: str, limit: float | None) -> None:
-    """Causal attention over a text that a bias of -inf pads on the left: no NaN, and what the padding's rows come to reaches no gradient."""
+    """Causal attention over a text that a bias of -inf pads on the left.
+
+    No NaN, and what the padding's rows come to reaches no gradient.
+    """
     padding = 300
     arrays = operands((1,), 512, 512, bias=(1, 1, 512))
     arrays["bias"][..., :padding] = -np.inf
     arrays["cotangent"][:, :padding] = 0
-    attend = functools.partial(dot_product_attention, is_causal=True, max_chunk_size_mb=limit, implementation=implementation)
-    received, expected = (output_and_gradients(function, arrays) for function in (attend, functools.partial(plain, is_causal=True)))
+    attend = functools.partial(
+        dot_product_attention,
+        is_causal=True,
+        max_chunk_size_mb=limit,
+        implementation=implementation,
+    )
+    received, expected = (
+        output_and_gradients(function, arrays)
+        for function in (attend, functools.partial(plain, is_causal=True))
+    )
     assert np.isfinite(received["output"]).all()
     for results in (received, expected):
         results["output"] = results["output"][:, padding:]
@@ -263,30 +402,44 @@ def test_rows_that_see_nothing_but_minus_infinity(implementation: str, limit: fl
 
 
 def test_small_cotangents_of_long_rows_in_float16() -> None:
-    """Weights of thousands of keys, and cotangents as loss scaling leaves them, are near the least of float16's numbers; their products keep what they can."""
+    """Weights of thousands of keys, and cotangents as loss scaling leaves them, are near the least
+    of float16's numbers; their products keep what they can.
+    """
     arrays = operands((1,), 64, 2048, 1, dtype=np.float16)
     arrays["query"] *= 0.1
     arrays["cotangent"] = (1e-4 * arrays["cotangent"].astype(np.float32)).astype(np.float16)
     expected = exact(arrays)
-    received, dense = (run(arrays, max_chunk_size_mb=None, implementation=implementation) for implementation in ("xla", "dense"))
+    received, dense = (
+        run(arrays, max_chunk_size_mb=None, implementation=implementation)
+        for implementation in ("xla", "dense")
+    )
     for name, array in expected.items():
-        error, dense_error = (np.linalg.norm(np.asarray(result[name], np.float64) - array) for result in (received, dense))
+        error, dense_error = (
+            np.linalg.norm(np.asarray(result[name], np.float64) - array)
+            for result in (received, dense)
+        )
         assert error <= 1.2 * dense_error, name
 
 
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_rows_masked_throughout_without_slices_in_float16(implementation: str) -> None:
-    """The op promises the mean of the values for such a row, whatever the implementation and the dtype."""
+    """The op promises the mean of the values for such a row, whatever the implementation and the
+    dtype.
+    """
     arrays = operands(dtype=np.float16) | {"mask": np.zeros((6, 5), bool)}
     with np.errstate(over="ignore"):
-        assert_close(run(arrays, max_chunk_size_mb=None, implementation=implementation), exact(arrays), 4e-3)
+        assert_close(
+            run(arrays, max_chunk_size_mb=None, implementation=implementation), exact(arrays), 4e-3
+        )
 
 
-# --- What "auto" comes to ---------------------------------------------------------------------------------------------
+# --- What "auto" comes to -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize(("limit", "implementation"), [(1e-4, "xla"), (TINY, "xla_rows"), (None, "xla"), (None, "dense")])
+@pytest.mark.parametrize(
+    ("limit", "implementation"), [(1e-4, "xla"), (TINY, "xla_rows"), (None, "xla"), (None, "dense")]
+)
 def test_auto_leaves_no_trace(limit: float | None, implementation: str, mode: str) -> None:
     """The program of "auto" is, to the letter, that of the plan it came to."""
     arrays = operands(bias=(2, 6, 5))
@@ -306,10 +459,23 @@ def test_auto_leaves_no_trace(limit: float | None, implementation: str, mode: st
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("plan", [Plan("xla"), Plan("dense")], ids=str)
 def test_auto_keeps_to_what_was_measured_under_vmap(plan: Plan, mode: str) -> None:
-    """A plan without slices was measured on one element: a batch of them has its logits at once up to the default of 1000 MB, and no further."""
-    ProfileStore().put(make_profile(Workload.parse("t=1024,h=4,k=8", mode=mode), detect(), one_plan(None, plan.implementation)))
+    """A plan without slices was measured on one element.
+
+    A batch of them has its logits at once up to the default of 1000 MB, and no further.
+    """
+    ProfileStore().put(
+        make_profile(
+            Workload.parse("t=1024,h=4,k=8", mode=mode),
+            detect(),
+            one_plan(None, plan.implementation),
+        )
+    )
     function = jax.vmap(dot_product_attention)
-    function = function if mode == "forward" else jax.grad(lambda *arrays: jnp.sum(jax.vmap(dot_product_attention)(*arrays)))
+    function = (
+        function
+        if mode == "forward"
+        else jax.grad(lambda *arrays: jnp.sum(jax.vmap(dot_product_attention)(*arrays)))
+    )
 
     def sliced(batch: int) -> bool:
         array = jax.ShapeDtypeStruct((batch, 1, 1024, 4, 8), jnp.float32)  # 16.8 MB of logits each
@@ -319,14 +485,26 @@ def test_auto_keeps_to_what_was_measured_under_vmap(plan: Plan, mode: str) -> No
 
 
 def test_sizes_that_are_not_known() -> None:
-    """Symbolic sizes, as ``jax.export`` has them, are no sizes to slice by; the error says what takes them."""
+    """Symbolic sizes, as ``jax.export`` has them, are no sizes to slice by.
+
+    The error says what takes them.
+    """
     query = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b,t"), 2, 4), jnp.float32)
 
     def export(**settings: Any) -> Any:
-        return jax.export.export(jax.jit(lambda query: dot_product_attention(query, query, query, **settings)))(query)
+        return jax.export.export(
+            jax.jit(lambda query: dot_product_attention(query, query, query, **settings))
+        )(query)
 
-    for settings in ({}, {"max_chunk_size_mb": 1.0}, {"implementation": "xla", "max_chunk_size_mb": None}):
-        with pytest.raises(ArgumentError, match=r"sizes must be known.*implementation='dense' with max_chunk_size_mb=None"):
+    for settings in (
+        {},
+        {"max_chunk_size_mb": 1.0},
+        {"implementation": "xla", "max_chunk_size_mb": None},
+    ):
+        with pytest.raises(
+            ArgumentError,
+            match=r"sizes must be known.*implementation='dense' with max_chunk_size_mb=None",
+        ):
             export(**settings)
     assert export(implementation="dense", max_chunk_size_mb=None).out_avals[0].shape == query.shape
 
@@ -336,7 +514,9 @@ def test_features_of_size_zero(limit: Any) -> None:
     """All logits are then zero, and all values weigh alike, as in ``jax.nn.dot_product_attention``."""
     query, value = np.ones((1, 3, 1, 0), np.float32), draw((1, 3, 1, 2))
     out = dot_product_attention(query, query, value, max_chunk_size_mb=limit)
-    np.testing.assert_allclose(out, np.broadcast_to(value.mean(axis=1, keepdims=True), (1, 3, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        out, np.broadcast_to(value.mean(axis=1, keepdims=True), (1, 3, 1, 2)), rtol=1e-6
+    )
 
 
 def test_auto_is_the_default() -> None:
@@ -359,17 +539,29 @@ def test_auto_compiles_to_the_same_code(mode: str) -> None:
     texts = []
     for limit in ("auto", 1e-4):  # lowered from one place, because the text names lines of source
         with autochunk.use(max_chunk_size_mb=1e-4):
-            texts.append(jax.jit(attend if mode == "forward" else jax.grad(attend), static_argnums=1).lower(arrays, limit).compile().as_text())
+            texts.append(
+                jax.jit(attend if mode == "forward" else jax.grad(attend), static_argnums=1)
+                .lower(arrays, limit)
+                .compile()
+                .as_text()
+            )
     assert texts[0] == texts[1]
 
 
-# --- What it refuses --------------------------------------------------------------------------------------------------
+# --- What it refuses ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [0, 0.0, -1, math.nan, math.inf, -math.inf, True, "big", "", (1,), np.ones(2), 1j], ids=repr)
+@pytest.mark.parametrize(
+    "limit",
+    [0, 0.0, -1, math.nan, math.inf, -math.inf, True, "big", "", (1,), np.ones(2), 1j],
+    ids=repr,
+)
 def test_limits_that_are_none(limit: Any) -> None:
     """A limit is a positive finite number, None or "auto"; the error says so and shows what it got."""
-    with pytest.raises(ArgumentError, match=r'max_chunk_size_mb must be a positive finite number .* None .* or "auto"') as caught:
+    with pytest.raises(
+        ArgumentError,
+        match=r'max_chunk_size_mb must be a positive finite number .* None .* or "auto"',
+    ) as caught:
         dot_product_attention(*(np.ones((1, 2, 1, 2)),) * 3, max_chunk_size_mb=limit)
     assert repr(limit) in str(caught.value)
     assert isinstance(caught.value, ValueError)
@@ -378,50 +570,112 @@ def test_limits_that_are_none(limit: Any) -> None:
 @pytest.mark.parametrize("limit", [1, 0.5, np.float32(0.5), np.int64(2), 10**6], ids=repr)
 def test_any_real_number_is_a_limit(limit: Any) -> None:
     """Fractions, integers and numpy's scalars are limits."""
-    shape = jax.eval_shape(functools.partial(dot_product_attention, max_chunk_size_mb=limit), *(jnp.ones((1, 2, 1, 2)),) * 3)
+    shape = jax.eval_shape(
+        functools.partial(dot_product_attention, max_chunk_size_mb=limit),
+        *(jnp.ones((1, 2, 1, 2)),) * 3,
+    )
     assert shape.shape == (1, 2, 1, 2)
 
 
 def test_a_limit_smaller_than_a_logit() -> None:
-    """The smallest slice is one logit for each query head of a key head; a limit below that is refused with both numbers of bytes."""
+    """The smallest slice is one logit for each query head of a key head.
+
+    A limit below that is refused with both numbers of bytes.
+    """
     arrays = operands(heads=4, kv_heads=2)
     del arrays["cotangent"]
-    with pytest.raises(ArgumentError, match=r"7 bytes, less than the 8 bytes of the smallest slice possible"):
+    with pytest.raises(
+        ArgumentError, match=r"7 bytes, less than the 8 bytes of the smallest slice possible"
+    ):
         dot_product_attention(**arrays, max_chunk_size_mb=7e-6)
 
 
 def _shaped(*shapes: tuple[int, ...]) -> dict[str, Any]:
-    return {name: np.ones(shape, np.float32) for name, shape in zip(("query", "key", "value"), shapes, strict=True)}
+    return {
+        name: np.ones(shape, np.float32)
+        for name, shape in zip(("query", "key", "value"), shapes, strict=True)
+    }
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "implementation": ({"implementation": "cuda"}, ["implementation", "'xla'", "'xla_rows'", "'dense'", "'cuda'"]),
+    "implementation": (
+        {"implementation": "cuda"},
+        ["implementation", "'xla'", "'xla_rows'", "'dense'", "'cuda'"],
+    ),
     "implementation of another type": ({"implementation": 1}, ["implementation", "1"]),
     "rank of query": (_shaped((6, 4), (5, 4), (5, 4)), ["query", "rank 3", "(6, 4)"]),
     "rank of key": (_shaped((2, 6, 2, 4), (5, 2, 4), (2, 5, 2, 4)), ["key", "rank 4", "(5, 2, 4)"]),
-    "rank of value": (_shaped((2, 6, 2, 4), (2, 5, 2, 4), (1, 2, 5, 2, 4)), ["value", "rank 4", "(1, 2, 5, 2, 4)"]),
-    "leading dims of key": (_shaped((2, 6, 2, 4), (3, 5, 2, 4), (2, 5, 2, 4)), ["key", "leading dims (2,)", "(3, 5, 2, 4)"]),
-    "leading dims of value": (_shaped((2, 6, 2, 4), (2, 5, 2, 4), (1, 5, 2, 4)), ["value", "leading dims (2,)", "(1, 5, 2, 4)"]),
-    "size of key": (_shaped((2, 6, 2, 4), (2, 5, 2, 3), (2, 5, 2, 4)), ["key", "last dim 4", "(2, 5, 2, 3)"]),
-    "length of value": (_shaped((2, 6, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)), ["value", "(5, 2)", "(6, 2)"]),
-    "heads of value": (_shaped((2, 6, 2, 4), (2, 5, 1, 4), (2, 5, 2, 4)), ["value", "(5, 1)", "(5, 2)"]),
-    "heads that do not divide": (_shaped((2, 6, 3, 4), (2, 5, 2, 4), (2, 5, 2, 4)), ["heads", "multiple", "3", "2"]),
-    "more key heads": (_shaped((2, 6, 2, 4), (2, 5, 4, 4), (2, 5, 4, 4)), ["heads", "multiple", "2", "4"]),
+    "rank of value": (
+        _shaped((2, 6, 2, 4), (2, 5, 2, 4), (1, 2, 5, 2, 4)),
+        ["value", "rank 4", "(1, 2, 5, 2, 4)"],
+    ),
+    "leading dims of key": (
+        _shaped((2, 6, 2, 4), (3, 5, 2, 4), (2, 5, 2, 4)),
+        ["key", "leading dims (2,)", "(3, 5, 2, 4)"],
+    ),
+    "leading dims of value": (
+        _shaped((2, 6, 2, 4), (2, 5, 2, 4), (1, 5, 2, 4)),
+        ["value", "leading dims (2,)", "(1, 5, 2, 4)"],
+    ),
+    "size of key": (
+        _shaped((2, 6, 2, 4), (2, 5, 2, 3), (2, 5, 2, 4)),
+        ["key", "last dim 4", "(2, 5, 2, 3)"],
+    ),
+    "length of value": (
+        _shaped((2, 6, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)),
+        ["value", "(5, 2)", "(6, 2)"],
+    ),
+    "heads of value": (
+        _shaped((2, 6, 2, 4), (2, 5, 1, 4), (2, 5, 2, 4)),
+        ["value", "(5, 1)", "(5, 2)"],
+    ),
+    "heads that do not divide": (
+        _shaped((2, 6, 3, 4), (2, 5, 2, 4), (2, 5, 2, 4)),
+        ["heads", "multiple", "3", "2"],
+    ),
+    "more key heads": (
+        _shaped((2, 6, 2, 4), (2, 5, 4, 4), (2, 5, 4, 4)),
+        ["heads", "multiple", "2", "4"],
+    ),
     "no key heads": (_shaped((2, 6, 2, 4), (2, 5, 0, 4), (2, 5, 0, 4)), ["heads", "2", "0"]),
-    "integers": ({"query": np.ones((2, 6, 2, 4), np.int32)}, ["query", "float32", "bfloat16", "int32"]),
-    "complex numbers": ({"query": np.ones((2, 6, 2, 4), np.complex64)}, ["query", "float32", "complex64"]),
+    "integers": (
+        {"query": np.ones((2, 6, 2, 4), np.int32)},
+        ["query", "float32", "bfloat16", "int32"],
+    ),
+    "complex numbers": (
+        {"query": np.ones((2, 6, 2, 4), np.complex64)},
+        ["query", "float32", "complex64"],
+    ),
     "dtype of key": ({"key": np.ones((2, 5, 2, 4), np.float16)}, ["key", "float32", "float16"]),
-    "dtype of value": ({"value": np.ones((2, 5, 2, 4), np.float16)}, ["value", "float32", "float16"]),
+    "dtype of value": (
+        {"value": np.ones((2, 5, 2, 4), np.float16)},
+        ["value", "float32", "float16"],
+    ),
     "not an array": ({"key": "text"}, ["key", "array", "str"]),
     "None": ({"value": None}, ["value", "array", "NoneType"]),
     "mask of integers": ({"mask": np.ones((6, 5), np.int32)}, ["mask", "boolean", "int32"]),
-    "mask of numbers": ({"mask": np.ones((6, 5), np.float32)}, ["mask", "boolean", "bias", "float32"]),
-    "mask that does not broadcast": ({"mask": np.ones((5, 6), bool)}, ["mask", "(2, 2, 6, 5)", "(5, 6)"]),
-    "mask of too many dims": ({"mask": np.ones((1, 2, 1, 6, 5), bool)}, ["mask", "(2, 2, 6, 5)", "(1, 2, 1, 6, 5)"]),
-    "mask larger than the logits": ({"mask": np.ones((2, 2, 6, 10), bool)}, ["mask", "(2, 2, 6, 5)", "(2, 2, 6, 10)"]),
+    "mask of numbers": (
+        {"mask": np.ones((6, 5), np.float32)},
+        ["mask", "boolean", "bias", "float32"],
+    ),
+    "mask that does not broadcast": (
+        {"mask": np.ones((5, 6), bool)},
+        ["mask", "(2, 2, 6, 5)", "(5, 6)"],
+    ),
+    "mask of too many dims": (
+        {"mask": np.ones((1, 2, 1, 6, 5), bool)},
+        ["mask", "(2, 2, 6, 5)", "(1, 2, 1, 6, 5)"],
+    ),
+    "mask larger than the logits": (
+        {"mask": np.ones((2, 2, 6, 10), bool)},
+        ["mask", "(2, 2, 6, 5)", "(2, 2, 6, 10)"],
+    ),
     "bias of integers": ({"bias": np.ones((6, 5), np.int32)}, ["bias", "floating", "int32"]),
     "bias of booleans": ({"bias": np.ones((6, 5), bool)}, ["bias", "floating", "bool"]),
-    "bias that does not broadcast": ({"bias": np.ones((2, 6, 4), np.float32)}, ["bias", "(2, 2, 6, 5)", "(2, 6, 4)"]),
+    "bias that does not broadcast": (
+        {"bias": np.ones((2, 6, 4), np.float32)},
+        ["bias", "(2, 2, 6, 5)", "(2, 6, 4)"],
+    ),
     "scale that is text": ({"scale": "large"}, ["scale", "number", "large"]),
     "scale that is an array": ({"scale": np.ones(2)}, ["scale", "number"]),
 }
@@ -429,7 +683,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_arguments_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> None:
-    """Arguments that do not fit raise an ArgumentError that names what was required and what was received."""
+    """Arguments that do not fit raise an ArgumentError that names what was required and what was
+    received.
+    """
     arrays = operands() | changes
     del arrays["cotangent"]
     with pytest.raises(ArgumentError) as caught:
@@ -440,7 +696,11 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], words: list[str]) ->
 def test_a_traced_scale() -> None:
     """The scale is part of the program; one that is traced is refused with a way out."""
     with pytest.raises(ArgumentError, match=r"known while tracing.*[Mm]ultiply the query"):
-        jax.jit(lambda scale: dot_product_attention(*(jnp.ones((1, 2, 1, 2)),) * 3, scale=scale, max_chunk_size_mb=None))(1.0)
+        jax.jit(
+            lambda scale: dot_product_attention(
+                *(jnp.ones((1, 2, 1, 2)),) * 3, scale=scale, max_chunk_size_mb=None
+            )
+        )(1.0)
 
 
 @pytest.mark.parametrize("container", [list, np.asarray, jnp.asarray])
@@ -449,14 +709,19 @@ def test_anything_like_an_array(container: Any) -> None:
     query = container([[[[1.0, 2.0]], [[3.0, 4.0]]]])
     if isinstance(query, np.ndarray):
         query = query.astype(np.float32)
-    shape = jax.eval_shape(functools.partial(dot_product_attention, query, query, query, max_chunk_size_mb=None))
+    shape = jax.eval_shape(
+        functools.partial(dot_product_attention, query, query, query, max_chunk_size_mb=None)
+    )
     assert (shape.shape, shape.dtype) == ((1, 2, 1, 2), np.float32)
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_dense_needs_no_more_memory_than_haiku(mode: str, heads: int) -> None:
-    """The baseline that tuning compares with is no heavier than haiku's own operations: an extra axis once cost XLA a fusion and made it slow."""
+    """The baseline that tuning compares with is no heavier than haiku's own operations.
+
+    An extra axis once cost XLA a fusion and made it slow.
+    """
     from autochunk.tuner.bench import haiku_dense
 
     query, key, value = (jnp.zeros((2, 256, number, 16)) for number in (4, heads, heads))
@@ -465,8 +730,12 @@ def test_dense_needs_no_more_memory_than_haiku(mode: str, heads: int) -> None:
         def run(*arrays: jax.Array) -> Any:
             return attend(*arrays) if mode == "forward" else jax.vjp(attend, *arrays)[1](query)
 
-        return int(jax.jit(run).lower(query, key, value).compile().memory_analysis().temp_size_in_bytes)
+        return int(
+            jax.jit(run).lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+        )
 
-    ours = temp_bytes(functools.partial(dot_product_attention, max_chunk_size_mb=None, implementation="dense"))
+    ours = temp_bytes(
+        functools.partial(dot_product_attention, max_chunk_size_mb=None, implementation="dense")
+    )
     theirs = temp_bytes(lambda *arrays: haiku_dense(*arrays, None, None, causal=False))
     assert ours <= 1.05 * theirs

@@ -1,4 +1,6 @@
-"""Under every transformation of JAX's, and their compositions, the op behaves as plain attention does, with slicing in force."""
+"""Under every transformation of JAX's, and their compositions, the op behaves as plain attention
+does, with slicing in force.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,32 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, draw_mask, operands, output_and_gradients, plain, quick_jit
+from reference import (
+    assert_close,
+    draw,
+    draw_mask,
+    operands,
+    output_and_gradients,
+    plain,
+    quick_jit,
+)
 
 from autochunk import dot_product_attention
 
 Function = Callable[..., Any]
 
-# Operands are query [2, 6, 2, 4], key [2, 5, 1, 4], value [2, 5, 1, 3] and bias [2, 6, 5]: 480 bytes of logits, grouped heads, an uneven last slice.
+# Operands are query [2, 6, 2, 4], key [2, 5, 1, 4], value [2, 5, 1, 3] and bias [2, 6, 5]: 480
+# bytes of logits, grouped heads, an uneven last slice.
 SHAPES = {"heads": 2, "kv_heads": 1, "value_size": 3, "bias": (2, 6, 5)}
 MASK = np.concatenate([draw_mask((1, 1, 6, 5)), np.ones((1, 1, 6, 5), bool)])
-# Two rows of a batch element at a time; three keys of one row; a row of all; two keys of a row of all.
-PLANS = {"rows": ("xla", 1e-4), "keys": ("xla", 2.4e-5), "rows first": ("xla_rows", 1e-4), "rows, then keys": ("xla_rows", 4e-5)}
+# Two rows of a batch element at a time; three keys of one row; a row of all; two keys of a row of
+# all.
+PLANS = {
+    "rows": ("xla", 1e-4),
+    "keys": ("xla", 2.4e-5),
+    "rows first": ("xla_rows", 1e-4),
+    "rows, then keys": ("xla_rows", 4e-5),
+}
 
 
 def four() -> list[jax.Array]:
@@ -76,25 +93,33 @@ def spread(array: Any, axis: int | None) -> Any:
 def mapped(function: Function, in_axes: tuple[int | None, ...], **settings: Any) -> Function:
     """``function`` vmapped over three variants of those operands that have an axis."""
     run = jax.vmap(function, in_axes, **settings)
-    return lambda *arrays: run(*(spread(array, axis) for array, axis in zip(arrays, in_axes, strict=True)))
+    return lambda *arrays: run(
+        *(spread(array, axis) for array, axis in zip(arrays, in_axes, strict=True))
+    )
 
 
 def nested(function: Function) -> Function:
     inner = jax.vmap(function, (1, None, 0, None), 1)
     outer = jax.vmap(inner, (0, 0, None, 2))
-    return lambda q, k, v, b: outer(spread(spread(q, 1), 0), spread(k, 0), spread(v, 0), spread(b, 2))
+    return lambda q, k, v, b: outer(
+        spread(spread(q, 1), 0), spread(k, 0), spread(v, 0), spread(b, 2)
+    )
 
 
 def layers(function: Function, remat: bool) -> Function:
     """Three layers by ``lax.scan``."""
 
-    def layer(x: jax.Array, weight: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    def layer(
+        x: jax.Array, weight: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array
+    ) -> jax.Array:
         return x + jnp.einsum("...v,vk->...k", function(x, key, value, bias), weight)
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, weight: (layer(x, weight, key, value, bias), None), query, draw((3, 3, 4)))[0]
+        return jax.lax.scan(
+            lambda x, weight: (layer(x, weight, key, value, bias), None), query, draw((3, 3, 4))
+        )[0]
 
     return run
 
@@ -111,7 +136,9 @@ def looped(function: Function) -> Function:
         more = jax.lax.cond(count > 0, function, lambda *_: jnp.zeros_like(total), *arrays)
         return count + 1, (total + more, tangents(arrays))
 
-    return lambda *arrays: jax.lax.while_loop(lambda state: state[0] < 3, body, (jnp.int32(0), (jnp.zeros((2, 6, 2, 3)), arrays)))[1][0]
+    return lambda *arrays: jax.lax.while_loop(
+        lambda state: state[0] < 3, body, (jnp.int32(0), (jnp.zeros((2, 6, 2, 3)), arrays))
+    )[1][0]
 
 
 policies = jax.checkpoint_policies
@@ -148,14 +175,20 @@ TRANSFORMATIONS: dict[str, Callable[[Function], Function]] = {
     "vmap(jvp)": lambda f: mapped(forward_of(f), (None, 0, None, 1)),
     "remat": lambda f: gradient(jax.checkpoint(f)),
     "remat, dots saved": lambda f: gradient(jax.checkpoint(f, policy=policies.dots_saveable)),
-    "remat, nothing saved": lambda f: gradient(jax.checkpoint(scalar(f), policy=policies.nothing_saveable)),
-    "remat, saved by name": lambda f: gradient(jax.checkpoint(named(f), policy=policies.save_only_these_names("attended"))),
+    "remat, nothing saved": lambda f: gradient(
+        jax.checkpoint(scalar(f), policy=policies.nothing_saveable)
+    ),
+    "remat, saved by name": lambda f: gradient(
+        jax.checkpoint(named(f), policy=policies.save_only_these_names("attended"))
+    ),
     "remat of vmap": lambda f: gradient(jax.checkpoint(mapped(f, (0, 0, 0, None)))),
     "jvp(remat)": lambda f: forward_of(jax.checkpoint(f)),
     "scan": lambda f: gradient(layers(f, remat=False)),
     "scan, remat": lambda f: gradient(layers(f, remat=True)),
     "while and cond": looped,
-    "lax.map": lambda f: gradient(lambda *arrays: jax.lax.map(lambda q: f(q, *arrays[1:]), spread(arrays[0], 0))),
+    "lax.map": lambda f: gradient(
+        lambda *arrays: jax.lax.map(lambda q: f(q, *arrays[1:]), spread(arrays[0], 0))
+    ),
 }
 HIGHER: dict[str, Callable[[Function], Function]] = {
     "jvp(grad)": lambda f: forward_of(gradient(f)),
@@ -166,7 +199,11 @@ HIGHER: dict[str, Callable[[Function], Function]] = {
     "grad(jvp)": lambda f: gradient(lambda *arrays: forward_of(f)(*arrays)[1]),
     "jvp(jvp)": lambda f: forward_of(forward_of(f)),
     "grad(vmap(grad))": lambda f: gradient(mapped(gradient_norm(f), (0, None, 0, None))),
-    "hessian of the query": lambda f: lambda q, k, v, b: jax.hessian(lambda part: scalar(f)(q.at[0, 0, 0].set(part), k, v, b))(q[0, 0, 0]),
+    "hessian of the query": lambda f: (
+        lambda q, k, v, b: jax.hessian(lambda part: scalar(f)(q.at[0, 0, 0].set(part), k, v, b))(
+            q[0, 0, 0]
+        )
+    ),
     "third order": lambda f: forward_of(gradient(gradient_norm(f))),
 }
 
@@ -175,10 +212,19 @@ def gradient_norm(function: Function) -> Function:
     return lambda *arrays: sum(jnp.sum(array**2) for array in gradient(function)(*arrays))
 
 
-CASES = [(name, "rows") for name in FIRST_ORDER] + [(name, "rows, then keys") for name in ("vjp", "linearize", "vmap(grad)", "grad(vmap)")]
+CASES = [(name, "rows") for name in FIRST_ORDER] + [
+    (name, "rows, then keys") for name in ("vjp", "linearize", "vmap(grad)", "grad(vmap)")
+]
 CASES += [(name, list(PLANS)[position % 4]) for position, name in enumerate(TRANSFORMATIONS)]
-CASES += [(name, plan) for name in ("vmap query", "vmap key and value", "grad(vmap) query") for plan in PLANS if (name, plan) not in CASES]
-CASES += [(name, list(PLANS)[position % 3]) for position, name in enumerate(HIGHER)] + [("jvp(grad)", "rows, then keys")]
+CASES += [
+    (name, plan)
+    for name in ("vmap query", "vmap key and value", "grad(vmap) query")
+    for plan in PLANS
+    if (name, plan) not in CASES
+]
+CASES += [(name, list(PLANS)[position % 3]) for position, name in enumerate(HIGHER)] + [
+    ("jvp(grad)", "rows, then keys")
+]
 
 
 @pytest.mark.parametrize(("name", "plan"), CASES)
@@ -187,9 +233,13 @@ def test_transformations(name: str, plan: str) -> None:
     implementation, limit = PLANS[plan]
     transform = {**FIRST_ORDER, **TRANSFORMATIONS, **HIGHER}[name]
     masked = {"mask": MASK, "is_causal": True}
-    ours = functools.partial(dot_product_attention, **masked, max_chunk_size_mb=limit, implementation=implementation)
+    ours = functools.partial(
+        dot_product_attention, **masked, max_chunk_size_mb=limit, implementation=implementation
+    )
     theirs = functools.partial(plain, **masked)
-    received, expected = quick_jit(lambda *arrays: (transform(ours)(*arrays), transform(theirs)(*arrays)))(*four())
+    received, expected = quick_jit(
+        lambda *arrays: (transform(ours)(*arrays), transform(theirs)(*arrays))
+    )(*four())
     assert_close(received, expected, 1e-4 if name in HIGHER else 2e-5)
 
 
@@ -201,7 +251,9 @@ def test_transformations_with_rows_masked_throughout(name: str) -> None:
     transform = {**FIRST_ORDER, **TRANSFORMATIONS, **HIGHER}[name]
     ours = functools.partial(dot_product_attention, mask=mask, max_chunk_size_mb=1e-4)
     theirs = functools.partial(plain, mask=mask)
-    received, expected = quick_jit(lambda *arrays: (transform(ours)(*arrays), transform(theirs)(*arrays)))(*four())
+    received, expected = quick_jit(
+        lambda *arrays: (transform(ours)(*arrays), transform(theirs)(*arrays))
+    )(*four())
     assert_close(received, expected, 1e-4)
 
 
@@ -218,8 +270,16 @@ def test_vmap_over_nothing(in_axes: Any) -> None:
     """A batch of no elements has no outputs and no gradients, as for plain attention."""
     query, *others = four()[:3]
     arrays = (query[:0], *(array[0] if in_axes else array[:0] for array in others))
-    for transform in (lambda function: jax.vmap(function, in_axes), lambda function: jax.vmap(gradient_of_three(function), in_axes)):
-        assert_close(*(quick_jit(transform(function))(*arrays) for function in (functools.partial(attend, mask=None), plain)))
+    for transform in (
+        lambda function: jax.vmap(function, in_axes),
+        lambda function: jax.vmap(gradient_of_three(function), in_axes),
+    ):
+        assert_close(
+            *(
+                quick_jit(transform(function))(*arrays)
+                for function in (functools.partial(attend, mask=None), plain)
+            )
+        )
 
 
 @pytest.mark.parametrize("axis", [0, 2, 3])
@@ -234,39 +294,61 @@ def test_vmap_over_masks(axis: int) -> None:
 
         return pulled(run)
 
-    assert_close(*quick_jit(lambda *arrays: (transform(attend)(*arrays), transform(plain)(*arrays)))(*four()))
+    assert_close(
+        *quick_jit(lambda *arrays: (transform(attend)(*arrays), transform(plain)(*arrays)))(*four())
+    )
 
 
 @pytest.mark.parametrize("setting", ["disable_jit", "debug_nans", "x64", "eager"])
 def test_under_settings(setting: str) -> None:
-    """Output and gradients are right without ``jit``, while JAX looks for NaN, and where 64-bit types are allowed."""
-    contexts = {"disable_jit": jax.disable_jit, "debug_nans": functools.partial(jax.debug_nans, True), "x64": functools.partial(jax.enable_x64, True)}
+    """Output and gradients are right without ``jit``, while JAX looks for NaN, and where 64-bit
+    types are allowed.
+    """
+    contexts = {
+        "disable_jit": jax.disable_jit,
+        "debug_nans": functools.partial(jax.debug_nans, True),
+        "x64": functools.partial(jax.enable_x64, True),
+    }
     query, key, value = (draw((1, 3, 1, 2), seed) for seed in range(3))
     mask = np.array([[True, False, True], [False] * 3, [True] * 3])
-    run = pulled(lambda *arrays: dot_product_attention(*arrays, mask=mask, max_chunk_size_mb=1.2e-5))
+    run = pulled(
+        lambda *arrays: dot_product_attention(*arrays, mask=mask, max_chunk_size_mb=1.2e-5)
+    )
     expected = jax.jit(pulled(functools.partial(plain, mask=mask[None, None])))(query, key, value)
     if setting == "eager":
         assert_close(run(query, key, value), expected)
         return
     with contexts[setting]():
-        assert_close((run if setting == "disable_jit" else jax.jit(run))(query, key, value), expected)
+        assert_close(
+            (run if setting == "disable_jit" else jax.jit(run))(query, key, value), expected
+        )
 
 
 def test_debug_nans_in_half_precision() -> None:
-    """In half precision, where the masked logits' value would overflow, no NaN arises on the way either."""
+    """In half precision, where the masked logits' value would overflow, no NaN arises on the way
+    either.
+    """
     arrays = operands(dtype=np.float16)
     arrays["mask"] = np.zeros((2, 1, 6, 5), bool)
     with jax.debug_nans(True):
-        received = output_and_gradients(functools.partial(dot_product_attention, max_chunk_size_mb=1e-4), arrays)
+        received = output_and_gradients(
+            functools.partial(dot_product_attention, max_chunk_size_mb=1e-4), arrays
+        )
     assert not any(np.isnan(array).any() for array in received.values())
 
 
-@pytest.mark.parametrize("function", [attend, gradient(attend), forward_of(attend), mapped(attend, (0, 0, 0, 0))], ids=["call", "grad", "jvp", "vmap"])
+@pytest.mark.parametrize(
+    "function",
+    [attend, gradient(attend), forward_of(attend), mapped(attend, (0, 0, 0, 0))],
+    ids=["call", "grad", "jvp", "vmap"],
+)
 def test_eval_shape(function: Function) -> None:
     """Shapes and dtypes are known without running or compiling anything."""
     received = jax.eval_shape(function, *four())
     index = [attend, function].index(function)
-    expected = jax.eval_shape(function, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in four()))
+    expected = jax.eval_shape(
+        function, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in four())
+    )
     assert received == expected
     if index == 0:
         assert (received.shape, received.dtype) == ((2, 6, 2, 3), np.float32)
@@ -274,44 +356,80 @@ def test_eval_shape(function: Function) -> None:
 
 def test_ahead_of_time() -> None:
     """Lowered from shapes alone and compiled before there are arrays, it runs as ever."""
-    compiled = jax.jit(pulled(attend)).lower(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in four())).compile()
+    compiled = (
+        jax.jit(pulled(attend))
+        .lower(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in four()))
+        .compile()
+    )
     assert_close(compiled(*four()), jax.jit(pulled(functools.partial(plain, mask=MASK)))(*four()))
 
 
 def test_export() -> None:
-    """Exported, serialised and read back it runs, and can be differentiated where that was asked for."""
+    """Exported, serialised and read back it runs, and can be differentiated where that was asked
+    for.
+    """
     read = jax.export.export(jax.jit(attend))(*four())
-    if importlib.util.find_spec("flatbuffers"):  # JAX needs it to serialise, and does not require it
+    # JAX needs it to serialise, and does not require it
+    if importlib.util.find_spec("flatbuffers"):
         read = jax.export.deserialize(read.serialize(vjp_order=1))
-    assert_close(jax.jit(pulled(read.call))(*four()), jax.jit(pulled(functools.partial(plain, mask=MASK)))(*four()))
+    assert_close(
+        jax.jit(pulled(read.call))(*four()),
+        jax.jit(pulled(functools.partial(plain, mask=MASK)))(*four()),
+    )
 
 
 def test_only_what_is_needed_is_kept_for_the_backward_pass() -> None:
     """Between the passes live the operands, the output and two numbers a row, never logits."""
     query, key, value = draw((2, 64, 2, 4)), draw((2, 64, 2, 4)), draw((2, 64, 2, 4))
-    _, pull = jax.eval_shape(lambda *arrays: jax.vjp(functools.partial(dot_product_attention, max_chunk_size_mb=0.01), *arrays), query, key, value)
+    _, pull = jax.eval_shape(
+        lambda *arrays: jax.vjp(
+            functools.partial(dot_product_attention, max_chunk_size_mb=0.01), *arrays
+        ),
+        query,
+        key,
+        value,
+    )
     kept = [leaf.size for leaf in jax.tree.leaves(pull)]
     assert max(kept) == query.size
 
 
-# --- Several devices --------------------------------------------------------------------------------------------------
+# --- Several devices ------------------------------------------------------------------------------
 
-SHARDED = ["shard_map, vma checked", "shard_map, vma not checked", "shard_map over heads", "vmap with spmd_axis_name", "sharded jit, rows", "sharded jit",
-           "no gathers"]  # fmt: skip
+SHARDED = [
+    "shard_map, vma checked",
+    "shard_map, vma not checked",
+    "shard_map over heads",
+    "vmap with spmd_axis_name",
+    "sharded jit, rows",
+    "sharded jit",
+    "no gathers",
+]
 
 
 @pytest.fixture(scope="module")
 def sharded_errors() -> dict[str, Any]:
     """What ``sharded.py`` found on four devices of a process of its own."""
     script = Path(__file__).with_name("sharded.py")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("case", [*SHARDED, "explicit shardings"])
 def test_several_devices(case: str, sharded_errors: dict[str, Any]) -> None:
-    """Output and gradients over a mesh of devices are those of one device, and slicing over rows first needs no gathers."""
+    """Output and gradients over a mesh of devices are those of one device, and slicing over rows
+    first needs no gathers.
+    """
     assert sharded_errors.keys() == {*SHARDED, "explicit shardings"}
     assert sharded_errors[case] == ""

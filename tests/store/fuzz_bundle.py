@@ -1,12 +1,15 @@
-"""Looks for bytes that reading a bundle answers with anything but a bundle or a BundleError of one line; guided by coverage, through atheris.
+"""Looks for bytes that reading a bundle answers with anything but a bundle or a BundleError of one
+line; guided by coverage, through atheris.
 
-Not collected by pytest, for it ends when it is told to; ``check``, which says what holds for all bytes, is also what test_bundle.py checks with. To run it,
-where atheris can be imported (its wheels are for Python 3.11) besides autochunk and what its tests need::
+Not collected by pytest, for it ends when it is told to; ``check``, which says what holds for all
+bytes, is also what test_bundle.py checks with. To run it, where atheris can be imported (its wheels
+are for Python 3.11) besides autochunk and what its tests need::
 
     mkdir corpus
     python tests/store/fuzz_bundle.py corpus tests/store/released -max_total_time=600 -max_len=20000
 
-New inputs are kept in ``corpus``; one that fails is written to ``crash-...``, and is tried alone by naming it as the only argument.
+New inputs are kept in ``corpus``; one that fails is written to ``crash-...``, and is tried alone by
+naming it as the only argument.
 """
 
 from __future__ import annotations
@@ -23,21 +26,32 @@ from autochunk.store.profile import Bundle
 
 
 def check(data: str | bytes) -> Bundle | BundleError:
-    """What holds for whatever is read: it loads or it is a BundleError of one line, and what loads is found by scanning and can be written again."""
+    """What holds for whatever is read.
+
+    It loads or it is a BundleError of one line, and what loads is found by scanning and can be
+    written again.
+    """
     loaded, index = _outcome(bundle.load, data), _outcome(bundle.scan, data)
     if isinstance(loaded, Bundle):
         assert isinstance(index, Index), index
         assert tuple(index.values()) == loaded.profiles
         text = bundle.dump(loaded.profiles, loaded.provenance.note)
         again = bundle.load(text)
-        assert again.profiles == tuple(sorted(loaded.profiles, key=lambda profile: (profile.device.key, profile.workload)))
+        assert again.profiles == tuple(
+            sorted(loaded.profiles, key=lambda profile: (profile.device.key, profile.workload))
+        )
         assert bundle.dump(again.profiles, again.provenance.note) == text
     elif isinstance(index, Index):
         found = {key: _outcome(index.__getitem__, key) for key in index}
-        assert all(isinstance(one, BundleError) or (one.device.key, one.workload) == key for key, one in found.items())
+        assert all(
+            isinstance(one, BundleError) or (one.device.key, one.workload) == key
+            for key, one in found.items()
+        )
         # Only loading looks at these.
         damaged = any(isinstance(one, BundleError) for one in found.values())
-        assert damaged or "its provenance does not fit" in str(loaded) or "given twice" in str(loaded), loaded
+        assert (
+            damaged or "its provenance does not fit" in str(loaded) or "given twice" in str(loaded)
+        ), loaded
     return loaded
 
 
@@ -54,7 +68,9 @@ def _outcome(function: Any, argument: Any) -> Any:
 
 
 def sealed(data: bytes) -> bytes:
-    """The bytes with digests and a checksum that fit, where they are a bundle at all, so that what lies behind these is reached."""
+    """The bytes with digests and a checksum that fit, where they are a bundle at all, so that what
+    lies behind these is reached.
+    """
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         content = json.loads(data)
         for entry in content["profiles"]:

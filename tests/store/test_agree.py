@@ -1,4 +1,7 @@
-"""Agreement: several JAX processes run one program, so they must run one plan, whatever each of them has stored."""
+"""Agreement.
+
+Several JAX processes run one program, so they must run one plan, whatever each of them has stored.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from autochunk.store.database import ProfileStore
 
 WORKLOAD = make_workload("b=4,t=64,s=64,h=2,k=8")
 
-# Every process: batch sharded over all of them, attention, and a sum that needs them all. Prints what it resolved and got.
+# Every process: batch sharded over all of them, attention, and a sum that needs them all. Prints
+# what it resolved and got.
 _PROCESS = """
 import json, sys, warnings
 process, count, address, before, after = json.loads(sys.argv[1])
@@ -43,35 +47,59 @@ print(json.dumps({"plan": str(answer.plan), "layer": answer.layer, "sum": float(
 """
 
 
-def start(count: int, stores: Sequence[Path], before: dict[int, str], after: dict[int, str], **environment: str) -> list[subprocess.Popen[str]]:
+def start(
+    count: int,
+    stores: Sequence[Path],
+    before: dict[int, str],
+    after: dict[int, str],
+    **environment: str,
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **environment}
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        **environment,
+    }
     return [
-        start_python(_PROCESS, json.dumps([number, count, address, before.get(number, ""), after.get(number, "")]), AUTOCHUNK_STORE=str(store), **settings)
+        start_python(
+            _PROCESS,
+            json.dumps([number, count, address, before.get(number, ""), after.get(number, "")]),
+            AUTOCHUNK_STORE=str(store),
+            **settings,
+        )
         for number, store in enumerate(stores)
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 120.0) -> list[tuple[int, str, str]]:
+def finish(
+    processes: list[subprocess.Popen[str]], seconds: float = 120.0
+) -> list[tuple[int, str, str]]:
     """(exit status, output, complaints) of each; none outlives the test."""
     try:
         outputs = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [
+        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
+    ]
 
 
 def answers(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
     ended = finish(processes)
-    assert all(code == 0 for code, _, _ in ended), "\n".join(complaints[-2000:] for _, _, complaints in ended)
+    assert all(code == 0 for code, _, _ in ended), "\n".join(
+        complaints[-2000:] for _, _, complaints in ended
+    )
     return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
 
 
 def error_of(processes: list[subprocess.Popen[str]]) -> str:
-    """What process 1 says last before it ends; JAX's runtime then makes it wait for process 0, which is not waited for."""
+    """What process 1 says last before it ends.
+
+    JAX's runtime then makes it wait for process 0, which is not waited for.
+    """
     assert processes[1].stderr is not None
     line = next(line for line in processes[1].stderr if "Error: process" in line)
     for process in processes:
@@ -90,9 +118,14 @@ def stores_of(folder: Path, limits: Sequence[float | None]) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("limits", [(0.01, 0.02), (0.01, None), (None, 0.02), (0.01, 0.02, None, 0.005)])
+@pytest.mark.parametrize(
+    "limits", [(0.01, 0.02), (0.01, None), (None, 0.02), (0.01, 0.02, None, 0.005)]
+)
 def test_one_plan_everywhere(limits: tuple[float | None, ...], tmp_path: Path) -> None:
-    """Two and four processes whose stores differ or are not there: process 0's answers on all, and the program ends."""
+    """Two and four processes whose stores differ or are not there.
+
+    Process 0's answers on all, and the program ends.
+    """
     found = answers(start(len(limits), stores_of(tmp_path, limits), {}, {}))
     expected = Plan("xla", limits[0]) if limits[0] is not None else Plan("xla", 1000.0)
     assert {answer["plan"] for answer in found} == {str(expected)}
@@ -103,8 +136,10 @@ def test_one_plan_everywhere(limits: tuple[float | None, ...], tmp_path: Path) -
 def test_a_store_that_changes_later_changes_nothing(tmp_path: Path) -> None:
     """On whichever process: what was agreed upon at the start holds while the program runs."""
     change = (
-        "from factories import make_profile, one_plan; from autochunk.store.database import ProfileStore; "
-        "ProfileStore().put(make_profile(autochunk.Workload.parse('b=4,t=64,s=64,h=2,k=8'), autochunk.detect(), one_plan(0.003)))"
+        "from factories import make_profile, one_plan; from autochunk.store.database import "
+        "ProfileStore; "
+        "ProfileStore().put(make_profile(autochunk.Workload.parse('b=4,t=64,s=64,h=2,k=8'), "
+        "autochunk.detect(), one_plan(0.003)))"
     )
     found = answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {}, {0: change, 1: change}))
     assert {answer["plan"] for answer in found} == {"xla, 0.01 MB"}
@@ -115,29 +150,52 @@ def test_many_profiles_travel(tmp_path: Path) -> None:
     device = autochunk.detect()
     paths = stores_of(tmp_path, (0.01, None))
     # Noise does not compress.
-    noise = [make_profile(make_workload(f"t={length},h=2,k=8"), device, one_plan(0.5), autochunk=os.urandom(4000).hex()) for length in range(1, 301)]
+    noise = [
+        make_profile(
+            make_workload(f"t={length},h=2,k=8"),
+            device,
+            one_plan(0.5),
+            autochunk=os.urandom(4000).hex(),
+        )
+        for length in range(1, 301)
+    ]
     ProfileStore(paths[0]).put_all(noise)
     assert {answer["plan"] for answer in answers(start(2, paths, {}, {}))} == {"xla, 0.01 MB"}
 
 
 def test_waiting_for_process_0_has_an_end(tmp_path: Path) -> None:
     """Process 0 never comes to an "auto": the others say so, by number, instead of hanging."""
-    processes = start(2, stores_of(tmp_path, (0.01, 0.02)), {0: "import time; jax.devices(); time.sleep(60)"}, {})
+    processes = start(
+        2, stores_of(tmp_path, (0.01, 0.02)), {0: "import time; jax.devices(); time.sleep(60)"}, {}
+    )
     complaints = error_of(processes)
     assert "AgreementError: process 1 of 2 waited 5 s for the profiles of process 0" in complaints
 
 
 def test_versions_must_be_the_same(tmp_path: Path) -> None:
     """Two versions may choose differently from the same profiles."""
-    processes = start(2, stores_of(tmp_path, (0.01, 0.02)), {1: "autochunk.__version__ = '9.9'"}, {})
+    processes = start(
+        2, stores_of(tmp_path, (0.01, 0.02)), {1: "autochunk.__version__ = '9.9'"}, {}
+    )
     complaints = error_of(processes)
-    assert f"AgreementError: process 1 of 2 runs autochunk 9.9, process 0 runs {autochunk.__version__}" in complaints
+    assert (
+        f"AgreementError: process 1 of 2 runs autochunk 9.9, process 0 runs {autochunk.__version__}"
+        in complaints
+    )
 
 
 def test_a_damaged_layer_of_process_0_is_left_out_everywhere(tmp_path: Path) -> None:
     """As in a program of one process."""
     (tmp_path / "bad.json").write_text("{")
-    found = answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {}, {}, AUTOCHUNK_PROFILES=str(tmp_path / "bad.json")))
+    found = answers(
+        start(
+            2,
+            stores_of(tmp_path, (0.01, 0.02)),
+            {},
+            {},
+            AUTOCHUNK_PROFILES=str(tmp_path / "bad.json"),
+        )
+    )
     assert {answer["plan"] for answer in found} == {"xla, 0.01 MB"}
 
 
@@ -146,7 +204,9 @@ def test_a_row_that_cannot_be_read_costs_itself_only(tmp_path: Path) -> None:
     paths = stores_of(tmp_path, (0.01, None))
     with contextlib.closing(sqlite3.connect(paths[0])) as file, file:
         key = f"{autochunk.detect().key} | {make_workload('t=3,k=8').key}"
-        file.execute("INSERT INTO profiles (key, value) VALUES (?, ?)", (key, '{"schema_version": 7}'))
+        file.execute(
+            "INSERT INTO profiles (key, value) VALUES (?, ?)", (key, '{"schema_version": 7}')
+        )
     assert {answer["plan"] for answer in answers(start(2, paths, {}, {}))} == {"xla, 0.01 MB"}
 
 
@@ -155,18 +215,29 @@ def test_a_row_that_cannot_be_read_costs_itself_only(tmp_path: Path) -> None:
     [
         # Stores of their own by use(): agreed upon as the first such store of the program.
         (
-            "import contextlib; stack = contextlib.ExitStack(); stack.enter_context(autochunk.use(store=__import__('os').environ['AUTOCHUNK_STORE']))",
+            "import contextlib; stack = contextlib.ExitStack(); "
+            "stack.enter_context(autochunk.use(store=__import__('os').environ['AUTOCHUNK_STORE']))",
             "xla, 0.01 MB",
         ),
-        ("import contextlib; stack = contextlib.ExitStack(); stack.enter_context(autochunk.use(max_chunk_size_mb=64))", "xla, 64 MB"),
+        (
+            "import contextlib; stack = contextlib.ExitStack(); "
+            "stack.enter_context(autochunk.use(max_chunk_size_mb=64))",
+            "xla, 64 MB",
+        ),
     ],
 )
 def test_use_in_a_program_of_several(code: str, plan: str, tmp_path: Path) -> None:
     """A store by each process's own path, or a plan pinned."""
-    assert {answer["plan"] for answer in answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {0: code, 1: code}, {}))} == {plan}
+    assert {
+        answer["plan"]
+        for answer in answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {0: code, 1: code}, {}))
+    } == {plan}
 
 
 def test_one_process_pays_nothing() -> None:
     """Without jax.distributed nothing of the runtime is touched."""
-    code = "import autochunk, sys; autochunk.resolve(autochunk.Workload.parse('t=64,h=2,k=8')); from jax._src import distributed; "
+    code = (
+        "import autochunk, sys; autochunk.resolve(autochunk.Workload.parse('t=64,h=2,k=8')); from "
+        "jax._src import distributed; "
+    )
     assert run_python(f"{code}print(distributed.global_state.client)").strip() == "None"

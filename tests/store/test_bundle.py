@@ -26,7 +26,11 @@ from autochunk.store.profile import Profile, Provenance
 
 RELEASED = Path(__file__).parent / "released"
 
-PROFILES = [make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind)) for kind in ("A", "B") for t in (1, 2, 3)]
+PROFILES = [
+    make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind))
+    for kind in ("A", "B")
+    for t in (1, 2, 3)
+]
 TEXT = bundle.dump(PROFILES, "made up")
 KEYS = [(profile.device.key, profile.workload) for profile in PROFILES]
 
@@ -51,10 +55,20 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> str:
 
 def version_1(*profiles: Profile) -> str:
     """A bundle as version 1 was written."""
-    return json.dumps({"schema_version": 1, "profiles": [profile.model_dump(mode="json") for profile in profiles]}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps(
+            {
+                "schema_version": 1,
+                "profiles": [profile.model_dump(mode="json") for profile in profiles],
+            },
+            indent=1,
+            sort_keys=True,
+        )
+        + "\n"
+    )
 
 
-# --- Writing --------------------------------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
@@ -64,7 +78,14 @@ def test_round_trip() -> None:
     assert loaded.schema_version == bundle.BUNDLE_VERSION
     created = PROFILES[0].created
     devices = tuple(sorted({profile.device.key for profile in PROFILES}))
-    assert loaded.provenance == Provenance(autochunk="0.1.0", devices=devices, oldest=created, newest=created, profiles=len(PROFILES), note="made up")
+    assert loaded.provenance == Provenance(
+        autochunk="0.1.0",
+        devices=devices,
+        oldest=created,
+        newest=created,
+        profiles=len(PROFILES),
+        note="made up",
+    )
 
 
 @given(st.permutations(PROFILES))
@@ -76,27 +97,44 @@ def test_dump_is_deterministic(profiles: list[Profile]) -> None:
 
 def test_dump_is_the_same_in_another_process() -> None:
     """Nor do the bytes depend on the process, compressed or not."""
-    code = "import sys; from autochunk.store import bundle; bundle.write(sys.argv[2], bundle.dump(bundle.load(sys.argv[1]).profiles, 'made up'))"
+    code = (
+        "import sys; from autochunk.store import bundle; bundle.write(sys.argv[2], "
+        "bundle.dump(bundle.load(sys.argv[1]).profiles, 'made up'))"
+    )
     assert run_python(code, TEXT, "-", PYTHONHASHSEED="5") == TEXT
 
 
 def test_layout_is_for_people_and_diffs() -> None:
-    """The head comes first and a field to a line; each profile's fields are on lines of their own, and so is each measurement, whole."""
+    """The head comes first and a field to a line.
+
+    Each profile's fields are on lines of their own, and so is each measurement, whole.
+    """
     lines = TEXT.splitlines()
     assert TEXT.isascii()
-    assert lines[1:4] == [' "schema_version": 2,', f' "checksum": "{json.loads(TEXT)["checksum"]}",', ' "provenance": {']
+    assert lines[1:4] == [
+        ' "schema_version": 2,',
+        f' "checksum": "{json.loads(TEXT)["checksum"]}",',
+        ' "provenance": {',
+    ]
     assert '  "note": "made up"' in lines
     assert lines.count('    "complete": true,') == len(PROFILES)
     measurements = [json.loads(line.rstrip(",")) for line in lines if '"implementation"' in line]
-    assert measurements == [m.model_dump(mode="json") for profile in PROFILES for m in profile.measurements]
+    assert measurements == [
+        m.model_dump(mode="json") for profile in PROFILES for m in profile.measurements
+    ]
 
 
 def test_one_changed_measurement_is_a_diff_of_few_lines() -> None:
     """The measurement, its profile's digest and the checksum."""
     first = PROFILES[0]
-    other = first.model_copy(update={"measurements": (*first.measurements[:-1], make_measurement("xla_rows", 4.0, 0.8))})
+    other = first.model_copy(
+        update={"measurements": (*first.measurements[:-1], make_measurement("xla_rows", 4.0, 0.8))}
+    )
     changed = bundle.dump([other, *PROFILES[1:]], "made up")
-    assert sum(one != two for one, two in zip(TEXT.splitlines(), changed.splitlines(), strict=True)) == 3
+    assert (
+        sum(one != two for one, two in zip(TEXT.splitlines(), changed.splitlines(), strict=True))
+        == 3
+    )
 
 
 def test_empty_bundle() -> None:
@@ -109,7 +147,9 @@ def test_empty_bundle() -> None:
 @given(st.floats(min_value=0, allow_infinity=False), st.integers(0, 2**60))
 def test_numbers_survive_to_the_last_bit(seconds: float, memory: int) -> None:
     """A digest holds for every number that a profile may have."""
-    profile = make_profile(measurements=[make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)])
+    profile = make_profile(
+        measurements=[make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)]
+    )
     assert check(bundle.dump([profile])).profiles == (profile,)  # type: ignore[union-attr]
 
 
@@ -122,25 +162,37 @@ def test_note_is_one_line(note: str) -> None:
 
 def test_two_profiles_of_one_workload_are_not_written() -> None:
     """Which of them is meant is for the caller to say."""
-    with pytest.raises(BundleError, match=r"there are two of cpu A cores=4 memory=8GiB \| attention:b=1,t=1,"):
+    with pytest.raises(
+        BundleError, match=r"there are two of cpu A cores=4 memory=8GiB \| attention:b=1,t=1,"
+    ):
         bundle.dump([*PROFILES, PROFILES[0].model_copy(update={"effort": "quick"})])
 
 
-# --- Versions -------------------------------------------------------------------------------------------------------------
+# --- Versions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", sorted(RELEASED.iterdir()), ids=lambda file: file.name)
 def test_every_released_format_can_be_read(file: Path, tmp_path: Path) -> None:
     """What any version wrote is read for ever: each file here holds the same three profiles.
 
-    For a new version of a format: write these profiles with it (``bundle.load`` an older file, ``bundle.dump`` or ``ProfileStore.put_all`` them), add the
-    file as ``bundle-<version>.json`` or ``store-<version>.sqlite``, and never change one that is there.
+    For a new version of a format: write these profiles with it (``bundle.load`` an older file,
+    ``bundle.dump`` or ``ProfileStore.put_all`` them), add the file as ``bundle-<version>.json`` or
+    ``store-<version>.sqlite``, and never change one that is there.
     """
     copy = Path(shutil.copy(file, tmp_path))
-    profiles = ProfileStore(copy).profiles() if file.suffix == ".sqlite" else list(bundle.read(copy).profiles)
-    assert sorted(profiles, key=repr) == sorted(bundle.read(RELEASED / "bundle-1.json").profiles, key=repr)
+    profiles = (
+        ProfileStore(copy).profiles()
+        if file.suffix == ".sqlite"
+        else list(bundle.read(copy).profiles)
+    )
+    assert sorted(profiles, key=repr) == sorted(
+        bundle.read(RELEASED / "bundle-1.json").profiles, key=repr
+    )
     assert len(profiles) == 3
-    assert {str(choice.plan) for profile in profiles if (choice := profile.choose())} == {"cudnn", "xla, 16 MB"}
+    assert {str(choice.plan) for profile in profiles if (choice := profile.choose())} == {
+        "cudnn",
+        "xla, 16 MB",
+    }
 
 
 def test_released_store_keeps_what_was_missed(tmp_path: Path) -> None:
@@ -170,13 +222,18 @@ def test_newer_version_says_to_upgrade(version: int) -> None:
     assert "reads those up to 2; upgrade autochunk" in message
 
 
-# --- What is no bundle ----------------------------------------------------------------------------------------------------
+# --- What is no bundle ----------------------------------------------------------------------------
 
 
 def changed(**fields: Any) -> str:
     """A bundle of one profile with fields of the profile changed; None leaves one out."""
     profile = {**json.loads(make_profile().model_dump_json()), **fields}
-    return json.dumps({"schema_version": 1, "profiles": [{name: value for name, value in profile.items() if value is not None}]})
+    return json.dumps(
+        {
+            "schema_version": 1,
+            "profiles": [{name: value for name, value in profile.items() if value is not None}],
+        }
+    )
 
 
 NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
@@ -210,10 +267,22 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
         ("1" + "0" * 5000, "number out of range"),
         ('{"schema_version": 1, "profiles": [{"a": 1' + "0" * 5000 + "}]}", "number out of range"),
         ("{}", "schema_version must be a whole number from 1 to 2; got None"),
-        ('{"profiles": [], "schema_version": 0}', "schema_version must be a whole number from 1 to 2; got 0"),
-        ('{"profiles": [], "schema_version": "1"}', "schema_version must be a whole number from 1 to 2; got '1'"),
-        ('{"profiles": [], "schema_version": true}', "schema_version must be a whole number from 1 to 2; got True"),
-        ('{"profiles": [], "schema_version": 1.0}', "schema_version must be a whole number from 1 to 2; got 1.0"),
+        (
+            '{"profiles": [], "schema_version": 0}',
+            "schema_version must be a whole number from 1 to 2; got 0",
+        ),
+        (
+            '{"profiles": [], "schema_version": "1"}',
+            "schema_version must be a whole number from 1 to 2; got '1'",
+        ),
+        (
+            '{"profiles": [], "schema_version": true}',
+            "schema_version must be a whole number from 1 to 2; got True",
+        ),
+        (
+            '{"profiles": [], "schema_version": 1.0}',
+            "schema_version must be a whole number from 1 to 2; got 1.0",
+        ),
         ('{"openapi": "3.0", "$schema": "x"}', "schema_version must be"),
         ('{"schema_version": 1}', "profiles: Field required"),
         ('{"profiles": 3, "schema_version": 1}', "first at profiles: "),
@@ -223,8 +292,14 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
         ('{"profiles": [], "schema_version": 1, "more": 2}', "more: Extra inputs"),
         ('{"profiles": [], "schema_version": 1, "a\\nb": 2}', "a\\nb: Extra inputs"),
         ('{"profiles": [], "schema_version": 2}', "checksum: Field required"),
-        ('{"profiles": [], "profiles": [], "schema_version": 1}', "a name is given twice in one object"),
-        (TEXT.replace('"complete": true', '"complete": true, "complete": true', 1), "a name is given twice in one object"),
+        (
+            '{"profiles": [], "profiles": [], "schema_version": 1}',
+            "a name is given twice in one object",
+        ),
+        (
+            TEXT.replace('"complete": true', '"complete": true, "complete": true', 1),
+            "a name is given twice in one object",
+        ),
         ("[" * 100_000, "recursion limit"),
         ('{"a":' * 100_000, "recursion limit"),
         (TEXT + "x", NO_BUNDLE + "trailing characters"),
@@ -247,11 +322,18 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
         (changed(unknown=3), "profiles.0.unknown: Extra inputs"),
         (changed(created="now"), "profiles.0.created"),
         (version_1(PROFILES[0], PROFILES[0]), f"there are two of {KEYS[0][0]} | {KEYS[0][1]}"),
-        (version_1(at1 := PROFILES[0], at1.model_copy(update={"created": "2026-03-01T00:00:00Z"})), "there are two of"),
+        (
+            version_1(
+                at1 := PROFILES[0], at1.model_copy(update={"created": "2026-03-01T00:00:00Z"})
+            ),
+            "there are two of",
+        ),
     ],
 )
 def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
-    """Whatever is no bundle is a BundleError of one line that names the source and the place, and nothing is read from it by scanning either."""
+    """Whatever is no bundle is a BundleError of one line that names the source and the place, and
+    nothing is read from it by scanning either.
+    """
     assert says in refused(data)
     assert isinstance(check(data), BundleError)
 
@@ -259,34 +341,65 @@ def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c["profiles"][2]["profile"].update(complete=False), "profiles.2: the profile of cpu A"),
-        (lambda c: c["profiles"][2]["profile"]["measurements"].pop(), "profiles.2: the profile of cpu A"),
-        (lambda c: c["profiles"][2]["profile"]["measurements"][0]["seconds"].reverse() or c["profiles"][2]["profile"].update(effort="quick"), "is not what"),
-        (lambda c: c["profiles"][2].update(digest="sha256:" + "0" * 64), "its checksum does not fit"),
+        (
+            lambda c: c["profiles"][2]["profile"].update(complete=False),
+            "profiles.2: the profile of cpu A",
+        ),
+        (
+            lambda c: c["profiles"][2]["profile"]["measurements"].pop(),
+            "profiles.2: the profile of cpu A",
+        ),
+        (
+            lambda c: (
+                c["profiles"][2]["profile"]["measurements"][0]["seconds"].reverse()
+                or c["profiles"][2]["profile"].update(effort="quick")
+            ),
+            "is not what",
+        ),
+        (
+            lambda c: c["profiles"][2].update(digest="sha256:" + "0" * 64),
+            "its checksum does not fit",
+        ),
         (lambda c: c["profiles"][2].update(digest="md5:0"), "profiles.2.digest"),
         (lambda c: c.update(checksum="sha256:" + "0" * 64), "its checksum does not fit"),
         (lambda c: c.update(checksum=3), "first at checksum"),
         (lambda c: c["profiles"].pop(), "its checksum does not fit"),
         (lambda c: c["profiles"].reverse(), "its checksum does not fit"),
         (lambda c: c["profiles"].append(c["profiles"][0]), "its checksum does not fit"),
-        (lambda c: c["provenance"].update(profiles=5), "its provenance says 5 profiles; there are 6"),
+        (
+            lambda c: c["provenance"].update(profiles=5),
+            "its provenance says 5 profiles; there are 6",
+        ),
         (lambda c: c["provenance"].update(devices=["cpu C"]), "its provenance does not fit"),
-        (lambda c: c["provenance"].update(newest="2026-03-01T00:00:00Z"), "its provenance does not fit"),
+        (
+            lambda c: c["provenance"].update(newest="2026-03-01T00:00:00Z"),
+            "its provenance does not fit",
+        ),
         (lambda c: c["provenance"].update(note="\x1b[31m"), "provenance.note"),
         (lambda c: c["provenance"].update(by="me"), "provenance.by"),
         (lambda c: c.pop("provenance"), "provenance: Field required"),
     ],
 )
 def test_damage_is_found(change: Callable[[dict[str, Any]], object], says: str) -> None:
-    """What was changed on the way is told by a digest, the checksum or the provenance; the message says where."""
+    """What was changed on the way is told by a digest, the checksum or the provenance.
+
+    The message says where.
+    """
     text = rewritten(change)
     assert says in refused(text)
     check(text)
 
 
 def test_another_layout_is_the_same_bundle() -> None:
-    """Digests are of the content: whoever lays a file out anew, or sorts its fields, has not damaged it."""
-    for text in (json.dumps(json.loads(TEXT)), json.dumps(json.loads(TEXT), indent=4, sort_keys=True), TEXT.replace("\n", "\r\n")):
+    """Digests are of the content.
+
+    Whoever lays a file out anew, or sorts its fields, has not damaged it.
+    """
+    for text in (
+        json.dumps(json.loads(TEXT)),
+        json.dumps(json.loads(TEXT), indent=4, sort_keys=True),
+        TEXT.replace("\n", "\r\n"),
+    ):
         assert bundle.load(text) == bundle.load(TEXT)
 
 
@@ -309,21 +422,34 @@ def test_hostile_text_is_a_bundle_error(data: str | bytes) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @given(st.data(), JSON, st.sampled_from([TEXT, version_1(*PROFILES)]))
-def test_any_value_in_any_place_is_a_bundle_or_a_bundle_error(data: st.DataObject, value: Any, text: str) -> None:
-    """Wrong types and lengths are found in every place, also behind digests and a checksum that fit."""
+def test_any_value_in_any_place_is_a_bundle_or_a_bundle_error(
+    data: st.DataObject, value: Any, text: str
+) -> None:
+    """Wrong types and lengths are found in every place, also behind digests and a checksum that
+    fit.
+    """
     content = json.loads(text)
     place, name = content, "profiles"
     for _ in range(data.draw(st.integers(0, 6))):
         inner = place[name]
         if not isinstance(inner, dict | list) or not inner:
             break
-        place, name = inner, data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))))
+        place, name = (
+            inner,
+            data.draw(
+                st.sampled_from(
+                    sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))
+                )
+            ),
+        )
     place[name] = value
     damaged = json.dumps(content).encode()
     check(damaged)
@@ -353,13 +479,20 @@ HUGE = {
     "as many lists as are let through": ("[", "[],", 2**23 - 9, "[]]"),
     "as many profiles as are let through": (HEAD, "3,", 2**24 - 9, "3]}"),
     "many objects as profiles": (HEAD, "{},", 299_999, "{}]}"),
-    "many devices": ('{"schema_version": 2, "profiles": [], "provenance": {"devices": [', "3,", 10**7, "3]}}"),
+    "many devices": (
+        '{"schema_version": 2, "profiles": [], "provenance": {"devices": [',
+        "3,",
+        10**7,
+        "3]}}",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", HUGE)
 def test_what_is_made_to_take_time_and_memory(case: str) -> None:
-    """A file of as many brackets as fit, deep or side by side, or of as many values as are let through, is refused in some seconds and gigabytes."""
+    """A file of as many brackets as fit, deep or side by side, or of as many values as are let
+    through, is refused in some seconds and gigabytes.
+    """
     code = """
 import resource, sys
 from autochunk.errors import BundleError
@@ -380,7 +513,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     assert time.monotonic() - started < 50
 
 
-@pytest.mark.parametrize("place", ["", "provenance", "profiles.0", "profiles.0.profile", "profiles.0.profile.device", "profiles.0.profile.measurements.0"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        "provenance",
+        "profiles.0",
+        "profiles.0.profile",
+        "profiles.0.profile.device",
+        "profiles.0.profile.measurements.0",
+    ],
+)
 def test_an_object_of_many_fields_is_refused_unvalidated(place: str) -> None:
     """An error for each of them would take a thousand times the file's memory."""
     content: Any = json.loads(TEXT)
@@ -392,12 +535,22 @@ def test_an_object_of_many_fields_is_refused_unvalidated(place: str) -> None:
 
 
 def test_an_error_that_is_kept_does_not_keep_what_was_read() -> None:
-    """Pydantic's errors hold objects that the garbage collector cannot see; in a cycle with a kept error, the file's whole content would stay for ever."""
-    text = changed(workload="attention:b=1,t=8,s=8,h=3,kv_heads=2,k=8,v=8,dtype=float32,causal=no,mask=none,bias=none,mode=forward")
+    """Pydantic's errors hold objects that the garbage collector cannot see.
+
+    In a cycle with a kept error, the file's whole content would stay for ever.
+    """
+    text = changed(
+        workload="attention:b=1,t=8,s=8,h=3,kv_heads=2,k=8,v=8,dtype=float32,causal=no,mask=none,bias=none,mode=forward"
+    )
 
     def keep() -> None:
         kept = []
-        for read in (bundle.load, lambda data: bundle.scan(data)[make_device().key, json.loads(data)["profiles"][0]["workload"]]):
+        for read in (
+            bundle.load,
+            lambda data: bundle.scan(data)[
+                make_device().key, json.loads(data)["profiles"][0]["workload"]
+            ],
+        ):
             with pytest.raises(BundleError) as error:
                 read(text)
             kept.append(error.value)
@@ -412,7 +565,7 @@ def test_an_error_that_is_kept_does_not_keep_what_was_read() -> None:
     assert objects_after(50) < before + 50
 
 
-# --- Reading a part -------------------------------------------------------------------------------------------------------
+# --- Reading a part -------------------------------------------------------------------------------
 
 
 def test_scan() -> None:
@@ -428,22 +581,30 @@ def test_scan() -> None:
 
 def test_damaged_profile_leaves_the_others_usable() -> None:
     """It is found when it is asked for."""
-    index = bundle.scan(rewritten(lambda content: content["profiles"][2]["profile"].update(complete=False)), "from here")
+    index = bundle.scan(
+        rewritten(lambda content: content["profiles"][2]["profile"].update(complete=False)),
+        "from here",
+    )
     assert [index[key] for key in KEYS[:2]] == PROFILES[:2]
-    with pytest.raises(BundleError, match=r"from here: profiles.2: the profile of cpu A .* is not what its digest was made of"):
+    with pytest.raises(
+        BundleError,
+        match=r"from here: profiles.2: the profile of cpu A .* is not what its digest was made of",
+    ):
         index[KEYS[2]]
 
 
 def test_invalid_profile_is_found_when_asked_for() -> None:
     """Also one whose digest fits."""
-    damaged = sealed(rewritten(lambda content: content["profiles"][2]["profile"].update(created="now")).encode())
+    damaged = sealed(
+        rewritten(lambda content: content["profiles"][2]["profile"].update(created="now")).encode()
+    )
     index = bundle.scan(damaged)
     assert index[KEYS[1]] == PROFILES[1]
     with pytest.raises(BundleError, match=r"profiles.2.created"):
         index[KEYS[2]]
 
 
-# --- Files ----------------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def test_bundle_of_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -556,7 +717,10 @@ def test_write_to_what_is_no_file(tmp_path: Path) -> None:
 def test_standard_streams(tmp_path: Path) -> None:
     """A place named "-" is standard output in writing and standard input in reading."""
     bundle.write(tmp_path / "bundle.json.gz", TEXT)
-    code = "from autochunk.store import bundle; b = bundle.read('-'); bundle.write('-', bundle.dump(b.profiles, b.provenance.note))"
+    code = (
+        "from autochunk.store import bundle; b = bundle.read('-'); bundle.write('-', "
+        "bundle.dump(b.profiles, b.provenance.note))"
+    )
     shell = f"import os; os.dup2(os.open({str(tmp_path / 'bundle.json.gz')!r}, os.O_RDONLY), 0)\n"
     assert run_python(shell + code) == TEXT
 

@@ -18,7 +18,14 @@ from typing import Any
 
 import platformdirs
 import pytest
-from factories import make_device, make_measurement, make_profile, make_workload, run_python, start_python
+from factories import (
+    make_device,
+    make_measurement,
+    make_profile,
+    make_workload,
+    run_python,
+    start_python,
+)
 
 from autochunk.errors import StoreError, StoreWarning
 from autochunk.store import database
@@ -41,7 +48,9 @@ READERS: dict[str, Callable[[ProfileStore], object]] = {
 }
 WRITERS: dict[str, Callable[[ProfileStore], object]] = {
     "put": lambda store: store.put(make_profile(WORKLOADS[2], HERE)),
-    "put_all": lambda store: store.put_all([make_profile(workload, HERE) for workload in WORKLOADS]),
+    "put_all": lambda store: store.put_all(
+        [make_profile(workload, HERE) for workload in WORKLOADS]
+    ),
     "record_miss": lambda store: store.record_miss(HERE, WORKLOADS[2]),
     "check_writable": lambda store: store.check_writable(),
 }
@@ -69,7 +78,7 @@ def sql(path: Path, *statements: str) -> list[Any]:
     return rows
 
 
-# --- Keeping --------------------------------------------------------------------------------------------------------------
+# --- Keeping --------------------------------------------------------------------------------------
 
 
 def test_put_and_get(store: ProfileStore) -> None:
@@ -89,7 +98,9 @@ def test_get_of_what_is_not_there(store: ProfileStore) -> None:
 def test_put_replaces(store: ProfileStore) -> None:
     """There is one profile for each workload and device: the last one put."""
     store.put(make_profile(WORKLOADS[0], HERE))
-    later = make_profile(WORKLOADS[0], HERE, [make_measurement("xla", 2.0)], created="2026-05-05T05:05:05Z")
+    later = make_profile(
+        WORKLOADS[0], HERE, [make_measurement("xla", 2.0)], created="2026-05-05T05:05:05Z"
+    )
     store.put(later)
     assert store.profiles() == [later]
 
@@ -103,13 +114,19 @@ def test_devices_are_kept_apart(store: ProfileStore) -> None:
     assert store.workloads(THERE) == sorted(workload.key for workload in WORKLOADS)
     assert store.get(make_device(kind="nowhere"), WORKLOADS[0]) is None
     assert store.workloads(make_device(kind="her")) == []
-    assert store.keys() == [(device.key, key) for device in (HERE, THERE) for key in store.workloads(device)]
+    assert store.keys() == [
+        (device.key, key) for device in (HERE, THERE) for key in store.workloads(device)
+    ]
     assert store.get(make_device(kind="here", jaxlib="9.9"), WORKLOADS[0]) is not None
 
 
 def test_a_device_whose_name_begins_like_another_s(store: ProfileStore) -> None:
     """8 GiB is not 80 GiB, nor "here" "here too"."""
-    others = [make_device(kind="here", memory_gib=80), make_device(kind="here too"), make_device(kind="here", cores=44)]
+    others = [
+        make_device(kind="here", memory_gib=80),
+        make_device(kind="here too"),
+        make_device(kind="here", cores=44),
+    ]
     store.put_all([make_profile(WORKLOADS[0], device) for device in others])
     assert store.profiles(HERE) == []
     assert store.workloads(HERE) == []
@@ -189,7 +206,9 @@ def test_values_are_json_text(store: ProfileStore, store_path: Path) -> None:
             assert key.startswith(f"{HERE.key} | attention:")
 
 
-def test_a_pickle_in_the_file_is_not_run(store: ProfileStore, store_path: Path, tmp_path: Path) -> None:
+def test_a_pickle_in_the_file_is_not_run(
+    store: ProfileStore, store_path: Path, tmp_path: Path
+) -> None:
     """A row that would run code if it were unpickled is a StoreError, and nothing ran."""
 
     class Trap:
@@ -209,7 +228,7 @@ def test_time_is_utc_to_the_second() -> None:
     assert make_profile(created=utc_now()).created.endswith("Z")
 
 
-# --- Where the file is ----------------------------------------------------------------------------------------------------
+# --- Where the file is ----------------------------------------------------------------------------
 
 
 def test_variable_names_a_file(store_path: Path) -> None:
@@ -255,7 +274,18 @@ def test_without_the_variable(value: str | None, monkeypatch: pytest.MonkeyPatch
     assert default_path() == platformdirs.user_data_path("autochunk") / "profiles.sqlite"
 
 
-@pytest.mark.parametrize("name", ["a b.sqlite", "what?.sqlite", "50%20.sqlite", "#1.sqlite", "ünï.sqlite", "quo'te\".sqlite", "no_suffix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.sqlite",
+        "what?.sqlite",
+        "50%20.sqlite",
+        "#1.sqlite",
+        "ünï.sqlite",
+        "quo'te\".sqlite",
+        "no_suffix",
+    ],
+)
 def test_odd_paths(tmp_path: Path, name: str) -> None:
     """A path is a path, whatever is in it; the file is exactly there."""
     store = ProfileStore(tmp_path / "sub folder" / name)
@@ -273,8 +303,12 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(store.profiles()) == 1
 
 
-@pytest.mark.parametrize("reader", [*READERS.values(), *FORGETTERS.values()], ids=[*READERS, *FORGETTERS])
-def test_reading_never_creates_the_file(store: ProfileStore, store_path: Path, reader: Callable[[ProfileStore], object]) -> None:
+@pytest.mark.parametrize(
+    "reader", [*READERS.values(), *FORGETTERS.values()], ids=[*READERS, *FORGETTERS]
+)
+def test_reading_never_creates_the_file(
+    store: ProfileStore, store_path: Path, reader: Callable[[ProfileStore], object]
+) -> None:
     """Who only asks leaves no trace, not even a folder."""
     assert not reader(store)
     assert store.version() is None
@@ -282,16 +316,24 @@ def test_reading_never_creates_the_file(store: ProfileStore, store_path: Path, r
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_writing_creates_missing_parents(tmp_path: Path, writer: Callable[[ProfileStore], object]) -> None:
+def test_writing_creates_missing_parents(
+    tmp_path: Path, writer: Callable[[ProfileStore], object]
+) -> None:
     """The first write makes the folders, too."""
     store = ProfileStore(tmp_path / "a" / "b" / "c.sqlite")
     writer(store)
     assert [path.name for path in store.path.parent.iterdir()] == ["c.sqlite"]
 
 
-@pytest.mark.parametrize("operation", [*READERS.values(), *WRITERS.values()], ids=[*READERS, *WRITERS])
-def test_empty_file_is_an_empty_store(store: ProfileStore, store_path: Path, operation: Callable[[ProfileStore], object]) -> None:
-    """A file of no bytes, as `touch` or a crash at the first write leaves it, is a store without profiles."""
+@pytest.mark.parametrize(
+    "operation", [*READERS.values(), *WRITERS.values()], ids=[*READERS, *WRITERS]
+)
+def test_empty_file_is_an_empty_store(
+    store: ProfileStore, store_path: Path, operation: Callable[[ProfileStore], object]
+) -> None:
+    """A file of no bytes, as `touch` or a crash at the first write leaves it, is a store without
+    profiles.
+    """
     store_path.parent.mkdir()
     store_path.touch()
     assert not operation(store)
@@ -313,7 +355,7 @@ def test_version_changes_with_every_change(store: ProfileStore) -> None:
     assert store.version() in versions
 
 
-# --- Damage ---------------------------------------------------------------------------------------------------------------
+# --- Damage ---------------------------------------------------------------------------------------
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "garbage": lambda _: b"\x00\xffgarbage" * 1000,
@@ -345,7 +387,9 @@ print(json.dumps(outcomes))
 """
 
 
-def outcomes_of_everything(path: Path, names: Iterable[str] = (*READERS, *WRITERS)) -> dict[str, str]:
+def outcomes_of_everything(
+    path: Path, names: Iterable[str] = (*READERS, *WRITERS)
+) -> dict[str, str]:
     outcomes = json.loads(run_python(OUTCOMES, path, Path(__file__).parent, *names, timeout=40))
     assert set(outcomes) == set(names)
     return dict(outcomes)
@@ -362,7 +406,11 @@ def full_store(store: ProfileStore) -> ProfileStore:
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_file(full_store: ProfileStore, damage: Callable[[bytes], bytes]) -> None:
-    """A file that is no sound database: who meets the damage gets a StoreError with the path and the cure, nothing hangs, nothing touches the file."""
+    """A file that is no sound database.
+
+    Who meets the damage gets a StoreError with the path and the cure, nothing hangs, nothing
+    touches the file.
+    """
     path, names = full_store.path, [*READERS, "record_miss"]
     sound, content = outcomes_of_everything(path, READERS), damage(path.read_bytes())
     path.write_bytes(content)
@@ -373,7 +421,10 @@ def test_damaged_file(full_store: ProfileStore, damage: Callable[[bytes], bytes]
             continue
         assert outcome.startswith("StoreError: ")
         assert str(path) in outcome
-        assert "set AUTOCHUNK_STORE to a file in a folder you may write, or move this file away" in outcome
+        assert (
+            "set AUTOCHUNK_STORE to a file in a folder you may write, or move this file away"
+            in outcome
+        )
         assert "\n" not in outcome
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -388,7 +439,10 @@ def test_folder_in_the_place_of_the_file(tmp_path: Path) -> None:
 
 
 def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
-    """Where the folder cannot be made, there is nothing to read, and writing is a StoreError: as in a folder that one may not write (root may always)."""
+    """Where the folder cannot be made, there is nothing to read, and writing is a StoreError.
+
+    As in a folder that one may not write (root may always).
+    """
     (tmp_path / "file").write_text("mine")
     outcomes = outcomes_of_everything(tmp_path / "file" / "profiles.sqlite")
     assert not any(outcomes[name].startswith("StoreError") for name in READERS)
@@ -402,12 +456,21 @@ def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written() -> None:
     """Not even root makes files in /proc."""
     outcomes = outcomes_of_everything(Path("/proc/autochunk.sqlite"))
-    assert all(outcomes[name].startswith("StoreError: cannot write the profile store /proc/autochunk.sqlite") for name in WRITERS)
+    assert all(
+        outcomes[name].startswith(
+            "StoreError: cannot write the profile store /proc/autochunk.sqlite"
+        )
+        for name in WRITERS
+    )
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root ignores permissions")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root ignores permissions"
+)
 def test_folder_without_permission(full_store: ProfileStore) -> None:
-    """In a read-only folder profiles are read, and writing is a StoreError that leaves the file as it is."""
+    """In a read-only folder profiles are read, and writing is a StoreError that leaves the file as
+    it is.
+    """
     content = full_store.path.read_bytes()
     full_store.path.parent.chmod(0o500)
     try:
@@ -415,7 +478,9 @@ def test_folder_without_permission(full_store: ProfileStore) -> None:
     finally:
         full_store.path.parent.chmod(0o700)
     assert not any(outcomes[name].startswith("StoreError") for name in READERS)
-    assert all(outcomes[name].startswith("StoreError") for name in ("put", "put_all", "record_miss"))
+    assert all(
+        outcomes[name].startswith("StoreError") for name in ("put", "put_all", "record_miss")
+    )
     assert full_store.path.read_bytes() == content
 
 
@@ -440,14 +505,20 @@ GARBAGE_VALUES = [
 
 @pytest.mark.parametrize("value", GARBAGE_VALUES)
 def test_garbage_row(full_store: ProfileStore, value: object) -> None:
-    """A sound database with a row that is no profile: ``get`` is a StoreError with path and cure, ``profiles`` leaves it out; others go on."""
+    """A sound database with a row that is no profile.
+
+    ``get`` is a StoreError with path and cure, ``profiles`` leaves it out; others go on.
+    """
     with closing(sqlite3.connect(full_store.path)) as file, file:
         file.execute("UPDATE profiles SET value = ? WHERE key LIKE '%b=1,t=1,%'", (value,))
     with pytest.raises(StoreError, match=r"a profile in .* cannot be read") as error:
         full_store.get(HERE, WORKLOADS[0])
     assert str(full_store.path) in str(error.value)
     assert "AUTOCHUNK_STORE" in str(error.value)
-    with pytest.warns(StoreWarning, match=rf"^1 of 29 profiles in {full_store.path} cannot be read and were left out") as caught:
+    with pytest.warns(
+        StoreWarning,
+        match=rf"^1 of 29 profiles in {full_store.path} cannot be read and were left out",
+    ) as caught:
         assert lengths(full_store.profiles()) == list(range(2, 30))
     assert len(caught) == 1
     assert full_store.get(HERE, WORKLOADS[1])
@@ -471,13 +542,19 @@ def test_garbage_key(full_store: ProfileStore, key: object) -> None:
     "statements",
     [
         ["DROP TABLE profiles", "CREATE TABLE profiles (other TEXT)"],
-        ["DROP TABLE profiles", "CREATE TABLE profiles (key TEXT PRIMARY KEY, value BLOB, more TEXT NOT NULL)"],
+        [
+            "DROP TABLE profiles",
+            "CREATE TABLE profiles (key TEXT PRIMARY KEY, value BLOB, more TEXT NOT NULL)",
+        ],
         ["DROP TABLE profiles", "CREATE VIEW profiles AS SELECT 1 AS key, 2 AS value"],
         ["DROP TABLE missed", "CREATE TABLE missed (other TEXT)"],
     ],
 )
 def test_another_program_s_tables(full_store: ProfileStore, statements: list[str]) -> None:
-    """A sound database that is not ours: what cannot be read or written is a StoreError, nothing hangs, nothing changes."""
+    """A sound database that is not ours.
+
+    What cannot be read or written is a StoreError, nothing hangs, nothing changes.
+    """
     sql(full_store.path, *statements)
     before = sql(full_store.path, "SELECT sql FROM sqlite_master")
     table = statements[1].split()[2]
@@ -487,22 +564,35 @@ def test_another_program_s_tables(full_store: ProfileStore, statements: list[str
     assert sql(full_store.path, "SELECT sql FROM sqlite_master") == before
 
 
-# --- Failing in the middle ------------------------------------------------------------------------------------------------
+# --- Failing in the middle ------------------------------------------------------------------------
 
 
 def test_put_all_stores_all_or_none(full_store: ProfileStore) -> None:
     """Where one of many profiles cannot be stored none is, and the file is as it was."""
-    sql(full_store.path, "CREATE TRIGGER no BEFORE INSERT ON profiles WHEN NEW.key LIKE '%t=150,%' BEGIN SELECT RAISE(ABORT, 'disk on fire'); END")
+    sql(
+        full_store.path,
+        "CREATE TRIGGER no BEFORE INSERT ON profiles WHEN NEW.key LIKE '%t=150,%' BEGIN SELECT "
+        "RAISE(ABORT, 'disk on fire'); END",
+    )
     content, before = full_store.path.read_bytes(), full_store.profiles()
     with pytest.raises(StoreError, match="disk on fire"):
-        full_store.put_all([make_profile(make_workload(f"t={t},k=8"), HERE, created="2026-09-09T09:09:09Z") for t in range(1, 200)])
+        full_store.put_all(
+            [
+                make_profile(make_workload(f"t={t},k=8"), HERE, created="2026-09-09T09:09:09Z")
+                for t in range(1, 200)
+            ]
+        )
     assert full_store.path.read_bytes() == content
     assert full_store.profiles() == before
 
 
 def test_failed_put_keeps_the_old_profile(full_store: ProfileStore) -> None:
     """A profile that cannot be stored does not cost the one it would have replaced."""
-    sql(full_store.path, "CREATE TRIGGER no BEFORE INSERT ON profiles BEGIN SELECT RAISE(ABORT, 'disk on fire'); END")
+    sql(
+        full_store.path,
+        "CREATE TRIGGER no BEFORE INSERT ON profiles BEGIN SELECT RAISE(ABORT, 'disk on fire'); "
+        "END",
+    )
     content = full_store.path.read_bytes()
     with pytest.raises(StoreError, match="disk on fire"):
         full_store.put(make_profile(WORKLOADS[0], HERE, created="2026-09-09T09:09:09Z"))
@@ -512,7 +602,10 @@ def test_failed_put_keeps_the_old_profile(full_store: ProfileStore) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
 @pytest.mark.parametrize("method", ["put", "put_all"])
 def test_full_disk(full_store: ProfileStore, method: str) -> None:
-    """A disk that is full, here a limit on the size of files: a StoreError, and all profiles are still there."""
+    """A disk that is full, here a limit on the size of files.
+
+    A StoreError, and all profiles are still there.
+    """
     code = f"""
 import resource, sys
 from factories import make_profile, make_device, make_workload
@@ -537,7 +630,7 @@ except StoreError as error:
         assert after == before
 
 
-# --- Several processes ----------------------------------------------------------------------------------------------------
+# --- Several processes ----------------------------------------------------------------------------
 
 WRITE = """
 import sys
@@ -558,12 +651,18 @@ def test_store_outlives_the_process(store: ProfileStore) -> None:
     """What one process stores the next one finds."""
     run_python(WRITE, store.path, 1, 4)
     assert lengths(store.profiles(HERE)) == [1, 2, 3]
-    code = "import sys; from autochunk.store.database import ProfileStore; print(len(ProfileStore().profiles()))"
+    code = (
+        "import sys; from autochunk.store.database import ProfileStore; "
+        "print(len(ProfileStore().profiles()))"
+    )
     assert run_python(code).strip() == "3"
 
 
 def test_concurrent_writers_lose_nothing(store: ProfileStore) -> None:
-    """Four processes that start on a store that is not there yet and write 25 profiles each: all 100 are there, and no writer failed."""
+    """Four processes that start on a store that is not there yet and write 25 profiles each.
+
+    All 100 are there, and no writer failed.
+    """
     writers = [start_python(WRITE, store.path, first, first + 25) for first in (1, 26, 51, 76)]
     for writer in writers:
         out, err = writer.communicate(timeout=120)
@@ -605,8 +704,12 @@ def test_reader_beside_a_writer(store: ProfileStore) -> None:
 
 
 @pytest.mark.parametrize("acknowledged", [1, 5, 12])
-def test_killed_writer_leaves_every_acknowledged_profile(store: ProfileStore, acknowledged: int) -> None:
-    """A writer killed at any moment leaves a store that opens, with every profile whose ``put`` had returned."""
+def test_killed_writer_leaves_every_acknowledged_profile(
+    store: ProfileStore, acknowledged: int
+) -> None:
+    """A writer killed at any moment leaves a store that opens, with every profile whose ``put`` had
+    returned.
+    """
     with start_python(WRITE, store.path, 1, 1000) as writer:
         assert writer.stdout is not None
         for _ in range(acknowledged):
@@ -631,7 +734,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave_a_hot_journal(path: Path) -> None:
-    """Lets a process die in the middle of a commit: pages are in the file already, the old ones in the rollback journal."""
+    """Lets a process die in the middle of a commit.
+
+    Pages are in the file already, the old ones in the rollback journal.
+    """
     with start_python(HALF_A_COMMIT, path) as writer:
         writer.wait(30)
     assert writer.returncode == -signal.SIGKILL
@@ -640,7 +746,10 @@ def leave_a_hot_journal(path: Path) -> None:
 
 @pytest.mark.parametrize("operation", ["get", "profiles", "put", "put_all", "record_miss"])
 def test_store_recovers_from_half_a_commit(full_store: ProfileStore, operation: str) -> None:
-    """Killed, or out of power, in the middle of a commit: the next one to open the store finds what was there before."""
+    """Killed, or out of power, in the middle of a commit.
+
+    The next one to open the store finds what was there before.
+    """
     before = full_store.profiles()
     leave_a_hot_journal(full_store.path)
     {**READERS, **WRITERS}[operation](full_store)
@@ -658,7 +767,9 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize(("lock", "readable"), [("IMMEDIATE", True), ("EXCLUSIVE", False)])
-def test_lock_that_is_never_released(full_store: ProfileStore, monkeypatch: pytest.MonkeyPatch, lock: str, readable: bool) -> None:
+def test_lock_that_is_never_released(
+    full_store: ProfileStore, monkeypatch: pytest.MonkeyPatch, lock: str, readable: bool
+) -> None:
     """Behind a program that holds the file for ever, waiting ends in a StoreError that says so."""
     monkeypatch.setattr(database, "_BUSY_MILLISECONDS", 200)
     with start_python(HOLD, full_store.path, lock) as holder:
@@ -688,7 +799,10 @@ def test_lock_that_is_released(full_store: ProfileStore) -> None:
 
 
 def test_file_may_be_replaced_between_operations(full_store: ProfileStore) -> None:
-    """Each operation opens the file anew: where another program deletes it, the next operation meets no file, and then a new one."""
+    """Each operation opens the file anew.
+
+    Where another program deletes it, the next operation meets no file, and then a new one.
+    """
     full_store.profiles()
     full_store.path.unlink()
     assert full_store.profiles() == []
@@ -704,8 +818,12 @@ def test_file_may_be_replaced_between_operations(full_store: ProfileStore) -> No
         *(pytest.param(write, id=name) for name, write in {**WRITERS, **FORGETTERS}.items()),
     ],
 )
-def test_nothing_stays_open(full_store: ProfileStore, operation: Callable[[ProfileStore], object]) -> None:
-    """No descriptor of the file is left after an operation, so that none is inherited by a forked child (SQLite's connections must not be)."""
+def test_nothing_stays_open(
+    full_store: ProfileStore, operation: Callable[[ProfileStore], object]
+) -> None:
+    """No descriptor of the file is left after an operation, so that none is inherited by a forked
+    child (SQLite's connections must not be).
+    """
     gc.collect()
     gc.disable()
     try:
@@ -720,7 +838,11 @@ def test_nothing_stays_open(full_store: ProfileStore, operation: Callable[[Profi
 @pytest.mark.parametrize("write", ["put", "put_all"])
 def test_nothing_stays_open_after_an_error(full_store: ProfileStore, write: str) -> None:
     """Nor after a statement that failed, while somebody still holds the error."""
-    sql(full_store.path, "CREATE TRIGGER no BEFORE INSERT ON profiles BEGIN SELECT RAISE(ABORT, 'disk on fire'); END")
+    sql(
+        full_store.path,
+        "CREATE TRIGGER no BEFORE INSERT ON profiles BEGIN SELECT RAISE(ABORT, 'disk on fire'); "
+        "END",
+    )
     with pytest.raises(StoreError, match="disk on fire") as error:
         WRITERS[write](full_store)
     held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]

@@ -1,6 +1,9 @@
-"""What the store promises when things go wrong: much data, many writers, kill -9, full disks, damage. Every test here takes seconds.
+"""What the store promises when things go wrong.
 
-AUTOCHUNK_TEST_KILLS and AUTOCHUNK_TEST_PROFILES (of each of 8 writers) make the longest ones as long as one likes.
+Much data, many writers, kill -9, full disks, damage. Every test here takes seconds.
+
+AUTOCHUNK_TEST_KILLS and AUTOCHUNK_TEST_PROFILES (of each of 8 writers) make the longest ones as
+long as one likes.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from factories import make_device, make_measurement, make_profile, make_workload, run_python, start_python
+from factories import (
+    make_device,
+    make_measurement,
+    make_profile,
+    make_workload,
+    run_python,
+    start_python,
+)
 
 from autochunk.errors import StoreError, StoreWarning
 from autochunk.store import database, rescue
@@ -33,11 +43,18 @@ KILLS = int(os.environ.get("AUTOCHUNK_TEST_KILLS", "15"))
 PROFILES = int(os.environ.get("AUTOCHUNK_TEST_PROFILES", "40"))
 PAGE = 4096
 
-needs_root_on_linux = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a file system needs root on Linux")
+needs_root_on_linux = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0,
+    reason="mounting a file system needs root on Linux",
+)
 
 
 def profile_of(t: int, kind: str = "here", measurements: int = 4) -> Profile:
-    return make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind), [make_measurement("xla", float(n + 1)) for n in range(measurements)])
+    return make_profile(
+        make_workload(f"t={t},k=8"),
+        make_device(kind=kind),
+        [make_measurement("xla", float(n + 1)) for n in range(measurements)],
+    )
 
 
 def lengths(profiles: list[Profile]) -> list[int]:
@@ -57,7 +74,7 @@ def store(store_path: Path) -> ProfileStore:
     return fill(store_path, 200)
 
 
-# --- Much data ------------------------------------------------------------------------------------------------------------
+# --- Much data ------------------------------------------------------------------------------------
 
 FIRST_GET = """
 import re, sys
@@ -72,7 +89,9 @@ print(read() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not tell how much a process reads")
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="the system does not tell how much a process reads"
+)
 def test_look_ups_read_a_few_pages_however_large_the_store(tmp_path: Path) -> None:
     """The first one of a process, too."""
     fill(tmp_path / "large.sqlite", 1500, measurements=20)
@@ -89,11 +108,13 @@ def test_look_ups_use_the_index(store: ProfileStore, condition: str) -> None:
     assert "SEARCH profiles USING COVERING INDEX" in plan
 
 
-# --- Durability -----------------------------------------------------------------------------------------------------------
+# --- Durability -----------------------------------------------------------------------------------
 
 
 def test_commits_are_synchronous(store: ProfileStore) -> None:
-    """The connection that writes, which sqlitedict opens, waits for the disk at each commit (3 is EXTRA)."""
+    """The connection that writes, which sqlitedict opens, waits for the disk at each commit (3 is
+    EXTRA).
+    """
     with database._table(store.path, "profiles") as table:
         assert table.conn.select_one("PRAGMA synchronous") == (3,)
         table["key"] = "value"
@@ -113,15 +134,24 @@ for t in range(first, first + count):
 
 
 def start_writer(path: Path, first: int, count: int) -> subprocess.Popen[str]:
-    return start_python(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WRITE}", path, first, count)
+    return start_python(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WRITE}",
+        path,
+        first,
+        count,
+    )
 
 
 def test_eight_writers_lose_and_double_nothing(store_path: Path) -> None:
-    """Eight processes that begin with no file and write at once: every profile is there once, no writer fails, and readers see whole profiles, ever more."""
+    """Eight processes that begin with no file and write at once.
+
+    Every profile is there once, no writer fails, and readers see whole profiles, ever more.
+    """
     writers = [start_writer(store_path, 1 + number * PROFILES, PROFILES) for number in range(8)]
     seen = [0]
     while any(writer.poll() is None for writer in writers):
-        seen.append(len(ProfileStore(store_path).profiles()))  # a row that is not whole would be a warning, which is an error here
+        # a row that is not whole would be a warning, which is an error here
+        seen.append(len(ProfileStore(store_path).profiles()))
     for writer in writers:
         out, err = writer.communicate(timeout=600)
         assert writer.returncode == 0, err
@@ -132,10 +162,14 @@ def test_eight_writers_lose_and_double_nothing(store_path: Path) -> None:
 
 
 def test_kill_at_random_moments(store_path: Path) -> None:
-    """After each kill -9 the store opens, without a warning, and has every profile that was ever acknowledged."""
+    """After each kill -9 the store opens, without a warning, and has every profile that was ever
+    acknowledged.
+    """
     chance, acknowledged = random.Random(0), set[int]()
     for number in range(KILLS):
-        with start_writer(store_path, 1 + 100_000 * (number % 20) + 2000 * (number // 20), 2000) as writer:
+        with start_writer(
+            store_path, 1 + 100_000 * (number % 20) + 2000 * (number // 20), 2000
+        ) as writer:
             assert writer.stdout is not None
             first = writer.stdout.readline()
             time.sleep(chance.uniform(0, 0.1))
@@ -146,10 +180,11 @@ def test_kill_at_random_moments(store_path: Path) -> None:
         assert len(stored - acknowledged) <= number + 1  # stored, and killed before it could say so
     assert rescue.damage(store_path, 1, "integrity_check") == ""
     ProfileStore(store_path).put(profile_of(10_000_000))
-    assert list(store_path.parent.iterdir()) == [store_path]  # the last journal is used again, and then goes
+    # the last journal is used again, and then goes
+    assert list(store_path.parent.iterdir()) == [store_path]
 
 
-# --- Permissions ----------------------------------------------------------------------------------------------------------
+# --- Permissions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
@@ -188,14 +223,19 @@ def test_an_existing_file_keeps_its_permissions(store: ProfileStore, mode: int) 
     assert stat.S_IMODE(store.path.stat().st_mode) == mode
 
 
-# --- Disks ----------------------------------------------------------------------------------------------------------------
+# --- Disks ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A small file system in memory; skips where this sandbox mounts none."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"cannot mount: {done.stderr.strip()}")
     try:
@@ -206,7 +246,10 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 @needs_root_on_linux
 def test_full_disk(tmp_path: Path) -> None:
-    """Writing ends in a StoreError; all that was acknowledged is there, and goes on being read; with room again writing goes on."""
+    """Writing ends in a StoreError.
+
+    All that was acknowledged is there, and goes on being read; with room again writing goes on.
+    """
     with mounted(tmp_path / "small", "size=200k") as folder:
         store, stored = ProfileStore(folder / "profiles.sqlite"), set[int]()
         for first in (1000, 2000):
@@ -229,7 +272,10 @@ def test_full_disk(tmp_path: Path) -> None:
 
 @needs_root_on_linux
 def test_full_disk_while_mending(tmp_path: Path) -> None:
-    """Where the damaged file cannot be kept nothing is mended: a StoreError, and the file as it was, alone."""
+    """Where the damaged file cannot be kept nothing is mended.
+
+    A StoreError, and the file as it was, alone.
+    """
     with mounted(tmp_path / "small", "size=2m") as folder:
         store = fill(folder / "profiles.sqlite", 200)
         spoil(store.path, pages(store.path, 13)[3])
@@ -244,27 +290,48 @@ def test_full_disk_while_mending(tmp_path: Path) -> None:
 
 @needs_root_on_linux
 def test_read_only_disk(tmp_path: Path) -> None:
-    """Profiles are read; writing is a StoreError, and known before anything is measured; a damaged file stays, and is told."""
+    """Profiles are read.
+
+    Writing is a StoreError, and known before anything is measured; a damaged file stays, and is
+    told.
+    """
     with mounted(tmp_path / "ro", "size=4m") as folder:
         fill(folder / "profiles.sqlite", 20)
         (folder / "damaged.sqlite").write_bytes(b"no database" * 1000)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        store, damaged = ProfileStore(folder / "profiles.sqlite"), ProfileStore(folder / "damaged.sqlite")
+        store, damaged = (
+            ProfileStore(folder / "profiles.sqlite"),
+            ProfileStore(folder / "damaged.sqlite"),
+        )
         assert lengths(store.profiles()) == list(range(1, 21))
         assert store.get(HERE, make_workload("t=7,k=8"))
-        for write in (store.check_writable, lambda: store.put(profile_of(1)), lambda: store.forget([profile_of(1)]), damaged.check_writable):
+        for write in (
+            store.check_writable,
+            lambda: store.put(profile_of(1)),
+            lambda: store.forget([profile_of(1)]),
+            damaged.check_writable,
+        ):
             with pytest.raises(StoreError, match=r"(?i)read-?only.*AUTOCHUNK_STORE"):
                 write()
-        assert sorted(path.name for path in folder.iterdir()) == ["damaged.sqlite", "profiles.sqlite"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "damaged.sqlite",
+            "profiles.sqlite",
+        ]
 
 
-# --- Damage ---------------------------------------------------------------------------------------------------------------
+# --- Damage ---------------------------------------------------------------------------------------
 
 
 def pages(path: Path, kind: int, table: str = "profiles") -> list[int]:
-    """Numbers, from 1, of a tree's pages of a kind (2, 10: interior and leaf of an index; 5, 13: of a table), the root first."""
+    """Numbers, from 1, of a tree's pages of a kind (2, 10.
+
+    Interior and leaf of an index; 5, 13: of a table), the root first.
+    """
     with closing(sqlite3.connect(path)) as file:
-        (root,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table if kind in (5, 13) else f"sqlite_autoindex_{table}_1",)).fetchone()
+        (root,) = file.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = ?",
+            (table if kind in (5, 13) else f"sqlite_autoindex_{table}_1",),
+        ).fetchone()
     content = path.read_bytes()
     found, queue = [], [int(root)]
     while queue:
@@ -273,8 +340,14 @@ def pages(path: Path, kind: int, table: str = "profiles") -> list[int]:
         if page[0] == kind:
             found.append(number)
         if page[0] in (2, 5):
-            pointers = [int.from_bytes(page[12 + 2 * n : 14 + 2 * n]) for n in range(int.from_bytes(page[3:5]))]
-            queue += [*(int.from_bytes(page[at : at + 4]) for at in pointers), int.from_bytes(page[8:12])]
+            pointers = [
+                int.from_bytes(page[12 + 2 * n : 14 + 2 * n])
+                for n in range(int.from_bytes(page[3:5]))
+            ]
+            queue += [
+                *(int.from_bytes(page[at : at + 4]) for at in pointers),
+                int.from_bytes(page[8:12]),
+            ]
     return found
 
 
@@ -289,7 +362,12 @@ def spoil(path: Path, *numbers: int, with_: bytes = b"\xa5") -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
     "no database": (lambda path: path.write_bytes(b"no database" * 1000), 0),
     "schema page": (lambda path: spoil(path, 1), 0),
-    "schema page's tree": (lambda path: path.write_bytes(path.read_bytes()[:100] + bytes(PAGE - 100) + path.read_bytes()[PAGE:]), 0),
+    "schema page's tree": (
+        lambda path: path.write_bytes(
+            path.read_bytes()[:100] + bytes(PAGE - 100) + path.read_bytes()[PAGE:]
+        ),
+        0,
+    ),
     "first leaf": (lambda path: spoil(path, pages(path, 13)[0]), 190),
     "last leaf": (lambda path: spoil(path, pages(path, 13)[-1]), 190),
     "two leaves": (lambda path: spoil(path, pages(path, 13)[20], pages(path, 13)[70]), 185),
@@ -303,7 +381,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_writer_sets_damage_aside_and_rescues(store: ProfileStore, damage: str) -> None:
-    """A writer copies the file aside, says so once, brings over all profiles that are whole, and goes on; the damaged file keeps every byte."""
+    """A writer copies the file aside, says so once, brings over all profiles that are whole, and
+    goes on; the damaged file keeps every byte.
+    """
     harm, least = DAMAGE[damage]
     harm(store.path)
     content = store.path.read_bytes()
@@ -334,11 +414,17 @@ def test_interior_page_of_a_large_store(store_path: Path) -> None:
 
 
 def test_rows_that_are_not_whole_are_not_rescued(store: ProfileStore) -> None:
-    """Bytes that SQLite reads and that are no profile, or another key's, stay behind; a newer version's profile comes along."""
+    """Bytes that SQLite reads and that are no profile, or another key's, stay behind.
+
+    A newer version's profile comes along.
+    """
     newer = json.dumps({"schema_version": 2, "what": "ever"})
     with closing(sqlite3.connect(store.path)) as file, file:
         file.execute("UPDATE profiles SET value = 'no json' WHERE key LIKE '%t=100,%'")
-        file.execute("UPDATE profiles SET value = (SELECT value FROM profiles WHERE key LIKE '%t=102,%') WHERE key LIKE '%t=101,%'")
+        file.execute(
+            "UPDATE profiles SET value = (SELECT value FROM profiles WHERE key LIKE '%t=102,%') "
+            "WHERE key LIKE '%t=101,%'"
+        )
         file.execute("UPDATE profiles SET value = ? WHERE key LIKE '%t=103,%'", (newer,))
         file.execute("UPDATE missed SET value = 'no json'")
     spoil(store.path, pages(store.path, 10)[0])
@@ -358,7 +444,9 @@ def test_setting_aside_never_overwrites(store_path: Path) -> None:
         with pytest.warns(StoreWarning):
             store.check_writable()
     aside = list(store_path.parent.glob("profiles.sqlite.damaged-*"))
-    assert sorted(path.read_bytes()[:13] for path in aside) == [b"no database %d" % number for number in range(4)]
+    assert sorted(path.read_bytes()[:13] for path in aside) == [
+        b"no database %d" % number for number in range(4)
+    ]
 
 
 def test_a_link_to_the_file_stays_a_link(store: ProfileStore, tmp_path: Path) -> None:
@@ -392,7 +480,9 @@ def test_several_find_the_damage_at_once(store: ProfileStore, damage: str) -> No
     assert len(kept) >= 30 + DAMAGE[damage][1]
 
 
-def test_writer_whose_file_is_replaced_goes_on_with_the_new_one(store: ProfileStore, tmp_path: Path) -> None:
+def test_writer_whose_file_is_replaced_goes_on_with_the_new_one(
+    store: ProfileStore, tmp_path: Path
+) -> None:
     """Who opened the file before it was set aside must not write into the old one."""
     other, calls = fill(tmp_path / "other.sqlite", 3), 0
 
@@ -431,19 +521,31 @@ def test_killed_while_mending(store: ProfileStore) -> None:
     assert len(store.profiles()) >= 185
 
 
-def test_damage_that_cannot_be_set_aside(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A StoreError, and the file as it was: here with another process that does not end its own mending."""
+def test_damage_that_cannot_be_set_aside(
+    store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A StoreError, and the file as it was.
+
+    Here with another process that does not end its own mending.
+    """
     DAMAGE["two leaves"][0](store.path)
     content = store.path.read_bytes()
     monkeypatch.setattr(database, "_BUSY_MILLISECONDS", 100)
-    with rescue._alone(store.path.parent, 1), pytest.raises(StoreError, match=r"another process has been rescuing.*AUTOCHUNK_STORE"):
+    with (
+        rescue._alone(store.path.parent, 1),
+        pytest.raises(StoreError, match=r"another process has been rescuing.*AUTOCHUNK_STORE"),
+    ):
         store.put(profile_of(1))
     assert store.path.read_bytes() == content
     assert list(store.path.parent.iterdir()) == [store.path]
 
 
 def test_random_damage_never_hangs(store_path: Path) -> None:
-    """Wherever bytes are overwritten: reading is an answer or a StoreError, and afterwards a writer goes on with a sound file of whole rows."""
+    """Wherever bytes are overwritten.
+
+    Reading is an answer or a StoreError, and afterwards a writer goes on with a sound file of whole
+    rows.
+    """
     store, chance = fill(store_path, 60), random.Random(1)
     workloads, content = {profile.workload for profile in store.profiles()}, store_path.read_bytes()
     with warnings.catch_warnings():
@@ -451,16 +553,23 @@ def test_random_damage_never_hangs(store_path: Path) -> None:
         for size in [1, 40, 600] * 13:
             at = chance.randrange(len(content) - size)
             store_path.write_bytes(content[:at] + chance.randbytes(size) + content[at + size :])
-            for read in (store.profiles, lambda: store.workloads(HERE), lambda: store.missed(HERE), store.unreadable):
+            for read in (
+                store.profiles,
+                lambda: store.workloads(HERE),
+                lambda: store.missed(HERE),
+                store.unreadable,
+            ):
                 with contextlib.suppress(StoreError):
                     read()
             store.put(profile_of(300))
             assert store.get(HERE, make_workload("t=300,k=8")) == profile_of(300)
-            assert {profile.workload for profile in store.profiles()} <= workloads | {profile_of(300).workload}
+            assert {profile.workload for profile in store.profiles()} <= workloads | {
+                profile_of(300).workload
+            }
             assert rescue.damage(store_path, 1) == ""
 
 
-# --- Forgetting -----------------------------------------------------------------------------------------------------------
+# --- Forgetting -----------------------------------------------------------------------------------
 
 
 def test_forget(store: ProfileStore) -> None:
@@ -475,7 +584,10 @@ def test_forget(store: ProfileStore) -> None:
 def test_forget_is_all_or_nothing(store: ProfileStore) -> None:
     """Where one row cannot be deleted none is."""
     with closing(sqlite3.connect(store.path)) as file, file:
-        file.execute("CREATE TRIGGER no BEFORE DELETE ON profiles WHEN OLD.key LIKE '%t=150,%' BEGIN SELECT RAISE(ABORT, 'disk on fire'); END")
+        file.execute(
+            "CREATE TRIGGER no BEFORE DELETE ON profiles WHEN OLD.key LIKE '%t=150,%' BEGIN "
+            "SELECT RAISE(ABORT, 'disk on fire'); END"
+        )
     with pytest.raises(StoreError, match="disk on fire"):
         store.forget(store.profiles())
     assert len(store.profiles()) == 200
@@ -493,13 +605,27 @@ def test_forget_missed(store: ProfileStore) -> None:
 
 def test_forget_unreadable(store: ProfileStore) -> None:
     """Rows that no version can read are named and deleted; a newer version's are neither, and stay."""
-    bad: list[tuple[object, object]] = [("b | nonsense", "no json"), ("c", "{}"), (b"\xff", "3"), ("d", b"\xff"), ("e", None), ("f", 2.5), (None, "x")]
+    bad: list[tuple[object, object]] = [
+        ("b | nonsense", "no json"),
+        ("c", "{}"),
+        (b"\xff", "3"),
+        ("d", b"\xff"),
+        ("e", None),
+        ("f", 2.5),
+        (None, "x"),
+    ]
     bad.append(("g | other", profile_of(1).model_dump_json()))
     newer = json.dumps({"schema_version": 2, "profile": "of the future"})
     with closing(sqlite3.connect(store.path)) as file, file:
-        file.executemany("INSERT INTO profiles VALUES (?, ?)", [*bad, (f"{HERE.key} | newer", newer)])
-    assert sorted(store.unreadable()) == sorted(["", "\\xff", *(key for key, _ in bad if isinstance(key, str))])
-    with pytest.warns(StoreWarning, match=f"^{len(bad) + 1} of {200 + len(bad) + 1} profiles .* forget_unreadable"):
+        file.executemany(
+            "INSERT INTO profiles VALUES (?, ?)", [*bad, (f"{HERE.key} | newer", newer)]
+        )
+    assert sorted(store.unreadable()) == sorted(
+        ["", "\\xff", *(key for key, _ in bad if isinstance(key, str))]
+    )
+    with pytest.warns(
+        StoreWarning, match=f"^{len(bad) + 1} of {200 + len(bad) + 1} profiles .* forget_unreadable"
+    ):
         store.profiles()
     assert store.forget_unreadable() == len(bad)
     assert store.unreadable() == []
@@ -508,23 +634,47 @@ def test_forget_unreadable(store: ProfileStore) -> None:
         assert len(store.profiles()) == 200
 
 
-# --- Storing unless changed -----------------------------------------------------------------------------------------------
+# --- Storing unless changed -----------------------------------------------------------------------
 
 
 def test_put_all_where_all_is_as_expected(store: ProfileStore) -> None:
-    """What was read, what was not there, and what could not be read: all still so, and all is stored."""
+    """What was read, what was not there, and what could not be read.
+
+    All still so, and all is stored.
+    """
     with closing(sqlite3.connect(store.path)) as file, file:
         file.execute("UPDATE profiles SET value = '{\"created\": 3}' WHERE key LIKE '%t=2,%'")
-    expected = {(HERE.key, profile_of(t).workload): store.get(HERE, make_workload(f"t={t},k=8")) if t == 1 else None for t in (1, 2, 500)}
+    expected = {
+        (HERE.key, profile_of(t).workload): store.get(HERE, make_workload(f"t={t},k=8"))
+        if t == 1
+        else None
+        for t in (1, 2, 500)
+    }
     store.put_all([profile_of(t, measurements=1) for t in (1, 2, 500)], expected=expected)
-    assert [len(profile.measurements) for profile in store.profiles() if profile.parsed_workload().query_length in (1, 2, 500)] == [1, 1, 1]
+    assert [
+        len(profile.measurements)
+        for profile in store.profiles()
+        if profile.parsed_workload().query_length in (1, 2, 500)
+    ] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("meanwhile", [lambda store: store.put(profile_of(1, measurements=2)), lambda store: store.forget([profile_of(1)]),
-                                       lambda store: store.put(profile_of(500))], ids=["replaced", "deleted", "new"])  # fmt: skip
-def test_put_all_where_something_changed(store: ProfileStore, meanwhile: Callable[[ProfileStore], object]) -> None:
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        lambda store: store.put(profile_of(1, measurements=2)),
+        lambda store: store.forget([profile_of(1)]),
+        lambda store: store.put(profile_of(500)),
+    ],
+    ids=["replaced", "deleted", "new"],
+)
+def test_put_all_where_something_changed(
+    store: ProfileStore, meanwhile: Callable[[ProfileStore], object]
+) -> None:
     """Nothing is stored, and a StoreError says so."""
-    expected = {(HERE.key, profile_of(t).workload): store.get(HERE, make_workload(f"t={t},k=8")) for t in (1, 500)}
+    expected = {
+        (HERE.key, profile_of(t).workload): store.get(HERE, make_workload(f"t={t},k=8"))
+        for t in (1, 500)
+    }
     meanwhile(store)
     before = store.profiles()
     with pytest.raises(StoreError, match="another process changed the same profiles meanwhile"):
@@ -532,7 +682,9 @@ def test_put_all_where_something_changed(store: ProfileStore, meanwhile: Callabl
     assert store.profiles() == before
 
 
-def test_put_all_where_something_changes_in_between(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_all_where_something_changes_in_between(
+    store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between looking and storing, too: the comparison is part of the statement that stores."""
     expected = {(HERE.key, profile_of(1).workload): store.get(HERE, make_workload("t=1,k=8"))}
     make_tables = rescue.make_tables
@@ -544,5 +696,11 @@ def test_put_all_where_something_changes_in_between(store: ProfileStore, monkeyp
 
     monkeypatch.setattr(rescue, "make_tables", interfere)
     with pytest.raises(StoreError, match="changed the same profiles meanwhile"):
-        store.put_all([profile_of(1, measurements=1), profile_of(2, measurements=1)], expected=expected)
-    assert sorted(len(profile.measurements) for profile in store.profiles() if profile.parsed_workload().query_length in (1, 2)) == [2, 4]
+        store.put_all(
+            [profile_of(1, measurements=1), profile_of(2, measurements=1)], expected=expected
+        )
+    assert sorted(
+        len(profile.measurements)
+        for profile in store.profiles()
+        if profile.parsed_workload().query_length in (1, 2)
+    ) == [2, 4]

@@ -22,7 +22,11 @@ from autochunk.store.merge import PREFERENCES, ImportPlan
 from autochunk.store.profile import Bundle, Profile
 
 OLD, MIDDLE, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z", "2026-03-01T00:00:00Z"
-PROFILES = [make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind)) for kind in ("A", "B") for t in (1, 2, 3)]
+PROFILES = [
+    make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind))
+    for kind in ("A", "B")
+    for t in (1, 2, 3)
+]
 TEXT = bundle.dump(PROFILES, "made up")
 
 
@@ -33,13 +37,18 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> str:
     return json.dumps(content)
 
 
-# --- Choosing what travels ------------------------------------------------------------------------------------------------
+# --- Choosing what travels ------------------------------------------------------------------------
 
 MIXED = [
     make_profile(make_workload("t=4096,h=8,k=64"), make_device(kind="A")),
     make_profile(make_workload("t=4096,h=8,k=64", dtype="bfloat16"), make_device(kind="A")),
-    make_profile(make_workload("b=2,t=4096,h=4,k=64", mode="training"), make_device(platform="gpu", kind="Made Up 80GB", cores=0)),
-    make_profile(make_workload("t=40960,h=8,k=64"), make_device(platform="gpu", kind="Made Up 80GB", cores=0)),
+    make_profile(
+        make_workload("b=2,t=4096,h=4,k=64", mode="training"),
+        make_device(platform="gpu", kind="Made Up 80GB", cores=0),
+    ),
+    make_profile(
+        make_workload("t=40960,h=8,k=64"), make_device(platform="gpu", kind="Made Up 80GB", cores=0)
+    ),
 ]
 
 
@@ -76,11 +85,16 @@ def test_select_of_what_is_no_shape(shape: str) -> None:
         merge.select(MIXED, shapes=[shape])
 
 
-# --- Merging --------------------------------------------------------------------------------------------------------------
+# --- Merging --------------------------------------------------------------------------------------
 
 
 def at(created: str, t: int = 1, limit: float = 1.0, **fields: Any) -> Profile:
-    return make_profile(make_workload(f"t={t},k=8"), measurements=[make_measurement("xla", limit)], created=created, **fields)
+    return make_profile(
+        make_workload(f"t={t},k=8"),
+        measurements=[make_measurement("xla", limit)],
+        created=created,
+        **fields,
+    )
 
 
 def of(*profiles: Profile) -> Bundle:
@@ -109,13 +123,28 @@ QUICK, THOROUGH, PARTIAL = {"effort": "quick"}, {"effort": "thorough"}, {"comple
         (at(NEW, **PARTIAL), at(OLD), "older", ("best-effort", "theirs")),
         (at(NEW), at(OLD, **THOROUGH), "older", ("best-effort", "theirs")),
         (at(OLD), at(NEW, **QUICK), "newer", ("newest", "theirs")),
-        (at(OLD, **THOROUGH, **PARTIAL), at(OLD, **QUICK), "conflicting", ("best-effort", "theirs")),
+        (
+            at(OLD, **THOROUGH, **PARTIAL),
+            at(OLD, **QUICK),
+            "conflicting",
+            ("best-effort", "theirs"),
+        ),
         (at(OLD), at(OLD, autochunk="0.2.0"), "conflicting", ("theirs",)),
     ],
 )
 @pytest.mark.parametrize("prefer", PREFERENCES)
-def test_which_of_two_stays(store_path: Path, mine: Profile | None, theirs: Profile, relation: str, taken_by: tuple[str, ...], prefer: Any) -> None:
-    """As the preference says; where it does not tell them apart the store's stays, and the plan says so."""
+def test_which_of_two_stays(
+    store_path: Path,
+    mine: Profile | None,
+    theirs: Profile,
+    relation: str,
+    taken_by: tuple[str, ...],
+    prefer: Any,
+) -> None:
+    """As the preference says.
+
+    Where it does not tell them apart the store's stays, and the plan says so.
+    """
     store = ProfileStore(store_path)
     store.put_all([] if mine is None else [mine])
     plan = merge.merge(store, of(theirs), prefer)
@@ -131,7 +160,10 @@ def test_reasons_say_what_decided() -> None:
     """In the words of the fields, so that a user can check."""
     reasons = {
         entry.profile.workload: entry.reason
-        for entry in merge.plan_import([at(NEW, 1, **PARTIAL), at(OLD, 2), at(OLD, 3)], of(at(OLD, 1), at(OLD, 2, **QUICK), at(OLD, 3, 9))).entries
+        for entry in merge.plan_import(
+            [at(NEW, 1, **PARTIAL), at(OLD, 2), at(OLD, 3)],
+            of(at(OLD, 1), at(OLD, 2, **QUICK), at(OLD, 3, 9)),
+        ).entries
     }
     assert list(reasons.values()) == [
         "complete is True in the bundle and False in the store",
@@ -142,18 +174,29 @@ def test_reasons_say_what_decided() -> None:
 
 def test_preference_must_be_known() -> None:
     """A misspelt one changes nothing."""
-    with pytest.raises(ArgumentError, match="prefer must be one of newest, best-effort, theirs, ours; got 'latest'"):
+    with pytest.raises(
+        ArgumentError, match="prefer must be one of newest, best-effort, theirs, ours; got 'latest'"
+    ):
         merge.plan_import([], of(), "latest")  # type: ignore[arg-type]
 
 
 def test_merge_counts_new_updated_and_kept(store_path: Path) -> None:
-    """What the store lacks is new, what is later than the store's replaces it, and what is as old or older is left out."""
+    """What the store lacks is new, what is later than the store's replaces it, and what is as old
+    or older is left out.
+    """
     store = ProfileStore(store_path)
     store.put_all([at(MIDDLE, t) for t in (1, 2, 3)])
-    plan = merge.merge(store, of(at(OLD, 1, 9.0), at(MIDDLE, 2, 9.0), at(NEW, 3, 9.0), at(OLD, 4, 9.0)))
+    plan = merge.merge(
+        store, of(at(OLD, 1, 9.0), at(MIDDLE, 2, 9.0), at(NEW, 3, 9.0), at(OLD, 4, 9.0))
+    )
     assert counts(plan) == (1, 1, 2)
-    assert [plan.count(relation) for relation in ("new", "same", "newer", "older", "conflicting")] == [1, 0, 1, 1, 1]
-    limits = {profile.parsed_workload().query_length: profile.measurements[0].max_chunk_size_mb for profile in store.profiles()}
+    assert [
+        plan.count(relation) for relation in ("new", "same", "newer", "older", "conflicting")
+    ] == [1, 0, 1, 1, 1]
+    limits = {
+        profile.parsed_workload().query_length: profile.measurements[0].max_chunk_size_mb
+        for profile in store.profiles()
+    }
     assert limits == {1: 1.0, 2: 1.0, 3: 9.0, 4: 9.0}
 
 
@@ -192,19 +235,44 @@ def test_merge_of_export_and_import(store_path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefer", ["newest", "best-effort"])
 @given(data=st.data())
 def test_merge_in_either_order(prefer: Any, data: st.DataObject) -> None:
-    """Two machines' bundles end in the same profiles, whichever comes first, but for conflicts that were reported."""
-    times, efforts = st.sampled_from([OLD, MIDDLE, NEW]), st.sampled_from(["quick", "standard", "thorough"])
-    one, other = (
-        of(*(at(data.draw(times), t, limit, effort=data.draw(efforts), complete=data.draw(st.booleans())) for t in (1, 2, 3))) for limit in (2.0, 3.0)
+    """Two machines' bundles end in the same profiles, whichever comes first, but for conflicts that
+    were reported.
+    """
+    times, efforts = (
+        st.sampled_from([OLD, MIDDLE, NEW]),
+        st.sampled_from(["quick", "standard", "thorough"]),
     )
-    plan, back = merge.plan_import(one.profiles, other, prefer), merge.plan_import(other.profiles, one, prefer)
+    one, other = (
+        of(
+            *(
+                at(
+                    data.draw(times),
+                    t,
+                    limit,
+                    effort=data.draw(efforts),
+                    complete=data.draw(st.booleans()),
+                )
+                for t in (1, 2, 3)
+            )
+        )
+        for limit in (2.0, 3.0)
+    )
+    plan, back = (
+        merge.plan_import(one.profiles, other, prefer),
+        merge.plan_import(other.profiles, one, prefer),
+    )
     for entry, reverse in zip(plan.entries, back.entries, strict=True):
-        assert entry.taken != reverse.taken or (entry.relation == reverse.relation == "conflicting" and "different, but equal" in entry.reason)
+        assert entry.taken != reverse.taken or (
+            entry.relation == reverse.relation == "conflicting"
+            and "different, but equal" in entry.reason
+        )
 
 
 def test_a_bundle_with_two_of_one_workload_is_refused(store_path: Path) -> None:
     """Which of them is meant cannot be told; it names them, and nothing changes."""
-    with pytest.raises(BundleError, match=r"there are two of cpu Made/Up cores=4 memory=8GiB \| attention:b=1,t=1,"):
+    with pytest.raises(
+        BundleError, match=r"there are two of cpu Made/Up cores=4 memory=8GiB \| attention:b=1,t=1,"
+    ):
         merge.merge(ProfileStore(store_path), of(at(NEW, 2), at(NEW, 1, 9.0), at(OLD, 1, 1.0)))
     assert not store_path.exists()
 
@@ -220,7 +288,10 @@ def test_failed_merge_changes_nothing(store_path: Path) -> None:
     store = ProfileStore(store_path)
     store.put_all(PROFILES[:2])
     with contextlib.closing(sqlite3.connect(store_path)) as file, file:
-        file.execute("CREATE TRIGGER no BEFORE INSERT ON profiles WHEN NEW.key LIKE '%t=3,%' BEGIN SELECT RAISE(ABORT, 'disk on fire'); END")
+        file.execute(
+            "CREATE TRIGGER no BEFORE INSERT ON profiles WHEN NEW.key LIKE '%t=3,%' BEGIN SELECT "
+            "RAISE(ABORT, 'disk on fire'); END"
+        )
     before = store_path.read_bytes()
     rng = random.Random(1)
     with pytest.raises(StoreError, match="disk on fire"):
@@ -235,7 +306,13 @@ def test_damaged_bundle_changes_nothing(store_path: Path) -> None:
     store.put_all(PROFILES[:2])
     before = store_path.read_bytes()
     with pytest.raises(BundleError):
-        merge.merge(store, bundle.load(rewritten(lambda content: content["profiles"][5]["profile"].update(complete=False))), "theirs")
+        merge.merge(
+            store,
+            bundle.load(
+                rewritten(lambda content: content["profiles"][5]["profile"].update(complete=False))
+            ),
+            "theirs",
+        )
     assert store_path.read_bytes() == before
 
 
@@ -248,6 +325,10 @@ def test_a_newer_version_s_profile_stays(store_path: Path, prefer: Any) -> None:
         file.execute("UPDATE profiles SET value = json_set(value, '$.schema_version', 7)")
     with pytest.warns(StoreWarning):
         plan = merge.merge(store, of(PROFILES[0]), prefer)
-    assert [(entry.taken, "newer autochunk" in entry.reason) for entry in plan.entries] == [(False, True)]
+    assert [(entry.taken, "newer autochunk" in entry.reason) for entry in plan.entries] == [
+        (False, True)
+    ]
     with contextlib.closing(sqlite3.connect(store_path)) as file:
-        assert file.execute("SELECT json_extract(value, '$.schema_version') FROM profiles").fetchall() == [(7,)]
+        assert file.execute(
+            "SELECT json_extract(value, '$.schema_version') FROM profiles"
+        ).fetchall() == [(7,)]

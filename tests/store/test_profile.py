@@ -14,13 +14,24 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from autochunk.plan import IMPLEMENTATIONS, Plan
-from autochunk.store.profile import DEFAULT, DENSE, EFFORTS, LARGEST_NOISE, SAME_TIME, Bundle, Measurement, Profile, sliced_shape, slower_by
+from autochunk.store.profile import (
+    DEFAULT,
+    DENSE,
+    EFFORTS,
+    LARGEST_NOISE,
+    SAME_TIME,
+    Bundle,
+    Measurement,
+    Profile,
+    sliced_shape,
+    slower_by,
+)
 
 NO_TIMES = ("oom", "over_budget", "timeout", "crashed", "inaccurate")
 FUTURE = "splash_v9"
 
 
-# --- Measurement ----------------------------------------------------------------------------------------------------------
+# --- Measurement ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,7 +71,10 @@ FUTURE = "splash_v9"
     ],
 )
 def test_wrong_measurement(fields: dict[str, Any]) -> None:
-    """A measurement that cannot be is refused: lengths that differ, times that are no times, ok without them, unknown fields."""
+    """A measurement that cannot be is refused.
+
+    Lengths that differ, times that are no times, ok without them, unknown fields.
+    """
     with pytest.raises(ValidationError):
         make_measurement(**fields)
 
@@ -81,7 +95,10 @@ def test_status_without_times(status: str) -> None:
 
 
 def test_statistics_of_a_measurement() -> None:
-    """Median time and ratio; the spread is half the interquartile range; the noise shrinks with the number of repeats."""
+    """Median time and ratio.
+
+    The spread is half the interquartile range; the noise shrinks with the number of repeats.
+    """
     measurement = make_measurement(ratio=0.5, noise=0.1)
     assert measurement.ratio == 0.5
     assert measurement.seconds_median == pytest.approx(0.05)
@@ -112,11 +129,15 @@ def test_no_spread(ratios: tuple[float, ...]) -> None:
     ],
 )
 def test_slower_by(one: float, other: float, noise: float, expected: float) -> None:
-    """Times are told apart where they differ by more than their noise, which counts for at least 1% and at most 3%."""
-    assert slower_by(make_measurement(ratio=one, noise=noise), make_measurement(ratio=other, noise=noise)) == pytest.approx(expected, abs=1e-12)
+    """Times are told apart where they differ by more than their noise, which counts for at least 1%
+    and at most 3%.
+    """
+    assert slower_by(
+        make_measurement(ratio=one, noise=noise), make_measurement(ratio=other, noise=noise)
+    ) == pytest.approx(expected, abs=1e-12)
 
 
-# --- Profile --------------------------------------------------------------------------------------------------------------
+# --- Profile --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +165,10 @@ def test_slower_by(one: float, other: float, noise: float, expected: float) -> N
     ],
 )
 def test_wrong_profile(fields: dict[str, Any]) -> None:
-    """A profile that cannot be is refused: a key that is not canonical, a time that is none, another schema, unknown fields."""
+    """A profile that cannot be is refused.
+
+    A key that is not canonical, a time that is none, another schema, unknown fields.
+    """
     with pytest.raises(ValidationError):
         Profile(**{**dict(make_profile()), **fields})
 
@@ -168,8 +192,12 @@ def test_json_round_trip(curve: list[Measurement], effort: str, complete: bool) 
     """A profile goes through JSON unchanged, to the last bit of every time."""
     profile = make_profile(measurements=curve, effort=effort, complete=complete)
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
-    assert Profile.model_validate(json.loads(json.dumps(profile.model_dump(mode="json")))) == profile
-    assert Bundle.model_validate_json(Bundle(schema_version=1, profiles=(profile,)).model_dump_json()).profiles == (profile,)
+    assert (
+        Profile.model_validate(json.loads(json.dumps(profile.model_dump(mode="json")))) == profile
+    )
+    assert Bundle.model_validate_json(
+        Bundle(schema_version=1, profiles=(profile,)).model_dump_json()
+    ).profiles == (profile,)
 
 
 def test_profile_is_frozen() -> None:
@@ -185,10 +213,12 @@ def test_parsed_workload() -> None:
 
 def test_sliced_shape_groups_query_heads() -> None:
     """Query heads of one key/value head stay together."""
-    assert tuple(sliced_shape(make_workload("b=2,t=3,s=4,h=12,kv_heads=3,k=8", dtype="float64"))) == (2, 3, 4, 3, 4, 8)
+    assert tuple(
+        sliced_shape(make_workload("b=2,t=3,s=4,h=12,kv_heads=3,k=8", dtype="float64"))
+    ) == (2, 3, 4, 3, 4, 8)
 
 
-# --- The choice -----------------------------------------------------------------------------------------------------------
+# --- The choice -----------------------------------------------------------------------------------
 
 
 def test_fastest_wins() -> None:
@@ -216,14 +246,19 @@ def test_ties_go_to_the_least_memory() -> None:
 def test_noise_widens_a_tie() -> None:
     """Two percent is a difference in a quiet measurement and none in a noisy one."""
     for noise, expected in ((0.0, 32.0), (0.03, 8.0)):
-        curve = [make_measurement("xla", 32.0, 0.5, 500, noise=noise), make_measurement("xla", 8.0, 0.51, 20, noise=noise)]
+        curve = [
+            make_measurement("xla", 32.0, 0.5, 500, noise=noise),
+            make_measurement("xla", 8.0, 0.51, 20, noise=noise),
+        ]
         choice = make_profile(measurements=curve).choose()
         assert choice is not None
         assert choice.plan.max_chunk_size_mb == expected
 
 
 def test_never_slower_than_dense() -> None:
-    """A plan that ties with a noisy fastest one, but is surely slower than dense, is not chosen for its little memory."""
+    """A plan that ties with a noisy fastest one, but is surely slower than dense, is not chosen for
+    its little memory.
+    """
     curve = [
         make_measurement("dense", None, 1.0, 500),
         make_measurement("xla", 64.0, 0.995, 400, noise=0.012),
@@ -238,7 +273,12 @@ def test_never_slower_than_dense() -> None:
 
 def test_dense_wins_where_it_is_fastest() -> None:
     """Not to chunk is an answer, too."""
-    choice = make_profile(measurements=[make_measurement("dense", None, 1.0, 500), make_measurement("xla", 1.0, 1.2, 5)]).choose()
+    choice = make_profile(
+        measurements=[
+            make_measurement("dense", None, 1.0, 500),
+            make_measurement("xla", 1.0, 1.2, 5),
+        ]
+    ).choose()
     assert choice is not None
     assert choice.plan == DENSE
 
@@ -249,17 +289,30 @@ def test_slower_than_dense_where_dense_does_not_fit() -> None:
     choice = make_profile(measurements=curve).choose(memory_budget_mb=100)
     assert choice is not None
     assert choice.plan == Plan("xla", 1.0)
-    assert choice.rejected == ((str(DENSE), "500 MB of working memory is over the budget of 100 MB"),)
+    assert choice.rejected == (
+        (str(DENSE), "500 MB of working memory is over the budget of 100 MB"),
+    )
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(None, 16.0), (300, 16.0), (40, 16.0), (39.9, 4.0), (10, 4.0), (9.9, None)])
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(None, 16.0), (300, 16.0), (40, 16.0), (39.9, 4.0), (10, 4.0), (9.9, None)],
+)
 def test_memory_budget(budget: float | None, expected: float | None) -> None:
     """The fastest whose measured working memory fits, down to the byte; nothing where nothing fits."""
     choice = make_profile().choose(memory_budget_mb=budget)
     assert (choice and choice.plan.max_chunk_size_mb) == expected
 
 
-@pytest.mark.parametrize(("implementation", "expected"), [("dense", DENSE), ("xla", Plan("xla", 16.0)), ("xla_rows", Plan("xla_rows", 4.0)), (FUTURE, None)])
+@pytest.mark.parametrize(
+    ("implementation", "expected"),
+    [
+        ("dense", DENSE),
+        ("xla", Plan("xla", 16.0)),
+        ("xla_rows", Plan("xla_rows", 4.0)),
+        (FUTURE, None),
+    ],
+)
 def test_implementation_filter(implementation: str, expected: Plan | None) -> None:
     """A pinned implementation is the only one chosen from."""
     choice = make_profile().choose(implementation=implementation)
@@ -268,7 +321,10 @@ def test_implementation_filter(implementation: str, expected: Plan | None) -> No
 
 @pytest.mark.parametrize("status", ["pruned", *NO_TIMES])
 def test_only_ok_is_chosen(status: str) -> None:
-    """Whatever did not end well is never chosen, however fast it seemed; its status or what happened is told."""
+    """Whatever did not end well is never chosen, however fast it seemed.
+
+    Its status or what happened is told.
+    """
     bad = make_measurement("xla", 1.0, 0.01, 1, status=status, detail="what happened")
     choice = make_profile(measurements=[bad, *CURVE]).choose()
     assert choice is not None
@@ -289,23 +345,35 @@ def test_rejection_without_detail(status: str) -> None:
 
 def test_a_budget_admits_what_was_given_up_early() -> None:
     """Slower than a plan that does not fit, it may still be the fastest that does."""
-    small = [make_measurement("xla", 1.0, 0.55, 5, status="pruned"), make_measurement("xla", 0.5, 0.9, 4)]
+    small = [
+        make_measurement("xla", 1.0, 0.55, 5, status="pruned"),
+        make_measurement("xla", 0.5, 0.9, 4),
+    ]
     profile = make_profile(measurements=[*CURVE, *small])
-    for options, expected in (({}, 16.0), ({"memory_budget_mb": 9.0}, 1.0), ({"memory_budget_mb": 4.5}, 0.5)):
+    for options, expected in (
+        ({}, 16.0),
+        ({"memory_budget_mb": 9.0}, 1.0),
+        ({"memory_budget_mb": 4.5}, 0.5),
+    ):
         choice = profile.choose(**options)  # type: ignore[arg-type]
         assert choice is not None
         assert choice.plan == Plan("xla", expected)
 
 
 def test_unknown_implementation_is_kept_and_never_chosen() -> None:
-    """A profile of a newer version, with an implementation that this one lacks, still answers with what it can run."""
+    """A profile of a newer version, with an implementation that this one lacks, still answers with
+    what it can run.
+    """
     future = make_measurement(FUTURE, 8.0, 0.001, 1)
     profile = make_profile(measurements=[future, *CURVE])
     assert Profile.model_validate_json(profile.model_dump_json()).measurements[0] == future
     choice = profile.choose()
     assert choice is not None
     assert choice.plan == Plan("xla", 16.0)
-    assert dict(choice.rejected)[str(future.plan)] == "this version of autochunk has no such implementation"
+    assert (
+        dict(choice.rejected)[str(future.plan)]
+        == "this version of autochunk has no such implementation"
+    )
     assert make_profile(measurements=[future]).choose() is None
     assert profile.baseline(DENSE) == CURVE[0]
 
@@ -320,13 +388,32 @@ def test_no_measurements_no_choice() -> None:
 def curves(draw: st.DrawFn, *, ties: bool = False) -> list[Measurement]:
     """A curve of different plans; without exact ties of ratio or memory, unless asked for."""
     plans = draw(
-        st.lists(st.tuples(st.sampled_from([*IMPLEMENTATIONS, FUTURE]), st.sampled_from([None, 1.0, 2.0, 4.0, 8.0])), unique=True, min_size=1, max_size=10)
+        st.lists(
+            st.tuples(
+                st.sampled_from([*IMPLEMENTATIONS, FUTURE]),
+                st.sampled_from([None, 1.0, 2.0, 4.0, 8.0]),
+            ),
+            unique=True,
+            min_size=1,
+            max_size=10,
+        )
     )
-    ratios = draw(st.lists(st.integers(900, 1100), min_size=len(plans), max_size=len(plans), unique=not ties))
-    memory = draw(st.lists(st.integers(1, 500), min_size=len(plans), max_size=len(plans), unique=not ties))
+    ratios = draw(
+        st.lists(st.integers(900, 1100), min_size=len(plans), max_size=len(plans), unique=not ties)
+    )
+    memory = draw(
+        st.lists(st.integers(1, 500), min_size=len(plans), max_size=len(plans), unique=not ties)
+    )
     statuses = st.sampled_from(["ok"] * 5 + ["pruned", *NO_TIMES])
     return [
-        make_measurement(name, limit, ratio / 1000, megabytes, status=draw(statuses), noise=draw(st.sampled_from([0.0, 0.01, 0.05])))
+        make_measurement(
+            name,
+            limit,
+            ratio / 1000,
+            megabytes,
+            status=draw(statuses),
+            noise=draw(st.sampled_from([0.0, 0.01, 0.05])),
+        )
         for (name, limit), ratio, megabytes in zip(plans, ratios, memory, strict=True)
     ]
 
@@ -336,9 +423,16 @@ filters = st.sampled_from([None, *IMPLEMENTATIONS])
 
 
 @given(curves(ties=True), budgets, filters)
-def test_choice_keeps_its_rules(curve: list[Measurement], budget: float | None, implementation: str | None) -> None:
-    """Of the plans that may be chosen: not slower than the fastest, not slower than dense, and none of those needs less memory."""
-    choice = make_profile(measurements=curve).choose(memory_budget_mb=budget, implementation=implementation)
+def test_choice_keeps_its_rules(
+    curve: list[Measurement], budget: float | None, implementation: str | None
+) -> None:
+    """Of the plans that may be chosen.
+
+    Not slower than the fastest, not slower than dense, and none of those needs less memory.
+    """
+    choice = make_profile(measurements=curve).choose(
+        memory_budget_mb=budget, implementation=implementation
+    )
     fitting = [
         m
         for m in curve
@@ -357,14 +451,26 @@ def test_choice_keeps_its_rules(curve: list[Measurement], budget: float | None, 
     assert any(slower_by(best, one) == 0 for one in fastest)
     dense = next((m for m in fitting if m.plan == DENSE), None)
     assert dense is None or slower_by(best, dense) <= 0
-    rivals = [m for m in fitting if all(slower_by(m, one) == 0 for one in fastest) and (dense is None or slower_by(m, dense) <= 0)]
+    rivals = [
+        m
+        for m in fitting
+        if all(slower_by(m, one) == 0 for one in fastest)
+        and (dense is None or slower_by(m, dense) <= 0)
+    ]
     assert all((best.temp_bytes or 0) <= (rival.temp_bytes or 0) for rival in rivals)
 
 
 @given(curves(ties=True), budgets, filters)
-def test_every_other_plan_is_rejected_with_a_reason(curve: list[Measurement], budget: float | None, implementation: str | None) -> None:
-    """A choice explains itself: each plan but the chosen one stands in ``rejected`` once, with words."""
-    choice = make_profile(measurements=curve).choose(memory_budget_mb=budget, implementation=implementation)
+def test_every_other_plan_is_rejected_with_a_reason(
+    curve: list[Measurement], budget: float | None, implementation: str | None
+) -> None:
+    """A choice explains itself.
+
+    Each plan but the chosen one stands in ``rejected`` once, with words.
+    """
+    choice = make_profile(measurements=curve).choose(
+        memory_budget_mb=budget, implementation=implementation
+    )
     if choice is not None:
         others = sorted(str(m.plan) for m in curve if m is not choice.measurement)
         assert sorted(plan for plan, _ in choice.rejected) == others
@@ -373,19 +479,30 @@ def test_every_other_plan_is_rejected_with_a_reason(curve: list[Measurement], bu
 
 
 @given(curves(), budgets, filters, st.randoms(use_true_random=False))
-def test_choice_does_not_depend_on_the_order(curve: list[Measurement], budget: float | None, implementation: str | None, rng: random.Random) -> None:
+def test_choice_does_not_depend_on_the_order(
+    curve: list[Measurement], budget: float | None, implementation: str | None, rng: random.Random
+) -> None:
     """The same measurements in another order give the same plan."""
     shuffled = rng.sample(curve, len(curve))
-    one = make_profile(measurements=curve).choose(memory_budget_mb=budget, implementation=implementation)
-    other = make_profile(measurements=shuffled).choose(memory_budget_mb=budget, implementation=implementation)
+    one = make_profile(measurements=curve).choose(
+        memory_budget_mb=budget, implementation=implementation
+    )
+    other = make_profile(measurements=shuffled).choose(
+        memory_budget_mb=budget, implementation=implementation
+    )
     assert (one and (one.plan, one.reason)) == (other and (other.plan, other.reason))
     if one and other:
         assert sorted(one.rejected) == sorted(other.rejected)
 
 
 TIED = [
-    # Equal ratios, one of them noisy: whether the third ties depends on which of the two is taken for the fastest.
-    [make_measurement("xla", 8.0, 1.0, 100), make_measurement("xla", 4.0, 1.0, 90, noise=0.05), make_measurement("xla", 2.0, 1.02, 10)],
+    # Equal ratios, one of them noisy: whether the third ties depends on which of the two is taken
+    # for the fastest.
+    [
+        make_measurement("xla", 8.0, 1.0, 100),
+        make_measurement("xla", 4.0, 1.0, 90, noise=0.05),
+        make_measurement("xla", 2.0, 1.02, 10),
+    ],
     # Equal in time and in memory.
     [make_measurement("xla", 8.0, 1.0, 100), make_measurement("xla_rows", 8.0, 1.0, 100)],
 ]
@@ -394,13 +511,16 @@ TIED = [
 @pytest.mark.parametrize("curve", TIED)
 def test_choice_of_exact_ties_does_not_depend_on_the_order(curve: list[Measurement]) -> None:
     """Also where two medians are exactly equal."""
-    one, other = make_profile(measurements=curve).choose(), make_profile(measurements=curve[::-1]).choose()
+    one, other = (
+        make_profile(measurements=curve).choose(),
+        make_profile(measurements=curve[::-1]).choose(),
+    )
     assert one is not None
     assert other is not None
     assert one.plan == other.plan
 
 
-# --- Baselines ------------------------------------------------------------------------------------------------------------
+# --- Baselines ------------------------------------------------------------------------------------
 
 
 def test_baseline_by_plan() -> None:
@@ -411,7 +531,9 @@ def test_baseline_by_plan() -> None:
 
 
 def test_baseline_by_slices() -> None:
-    """The 1000 MB default of a workload with less logits than that is not to slice, and was measured as such."""
+    """The 1000 MB default of a workload with less logits than that is not to slice, and was
+    measured as such.
+    """
     assert make_workload().logits_bytes < 1e9
     assert make_profile().baseline(DEFAULT) == CURVE[1]
 
@@ -425,20 +547,35 @@ def test_exact_baseline_comes_before_equal_slices() -> None:
 @pytest.mark.parametrize("status", NO_TIMES)
 def test_baseline_needs_times(status: str) -> None:
     """A baseline that could not run is none."""
-    assert make_profile(measurements=[make_measurement("dense", None, status=status)]).baseline(DENSE) is None
+    assert (
+        make_profile(measurements=[make_measurement("dense", None, status=status)]).baseline(DENSE)
+        is None
+    )
 
 
 def test_pruned_baseline_has_times() -> None:
     """A baseline given up early as too slow can still be compared with."""
-    assert make_profile(measurements=[make_measurement("dense", None, status="pruned")]).baseline(DENSE) is not None
+    assert (
+        make_profile(measurements=[make_measurement("dense", None, status="pruned")]).baseline(
+            DENSE
+        )
+        is not None
+    )
 
 
 def test_baseline_beside_an_impossible_limit() -> None:
     """A measurement with a limit that nothing fits, from a file, spoils no other one."""
-    assert make_profile(measurements=[make_measurement("xla", 1e-9), make_measurement("xla", None)]).baseline(DEFAULT) is not None
+    assert (
+        make_profile(
+            measurements=[make_measurement("xla", 1e-9), make_measurement("xla", None)]
+        ).baseline(DEFAULT)
+        is not None
+    )
 
 
 def test_device_of_a_profile_is_kept() -> None:
     """Versions of the device are those it was measured with."""
     device = make_device(jaxlib="0.9.1", driver="CUDA 13")
-    assert Profile.model_validate_json(make_profile(device=device).model_dump_json()).device == device
+    assert (
+        Profile.model_validate_json(make_profile(device=device).model_dump_json()).device == device
+    )

@@ -105,7 +105,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._answer(TEXT.encode(), **({"Content-Length": "10"} if self.command == "HEAD" else {}))
 
     def _overstated(self) -> None:
-        self._answer(TEXT.encode(), **({"Content-Length": str(10**15)} if self.command == "HEAD" else {}))
+        self._answer(
+            TEXT.encode(), **({"Content-Length": str(10**15)} if self.command == "HEAD" else {})
+        )
 
     def _unsized(self) -> None:
         self.send_response(200)
@@ -153,10 +155,22 @@ def refused(url: str, timeout: float = 10.0) -> str:
     return message
 
 
-# --- http -----------------------------------------------------------------------------------------------------------------
+# --- http -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["bundle.json", "bundle.json?signed=yes", "compressed.json.gz", "encoded", "redirect", "understated", "overstated", "unsized"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bundle.json",
+        "bundle.json?signed=yes",
+        "compressed.json.gz",
+        "encoded",
+        "redirect",
+        "understated",
+        "overstated",
+        "unsized",
+    ],
+)
 def test_read_over_http(server: str, name: str) -> None:
     """Compressed or not, redirected or not, and whatever size the server claims."""
     assert bundle.read(f"{server}/{name}").profiles == tuple(PROFILES)
@@ -192,7 +206,9 @@ def test_reading_ends_when_it_is_given_up(server: str) -> None:
     before = set(threading.enumerate())
     refused(f"{server}/dripping", timeout=0.3)
     deadline = time.monotonic() + 5
-    while any(thread.name == "autochunk remote file" for thread in set(threading.enumerate()) - before):
+    while any(
+        thread.name == "autochunk remote file" for thread in set(threading.enumerate()) - before
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -217,7 +233,7 @@ def test_write_over_http(server: str) -> None:
         bundle.write(f"{server}/bundle.json", TEXT)
 
 
-# --- Other protocols ------------------------------------------------------------------------------------------------------
+# --- Other protocols ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bundle.json", "bundle.json.gz"])
@@ -276,10 +292,17 @@ for work in (lambda: bundle.read("https://example.org/a.json"), lambda: bundle.w
 bundle.write("-", bundle.dump([])[:1])
 """
     cure = 'URLs need fsspec, which is not installed: pip install "autochunk[remote]"'
-    assert run_python(code).splitlines() == [f"https://example.org/a.json: {cure}", f"s3://bucket/a.json: {cure}", "{"]
+    assert run_python(code).splitlines() == [
+        f"https://example.org/a.json: {cure}",
+        f"s3://bucket/a.json: {cure}",
+        "{",
+    ]
 
 
-@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs"), ("sftp", "paramiko")])
+@pytest.mark.parametrize(
+    ("protocol", "package"),
+    [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs"), ("sftp", "paramiko")],
+)
 def test_without_a_protocols_package(protocol: str, package: str) -> None:
     """The error names it."""
     if importlib.util.find_spec(package):
@@ -307,11 +330,15 @@ except BundleError as error:
 def test_paths_need_no_fsspec(tmp_path: Path) -> None:
     """Nor is it loaded for them."""
     code = (
-        "import sys; from autochunk.store import bundle; bundle.write(sys.argv[1], bundle.dump([])); bundle.read(sys.argv[1]); print('fsspec' in sys.modules)"
+        "import sys; from autochunk.store import bundle; bundle.write(sys.argv[1], "
+        "bundle.dump([])); bundle.read(sys.argv[1]); print('fsspec' in sys.modules)"
     )
     assert run_python(code, tmp_path / "bundle.json") == "False\n"
 
 
 def test_is_url() -> None:
     """Anything else is a path."""
-    assert [remote.is_url(place) for place in ("s3://a", "file:///a", "/a/b", "a:b", "C:/a", "-", "a//b")] == [True, True] + [False] * 5
+    assert [
+        remote.is_url(place)
+        for place in ("s3://a", "file:///a", "/a/b", "a:b", "C:/a", "-", "a//b")
+    ] == [True, True] + [False] * 5

@@ -14,12 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import CURVE, make_device, make_measurement, make_profile, make_workload, one_plan, run_python
+from factories import (
+    CURVE,
+    make_device,
+    make_measurement,
+    make_profile,
+    make_workload,
+    one_plan,
+    run_python,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.device import detect
-from autochunk.errors import ArgumentError, BudgetWarning, BundleError, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.errors import (
+    ArgumentError,
+    BudgetWarning,
+    BundleError,
+    MissWarning,
+    StaleWarning,
+    StoreError,
+    StoreWarning,
+)
 from autochunk.plan import Plan
 from autochunk.store import bundle, layers, resolve
 from autochunk.store.database import ProfileStore
@@ -47,7 +63,9 @@ def store(store_path: Path) -> ProfileStore:
     return ProfileStore(store_path)
 
 
-def ask(workload: Workload = WORKLOAD, implementation: str | None = None, **options: Any) -> Resolution:
+def ask(
+    workload: Workload = WORKLOAD, implementation: str | None = None, **options: Any
+) -> Resolution:
     """``resolve`` on the made-up device."""
     return resolve.resolve(workload, implementation, **{"device": DEVICE, **options})
 
@@ -60,7 +78,10 @@ def write(path: Path, *profiles: Profile) -> Path:
 
 
 def ship(path: Path, *profiles: Profile) -> None:
-    """A shipped bundle; these do not change while a process runs, so they are read anew as by a new one."""
+    """A shipped bundle.
+
+    These do not change while a process runs, so they are read anew as by a new one.
+    """
     write(path, *profiles)
     resolve.forget_all()
 
@@ -70,11 +91,15 @@ def limit_of(limit: float | None, workload: Workload = WORKLOAD) -> Profile:
     return make_profile(workload, measurements=one_plan(limit))
 
 
-# --- Layers ---------------------------------------------------------------------------------------------------------------
+# --- Layers ---------------------------------------------------------------------------------------
 
 
-def test_layers_in_order(store: ProfileStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """use, then AUTOCHUNK_PROFILES from left to right, then the user's store, then the site's folder, then shipped profiles, then the default."""
+def test_layers_in_order(
+    store: ProfileStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """use, then AUTOCHUNK_PROFILES from left to right, then the user's store, then the site's
+    folder, then shipped profiles, then the default.
+    """
     assert ask().match == "default"
     ship(shipped / "a.json", limit_of(5.0))
     assert ask().plan == Plan("xla", 5.0)
@@ -85,7 +110,10 @@ def test_layers_in_order(store: ProfileStore, shipped: Path, tmp_path: Path, mon
     store.put(limit_of(3.0))
     assert ask().plan == Plan("xla", 3.0)
     assert ask().layer == f"user store {store.path}"
-    second, first = write(tmp_path / "second.json", limit_of(2.0)), write(tmp_path / "first.json", limit_of(1.0))
+    second, first = (
+        write(tmp_path / "second.json", limit_of(2.0)),
+        write(tmp_path / "first.json", limit_of(1.0)),
+    )
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(second))
     assert ask().plan == Plan("xla", 2.0)
     assert ask().layer == f"AUTOCHUNK_PROFILES {second}"
@@ -98,20 +126,37 @@ def test_layers_in_order(store: ProfileStore, shipped: Path, tmp_path: Path, mon
 
 
 def test_asked_tells_what_each_layer_had(store: ProfileStore, shipped: Path) -> None:
-    """A Resolution explains itself: the layers asked, down to the one that answered, and the plans rejected."""
+    """A Resolution explains itself.
+
+    The layers asked, down to the one that answered, and the plans rejected.
+    """
     ship(shipped / "a.json", make_profile())
     store.put(limit_of(3.0, make_workload("t=4,k=8")))
     resolution = ask()
     nothing = "nothing for this workload on this device"
-    assert resolution.asked == ((f"user store {store.path}", nothing), (f"site {layers.site_profiles()}", nothing), (f"shipped {shipped}", "exact match"))
-    assert (resolution.workload, resolution.device, resolution.source) == (WORKLOAD, DEVICE, WORKLOAD.key)
-    assert {plan for plan, _ in resolution.rejected} == {str(m.plan) for m in CURVE if m.max_chunk_size_mb != 16.0}
+    assert resolution.asked == (
+        (f"user store {store.path}", nothing),
+        (f"site {layers.site_profiles()}", nothing),
+        (f"shipped {shipped}", "exact match"),
+    )
+    assert (resolution.workload, resolution.device, resolution.source) == (
+        WORKLOAD,
+        DEVICE,
+        WORKLOAD.key,
+    )
+    assert {plan for plan, _ in resolution.rejected} == {
+        str(m.plan) for m in CURVE if m.max_chunk_size_mb != 16.0
+    }
     assert resolution.reason == "fastest"
     assert resolution.profile == make_profile()
 
 
-def test_exact_in_a_late_layer_before_nearest_in_an_early_one(store: ProfileStore, shipped: Path) -> None:
-    """What was measured for this very workload is better than the user's own measurement of another."""
+def test_exact_in_a_late_layer_before_nearest_in_an_early_one(
+    store: ProfileStore, shipped: Path
+) -> None:
+    """What was measured for this very workload is better than the user's own measurement of
+    another.
+    """
     store.put(limit_of(3.0, make_workload("b=2,t=2048,s=1024,h=8,k=64")))
     assert ask().match == "nearest"
     ship(shipped / "a.json", limit_of(4.0))
@@ -119,7 +164,10 @@ def test_exact_in_a_late_layer_before_nearest_in_an_early_one(store: ProfileStor
 
 
 def test_folder_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder's ``*.json`` files are one layer; of two with a workload the last by name answers; other files do not matter."""
+    """A folder's ``*.json`` files are one layer.
+
+    Of two with a workload the last by name answers; other files do not matter.
+    """
     folder = tmp_path / "bundles"
     write(folder / "a.json", limit_of(1.0), limit_of(7.0, make_workload("t=9,k=9")))
     write(folder / "b.json", limit_of(2.0))
@@ -131,8 +179,15 @@ def test_folder_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_profile_of_another_device_never_answers(store: ProfileStore, shipped: Path) -> None:
     """Neither exactly nor as the nearest."""
-    others = [make_device(**fields) for fields in ({"kind": "Made/Up2"}, {"cores": 5}, {"memory_gib": 80}, {"platform": "gpu"})]
-    profiles = [make_profile(workload, device) for device in others for workload in (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))]
+    others = [
+        make_device(**fields)
+        for fields in ({"kind": "Made/Up2"}, {"cores": 5}, {"memory_gib": 80}, {"platform": "gpu"})
+    ]
+    profiles = [
+        make_profile(workload, device)
+        for device in others
+        for workload in (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))
+    ]
     store.put_all(profiles)
     ship(shipped / "a.json", *profiles)
     assert ask().match == "default"
@@ -154,8 +209,17 @@ def test_profile_without_a_fitting_plan_passes_on(store: ProfileStore, shipped: 
     assert (f"user store {store.path}", "its profile has no plan that fits") in ask().asked
 
 
-@pytest.mark.parametrize(("implementation", "expected"), [(None, Plan("xla", 16.0)), ("xla_rows", Plan("xla_rows", 4.0)), ("dense", Plan("dense", None))])
-def test_pinned_implementation(store: ProfileStore, implementation: str | None, expected: Plan) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "expected"),
+    [
+        (None, Plan("xla", 16.0)),
+        ("xla_rows", Plan("xla_rows", 4.0)),
+        ("dense", Plan("dense", None)),
+    ],
+)
+def test_pinned_implementation(
+    store: ProfileStore, implementation: str | None, expected: Plan
+) -> None:
     """The best plan of the implementation asked for."""
     store.put(make_profile())
     assert ask(implementation=implementation).plan == expected
@@ -168,11 +232,17 @@ def test_unknown_implementation(implementation: Any) -> None:
         ask(implementation=implementation)
 
 
-# --- The default ----------------------------------------------------------------------------------------------------------
+# --- The default ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("implementation", "expected"), [(None, DEFAULT), ("xla", DEFAULT), ("xla_rows", Plan("xla_rows", 1000.0)), ("dense", Plan("dense", None))]
+    ("implementation", "expected"),
+    [
+        (None, DEFAULT),
+        ("xla", DEFAULT),
+        ("xla_rows", Plan("xla_rows", 1000.0)),
+        ("dense", Plan("dense", None)),
+    ],
 )
 def test_default(implementation: str | None, expected: Plan) -> None:
     """Nothing known: 1000 MB, and the reason is the command that would make a profile."""
@@ -198,7 +268,7 @@ def test_resolving_by_itself_is_silent(store: ProfileStore) -> None:
     assert not store.path.exists()
 
 
-# --- The nearest ----------------------------------------------------------------------------------------------------------
+# --- The nearest ----------------------------------------------------------------------------------
 
 
 def shape(**sizes: int) -> Workload:
@@ -230,7 +300,9 @@ def shape(**sizes: int) -> Workload:
     ],
 )
 def test_nearest_is_bounded(store: ProfileStore, sizes: dict[str, int], near: bool) -> None:
-    """A tuned workload answers for another if no size is more than a factor of four away, upwards and downwards."""
+    """A tuned workload answers for another if no size is more than a factor of four away, upwards
+    and downwards.
+    """
     tuned = shape(**sizes)
     store.put(limit_of(3.0, tuned))
     resolution = ask()
@@ -241,7 +313,16 @@ def test_nearest_is_bounded(store: ProfileStore, sizes: dict[str, int], near: bo
         assert resolution.plan == Plan("xla", 3.0)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"mode": "training"}, {"causal": True}, {"mask": "b1ts"}, {"bias": "11ts"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "bfloat16"},
+        {"mode": "training"},
+        {"causal": True},
+        {"mask": "b1ts"},
+        {"bias": "11ts"},
+    ],
+)
 def test_nearest_is_of_the_same_kind(store: ProfileStore, change: dict[str, Any]) -> None:
     """Only sizes may differ: another dtype, mode or mask is another computation."""
     store.put(limit_of(3.0, shape(**change)))
@@ -258,9 +339,15 @@ def test_nearest_of_several(store: ProfileStore) -> None:
 
 def test_equally_near_ones_are_decided_by_key(tmp_path: Path) -> None:
     """Twice and half as long are as near; the answer does not depend on which was stored first."""
-    profiles = [limit_of(1.0, shape(query_length=512)), limit_of(2.0, shape(query_length=2048)), limit_of(3.0, shape(batch=4))]
+    profiles = [
+        limit_of(1.0, shape(query_length=512)),
+        limit_of(2.0, shape(query_length=2048)),
+        limit_of(3.0, shape(batch=4)),
+    ]
     answers = set()
-    for number, order in enumerate((profiles, profiles[::-1], [profiles[1], profiles[0], profiles[2]])):
+    for number, order in enumerate(
+        (profiles, profiles[::-1], [profiles[1], profiles[0], profiles[2]])
+    ):
         store = ProfileStore(tmp_path / f"{number}.sqlite")
         for profile in order:
             store.put(profile)
@@ -270,9 +357,16 @@ def test_equally_near_ones_are_decided_by_key(tmp_path: Path) -> None:
     assert next(iter(answers))[0] == "nearest"
 
 
-@pytest.mark.parametrize(("implementation", "expected"), [("xla", "xla"), ("xla_rows", "xla_rows"), ("dense", "xla")])
-def test_never_slice_of_a_smaller_neighbour_becomes_a_limit(store: ProfileStore, implementation: str, expected: str) -> None:
-    """Not to slice was measured with the neighbour's logits; more than those are not held at once for a larger workload."""
+@pytest.mark.parametrize(
+    ("implementation", "expected"), [("xla", "xla"), ("xla_rows", "xla_rows"), ("dense", "xla")]
+)
+def test_never_slice_of_a_smaller_neighbour_becomes_a_limit(
+    store: ProfileStore, implementation: str, expected: str
+) -> None:
+    """Not to slice was measured with the neighbour's logits.
+
+    More than those are not held at once for a larger workload.
+    """
     small = shape(query_length=512)
     store.put(make_profile(small, measurements=one_plan(None, implementation)))
     assert ask().plan == Plan(expected, small.logits_bytes / 1e6)
@@ -292,7 +386,10 @@ def test_a_neighbour_s_limit_carries_over(store: ProfileStore) -> None:
 
 
 def test_a_limit_that_the_neighbour_never_reached(store: ProfileStore) -> None:
-    """A limit above all the neighbour's logits is "do not slice" there; for a larger workload it must not mean more than was measured."""
+    """A limit above all the neighbour's logits is "do not slice" there.
+
+    For a larger workload it must not mean more than was measured.
+    """
     small = shape(query_length=512)
     store.put(make_profile(small, measurements=one_plan(1000.0)))
     large = shape(query_length=2048, key_length=2048)
@@ -302,7 +399,10 @@ def test_a_limit_that_the_neighbour_never_reached(store: ProfileStore) -> None:
 
 
 def test_a_neighbour_s_fused_kernel_carries_over(store: ProfileStore) -> None:
-    """It holds no logits, so that a larger neighbour is as safe; the op looks whether it takes the call."""
+    """It holds no logits, so that a larger neighbour is as safe.
+
+    The op looks whether it takes the call.
+    """
     store.put(make_profile(shape(query_length=512), measurements=one_plan(None, "cudnn")))
     resolution = ask(shape(query_length=1024))
     assert (resolution.match, resolution.plan) == ("nearest", Plan("cudnn", None))
@@ -315,7 +415,16 @@ def test_pinned_implementation_of_the_nearest(store: ProfileStore) -> None:
 
 
 sizes = st.integers(1, 10_000)
-sized = st.builds(lambda b, t, s, h, k: Workload.make(batch=b, query_length=t, key_length=s, num_heads=h, key_size=k), sizes, sizes, sizes, sizes, sizes)
+sized = st.builds(
+    lambda b, t, s, h, k: Workload.make(
+        batch=b, query_length=t, key_length=s, num_heads=h, key_size=k
+    ),
+    sizes,
+    sizes,
+    sizes,
+    sizes,
+    sizes,
+)
 
 
 @given(sized, sized)
@@ -328,48 +437,99 @@ def test_distance_is_symmetric(one: Workload, other: Workload) -> None:
     assert there is None or (there == 0) == (one == other)
 
 
-@given(st.permutations([shape(query_length=t, key_length=s) for t in (512, 1024, 2048) for s in (512, 2048)]))
+@given(
+    st.permutations(
+        [shape(query_length=t, key_length=s) for t in (512, 1024, 2048) for s in (512, 2048)]
+    )
+)
 def test_nearest_does_not_depend_on_the_order(workloads: Sequence[Workload]) -> None:
     """The same tuned workloads, listed in any order, have the same nearest."""
-    given, ordered = (MemoryLayer("", [make_profile(one) for one in many]) for many in (workloads, sorted(workloads, key=lambda one: one.key)))
+    given, ordered = (
+        MemoryLayer("", [make_profile(one) for one in many])
+        for many in (workloads, sorted(workloads, key=lambda one: one.key))
+    )
     nearest = [resolve._nearest_workloads(WORKLOAD, [layer], DEVICE) for layer in (given, ordered)]
     assert [other for _, other in nearest[0]] == [other for _, other in nearest[1]]
 
 
-def test_nearest_is_looked_for_in_all_layers(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_is_looked_for_in_all_layers(
+    store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A nearer workload in a later layer before a farther one in an earlier layer."""
-    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(write(tmp_path / "far.json", limit_of(1.0, shape(query_length=4096)))))
+    monkeypatch.setenv(
+        "AUTOCHUNK_PROFILES",
+        str(write(tmp_path / "far.json", limit_of(1.0, shape(query_length=4096)))),
+    )
     store.put(limit_of(2.0, shape(query_length=1100)))
     assert ask(shape(query_length=1024)).plan == Plan("xla", 2.0)
 
 
 def test_a_neighbour_that_fits_before_none(store: ProfileStore) -> None:
-    """Where no plan of the exact profile, or of the nearest, fits the budget, the next nearest answers."""
+    """Where no plan of the exact profile, or of the nearest, fits the budget, the next nearest
+    answers.
+    """
     for length, memory in ((1024, 400.0), (1100, 300.0), (1300, 30.0)):
-        store.put(make_profile(shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, memory)]))
+        store.put(
+            make_profile(
+                shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, memory)]
+            )
+        )
     with use(memory_budget_mb=100):
         assert ask(shape(query_length=1024)).source == shape(query_length=1300).key
 
 
-@pytest.mark.parametrize(("length", "near"), [(512, False), (2048, True)], ids=["smaller", "larger"])
-def test_what_a_smaller_neighbour_took_shows_nothing(store: ProfileStore, length: int, near: bool) -> None:
-    """Of a budget only its share counts for a smaller workload's plans: here each takes 80 of 100 MB."""
-    store.put(make_profile(shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, 80.0)]))
+@pytest.mark.parametrize(
+    ("length", "near"), [(512, False), (2048, True)], ids=["smaller", "larger"]
+)
+def test_what_a_smaller_neighbour_took_shows_nothing(
+    store: ProfileStore, length: int, near: bool
+) -> None:
+    """Of a budget only its share counts for a smaller workload's plans.
+
+    Here each takes 80 of 100 MB.
+    """
+    store.put(
+        make_profile(
+            shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, 80.0)]
+        )
+    )
     with use(memory_budget_mb=100):
         assert ask(shape(query_length=1024)).match == ("nearest" if near else "default")
 
 
 @pytest.mark.parametrize(
     ("limit", "budget", "expected"),
-    [(4.0, 5.0, Plan("xla", 1.25)), (0.5, 5.0, Plan("xla_rows", 0.5)), (None, 5.0, Plan("xla", 1.25))],
+    [
+        (4.0, 5.0, Plan("xla", 1.25)),
+        (0.5, 5.0, Plan("xla_rows", 0.5)),
+        (None, 5.0, Plan("xla", 1.25)),
+    ],
     ids=["smaller slices", "the least", "unsliced"],
 )
-def test_a_budget_that_no_measured_plan_fits_is_told(store: ProfileStore, limit: float | None, budget: float, expected: Plan) -> None:
-    """It is no miss, which tuning would cure: the warning says what the least takes, and the smaller slices run, those or a quarter of the budget."""
-    store.put(make_profile(WORKLOAD, detect(), [make_measurement("xla_rows", limit, 1.0, 40.0), make_measurement("dense", None, 0.5, 400.0)]))
+def test_a_budget_that_no_measured_plan_fits_is_told(
+    store: ProfileStore, limit: float | None, budget: float, expected: Plan
+) -> None:
+    """It is no miss, which tuning would cure.
+
+    The warning says what the least takes, and the smaller slices run, those or a quarter of the
+    budget.
+    """
+    store.put(
+        make_profile(
+            WORKLOAD,
+            detect(),
+            [
+                make_measurement("xla_rows", limit, 1.0, 40.0),
+                make_measurement("dense", None, 0.5, 400.0),
+            ],
+        )
+    )
     with use(memory_budget_mb=budget):
         plans = resolve.plans(WORKLOAD, None)
-    with pytest.warns(BudgetWarning, match=r"the memory budget of 5 MB; the one that takes least, xla_rows, .*, takes 40 MB"):
+    with pytest.warns(
+        BudgetWarning,
+        match=r"the memory budget of 5 MB; the one that takes least, xla_rows, .*, takes 40 MB",
+    ):
         plans.used("forward")
     assert plans.forward == expected
     assert store.missed(detect()) == []
@@ -382,8 +542,13 @@ def test_a_warning_points_at_the_users_line() -> None:
     assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
 
 
-def test_a_changed_store_does_not_fetch_urls_again(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that have not changed stay as they were read; a URL that failed is not asked again at once."""
+def test_a_changed_store_does_not_fetch_urls_again(
+    store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that have not changed stay as they were read.
+
+    A URL that failed is not asked again at once.
+    """
     fetched: list[str] = []
 
     def fetch(place: str, *_: Any) -> bytes:
@@ -404,17 +569,21 @@ def test_a_changed_store_does_not_fetch_urls_again(store: ProfileStore, monkeypa
     assert sorted(fetched) == ["http://down/b.json", "http://up:80/a.json"]
 
 
-# --- Reports --------------------------------------------------------------------------------------------------------------
+# --- Reports --------------------------------------------------------------------------------------
 
 
 def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
-    """A miss that came to run warns once for its workload, names the exact command that cures it, and is recorded."""
+    """A miss that came to run warns once for its workload, names the exact command that cures it,
+    and is recorded.
+    """
     with pytest.warns(MissWarning) as caught:
         resolve.plans(WORKLOAD, None).used("forward")
     assert len(caught) == 1
     text = str(caught[0].message)
     assert WORKLOAD.key in text
-    assert "autochunk tune --shape b=2,t=1024,s=1024,h=8,k=64 --dtype float32 --mode forward" in text
+    assert (
+        "autochunk tune --shape b=2,t=1024,s=1024,h=8,k=64 --dtype float32 --mode forward" in text
+    )
     assert text.endswith(WORKLOAD.tune_command)
     assert str(DEFAULT) in text
     with warnings.catch_warnings():
@@ -424,7 +593,10 @@ def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
 
 
 def test_only_the_mode_that_ran_is_reported(store: ProfileStore) -> None:
-    """Both modes are resolved; a call that was differentiated misses the training profile and not the other."""
+    """Both modes are resolved.
+
+    A call that was differentiated misses the training profile and not the other.
+    """
     with pytest.warns(MissWarning, match="--mode training"):
         resolve.plans(WORKLOAD, None).used("training")
     assert store.missed(detect()) == [WORKLOAD.with_mode("training")]
@@ -484,7 +656,10 @@ def test_miss_is_recorded_in_the_store_in_use(tmp_path: Path, store: ProfileStor
 
 
 def test_stale_profile_answers_and_warns(store: ProfileStore) -> None:
-    """A profile measured with another jaxlib is used; the warning says what changed and how to measure again, once."""
+    """A profile measured with another jaxlib is used.
+
+    The warning says what changed and how to measure again, once.
+    """
     here = detect()
     store.put(make_profile(device=here.model_copy(update={"jaxlib": "0.1.2"})))
     plans = resolve.plans(WORKLOAD, None)
@@ -506,7 +681,7 @@ def test_stale_is_said_in_the_resolution(store: ProfileStore) -> None:
     assert ask(device=make_device(jaxlib="0.11.5")).stale == ()
 
 
-# --- Layers that cannot be read -------------------------------------------------------------------------------------------
+# --- Layers that cannot be read -------------------------------------------------------------------
 
 
 def test_unreadable_store_is_left_out(store: ProfileStore, shipped: Path) -> None:
@@ -526,9 +701,15 @@ def test_unreadable_store_is_left_out(store: ProfileStore, shipped: Path) -> Non
     assert store.path.read_text() == "no database at all"
 
 
-@pytest.mark.parametrize("content", ["no bundle", "", '{"profiles": [], "schema_version": 99}', None])
-def test_unreadable_bundle_is_left_out(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None) -> None:
-    """So does a file named by AUTOCHUNK_PROFILES that is no bundle, of a newer version, or not there."""
+@pytest.mark.parametrize(
+    "content", ["no bundle", "", '{"profiles": [], "schema_version": 99}', None]
+)
+def test_unreadable_bundle_is_left_out(
+    store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    """So does a file named by AUTOCHUNK_PROFILES that is no bundle, of a newer version, or not
+    there.
+    """
     path = tmp_path / "named.json"
     if content is not None:
         path.write_text(content)
@@ -557,13 +738,17 @@ def test_garbage_key_is_left_out(store: ProfileStore) -> None:
     """Nor does a row under a key that is none."""
     store.put(limit_of(3.0, make_workload("t=4,k=8")))
     with closing(sqlite3.connect(store.path)) as file, file:
-        file.execute("INSERT INTO profiles VALUES (?, '{}')", (f"{DEVICE.key} | attention:new=grammar",))
+        file.execute(
+            "INSERT INTO profiles VALUES (?, '{}')", (f"{DEVICE.key} | attention:new=grammar",)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoreWarning)
         assert ask().match == "default"
 
 
-def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(
+    store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same files give the same answer, whatever was asked before."""
     store.put_all([limit_of(8.0), limit_of(9.0, make_workload("t=4,k=8"))])
     folder = tmp_path / "bundles"
@@ -576,11 +761,13 @@ def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(store: Pro
         warnings.simplefilter("ignore", StoreWarning)
         for order in ((WORKLOAD, other), (other, WORKLOAD)):
             resolve.forget_all()
-            answers.append({workload.key: (ask(workload).plan, ask(workload).match) for workload in order})
+            answers.append(
+                {workload.key: (ask(workload).plan, ask(workload).match) for workload in order}
+            )
     assert answers[0] == answers[1]
 
 
-# --- Sameness and change --------------------------------------------------------------------------------------------------
+# --- Sameness and change --------------------------------------------------------------------------
 
 DESCRIBE = """
 import json, sys, warnings
@@ -592,22 +779,39 @@ for shape in json.loads(sys.argv[1]):
 """
 
 
-def test_same_answer_in_every_process(store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same profiles give the same plan, for the same reason, in every process, in whatever order it asks."""
-    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(write(tmp_path / "named.json", limit_of(2.0, shape(batch=3)))))
-    store.put_all([make_profile(shape(query_length=t), measurements=CURVE[:k]) for t, k in ((512, 1), (700, 2), (1024, 4), (2048, 3))])
+def test_same_answer_in_every_process(
+    store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same profiles give the same plan, for the same reason, in every process, in whatever
+    order it asks.
+    """
+    monkeypatch.setenv(
+        "AUTOCHUNK_PROFILES", str(write(tmp_path / "named.json", limit_of(2.0, shape(batch=3))))
+    )
+    store.put_all(
+        [
+            make_profile(shape(query_length=t), measurements=CURVE[:k])
+            for t, k in ((512, 1), (700, 2), (1024, 4), (2048, 3))
+        ]
+    )
     shapes = [shape(query_length=t).shape for t in (1024, 1000, 300, 9000, 1434)]
-    outputs = [run_python(DESCRIBE, json.dumps(order), PYTHONHASHSEED=seed) for seed, order in (("0", shapes), ("1", shapes), ("2", shapes[::-1]))]
+    outputs = [
+        run_python(DESCRIBE, json.dumps(order), PYTHONHASHSEED=seed)
+        for seed, order in (("0", shapes), ("1", shapes), ("2", shapes[::-1]))
+    ]
     assert len(outputs[0].splitlines()) == len(shapes)
     assert outputs[0] == outputs[1]
     assert sorted(outputs[0].splitlines()) == sorted(outputs[2].splitlines())
 
 
 def test_changed_store_is_seen(store: ProfileStore) -> None:
-    """A profile stored by another process, or replaced or deleted, counts from the next question on."""
+    """A profile stored by another process, or replaced or deleted, counts from the next question
+    on.
+    """
     assert ask().match == "default"
     run_python(
-        "from factories import *; from autochunk import ProfileStore; ProfileStore().put(make_profile(measurements=one_plan(3.0)))",
+        "from factories import *; from autochunk import ProfileStore; "
+        "ProfileStore().put(make_profile(measurements=one_plan(3.0)))",
     )
     assert ask().plan == Plan("xla", 3.0)
     store.put(limit_of(5.0))
@@ -617,7 +821,9 @@ def test_changed_store_is_seen(store: ProfileStore) -> None:
 
 
 def test_changed_bundles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does a bundle that is added to a folder or taken away, at once, and one that is written over when its files are next looked at."""
+    """So does a bundle that is added to a folder or taken away, at once, and one that is written
+    over when its files are next looked at.
+    """
     monkeypatch.setattr(layers, "_LOOK_SECONDS", 0.0)
     folder = tmp_path / "bundles"
     folder.mkdir()
@@ -649,11 +855,15 @@ def test_resolving_from_many_threads(store: ProfileStore) -> None:
     assert answers == [Plan("xla", 16.0)] * 8
 
 
-# --- use ------------------------------------------------------------------------------------------------------------------
+# --- use ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "implementation"), [(3, "xla"), (0.5, "xla_rows"), (None, "xla"), (None, "dense")])
-def test_use_answers_every_auto(store: ProfileStore, limit: float | None, implementation: str) -> None:
+@pytest.mark.parametrize(
+    ("limit", "implementation"), [(3, "xla"), (0.5, "xla_rows"), (None, "xla"), (None, "dense")]
+)
+def test_use_answers_every_auto(
+    store: ProfileStore, limit: float | None, implementation: str
+) -> None:
     """Inside, "auto" is this limit, whatever the profiles say; None never slices."""
     store.put(make_profile())
     with use(max_chunk_size_mb=limit, implementation=implementation):
@@ -663,7 +873,9 @@ def test_use_answers_every_auto(store: ProfileStore, limit: float | None, implem
 
 
 def test_a_limit_set_by_use_holds_for_whichever_slices(store: ProfileStore) -> None:
-    """Where the call, or a ``use`` around it, asks for slices of another implementation, those have the limit; dense attention has no slices to limit."""
+    """Where the call, or a ``use`` around it, asks for slices of another implementation, those have
+    the limit; dense attention has no slices to limit.
+    """
     store.put(make_profile())
     with use(max_chunk_size_mb=3):
         assert ask(implementation="xla").plan == Plan("xla", 3)
@@ -700,7 +912,10 @@ def test_use_restores_after_an_error(store: ProfileStore) -> None:
     assert ask().match == "exact"
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(1000, Plan("xla", 16.0)), (39, Plan("xla_rows", 4.0)), (5, Plan("xla", 1.25))])
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(1000, Plan("xla", 16.0)), (39, Plan("xla_rows", 4.0)), (5, Plan("xla", 1.25))],
+)
 def test_memory_budget(store: ProfileStore, budget: float, expected: Plan) -> None:
     """Of the measured plans the fastest that fits; where none fits, a small default."""
     store.put(make_profile())
@@ -722,7 +937,10 @@ def test_use_store(store: ProfileStore, tmp_path: Path, as_text: bool) -> None:
 
 @pytest.mark.parametrize("limit", ["auto", "1", 0, -1, float("nan"), float("inf"), True, [1]])
 def test_use_with_a_wrong_limit(limit: Any) -> None:
-    """A limit that is none is an ArgumentError at once, and nothing is set; "auto" cannot answer "auto"."""
+    """A limit that is none is an ArgumentError at once, and nothing is set.
+
+    "auto" cannot answer "auto".
+    """
     with pytest.raises(ArgumentError, match="max_chunk_size_mb"), use(max_chunk_size_mb=limit):
         raise AssertionError("not reached")
     assert ask().match == "default"
@@ -730,7 +948,10 @@ def test_use_with_a_wrong_limit(limit: Any) -> None:
 
 def test_use_with_a_wrong_implementation() -> None:
     """So is an implementation that does not exist."""
-    with pytest.raises(ArgumentError, match="implementation must be"), use(max_chunk_size_mb=1, implementation="cudnn_v8"):
+    with (
+        pytest.raises(ArgumentError, match="implementation must be"),
+        use(max_chunk_size_mb=1, implementation="cudnn_v8"),
+    ):
         raise AssertionError("not reached")
 
 
@@ -744,7 +965,10 @@ def test_use_with_a_wrong_budget(budget: Any) -> None:
 @pytest.mark.parametrize("budget", [0, -1, "1"])
 def test_wrong_budget_is_named(budget: Any) -> None:
     """The error names the argument that is wrong."""
-    with pytest.raises(ArgumentError, match="memory_budget_mb must be"), use(memory_budget_mb=budget):
+    with (
+        pytest.raises(ArgumentError, match="memory_budget_mb must be"),
+        use(memory_budget_mb=budget),
+    ):
         raise AssertionError("not reached")
 
 
@@ -765,7 +989,11 @@ def test_use_does_not_reach_other_threads(store: ProfileStore) -> None:
         thread.join(30)
     answers["copied"] = inside.run(lambda: ask().plan)
     answers["after"] = ask().plan
-    assert answers == {"thread": Plan("xla", 16.0), "copied": Plan("xla", 7), "after": Plan("xla", 16.0)}
+    assert answers == {
+        "thread": Plan("xla", 16.0),
+        "copied": Plan("xla", 7),
+        "after": Plan("xla", 16.0),
+    }
 
 
 def test_use_as_a_decorator(store: ProfileStore) -> None:
@@ -779,7 +1007,7 @@ def test_use_as_a_decorator(store: ProfileStore) -> None:
     assert inside() == inside() == Plan("xla", 7)
 
 
-# --- What ships with autochunk --------------------------------------------------------------------------------------------
+# --- What ships with autochunk --------------------------------------------------------------------
 
 
 def test_layers_raise_their_own_errors_only(tmp_path: Path) -> None:

@@ -23,10 +23,17 @@ Command = tuple[str, ...]
 
 @pytest.fixture
 def scripted() -> Callable[..., Command]:
-    """``scripted(**script)`` is the command of a worker that follows the script; see scripted_worker.py."""
+    """``scripted(**script)`` is the command of a worker that follows the script.
+
+    See scripted_worker.py.
+    """
 
     def make(**script: Any) -> Command:
-        return (sys.executable, str(Path(__file__).with_name("scripted_worker.py")), json.dumps(script))
+        return (
+            sys.executable,
+            str(Path(__file__).with_name("scripted_worker.py")),
+            json.dumps(script),
+        )
 
     return make
 
@@ -34,7 +41,17 @@ def scripted() -> Callable[..., Command]:
 @pytest.fixture
 def scripted_gpu(scripted: Callable[..., Command]) -> Callable[..., Command]:
     """The same of a worker that finds a GPU."""
-    return functools.partial(scripted, device={"platform": "gpu", "kind": "scripted", "cores": 0, "memory_gib": 8, "jax": "0.12.0", "jaxlib": "0.12.0"})
+    return functools.partial(
+        scripted,
+        device={
+            "platform": "gpu",
+            "kind": "scripted",
+            "cores": 0,
+            "memory_gib": 8,
+            "jax": "0.12.0",
+            "jaxlib": "0.12.0",
+        },
+    )
 
 
 @pytest.fixture
@@ -45,26 +62,61 @@ def small() -> Workload:
 
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of this test session's own, on a free port; skipped where there is none to start."""
+    """URL of a PostgreSQL server of this test session's own, on a free port.
+
+    Skipped where there is none to start.
+    """
     pytest.importorskip("psycopg", reason="psycopg is not installed")
-    programs = [folder for folder in (*sorted(Path("/usr/lib/postgresql").glob("*/bin")), *map(Path, os.get_exec_path())) if (folder / "initdb").exists()]
+    programs = [
+        folder
+        for folder in (
+            *sorted(Path("/usr/lib/postgresql").glob("*/bin")),
+            *map(Path, os.get_exec_path()),
+        )
+        if (folder / "initdb").exists()
+    ]
     if not programs:
         pytest.skip("no PostgreSQL server is installed (Debian's package postgresql)")
     # PostgreSQL refuses to run as root.
-    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
-    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir="/tmp"))  # a socket's path is short, and others' folders are not for its user to enter
+    user = (
+        {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    )
+    # a socket's path is short, and others' folders are not for its user to enter
+    folder = Path(tempfile.mkdtemp(prefix="postgresql", dir="/tmp"))
     if user:
         shutil.chown(folder, "postgres", "postgres")
     data, port = folder / "data", _free_port()
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
     commands = [
-        [programs[-1] / "initdb", "-D", data, "-U", "autochunk", "--auth=trust", "-E", "UTF8", "--no-sync"],
+        [
+            programs[-1] / "initdb",
+            "-D",
+            data,
+            "-U",
+            "autochunk",
+            "--auth=trust",
+            "-E",
+            "UTF8",
+            "--no-sync",
+        ],
         [programs[-1] / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"],
     ]
     for command in commands:
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+        subprocess.run(
+            [str(part) for part in command],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=folder,
+            **user,
+        )
     yield f"postgresql://autochunk:secret@127.0.0.1:{port}/postgres"
-    subprocess.run([str(programs[-1] / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+    subprocess.run(
+        [str(programs[-1] / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+        **user,
+    )
     shutil.rmtree(folder, ignore_errors=True)
 
 

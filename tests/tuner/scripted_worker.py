@@ -1,9 +1,12 @@
-"""A measuring process that follows a script instead of measuring, for what a real one does too rarely: dying, hanging, talking nonsense.
+"""A measuring process that follows a script instead of measuring, for what a real one does too
+rarely: dying, hanging, talking nonsense.
 
-``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans": {plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed
-"" (answer well), "die N" (by signal N), "exit N", "hang", "babble", "refuse" (answer with an error) or a status to answer with. "do" may begin with
-"time:" to happen while timing instead of while preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then. "log" names a
-file that every request is appended to.
+``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans": {plan text: act}, "default": act};
+an act is {"seconds": x, "temp": n, "do": deed} with deed "" (answer well), "die N" (by signal N),
+"exit N", "hang", "babble", "refuse" (answer with an error) or a status to answer with. "do" may
+begin with "time:" to happen while timing instead of while preparing, with "once:FILE:" to happen
+only until FILE exists, and with "after:FILE:" only then. "log" names a file that every request is
+appended to.
 """
 
 from __future__ import annotations
@@ -17,7 +20,15 @@ from typing import Any
 
 from autochunk.plan import Plan
 
-DEVICE = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8, "jax": "0.12.0", "jaxlib": "0.12.0", "driver": ""}
+DEVICE = {
+    "platform": "cpu",
+    "kind": "scripted",
+    "cores": 2,
+    "memory_gib": 8,
+    "jax": "0.12.0",
+    "jaxlib": "0.12.0",
+    "driver": "",
+}
 
 
 def perform(deed: str) -> str:
@@ -49,7 +60,9 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
     """The reply to one request; ``prepared`` are the plans that may be timed."""
 
     def act(plan: list[Any]) -> dict[str, Any]:
-        return script.get("plans", {}).get(str(Plan(*plan)), script.get("default", {"seconds": 0.01, "temp": 1000}))
+        return script.get("plans", {}).get(
+            str(Plan(*plan)), script.get("default", {"seconds": 0.01, "temp": 1000})
+        )
 
     if request["do"] == "hello":
         return {"device": script.get("device", DEVICE), "available_bytes": 10**9}
@@ -62,7 +75,11 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
         status = "" if deed.startswith("time:") else perform(deed)
         if status == "refuse":
             raise ValueError("refused as scripted")
-        result = {"status": status or "ok", "detail": f"scripted {status}" if status else "", "compile_seconds": 0.1}
+        result = {
+            "status": status or "ok",
+            "detail": f"scripted {status}" if status else "",
+            "compile_seconds": 0.1,
+        }
         if status:
             return result | {"temp_bytes": chosen.get("temp")}
         prepared.add(str(request["plan"]))
@@ -87,7 +104,9 @@ def main() -> None:
         request = json.loads(line)
         if "log" in script:
             with Path(script["log"]).open("a") as log:
-                log.write(json.dumps(request | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}) + "\n")
+                log.write(
+                    json.dumps(request | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}) + "\n"
+                )
         try:
             reply = {"ok": True} | answer(script, request, prepared)
         except ValueError as error:

@@ -14,17 +14,27 @@ from autochunk.store.database import ProfileStore
 from autochunk.tuner import bench, measure
 from autochunk.workload import Workload
 
-SHAPES = ["b=2,t=12,s=9,h=4,kv_heads=2,k=8", "b=2,t=12,h=2,k=4,causal=yes,mask=b1ts", "b=1,t=10,h=2,k=4,bias=1hts"]
+SHAPES = [
+    "b=2,t=12,s=9,h=4,kv_heads=2,k=8",
+    "b=2,t=12,h=2,k=4,causal=yes,mask=b1ts",
+    "b=1,t=10,h=2,k=4,bias=1hts",
+]
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_baselines_are_right(shape: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Haiku's dense attention and the pull request's loop agree with the float64 reference; a baseline that is wrong is worth no comparison."""
-    monkeypatch.setattr(bench, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)  # so that the loop has several turns
+    """Haiku's dense attention and the pull request's loop agree with the float64 reference.
+
+    A baseline that is wrong is worth no comparison.
+    """
+    # so that the loop has several turns
+    monkeypatch.setattr(bench, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)
     inputs = measure.WorkloadInputs(Workload.parse(shape, mode=mode))
     for attend in (bench.haiku_dense, bench.row_loop):
-        function = measure.make_function(inputs.workload, functools.partial(attend, causal=inputs.workload.causal))
+        function = measure.make_function(
+            inputs.workload, functools.partial(attend, causal=inputs.workload.causal)
+        )
         results = inputs.on_sample(jax.jit(function)(*inputs.arguments))
         assert measure.relative_error(results, measure.reference(inputs)) < 1e-5
 
@@ -32,8 +42,17 @@ def test_the_baselines_are_right(shape: str, mode: str, monkeypatch: pytest.Monk
 def test_every_contender_has_figures_or_a_reason() -> None:
     """Ratios are to haiku's dense attention in the same round, one for each round."""
     seen: list[str] = []
-    contenders = bench.bench(Workload.parse("b=1,t=32,h=2,k=8"), rounds=3, peers=("no_such_library",), on_contender=seen.append)
-    assert [contender.name for contender in contenders] == seen == ["haiku dense", "1000 MB", "auto", "jax.nn xla", "jax.nn cudnn"]
+    contenders = bench.bench(
+        Workload.parse("b=1,t=32,h=2,k=8"),
+        rounds=3,
+        peers=("no_such_library",),
+        on_contender=seen.append,
+    )
+    assert (
+        [contender.name for contender in contenders]
+        == seen
+        == ["haiku dense", "1000 MB", "auto", "jax.nn xla", "jax.nn cudnn"]
+    )
     for contender in contenders:
         if contender.run is None:
             assert contender.detail
@@ -45,11 +64,22 @@ def test_every_contender_has_figures_or_a_reason() -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize("shape", ["t=16,h=2,k=4,causal=yes,mask=11ts", "t=16,s=9,h=2,k=4,causal=yes,mask=1111", "t=16,h=2,k=4,causal=yes"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "t=16,h=2,k=4,causal=yes,mask=11ts",
+        "t=16,s=9,h=2,k=4,causal=yes,mask=1111",
+        "t=16,h=2,k=4,causal=yes",
+    ],
+)
 def test_torch_takes_every_workload_without_a_bias(shape: str, mode: str) -> None:
     """It refuses a mask beside causality, which are one mask then."""
     pytest.importorskip("torch")
-    (contender,) = [found for found in bench.bench(Workload.parse(shape, mode=mode), rounds=1, peers=("torch",)) if found.name == "torch"]
+    (contender,) = [
+        found
+        for found in bench.bench(Workload.parse(shape, mode=mode), rounds=1, peers=("torch",))
+        if found.name == "torch"
+    ]
     assert contender.run is not None, contender.detail
 
 
@@ -61,13 +91,19 @@ def test_a_peer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench, "_PEERS", {"numpy": fail})
     *_, peer = bench.bench(Workload.parse("t=8,k=2"), rounds=1, peers=("numpy",))
-    assert peer.detail == "does not run here: OSError: libtorch_cpu.so: cannot open shared object file"
+    assert (
+        peer.detail == "does not run here: OSError: libtorch_cpu.so: cannot open shared object file"
+    )
 
 
 def test_float64_is_timed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jax makes float32 of it unless it is enabled; afterwards the process is as it was."""
     dtypes = []
-    monkeypatch.setattr(bench, "_PEERS", {"numpy": lambda inputs: dtypes.append(inputs.query.dtype) or bench.Contender("numpy")})
+    monkeypatch.setattr(
+        bench,
+        "_PEERS",
+        {"numpy": lambda inputs: dtypes.append(inputs.query.dtype) or bench.Contender("numpy")},
+    )
     bench.bench(Workload.parse("t=8,k=2", dtype="float64"), rounds=1, peers=("numpy",))
     assert dtypes == [np.float64]
     assert jax.numpy.zeros(1).dtype == np.float32

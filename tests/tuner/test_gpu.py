@@ -17,9 +17,11 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
-    """In a fresh process, what jax's allocator hands out beyond arguments and results is what XLA said it would, to 5%.
+    """In a fresh process, what jax's allocator hands out beyond arguments and results is what XLA
+    said it would, to 5%.
 
-    Compiling tries kernels out, which may take more than the program: so it is done before, in another process.
+    Compiling tries kernels out, which may take more than the program: so it is done before, in
+    another process.
     """
     workload = Workload.parse("b=4,t=2048,h=8,k=64", dtype="float32", mode=mode)
     for plan in (Plan("dense"), Plan("xla", 67.2), Plan("xla_rows", 134.4)):
@@ -31,7 +33,9 @@ def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
         assert prepared.status == "ok", prepared.detail
         assert prepared.measured_bytes is not None
         assert prepared.temp_bytes is not None
-        assert prepared.measured_bytes == pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20), plan
+        assert prepared.measured_bytes == pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20), (
+            plan
+        )
 
 
 def test_what_does_not_fit_is_not_run() -> None:
@@ -44,10 +48,14 @@ def test_what_does_not_fit_is_not_run() -> None:
 
 
 def test_what_fits_is_run() -> None:
-    """A plan that needs 2/5 of the memory there is runs, whatever compiling it left of that in one piece."""
+    """A plan that needs 2/5 of the memory there is runs, whatever compiling it left of that in one
+    piece.
+    """
     memory = gpu_memory(0)
     assert memory is not None
-    with Probe(environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{12 * 2**30 / memory[0]:.4f}"}) as probe:
+    with Probe(
+        environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{12 * 2**30 / memory[0]:.4f}"}
+    ) as probe:
         probe.load(Workload.parse("b=1,t=6144,h=16,k=64", dtype="float32"))
         prepared = probe.prepare(Plan("dense"))
     assert prepared.status == "ok", prepared.detail

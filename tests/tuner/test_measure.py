@@ -42,8 +42,13 @@ POOL = {"bytes_limit": 60, "bytes_in_use": 10, "pool_bytes": 30}
         ({}, None, 0),
     ],
 )
-def test_free_memory_is_the_least_that_is_known(stats: dict[str, int], free_on_gpu: int | None, free: int) -> None:
-    """Of jax's allocator and the GPU's driver either may have nothing to tell; that is not a GPU without memory."""
+def test_free_memory_is_the_least_that_is_known(
+    stats: dict[str, int], free_on_gpu: int | None, free: int
+) -> None:
+    """Of jax's allocator and the GPU's driver either may have nothing to tell.
+
+    That is not a GPU without memory.
+    """
     assert measure.free_bytes(stats, free_on_gpu) == free
 
 
@@ -56,7 +61,10 @@ def test_the_sample_has_the_ends_and_fits() -> None:
 
 
 def test_plans_run_as_they_are_where_jax_sees_several_devices() -> None:
-    """The op slices over rows first there, lest sharded heads be gathered; what is measured is stored as the plan that it is."""
+    """The op slices over rows first there, lest sharded heads be gathered.
+
+    What is measured is stored as the plan that it is.
+    """
     code = """
 import jax
 from autochunk.plan import Plan
@@ -68,11 +76,15 @@ inputs = WorkloadInputs(Workload.parse("b=1,t=64,h=8,k=4", mode="training"))
 texts = [str(jax.make_jaxpr(inputs.function(Plan(name, 0.05)))(*inputs.arguments)) for name in ("xla", "xla_rows")]
 print("'xla'" in texts[0], "'xla'" in texts[1])
 """
-    assert run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=3", JAX_PLATFORMS="cpu").split() == ["True", "False"]
+    assert run_python(
+        code, XLA_FLAGS="--xla_force_host_platform_device_count=3", JAX_PLATFORMS="cpu"
+    ).split() == ["True", "False"]
 
 
 def test_the_default_device_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a CPU that is jax's default device memory and time are taken as a CPU's are, whatever else jax has."""
+    """Of a CPU that is jax's default device memory and time are taken as a CPU's are, whatever else
+    jax has.
+    """
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_device(jax.devices("cpu")[0]):
         _, grown = measure.measure_growth(lambda: np.ones(2**24))

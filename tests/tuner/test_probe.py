@@ -29,7 +29,10 @@ def pid_of(probe: Probe) -> int | None:
 
 
 def test_a_real_worker_measures(small: Workload) -> None:
-    """Prepare and time by a real process: status, memory, compile time, error and one time for each plan."""
+    """Prepare and time by a real process.
+
+    Status, memory, compile time, error and one time for each plan.
+    """
     with Probe() as probe:
         probe.load(small)
         prepared = probe.prepare(Plan("xla", 0.01))
@@ -57,10 +60,14 @@ def test_a_real_worker_that_is_killed_costs_one_plan(small: Workload) -> None:
 
 
 def test_more_memory_than_there_is_is_out_of_memory() -> None:
-    """A buffer that cannot be had is a result, even where the budget was wrong; the worker lives on."""
+    """A buffer that cannot be had is a result, even where the budget was wrong.
+
+    The worker lives on.
+    """
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
         pytest.skip("this system promises memory that it has not got")
-    length = math.isqrt(4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # logits of four times the machine's memory
+    # logits of four times the machine's memory
+    length = math.isqrt(4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
     with Probe(memory_budget_bytes=2**62) as probe:
         probe.load(Workload.parse(f"t={length},k=1"))
         pid = pid_of(probe)
@@ -83,8 +90,12 @@ def test_more_memory_than_there_is_is_out_of_memory() -> None:
     ],
 )
 @pytest.mark.parametrize("when", ["", "time:"])
-def test_every_failure_is_a_result_of_that_plan_only(deed: str, status: str, words: str, when: str, small: Workload, scripted: Callable[..., Any]) -> None:
-    """Whatever a plan does to its worker, preparing it or timing it says so, and the next plan is measured."""
+def test_every_failure_is_a_result_of_that_plan_only(
+    deed: str, status: str, words: str, when: str, small: Workload, scripted: Callable[..., Any]
+) -> None:
+    """Whatever a plan does to its worker, preparing it or timing it says so, and the next plan is
+    measured.
+    """
     if when and deed in ("refuse", "oom", "over_budget"):
         pytest.skip("answers, not deeds")
     command = scripted(plans={str(BAD): {"do": when + deed}}, default={"seconds": 0.5})
@@ -114,11 +125,23 @@ def test_every_failure_is_a_result_of_that_plan_only(deed: str, status: str, wor
     ids=["then it runs", "not even then", "compiling it takes too much", "cpu"],
 )
 def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
-    worker: str, deed: str, temp: int | None, asked: int, status: str, small: Workload, request: pytest.FixtureRequest, tmp_path: Path
+    worker: str,
+    deed: str,
+    temp: int | None,
+    asked: int,
+    status: str,
+    small: Workload,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
-    """Compiling on a GPU leaves jax's allocator with memory in pieces, none of which may be large enough; a new worker has it whole, and the program."""
+    """Compiling on a GPU leaves jax's allocator with memory in pieces, none of which may be large
+    enough; a new worker has it whole, and the program.
+    """
     log = tmp_path / "log"
-    script = {"plans": {str(BAD): {"do": deed.replace("FLAG", str(tmp_path / "flag")), "temp": temp}}, "log": str(log)}
+    script = {
+        "plans": {str(BAD): {"do": deed.replace("FLAG", str(tmp_path / "flag")), "temp": temp}},
+        "log": str(log),
+    }
     with Probe(request.getfixturevalue(worker)(**script)) as probe:
         probe.load(small)
         pid = pid_of(probe)
@@ -132,17 +155,32 @@ def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
 
 
 @pytest.mark.parametrize("order", [[GOOD, BAD], [BAD, GOOD]], ids=["last", "first"])
-def test_plans_that_a_new_worker_does_not_know_are_prepared_there(order: list[Plan], small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
-    """One of those to be timed together may need a new worker: the others are then prepared in that one, too."""
-    with Probe(scripted_gpu(plans={str(BAD): {"do": f"once:{tmp_path / 'flag'}:oom", "temp": 5000}}, default={"seconds": 0.5})) as probe:
+def test_plans_that_a_new_worker_does_not_know_are_prepared_there(
+    order: list[Plan], small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One of those to be timed together may need a new worker.
+
+    The others are then prepared in that one, too.
+    """
+    with Probe(
+        scripted_gpu(
+            plans={str(BAD): {"do": f"once:{tmp_path / 'flag'}:oom", "temp": 5000}},
+            default={"seconds": 0.5},
+        )
+    ) as probe:
         probe.load(small)
         assert len(probe.time(order)) == 2
 
 
-def test_plans_that_have_no_memory_together_cannot_be_timed_together(small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+def test_plans_that_have_no_memory_together_cannot_be_timed_together(
+    small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path
+) -> None:
     """That ends, as out of memory: preparing one of them costs another each time."""
     third, one, other = Plan("xla", 3.0), tmp_path / "one", tmp_path / "other"
-    deeds = {str(third): {"do": f"once:{one}:oom", "temp": 5000}, str(BAD): {"do": f"after:{one}:once:{other}:oom", "temp": 5000}}
+    deeds = {
+        str(third): {"do": f"once:{one}:oom", "temp": 5000},
+        str(BAD): {"do": f"after:{one}:once:{other}:oom", "temp": 5000},
+    }
     with Probe(scripted_gpu(plans=deeds)) as probe:
         probe.load(small)
         with pytest.raises(WorkerFailure, match="not beside the plans") as failure:
@@ -150,7 +188,9 @@ def test_plans_that_have_no_memory_together_cannot_be_timed_together(small: Work
     assert failure.value.status == "oom"
 
 
-def test_no_place_for_programs_is_no_obstacle(small: Workload, scripted_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_place_for_programs_is_no_obstacle(
+    small: Workload, scripted_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where no folder can be made for them, workers compile anew."""
     monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
     with Probe(scripted_gpu()) as probe:
@@ -158,24 +198,43 @@ def test_no_place_for_programs_is_no_obstacle(small: Workload, scripted_gpu: Cal
         assert probe.prepare(GOOD).status == "ok"
 
 
-def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, scripted: Callable[..., Any], small: Workload) -> None:
+def test_a_worker_that_cannot_start_is_an_error(
+    tmp_path: Path, scripted: Callable[..., Any], small: Workload
+) -> None:
     """No process, or one that never says hello, is no result of a plan: nothing can be measured."""
-    with pytest.raises(ProbeError, match="cannot start"), Probe((str(tmp_path / "nothing"),)) as probe:
+    with (
+        pytest.raises(ProbeError, match="cannot start"),
+        Probe((str(tmp_path / "nothing"),)) as probe,
+    ):
         probe.connect()
-    with pytest.raises(ProbeError, match="cannot start a measuring process"), Probe(("false",)) as probe:
+    with (
+        pytest.raises(ProbeError, match="cannot start a measuring process"),
+        Probe(("false",)) as probe,
+    ):
         probe.connect()
-    with pytest.raises(ProbeError, match=r"cannot measure attention:.*exit status 4"), Probe(scripted(load="exit 4")) as probe:
+    with (
+        pytest.raises(ProbeError, match=r"cannot measure attention:.*exit status 4"),
+        Probe(scripted(load="exit 4")) as probe,
+    ):
         probe.load(small)
 
 
 def test_a_workers_complaints_may_be_any_bytes(small: Workload) -> None:
-    """They are read to the end whatever their encoding: what nobody reads fills the pipe, and then the worker waits."""
+    """They are read to the end whatever their encoding.
+
+    What nobody reads fills the pipe, and then the worker waits.
+    """
     code = "import os; os.write(2, b'caf\\xe9\\nout of coffee'); os._exit(3)"
-    with pytest.raises(ProbeError, match=r"exit status 3: .*out of coffee"), Probe((sys.executable, "-c", code)) as probe:
+    with (
+        pytest.raises(ProbeError, match=r"exit status 3: .*out of coffee"),
+        Probe((sys.executable, "-c", code)) as probe,
+    ):
         probe.load(small)
 
 
-def test_a_workers_modules_are_not_the_working_directorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workers_modules_are_not_the_working_directorys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A user's file that is called as a module of the worker's stays unread."""
     for name in ("queue.py", "copy.py"):
         (tmp_path / name).write_text("raise RuntimeError('not what was meant')")
@@ -193,7 +252,9 @@ def test_a_worker_runs_the_autochunk_that_started_it(tmp_path: Path) -> None:
     assert subprocess.check_output([*WORKER[:-1], str(tmp_path)], text=True) == "this one\n"
 
 
-def test_the_deadline_ends_a_request_without_blaming_the_plan(small: Workload, scripted: Callable[..., Any]) -> None:
+def test_the_deadline_ends_a_request_without_blaming_the_plan(
+    small: Workload, scripted: Callable[..., Any]
+) -> None:
     """Running out of time is not a plan's timeout."""
     with Probe(scripted(plans={str(BAD): {"do": "hang"}}), seconds_per_request=60.0) as probe:
         probe.load(small)
@@ -204,7 +265,10 @@ def test_the_deadline_ends_a_request_without_blaming_the_plan(small: Workload, s
 
 
 def test_a_worker_has_one_workload(small: Workload, scripted: Callable[..., Any]) -> None:
-    """One that was only asked for its device takes the first; the next workload has a worker of its own, free of what the last one left in memory."""
+    """One that was only asked for its device takes the first.
+
+    The next workload has a worker of its own, free of what the last one left in memory.
+    """
     with Probe(scripted()) as probe:
         probe.connect()
         pids = [pid_of(probe)]
@@ -214,7 +278,9 @@ def test_a_worker_has_one_workload(small: Workload, scripted: Callable[..., Any]
     assert pids[0] == pids[1] != pids[2]
 
 
-def test_a_worker_that_dies_before_its_workload_is_replaced(small: Workload, scripted: Callable[..., Any]) -> None:
+def test_a_worker_that_dies_before_its_workload_is_replaced(
+    small: Workload, scripted: Callable[..., Any]
+) -> None:
     """It cost nothing, since it had nothing to do."""
     with Probe(scripted()) as probe:
         probe.connect()
@@ -225,7 +291,9 @@ def test_a_worker_that_dies_before_its_workload_is_replaced(small: Workload, scr
         assert probe.prepare(GOOD).status == "ok"
 
 
-def test_a_plan_is_prepared_once_for_each_worker(small: Workload, scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_plan_is_prepared_once_for_each_worker(
+    small: Workload, scripted: Callable[..., Any], tmp_path: Path
+) -> None:
     """Compiling is dear: what the worker has ready is not sent again, what it dropped is."""
     log = tmp_path / "log"
     with Probe(scripted(log=str(log))) as probe:

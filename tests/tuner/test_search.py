@@ -26,7 +26,9 @@ def by_plan(outcome: Outcome) -> dict[str, Measurement]:
     return {str(measurement.plan): measurement for measurement in outcome.measurements}
 
 
-def run(command: tuple[str, ...], journal: Path, effort: Effort = "quick", **options: Any) -> Outcome:
+def run(
+    command: tuple[str, ...], journal: Path, effort: Effort = "quick", **options: Any
+) -> Outcome:
     with Probe(command, seconds_per_request=1.0) as probe:
         return search(probe, WORKLOAD, effort, study(journal, effort), **options)
 
@@ -35,8 +37,13 @@ def study(journal: Path, effort: Effort = "quick", workload: Workload = WORKLOAD
     return Storage(journal).study(make_device(), workload, effort)
 
 
-def test_a_real_search_measures_every_plan_and_both_baselines(small: Workload, tmp_path: Path) -> None:
-    """Real worker, real journal: dense, the default and the slices are measured, checked, and each plan once."""
+def test_a_real_search_measures_every_plan_and_both_baselines(
+    small: Workload, tmp_path: Path
+) -> None:
+    """Real worker, real journal.
+
+    Dense, the default and the slices are measured, checked, and each plan once.
+    """
     with Probe() as probe:
         outcome = search(probe, small, "quick", study(tmp_path / "study.journal", workload=small))
     found = by_plan(outcome)
@@ -47,10 +54,19 @@ def test_a_real_search_measures_every_plan_and_both_baselines(small: Workload, t
     assert any(m.status == "ok" for m in outcome.measurements)
 
 
-def test_the_fastest_plan_is_found_whatever_its_place(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """With noiseless times the exhaustive search ends with the fastest plan's ratio least, and the hopeless given up after a round."""
-    plans = {"xla_rows, 16.8 MB": {"seconds": 0.08, "temp": 500}, "xla_rows, 4.2 MB": {"seconds": 1.0, "temp": 10**6}}
-    found = by_plan(run(scripted(plans=plans, default={"seconds": 0.1, "temp": 1000}), tmp_path / "study"))
+def test_the_fastest_plan_is_found_whatever_its_place(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With noiseless times the exhaustive search ends with the fastest plan's ratio least, and the
+    hopeless given up after a round.
+    """
+    plans = {
+        "xla_rows, 16.8 MB": {"seconds": 0.08, "temp": 500},
+        "xla_rows, 4.2 MB": {"seconds": 1.0, "temp": 10**6},
+    }
+    found = by_plan(
+        run(scripted(plans=plans, default={"seconds": 0.1, "temp": 1000}), tmp_path / "study")
+    )
     assert min(found, key=lambda plan: found[plan].ratio) == "xla_rows, 16.8 MB"
     hopeless = found["xla_rows, 4.2 MB"]
     assert hopeless.status == "pruned"
@@ -60,16 +76,34 @@ def test_the_fastest_plan_is_found_whatever_its_place(scripted: Callable[..., An
 
 
 @pytest.mark.parametrize(("effort", "rounds"), [("quick", 2), ("standard", 3), ("thorough", 4)])
-def test_the_baselines_are_timed_more_than_once(effort: Effort, rounds: int, scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """However slow: what tuning gained is their time over the best plan's. The 1000 MB default slices nothing here."""
+def test_the_baselines_are_timed_more_than_once(
+    effort: Effort, rounds: int, scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """However slow.
+
+    What tuning gained is their time over the best plan's. The 1000 MB default slices nothing here.
+    """
     baselines = ("dense", "xla, do not chunk")
-    found = by_plan(run(scripted(plans={plan: {"seconds": 0.5} for plan in baselines}), tmp_path / "study", effort))
-    assert [(found[plan].status, len(found[plan].ratios)) for plan in baselines] == [("pruned", rounds)] * 2
+    found = by_plan(
+        run(
+            scripted(plans={plan: {"seconds": 0.5} for plan in baselines}),
+            tmp_path / "study",
+            effort,
+        )
+    )
+    assert [(found[plan].status, len(found[plan].ratios)) for plan in baselines] == [
+        ("pruned", rounds)
+    ] * 2
 
 
 @pytest.mark.parametrize("effort", ["quick", "standard"])
-def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Killed, hung, out of memory and over the budget, while others are measured: each is a typed result, nothing else is lost."""
+def test_a_failing_plan_costs_itself_only(
+    effort: str, scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Killed, hung, out of memory and over the budget, while others are measured.
+
+    Each is a typed result, nothing else is lost.
+    """
     plans = {
         "dense": {"do": "oom"},
         "xla, do not chunk": {"do": "over_budget"},
@@ -81,7 +115,14 @@ def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., A
     outcome = run(scripted(plans=plans), tmp_path / "study", effort)
     found = by_plan(outcome)
     assert outcome.complete
-    assert [found[plan].status for plan in plans] == ["oom", "over_budget", "crashed", "crashed", "timeout", "inaccurate"]
+    assert [found[plan].status for plan in plans] == [
+        "oom",
+        "over_budget",
+        "crashed",
+        "crashed",
+        "timeout",
+        "inaccurate",
+    ]
     others = [m for plan, m in found.items() if plan not in plans]
     assert others
     assert [m for m in others if not m.timed] == []
@@ -89,17 +130,33 @@ def test_a_failing_plan_costs_itself_only(effort: str, scripted: Callable[..., A
 
 def test_the_anchor_is_a_plan_that_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """If the likeliest plan fails, another is what the rest is timed beside."""
-    found = by_plan(run(scripted(plans={"xla, 16.8 MB": {"do": "oom"}, "xla, 67.2 MB": {"do": "oom"}}), tmp_path / "study"))
+    found = by_plan(
+        run(
+            scripted(plans={"xla, 16.8 MB": {"do": "oom"}, "xla, 67.2 MB": {"do": "oom"}}),
+            tmp_path / "study",
+        )
+    )
     assert found["xla, 16.8 MB"].status == "oom"
     assert found["xla, do not chunk"].ratio == 1.0
 
 
-def test_a_plan_is_not_to_blame_for_the_anchor(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """A plan takes the worker down, and the anchor does not run in the next one: that ends the search, unfinished, and another one goes on from there."""
+def test_a_plan_is_not_to_blame_for_the_anchor(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A plan takes the worker down, and the anchor does not run in the next one.
+
+    That ends the search, unfinished, and another one goes on from there.
+    """
     flag = tmp_path / "flag"
-    plans = {"xla_rows, 67.2 MB": {"do": f"once:{flag}:die 9"}, "xla, 16.8 MB": {"do": f"after:{flag}:oom"}}
+    plans = {
+        "xla_rows, 67.2 MB": {"do": f"once:{flag}:die 9"},
+        "xla, 16.8 MB": {"do": f"after:{flag}:oom"},
+    }
     outcome = run(scripted(plans=plans), tmp_path / "study")
-    assert "xla, 16.8 MB, which all plans are timed beside, ran before and no longer does (oom: scripted oom)" in outcome.failure
+    assert (
+        "xla, 16.8 MB, which all plans are timed beside, ran before and no longer does (oom: "
+        "scripted oom)" in outcome.failure
+    )
     assert not outcome.complete
     assert {plan for plan, m in by_plan(outcome).items() if not m.timed} == {"xla_rows, 67.2 MB"}
     flag.unlink()
@@ -111,15 +168,24 @@ def test_a_plan_is_not_to_blame_for_the_anchor(scripted: Callable[..., Any], tmp
 def test_each_plan_is_prepared_once(scripted: Callable[..., Any], tmp_path: Path) -> None:
     """The anchor and the finalists, which are timed again, stay in the worker; the others do not."""
     log = tmp_path / "log"
-    outcome = run(scripted(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log)), tmp_path / "study", "standard")
+    outcome = run(
+        scripted(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log)),
+        tmp_path / "study",
+        "standard",
+    )
     requests = [json.loads(line) for line in log.read_text().splitlines()]
-    prepared, dropped = ([tuple(one["plan"]) for one in requests if one["do"] == deed] for deed in ("prepare", "drop"))
+    prepared, dropped = (
+        [tuple(one["plan"]) for one in requests if one["do"] == deed]
+        for deed in ("prepare", "drop")
+    )
     assert len(prepared) == len(set(prepared)) == len(outcome.measurements)
     assert len(dropped) == len(set(dropped)) >= len(prepared) - 5
     assert ("xla_rows", 4.2) in dropped
 
 
-def test_what_others_measured_counts_when_time_runs_out(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_others_measured_counts_when_time_runs_out(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
     """Since the last claim, too."""
     one = study(tmp_path / "study")
 
@@ -131,15 +197,22 @@ def test_what_others_measured_counts_when_time_runs_out(scripted: Callable[..., 
             raise OutOfTime
 
     with Probe(scripted()) as probe:
-        outcome = search(probe, WORKLOAD, "quick", study(tmp_path / "study"), on_measurement=measured_elsewhere)
+        outcome = search(
+            probe, WORKLOAD, "quick", study(tmp_path / "study"), on_measurement=measured_elsewhere
+        )
     assert not outcome.complete
     assert set(by_plan(outcome)) == {"xla, 16.8 MB", "dense"}
 
 
-def test_what_was_measured_before_workers_fail_is_kept(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_was_measured_before_workers_fail_is_kept(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
     """A worker dies and no other one can be started: the outcome says why, and has what there is."""
     command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
-    outcome = run(("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command), tmp_path / "study")
+    outcome = run(
+        ("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command),
+        tmp_path / "study",
+    )
     assert not outcome.complete
     assert "exit status 3" in outcome.failure
     assert by_plan(outcome)["xla, 16.8 MB"].timed
@@ -152,8 +225,13 @@ def test_nothing_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
     assert {m.status for m in outcome.measurements} == {"oom"}
 
 
-def test_an_interrupted_search_keeps_what_it_has_and_goes_on(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Ctrl-C after three plans: those three come with the interruption, and are not measured again; the others are, once."""
+def test_an_interrupted_search_keeps_what_it_has_and_goes_on(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ctrl-C after three plans.
+
+    Those three come with the interruption, and are not measured again; the others are, once.
+    """
     seen: list[str] = []
 
     def interrupt(measurement: Measurement, done: int, _total: int) -> None:
@@ -165,25 +243,38 @@ def test_an_interrupted_search_keeps_what_it_has_and_goes_on(scripted: Callable[
         run(scripted(), tmp_path / "study", on_measurement=interrupt)
     assert [str(m.plan) for m in interruption.value.outcome.measurements] == seen
     again: list[str] = []
-    outcome = run(scripted(), tmp_path / "study", on_measurement=lambda m, *_: again.append(str(m.plan)))
+    outcome = run(
+        scripted(), tmp_path / "study", on_measurement=lambda m, *_: again.append(str(m.plan))
+    )
     assert outcome.complete
     assert not set(seen) & set(again)
     assert sorted(seen + again) == sorted(by_plan(outcome))
 
 
 def test_hopeless_limits_end_the_ladder(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Below two limits that were hopeless, the smaller one more so, nothing is tried; larger limits and other implementations are."""
+    """Below two limits that were hopeless, the smaller one more so, nothing is tried.
+
+    Larger limits and other implementations are.
+    """
     limits = {"xla_rows, 8.4 MB": 0.5, "xla_rows, 4.2 MB": 0.9}
     plans = {plan: {"seconds": seconds} for plan, seconds in limits.items()}
-    found = by_plan(run(scripted(plans=plans, default={"seconds": 0.1}), tmp_path / "study", "standard"))
+    found = by_plan(
+        run(scripted(plans=plans, default={"seconds": 0.1}), tmp_path / "study", "standard")
+    )
     skipped = {plan for plan, m in found.items() if m.status == "skipped"}
     assert skipped == {f"xla_rows, {limit:g} MB" for limit in (2.1, 1.05, 0.525)} & set(found)
     assert skipped
-    assert found["xla_rows, 2.1 MB"].detail == "limits of 8.4 and 4.2 MB took 5.0x and 9.0x the best time"
+    assert (
+        found["xla_rows, 2.1 MB"].detail
+        == "limits of 8.4 and 4.2 MB took 5.0x and 9.0x the best time"
+    )
 
 
 def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """At the deadline the outcome is incomplete and holds what was measured; the rest comes with the next call."""
+    """At the deadline the outcome is incomplete and holds what was measured.
+
+    The rest comes with the next call.
+    """
     command = scripted(delay=0.05)
     with Probe(command) as probe:
         probe.deadline = time.monotonic() + 1.5
@@ -196,17 +287,34 @@ def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_
 
 
 def test_hints_are_measured_first(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """What a similar workload found best comes before anything else; a hint that means other slices here is taken for its equivalent."""
+    """What a similar workload found best comes before anything else.
+
+    A hint that means other slices here is taken for its equivalent.
+    """
     order: list[str] = []
-    run(scripted(), tmp_path / "study", hints=[Plan("xla_rows", 4.2)], on_measurement=lambda m, *_: order.append(str(m.plan)))
+    run(
+        scripted(),
+        tmp_path / "study",
+        hints=[Plan("xla_rows", 4.2)],
+        on_measurement=lambda m, *_: order.append(str(m.plan)),
+    )
     assert order[0] == "xla_rows, 4.2 MB"
 
 
 @pytest.mark.parametrize("second", [0.101, 0.115])
-def test_finalists_meet_in_joint_rounds(second: float, scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Plans that are close are timed together at the end, and the first two in any case; the others are not."""
+def test_finalists_meet_in_joint_rounds(
+    second: float, scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Plans that are close are timed together at the end, and the first two in any case.
+
+    The others are not.
+    """
     log = tmp_path / "log"
-    plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": second}, "dense": {"seconds": 0.3}}
+    plans = {
+        "xla, 16.8 MB": {"seconds": 0.1},
+        "xla_rows, 16.8 MB": {"seconds": second},
+        "dense": {"seconds": 0.3},
+    }
     run(scripted(plans=plans, default={"seconds": 0.2}, log=str(log)), tmp_path / "study")
     last = json.loads(log.read_text().splitlines()[-1])
     assert sorted(map(tuple, last["plans"])) == [("xla", 16.8), ("xla_rows", 16.8)]

@@ -1,4 +1,7 @@
-"""Studies that several workers share: who may measure what, and what becomes of the plans of the dead."""
+"""Studies that several workers share.
+
+Who may measure what, and what becomes of the plans of the dead.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ def measure(study: Study, plan: Plan, ratio: float = 1.0) -> None:
     claim = study.claim([plan])
     assert claim is not None
     with claim:
-        claim.done([make_measurement(plan.implementation, plan.max_chunk_size_mb, ratio)], study.anchor)
+        claim.done(
+            [make_measurement(plan.implementation, plan.max_chunk_size_mb, ratio)], study.anchor
+        )
 
 
 def test_each_plan_is_claimed_once(place: str) -> None:
@@ -120,8 +125,13 @@ def test_the_dead_of_this_machine_are_found_at_once(place: str) -> None:
     assert claim.plan == PLANS[0]
 
 
-def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose process cannot be looked at is dead when it has written nothing for a while; what it hands in late is not taken."""
+def test_the_silent_of_other_machines_are_given_up(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose process cannot be looked at is dead when it has written nothing for a while.
+
+    What it hands in late is not taken.
+    """
     study = open_study(place)
     monkeypatch.setattr(studies, "worker_name", lambda: "elsewhere boot pid:[1] 1")
     claim = study.claim(PLANS[:1])
@@ -138,8 +148,13 @@ def test_the_silent_of_other_machines_are_given_up(place: str, monkeypatch: pyte
     assert study.measured() == {}
 
 
-def test_a_claim_that_nobody_signed_is_soon_given_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asked for it was killed before its name was on it; if it is only slow, it finds that out, and claims again."""
+def test_a_claim_that_nobody_signed_is_soon_given_up(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked for it was killed before its name was on it.
+
+    If it is only slow, it finds that out, and claims again.
+    """
     study = open_study(place)
     study._queue(str(PLANS[0]), PLANS[0])
     study._study.ask()
@@ -152,7 +167,10 @@ def test_a_claim_that_nobody_signed_is_soon_given_up(place: str, monkeypatch: py
 
 
 def test_a_plan_that_is_only_queued_keeps_nobody_waiting(place: str) -> None:
-    """Whoever queued it may have died before taking it: it is no work in progress, and the next to claim takes it."""
+    """Whoever queued it may have died before taking it.
+
+    It is no work in progress, and the next to claim takes it.
+    """
     study = open_study(place)
     study._queue(str(PLANS[0]), PLANS[0])
     assert study.workers() == 0
@@ -173,7 +191,10 @@ def test_a_living_worker_is_not_silent(place: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_finished_profiles_are_kept(place: str) -> None:
-    """For the other workers, and for one bundle of the whole cluster; different kinds of device side by side."""
+    """For the other workers, and for one bundle of the whole cluster.
+
+    Different kinds of device side by side.
+    """
     devices = [make_device(), make_device(kind="Another/Kind")]
     for device in devices:
         study = Storage(place).study(device, WORKLOAD, "quick")
@@ -182,10 +203,15 @@ def test_finished_profiles_are_kept(place: str) -> None:
     Storage(place).study(make_device(), Workload.parse("t=1,k=8"), "quick")
     assert Storage(place).profiles()[1] == 1
     assert open_study(place).profile == make_profile(device=devices[0])
-    assert sorted(profile.device.kind for profile in Storage(place).profiles()[0]) == ["Another/Kind", "Made/Up"]
+    assert sorted(profile.device.kind for profile in Storage(place).profiles()[0]) == [
+        "Another/Kind",
+        "Made/Up",
+    ]
 
 
-def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_counted(place: str) -> None:
+def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_counted(
+    place: str,
+) -> None:
     """A storage may hold both; a bundle has one profile of each workload and device."""
     storage = Storage(place)
     for effort in ("standard", "quick"):
@@ -199,24 +225,39 @@ def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_cou
 
 
 def test_a_torn_journal_of_one_s_own_is_mended(tmp_path: Path) -> None:
-    """Half a line at its end is cut off and the rest is kept; one that cannot be read is begun anew."""
+    """Half a line at its end is cut off and the rest is kept.
+
+    One that cannot be read is begun anew.
+    """
     journal = tmp_path / "journal"
     measure(studies.open_private(journal).study(make_device(), WORKLOAD, "quick"), PLANS[0])
     whole = journal.read_bytes()
     for torn in (b'{"op_code": 5, "wor', b"\0" * 64):
         journal.write_bytes(whole + torn)
-        assert list(studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured()) == [PLANS[0]]
+        assert list(
+            studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured()
+        ) == [PLANS[0]]
     journal.write_bytes(b"\0" * 64 + b"\n" + whole)
     assert studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured() == {}
 
 
 def test_another_jaxlib_or_cudnn_is_another_study() -> None:
     """Its programs are others, and so are their times."""
-    names = {study_name(make_device(**versions), WORKLOAD, "quick") for versions in ({}, {"jaxlib": "0.13.0"}, {"cudnn": "9.1"}, {"cudnn": "9.9"})}
+    names = {
+        study_name(make_device(**versions), WORKLOAD, "quick")
+        for versions in ({}, {"jaxlib": "0.13.0"}, {"cudnn": "9.1"}, {"cudnn": "9.9"})
+    }
     assert len(names) == 4
 
 
-@pytest.mark.parametrize("url", ["postgresql://me:hunter2@127.0.0.1:1/nothing", "nosuchdatabase://me:hunter2@host/name", "postgresql://me:hunter2@no port/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hunter2@127.0.0.1:1/nothing",
+        "nosuchdatabase://me:hunter2@host/name",
+        "postgresql://me:hunter2@no port/x",
+    ],
+)
 def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
     """Without the password."""
     with pytest.raises(StorageError, match="cannot be used") as error:
@@ -239,7 +280,9 @@ def test_a_journal_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> N
     assert not (tmp_path / "shared").exists()
 
 
-@pytest.mark.parametrize("content", [b"garbage\n\x00\xff\n", b'{"op_code": 99, "x": 1}\n', b"[1]\n"])
+@pytest.mark.parametrize(
+    "content", [b"garbage\n\x00\xff\n", b'{"op_code": 99, "x": 1}\n', b"[1]\n"]
+)
 def test_a_file_that_is_no_journal(content: bytes, tmp_path: Path) -> None:
     """It is left as it was."""
     (tmp_path / "journal").write_bytes(content)
@@ -248,7 +291,9 @@ def test_a_file_that_is_no_journal(content: bytes, tmp_path: Path) -> None:
     assert (tmp_path / "journal").read_bytes() == content
 
 
-def test_what_was_tuned_before_is_given_to_the_others(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_was_tuned_before_is_given_to_the_others(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
     """A worker that skips a workload brings its own profile of it."""
     store, place = ProfileStore(), str(tmp_path / "journal")
     tune([WORKLOAD], effort="standard", worker_command=scripted(), store=store)
@@ -265,7 +310,10 @@ def test_a_journal_in_an_impossible_place(tmp_path: Path) -> None:
 
 def test_workers_may_open_a_new_storage_at_the_same_time(place: str) -> None:
     """All make its file or tables, one after the other or not."""
-    code = "import sys; from autochunk.tuner.study import Storage; Storage(sys.argv[1]).profiles(); print('open')"
+    code = (
+        "import sys; from autochunk.tuner.study import Storage; Storage(sys.argv[1]).profiles(); "
+        "print('open')"
+    )
     opened = [start_python(code, place) for _ in range(6)]
     assert [process.communicate(timeout=120)[0] for process in opened] == ["open\n"] * 6
 
@@ -289,12 +337,20 @@ tune([Workload.parse(shape) for shape in shapes], effort="standard", worker_comm
 """
 
 
-def test_workers_share_and_one_is_killed(place: str, scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Three processes on one storage, one of them killed half-way: every plan is measured, none twice, and the two others end with the same profiles."""
+def test_workers_share_and_one_is_killed(
+    place: str, scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Three processes on one storage, one of them killed half-way.
+
+    Every plan is measured, none twice, and the two others end with the same profiles.
+    """
     shapes = ["b=2,t=2048,h=4,k=8", "b=2,t=1024,h=4,k=8", "b=2,t=1500,h=4,k=8"]
     keys = sorted(Workload.parse(shape).key for shape in shapes)
     stores = [ProfileStore(tmp_path / f"store{number}") for number in range(3)]
-    workers = [start_python(_WORKER, json.dumps([place, str(store.path), shapes, scripted(delay=0.02)])) for store in stores]
+    workers = [
+        start_python(_WORKER, json.dumps([place, str(store.path), shapes, scripted(delay=0.02)]))
+        for store in stores
+    ]
     assert workers[0].stdout is not None
     lines = [workers[0].stdout.readline() for _ in range(3)]
     workers[0].kill()
@@ -309,5 +365,9 @@ def test_workers_share_and_one_is_killed(place: str, scripted: Callable[..., Any
     assert all(profile.complete for profile in profiles)
     measured = Counter(line.strip() for line in lines)
     assert max(measured.values()) == 1
-    assert set(measured) == {f"{profile.workload}; {m.plan}" for profile in profiles for m in profile.measurements}
-    assert {(p.workload, p.created) for p in Storage(place).profiles()[0]} == {(p.workload, p.created) for p in profiles}
+    assert set(measured) == {
+        f"{profile.workload}; {m.plan}" for profile in profiles for m in profile.measurements
+    }
+    assert {(p.workload, p.created) for p in Storage(place).profiles()[0]} == {
+        (p.workload, p.created) for p in profiles
+    }

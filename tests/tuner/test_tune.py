@@ -36,7 +36,13 @@ def kinds(events: list[Event]) -> list[str]:
 
 def measured(command: tuple[str, ...], workloads: list[Workload], **options: Any) -> list[Event]:
     events: list[Event] = []
-    tune(workloads, effort=options.pop("effort", "quick"), worker_command=command, on_event=events.append, **options)
+    tune(
+        workloads,
+        effort=options.pop("effort", "quick"),
+        worker_command=command,
+        on_event=events.append,
+        **options,
+    )
     return events
 
 
@@ -55,18 +61,33 @@ def test_a_real_tune_is_read_back_by_auto(small: Workload) -> None:
 
 
 def test_what_is_tuned_is_not_tuned_again(scripted: Callable[..., Any]) -> None:
-    """The same effort or a weaker one skips; a stronger one, --force, and another jaxlib measure again."""
+    """The same effort or a weaker one skips.
+
+    A stronger one, --force, and another jaxlib measure again.
+    """
     command = scripted()
     assert kinds(measured(command, WORKLOADS[:1])) == ["start", "finished"]
     assert kinds(measured(command, WORKLOADS[:1])) == ["skipped"]
     assert kinds(measured(command, WORKLOADS[:1], effort="standard")) == ["start", "finished"]
     assert kinds(measured(command, WORKLOADS[:1], effort="quick")) == ["skipped"]
-    assert kinds(measured(command, WORKLOADS[:1], effort="quick", force=True)) == ["start", "finished"]
-    newer = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8, "jax": "0.13.0", "jaxlib": "0.13.0"}
+    assert kinds(measured(command, WORKLOADS[:1], effort="quick", force=True)) == [
+        "start",
+        "finished",
+    ]
+    newer = {
+        "platform": "cpu",
+        "kind": "scripted",
+        "cores": 2,
+        "memory_gib": 8,
+        "jax": "0.13.0",
+        "jaxlib": "0.13.0",
+    }
     assert kinds(measured(scripted(device=newer), WORKLOADS[:1])) == ["start", "finished"]
 
 
-def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
     """Failing to load, or every plan failing, is told; the next workload is measured."""
     events = measured(scripted(load=f"once:{tmp_path / 'flag'}:exit 7"), WORKLOADS[:2])
     assert kinds(events) == ["start", "failed", "start", "finished"]
@@ -76,16 +97,31 @@ def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(scripted: C
 
 
 @pytest.mark.parametrize("options", [{}, {"force": True}, {"gpus": ["0", "1"]}])
-def test_what_failed_is_tried_again(options: dict[str, Any], scripted_gpu: Callable[..., Any]) -> None:
-    """That no plan could be timed may have a reason that passes, such as another process on the GPU: it is not kept."""
-    assert kinds(measured(scripted_gpu(default={"do": "oom"}), WORKLOADS[:1], **options))[-1] == "failed"
+def test_what_failed_is_tried_again(
+    options: dict[str, Any], scripted_gpu: Callable[..., Any]
+) -> None:
+    """That no plan could be timed may have a reason that passes, such as another process on the
+    GPU: it is not kept.
+    """
+    assert (
+        kinds(measured(scripted_gpu(default={"do": "oom"}), WORKLOADS[:1], **options))[-1]
+        == "failed"
+    )
     assert kinds(measured(scripted_gpu(), WORKLOADS[:1], **options))[-1] == "finished"
 
 
-def test_what_was_measured_before_a_failure_is_stored(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """No worker can be started any more: that is told, what there is answers, and the next call goes on."""
+def test_what_was_measured_before_a_failure_is_stored(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """No worker can be started any more.
+
+    That is told, what there is answers, and the next call goes on.
+    """
     command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
-    events = measured(("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command), WORKLOADS[:1])
+    events = measured(
+        ("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command),
+        WORKLOADS[:1],
+    )
     assert kinds(events) == ["start", "failed"]
     assert re.search("exit status 3.*what was measured before is kept", events[-1].detail)
     (profile,) = ProfileStore().profiles()
@@ -97,26 +133,48 @@ def test_what_was_measured_before_a_failure_is_stored(scripted: Callable[..., An
 
 def test_a_workload_that_fails_is_left_by_all_gpus(scripted_gpu: Callable[..., Any]) -> None:
     """It is told once."""
-    assert kinds(measured(scripted_gpu(load="exit 7"), WORKLOADS[:1], gpus=["0", "1", "2"])).count("failed") == 1
+    assert (
+        kinds(measured(scripted_gpu(load="exit 7"), WORKLOADS[:1], gpus=["0", "1", "2"])).count(
+            "failed"
+        )
+        == 1
+    )
 
 
 def test_gpus_need_a_jax_that_finds_them(scripted: Callable[..., Any]) -> None:
     """Otherwise several processes would measure one CPU at the same time."""
-    with pytest.raises(ProbeError, match=r"GPUs 0, 1 are to be tuned, and all that jax finds in the measuring process is cpu scripted .*leave out --devices"):
+    with pytest.raises(
+        ProbeError,
+        match=(
+            r"GPUs 0, 1 are to be tuned, and all that jax finds in the measuring process is cpu "
+            r"scripted .*leave out --devices"
+        ),
+    ):
         measured(scripted(), WORKLOADS, gpus=["0", "1"])
 
 
-def test_gpus_are_started_at_the_same_time(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+def test_gpus_are_started_at_the_same_time(
+    scripted_gpu: Callable[..., Any], tmp_path: Path
+) -> None:
     """Here each waits for the other."""
-    meet = f'touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 ]; do sleep 0.1; done; exec "$@"'
-    events = measured(("sh", "-c", meet, "sh", *scripted_gpu()), WORKLOADS[:1], gpus=["0", "1"], timeout=30.0)
+    meet = (
+        f"touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 "
+        ']; do sleep 0.1; done; exec "$@"'
+    )
+    events = measured(
+        ("sh", "-c", meet, "sh", *scripted_gpu()), WORKLOADS[:1], gpus=["0", "1"], timeout=30.0
+    )
     assert "finished" in kinds(events)
 
 
-def test_gpus_that_run_out_of_time_have_begun_all_workloads(scripted_gpu: Callable[..., Any]) -> None:
+def test_gpus_that_run_out_of_time_have_begun_all_workloads(
+    scripted_gpu: Callable[..., Any],
+) -> None:
     """Each has its share of the time."""
     workloads = [Workload.parse(f"b=2,t={length},h=4,k=8") for length in (2048, 1024, 1500, 1800)]
-    events = measured(scripted_gpu(delay=0.1), workloads, effort="thorough", gpus=["0", "1"], timeout=5.0)
+    events = measured(
+        scripted_gpu(delay=0.1), workloads, effort="thorough", gpus=["0", "1"], timeout=5.0
+    )
     assert {event.workload for event in events if event.kind == "start"} == set(workloads)
 
 
@@ -129,41 +187,80 @@ def test_a_share_too_short_for_a_plan_is_overrun(scripted: Callable[..., Any]) -
 
 
 def test_several_gpus_share_the_work(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
-    """Each plan is measured once, on whichever is free; every worker sees the GPU that is its own; nothing unfinished stays behind."""
+    """Each plan is measured once, on whichever is free.
+
+    Every worker sees the GPU that is its own; nothing unfinished stays behind.
+    """
     log = tmp_path / "log"
     workloads = [Workload.parse(f"t={length},h=4,k=8") for length in (512, 600, 700, 800, 900)]
     events: list[Event] = []
-    profiles = tune(workloads, effort="quick", worker_command=scripted_gpu(log=str(log)), on_event=events.append, gpus=["3", "7"])
+    profiles = tune(
+        workloads,
+        effort="quick",
+        worker_command=scripted_gpu(log=str(log)),
+        on_event=events.append,
+        gpus=["3", "7"],
+    )
     assert [profile.workload for profile in profiles] == [workload.key for workload in workloads]
     assert all(profile.complete for profile in profiles)
-    measured = [(event.workload, event.measurement.plan) for event in events if event.measurement and event.workload]
-    assert len(set(measured)) == len(measured) == sum(len(profile.measurements) for profile in profiles)
+    measured = [
+        (event.workload, event.measurement.plan)
+        for event in events
+        if event.measurement and event.workload
+    ]
+    assert (
+        len(set(measured))
+        == len(measured)
+        == sum(len(profile.measurements) for profile in profiles)
+    )
     assert {json.loads(line)["gpu"] for line in log.read_text().splitlines()} == {"3", "7"}
     assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
 
 
 def test_several_gpus_begin_with_what_takes_longest(scripted_gpu: Callable[..., Any]) -> None:
-    """Training before forward, long before short, so that no long one is left for the end; each workload is told of as begun and finished once."""
-    workloads = [Workload.parse(f"t={length},h=4,k=8", mode=mode) for length in (512, 700, 600) for mode in MODES]
+    """Training before forward, long before short, so that no long one is left for the end.
+
+    Each workload is told of as begun and finished once.
+    """
+    workloads = [
+        Workload.parse(f"t={length},h=4,k=8", mode=mode)
+        for length in (512, 700, 600)
+        for mode in MODES
+    ]
     events = measured(scripted_gpu(), workloads, effort="quick", gpus=["3", "7"])
-    begun = [(event.workload.mode, event.workload.query_length) for event in events if event.kind == "start" and event.workload]
+    begun = [
+        (event.workload.mode, event.workload.query_length)
+        for event in events
+        if event.kind == "start" and event.workload
+    ]
     assert set(begun[:2]) == {("training", 700), ("training", 600)}
     assert len(begun) == len(set(begun)) + begun.count(begun[-1]) - 1  # the last one may be shared
     assert kinds(events).count("finished") <= len(workloads) + 1
 
 
-def test_several_gpus_share_the_last_workload(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+def test_several_gpus_share_the_last_workload(
+    scripted_gpu: Callable[..., Any], tmp_path: Path
+) -> None:
     """The GPU that has nothing left to do helps the other with its plans."""
     log = tmp_path / "log"
-    tune([Workload.parse("b=2,t=2048,h=4,k=8")], effort="standard", worker_command=scripted_gpu(log=str(log), delay=0.05), gpus=["3", "7"])
+    tune(
+        [Workload.parse("b=2,t=2048,h=4,k=8")],
+        effort="standard",
+        worker_command=scripted_gpu(log=str(log), delay=0.05),
+        gpus=["3", "7"],
+    )
     prepared = [json.loads(line) for line in log.read_text().splitlines() if '"prepare"' in line]
     assert min(sum(request["gpu"] == gpu for request in prepared) for gpu in ("3", "7")) > 3
 
 
-def test_tunes_with_one_store_do_not_take_each_other_s_work_away(scripted_gpu: Callable[..., Any]) -> None:
+def test_tunes_with_one_store_do_not_take_each_other_s_work_away(
+    scripted_gpu: Callable[..., Any],
+) -> None:
     """One that finishes another workload, or the same, leaves what a second one has begun."""
     first, second = ([Workload.parse(f"b=2,t={length},h=4,k=8")] for length in (2048, 1024))
-    begun = measured(scripted_gpu(delay=0.1), first, effort="thorough", timeout=5.0, gpus=["0", "1"])
+    begun = measured(
+        scripted_gpu(delay=0.1), first, effort="thorough", timeout=5.0, gpus=["0", "1"]
+    )
     measured(scripted_gpu(), second, effort="thorough", gpus=["0", "1"])
     rest = measured(scripted_gpu(), first, effort="thorough", gpus=["0", "1"])
     plans = [str(event.measurement.plan) for event in begun + rest if event.measurement]
@@ -189,15 +286,28 @@ def test_the_first_worker_s_start_counts_as_time(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 15
 
 
-def test_out_of_time_before_a_worker_is_up_is_told(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """The deadline may come while a worker starts: each workload is said to be unmeasured, and nothing fails."""
+def test_out_of_time_before_a_worker_is_up_is_told(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The deadline may come while a worker starts.
+
+    Each workload is said to be unmeasured, and nothing fails.
+    """
     slow = tmp_path / "slow.sh"
-    slow.write_text(f'#!/bin/sh\n[ -e {tmp_path}/up ] && exec sleep 30\ntouch {tmp_path}/up\nexec "$@"\n')
+    slow.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/up ] && exec sleep 30\ntouch {tmp_path}/up\nexec "$@"\n'
+    )
     events = measured(("sh", str(slow), *scripted(load="exit 1")), WORKLOADS, timeout=4.0)
-    assert kinds(events) == ["start", "out_of_time"] * 3 or kinds(events) == ["start", "failed", *["start", "out_of_time"] * 2]
+    assert kinds(events) == ["start", "out_of_time"] * 3 or kinds(events) == [
+        "start",
+        "failed",
+        *["start", "out_of_time"] * 2,
+    ]
 
 
-def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_gpu_failing_stops_the_others_with_what_they_have(
+    scripted_gpu: Callable[..., Any], tmp_path: Path
+) -> None:
     """An error that is no workload's own ends all; what was stored before stays."""
 
     def fail(event: Event) -> None:
@@ -205,10 +315,20 @@ def test_one_gpu_failing_stops_the_others_with_what_they_have(scripted_gpu: Call
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(WORKLOADS, effort="quick", worker_command=scripted_gpu(), on_event=fail, gpus=["0", "1"], force=True)
+        tune(
+            WORKLOADS,
+            effort="quick",
+            worker_command=scripted_gpu(),
+            on_event=fail,
+            gpus=["0", "1"],
+            force=True,
+        )
     assert 1 <= len(ProfileStore().profiles()) < 3
     unfinished = ProfileStore().path.with_name("profiles.sqlite.unfinished").glob("*.journal")
-    assert [Storage(journal).profiles()[0] for journal in unfinished if Storage(journal).profiles()[0]] == []  # a second --force would take them for its own
+    # a second --force would take them for its own
+    assert [
+        Storage(journal).profiles()[0] for journal in unfinished if Storage(journal).profiles()[0]
+    ] == []
 
 
 def test_gpus_must_be_alike(tmp_path: Path) -> None:
@@ -219,14 +339,27 @@ def test_gpus_must_be_alike(tmp_path: Path) -> None:
         "for line in sys.stdin:\n"
         "    kind = 'GPU ' + os.environ['CUDA_VISIBLE_DEVICES']\n"
         "    device = {'platform': 'gpu', 'kind': kind, 'cores': 0, 'memory_gib': 8}\n"
-        "    print(json.dumps({'ok': True, 'device': device, 'available_bytes': 10**9}), flush=True)\n"
+        "    print(json.dumps({'ok': True, 'device': device, 'available_bytes': 10**9}), "
+        "flush=True)\n"
     )
-    with pytest.raises(ProbeError, match="GPUs that are tuned together must be alike; these are gpu GPU 0 memory=8GiB, gpu GPU 1 memory=8GiB"):
+    with pytest.raises(
+        ProbeError,
+        match=(
+            "GPUs that are tuned together must be alike; these are gpu GPU 0 memory=8GiB, gpu GPU "
+            "1 memory=8GiB"
+        ),
+    ):
         tune(WORKLOADS, worker_command=(sys.executable, str(worker)), gpus=["0", "1"])
 
 
-def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted: Callable[..., Any]) -> None:
-    """Time runs out: what there is answers and is marked; the same call then completes it without measuring anything twice."""
+def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(
+    scripted: Callable[..., Any],
+) -> None:
+    """Time runs out.
+
+    What there is answers and is marked; the same call then completes it without measuring anything
+    twice.
+    """
     slow, workload = scripted(delay=0.1), Workload.parse("b=2,t=2048,h=4,k=8")
     first = measured(slow, [workload], effort="thorough", timeout=4.0)
     assert kinds(first) == ["start", "finished"]
@@ -242,11 +375,19 @@ def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted:
 
 
 def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Callable[..., Any]) -> None:
-    """A stronger effort that is cut short leaves the weaker, complete profile in place, and returns it."""
+    """A stronger effort that is cut short leaves the weaker, complete profile in place, and returns
+    it.
+    """
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
     measured(scripted(), [workload])
     events: list[Event] = []
-    profiles = tune([workload], worker_command=scripted(delay=0.1), effort="thorough", timeout=3.0, on_event=events.append)
+    profiles = tune(
+        [workload],
+        worker_command=scripted(delay=0.1),
+        effort="thorough",
+        timeout=3.0,
+        on_event=events.append,
+    )
     assert kinds(events) == ["start", "out_of_time"]
     assert profiles == ProfileStore().profiles()
     assert [(profile.complete, profile.effort) for profile in profiles] == [(True, "quick")]
@@ -258,7 +399,12 @@ def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune([Workload.parse("b=2,t=2048,h=4,k=8")], worker_command=command, on_event=interrupt, **options)
+        tune(
+            [Workload.parse("b=2,t=2048,h=4,k=8")],
+            worker_command=command,
+            on_event=interrupt,
+            **options,
+        )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +416,9 @@ def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
         ({"effort": "thorough"}, 1, ("thorough", 1)),
     ],
 )
-def test_of_two_unfinished_profiles_the_better_stays(options: dict[str, Any], after: int, stored: tuple[str, int], scripted: Callable[..., Any]) -> None:
+def test_of_two_unfinished_profiles_the_better_stays(
+    options: dict[str, Any], after: int, stored: tuple[str, int], scripted: Callable[..., Any]
+) -> None:
     """That of more effort, then the one that has more plans."""
     interrupted(scripted(), 2, effort="standard")
     interrupted(scripted(), after, **options)
@@ -280,9 +428,13 @@ def test_of_two_unfinished_profiles_the_better_stays(options: dict[str, Any], af
 
 def test_what_a_budget_left_out_is_measured_without_it(scripted: Callable[..., Any]) -> None:
     """An interrupted tune with a budget is not gone on with by one without."""
-    interrupted(scripted(plans={"dense": {"do": "over_budget"}}), 3, effort="quick", memory_budget_mb=1.0)
+    interrupted(
+        scripted(plans={"dense": {"do": "over_budget"}}), 3, effort="quick", memory_budget_mb=1.0
+    )
     assert "over_budget" in {m.status for m in ProfileStore().profiles()[0].measurements}
-    (profile,) = tune([Workload.parse("b=2,t=2048,h=4,k=8")], effort="quick", worker_command=scripted())
+    (profile,) = tune(
+        [Workload.parse("b=2,t=2048,h=4,k=8")], effort="quick", worker_command=scripted()
+    )
     assert {m.status for m in profile.measurements} <= {"ok", "pruned", "skipped"}
 
 
@@ -312,15 +464,33 @@ for number, shape in enumerate(shapes):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_kill_at_any_moment_loses_nothing(seed: int, scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """Kill -9, then the same command: what was finished is there and is not measured again, the rest completes, the store opens."""
+def test_kill_at_any_moment_loses_nothing(
+    seed: int, scripted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Kill -9, then the same command.
+
+    What was finished is there and is not measured again, the rest completes, the store opens.
+    """
     log = tmp_path / "log"
     shapes = [workload.shape for workload in WORKLOADS]
-    command = [sys.executable, "-c", _DRIVER, json.dumps([shapes, scripted(delay=0.02, log=str(log))])]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    command = [
+        sys.executable,
+        "-c",
+        _DRIVER,
+        json.dumps([shapes, scripted(delay=0.02, log=str(log))]),
+    ]
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     time.sleep(random.Random(seed).uniform(0.8, 4.0))
     started.send_signal(signal.SIGKILL)
-    finished = [line.removeprefix("finished ").strip() for line in started.communicate(timeout=30)[0].splitlines()]
+    finished = [
+        line.removeprefix("finished ").strip()
+        for line in started.communicate(timeout=30)[0].splitlines()
+    ]
     stored = {profile.workload for profile in ProfileStore().profiles()}
     assert {Workload.parse(shape).key for shape in finished} <= stored
     log.unlink(missing_ok=True)
@@ -330,12 +500,18 @@ def test_kill_at_any_moment_loses_nothing(seed: int, scripted: Callable[..., Any
     assert kinds(events)[: len(finished)] == ["skipped"] * len(finished)
 
 
-def test_a_store_that_cannot_be_written_is_found_out_first(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_found_out_first(
+    scripted: Callable[..., Any], tmp_path: Path
+) -> None:
     """Not after hours of measuring."""
     (tmp_path / "file").write_text("in the way")
     log = tmp_path / "log"
     with pytest.raises(StoreError, match="AUTOCHUNK_STORE"):
-        measured(scripted(log=str(log)), WORKLOADS, store=ProfileStore(tmp_path / "file" / "profiles.sqlite"))
+        measured(
+            scripted(log=str(log)),
+            WORKLOADS,
+            store=ProfileStore(tmp_path / "file" / "profiles.sqlite"),
+        )
     assert not log.exists()
 
 
@@ -349,7 +525,9 @@ def test_a_store_that_cannot_be_written_is_found_out_first(scripted: Callable[..
         ({"memory_budget_mb": float("inf")}, "memory_budget_mb must be"),
     ],
 )
-def test_bad_arguments_are_told(options: dict[str, Any], words: str, scripted: Callable[..., Any]) -> None:
+def test_bad_arguments_are_told(
+    options: dict[str, Any], words: str, scripted: Callable[..., Any]
+) -> None:
     """Before anything starts, with what was required and what came."""
     with pytest.raises(ArgumentError, match=words):
         measured(scripted(), WORKLOADS, **options)
@@ -376,8 +554,13 @@ def test_without_workloads_missed_ones_come_first() -> None:
         ("gpu", "thorough", {"bfloat16", "float32", "float16"}),
     ],
 )
-def test_the_standard_set_is_in_the_dtypes_that_models_use_there(platform: str, effort: Effort, dtypes: set[str]) -> None:
-    """Half precision on GPUs; all dtypes, and every preset, where time is no matter; those named where some are."""
+def test_the_standard_set_is_in_the_dtypes_that_models_use_there(
+    platform: str, effort: Effort, dtypes: set[str]
+) -> None:
+    """Half precision on GPUs.
+
+    All dtypes, and every preset, where time is no matter; those named where some are.
+    """
     device = Device(platform=platform, kind="scripted", cores=0, memory_gib=8)
     todo = standard_workloads(ProfileStore(), device, effort)
     assert {workload.dtype for workload in todo} == dtypes
@@ -387,7 +570,9 @@ def test_the_standard_set_is_in_the_dtypes_that_models_use_there(platform: str, 
 
 
 def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> None:
-    """A function is told the device that the measuring process found, so that this process need not look for one."""
+    """A function is told the device that the measuring process found, so that this process need not
+    look for one.
+    """
     told = []
 
     def choose(device: Device) -> list[Workload]:
@@ -401,12 +586,20 @@ def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_shapes(name: str) -> None:
     """Each can be read, and has something to choose between."""
-    assert all(len(candidate_plans(sliced_shape(workload))) > 1 for workload in workloads_of([PRESETS[name]]))
+    assert all(
+        len(candidate_plans(sliced_shape(workload))) > 1
+        for workload in workloads_of([PRESETS[name]])
+    )
 
 
 @pytest.mark.parametrize("name", ["profiles.sqlite", "other.sqlite"])
-def test_a_hint_comes_from_the_nearest_profile(name: str, scripted: Callable[..., Any], store_path: Path) -> None:
-    """A workload like a tuned one begins with the plan that was best there; the store is the one that the tune has, not always the user's."""
+def test_a_hint_comes_from_the_nearest_profile(
+    name: str, scripted: Callable[..., Any], store_path: Path
+) -> None:
+    """A workload like a tuned one begins with the plan that was best there.
+
+    The store is the one that the tune has, not always the user's.
+    """
     best, store = "xla_rows, 1.05 MB", ProfileStore(store_path.with_name(name))
     command = scripted(plans={best: {"seconds": 0.005}}, default={"seconds": 0.01})
     measured(command, WORKLOADS[:1], store=store)
@@ -414,7 +607,9 @@ def test_a_hint_comes_from_the_nearest_profile(name: str, scripted: Callable[...
     assert next(e.measurement.plan for e in events if e.measurement) == Plan("xla_rows", 1.05)
 
 
-def test_machines_do_not_begin_with_the_same_workload(scripted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_do_not_begin_with_the_same_workload(
+    scripted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Containers neither, in each of which the process has number 1."""
     begun: set[Any] = set()
 
@@ -425,7 +620,14 @@ def test_machines_do_not_begin_with_the_same_workload(scripted: Callable[..., An
 
     monkeypatch.setattr("os.getpid", lambda: 1)
     for pod in range(6):
-        monkeypatch.setattr("autochunk.tuner.tune.worker_name", lambda pod=pod: f"pod-{pod} boot pid:[1] 1")
+        monkeypatch.setattr(
+            "autochunk.tuner.tune.worker_name", lambda pod=pod: f"pod-{pod} boot pid:[1] 1"
+        )
         with pytest.raises(KeyboardInterrupt):
-            tune(WORKLOADS, worker_command=scripted(), storage=str(tmp_path / "journal"), on_event=first)
+            tune(
+                WORKLOADS,
+                worker_command=scripted(),
+                storage=str(tmp_path / "journal"),
+                on_event=first,
+            )
     assert len(begun) > 1

@@ -27,7 +27,9 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def single_precision() -> Iterator[None]:
-    """A session that loads a float64 workload turns float64 on for its process, which here is the tests' own."""
+    """A session that loads a float64 workload turns float64 on for its process, which here is the
+    tests' own.
+    """
     yield
     jax.config.update("jax_enable_x64", False)
 
@@ -43,11 +45,19 @@ def test_every_plan_agrees_with_the_float64_reference(shape: str, mode: str, dty
     loaded = session.load(Workload.parse(shape, dtype=dtype, mode=mode).key, "")
     reply = session.prepare(["xla", 0.001], 10**9)
     assert reply["status"] == "ok", reply
-    assert 0 <= reply["error"] <= worker.ERROR_FACTOR * loaded["dense_error"] + worker.ERROR_ROUNDINGS * float(jnp.finfo(dtype).eps)
+    assert (
+        0
+        <= reply["error"]
+        <= worker.ERROR_FACTOR * loaded["dense_error"]
+        + worker.ERROR_ROUNDINGS * float(jnp.finfo(dtype).eps)
+    )
 
 
 def test_a_workload_is_measured_in_its_own_dtype() -> None:
-    """Also float64, which jax makes float32 of unless it is enabled; the next workload is not float64 for it."""
+    """Also float64, which jax makes float32 of unless it is enabled.
+
+    The next workload is not float64 for it.
+    """
     session = worker.Session()
     for dtype in ("float64", "float32"):
         session.load(Workload.parse("t=8,k=2", dtype=dtype, mode="training").key, "")
@@ -59,7 +69,8 @@ def test_a_wrong_result_is_inaccurate() -> None:
     """A plan whose results differ from the reference cannot win, whatever its speed."""
     session = worker.Session()
     session.load(Workload.parse("b=1,t=16,h=2,k=4", mode="training").key, "")
-    session.references[2] = session.references[2] + 1.0  # the key's gradient, as a kernel might get it wrong
+    # the key's gradient, as a kernel might get it wrong
+    session.references[2] = session.references[2] + 1.0
     reply = session.prepare(["xla", None], 10**9)
     assert reply["status"] == "inaccurate"
     assert "errs by" in reply["detail"]
@@ -91,7 +102,12 @@ def test_times_come_in_the_order_asked_for() -> None:
 
 def test_requests_are_answered_line_by_line_and_bad_ones_told() -> None:
     """A request that fails is answered with the error; the session goes on."""
-    requests = [{"do": "time", "plans": []}, {"do": "load", "workload": "attention:nonsense"}, {"do": "fly"}, {"do": "hello"}]
+    requests = [
+        {"do": "time", "plans": []},
+        {"do": "load", "workload": "attention:nonsense"},
+        {"do": "fly"},
+        {"do": "hello"},
+    ]
     replies = io.StringIO()
     worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), replies)
     answers: list[dict[str, Any]] = [json.loads(line) for line in replies.getvalue().splitlines()]
@@ -101,7 +117,10 @@ def test_requests_are_answered_line_by_line_and_bad_ones_told() -> None:
 
 
 def test_a_worker_ends_with_its_parent() -> None:
-    """Also one that does not see its input end, as while it is busy with a plan: here it holds the other end itself."""
+    """Also one that does not see its input end, as while it is busy with a plan.
+
+    Here it holds the other end itself.
+    """
     parent = """
 import os, subprocess, sys
 from autochunk.tuner.probe import WORKER
@@ -111,4 +130,5 @@ os.write(other_end, b'{"do": "hello"}\\n')
 print(worker.stdout.readline().decode(), flush=True)
 os._exit(0)
 """
-    assert '"ok": true' in run_python(parent)  # which reads until the worker, too, has closed the output
+    # which reads until the worker, too, has closed the output
+    assert '"ok": true' in run_python(parent)

@@ -1,54 +1,77 @@
 """The attention itself, slice by slice, as JAX primitives.
 
-Arrays come in the caller's order: query [..., T', H, G, K], key [..., T, H, K], value [..., T, H, V], bias and mask [..., H, G, T', T] with any dim of size
-one broadcasting; H counts key/value heads and G the query heads that share one. Products want heads before rows and keys; slices are brought into that order
-one by one, and results back, so that no whole array is ever copied for it. ``attention`` is the entry.
+Arrays come in the caller's order: query [..., T', H, G, K], key [..., T, H, K], value [..., T, H,
+V], bias and mask [..., H, G, T', T] with any dim of size one broadcasting; H counts key/value heads
+and G the query heads that share one. Products want heads before rows and keys; slices are brought
+into that order one by one, and results back, so that no whole array is ever copied for it.
+``attention`` is the entry.
 
-Why primitives: attention, its tangent map and its cotangent map each see their operands' full shapes when they are lowered, vmapped axes included, so
-the limit on the logits holds under ``vmap``; and the differentiation rule knows that a call is differentiated, so that forward and training can run
-different plans. A ``custom_vjp`` offers neither, nor forward mode. Derivatives beyond the first fall back to plain JAX over checkpointed slices.
+Why primitives: attention, its tangent map and its cotangent map each see their operands' full
+shapes when they are lowered, vmapped axes included, so the limit on the logits holds under
+``vmap``; and the differentiation rule knows that a call is differentiated, so that forward and
+training can run different plans. A ``custom_vjp`` offers neither, nor forward mode. Derivatives
+beyond the first fall back to plain JAX over checkpointed slices.
 
-Backward: the row maximum and the sum of exponentials are saved and the weights recomputed per slice (Dao et al. 2022, FlashAttention,
-https://arxiv.org/abs/2205.14135). A row of keys too long for the limit is taken in pieces with a running maximum and sum (Rabe and Staats 2021,
+Backward: the row maximum and the sum of exponentials are saved and the weights recomputed per slice
+(Dao et al. 2022, FlashAttention, https://arxiv.org/abs/2205.14135). A row of keys too long for the
+limit is taken in pieces with a running maximum and sum (Rabe and Staats 2021,
 https://arxiv.org/abs/2112.05682).
 
 Causal attention without a mask is cut into blocks, of which those above the diagonal are left out.
 
-To read it: ``inputs`` (what a call is), ``maths`` (one slice), ``grid`` (all slices), ``maps`` (forward, tangent and cotangent by slices), ``primitives`` (what
-JAX sees), then ``dense`` and ``fused``, which run without slices.
+To read it: ``inputs`` (what a call is), ``maths`` (one slice), ``grid`` (all slices), ``maps``
+(forward, tangent and cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and
+``fused``, which run without slices.
 
-What was tried. Figures are speed: "A against B 2x" says that A takes half the time of B, in the same run.
+What was tried. Figures are speed: "A against B 2x" says that A takes half the time of B, in the
+same run.
 
 On CPU (Xeon, 2 cores, jax 0.12, f32, T=4096, 8 heads of 64, where nothing else is said):
 
-- head-major order against haiku's dense attention: 6.8x forward with the division after the second product, 5.0x to 6.4x with the division before it;
-- masks against haiku's dense attention: 3.1x as an added term, 1.2x as ``where``, which keeps XLA from fusing;
-- slices taken from arrays in the caller's order against arrays brought into head-major order whole: 1.2x to 2.0x for short sequences with a batch, 1.0x to
-  1.3x for long ones, at a half to an eighth of the memory;
-- keys and values of a head taken once, in an outer loop, against taken for each slice of rows: 1.4x with 16384 keys;
-- backward in slices of 1/8 against haiku's dense attention: 2.8x with transposed logits, 2.5x in the plain orientation. The one product with a transposed left
-  side runs at 80 to 115 GFLOP/s; as its own transpose, from narrow transposed keys, at 130 to 195, which is 1.0x to 1.24x for all of training;
-- causal, in 8 by 8 blocks against the same slices with none left out (arithmetic allows 1.78x, torch has 1.5x): 1.40x forward and 1.58x training with those on
-  the diagonal first and then, without a mask, those below it; 1.31x and 1.56x with a mask on all, no better with one on a branch (``lax.cond``);
-- causal, others against those 8 by 8 blocks: a square of 2048 positions, two of 1024 and so on down to the diagonal 1.03x forward and 1.0x backward; 8 programs
-  of growing length 1.0x, but XLA held the memory of several at once (813 MB, not 65 MB, on jax 0.10); those as branches of one loop (``lax.switch``) 0.8x;
-  4, 6, 12 and 16 blocks, and oblong ones, 0.65x to 0.9x; an inner loop of dynamic length that keeps a row's sums in its carry, and keys brought into head-major
-  order once, 1.0x;
-- slices of a Python loop save no memory under ``jit``. An additional axis for groups of one head costs XLA a fusion: dense attention with it against without
-  0.5x.
+- head-major order against haiku's dense attention: 6.8x forward with the division after the second
+  product, 5.0x to 6.4x with the division before it;
+- masks against haiku's dense attention: 3.1x as an added term, 1.2x as ``where``, which keeps XLA
+  from fusing;
+- slices taken from arrays in the caller's order against arrays brought into head-major order whole:
+  1.2x to 2.0x for short sequences with a batch, 1.0x to 1.3x for long ones, at a half to an eighth
+  of the memory;
+- keys and values of a head taken once, in an outer loop, against taken for each slice of rows: 1.4x
+  with 16384 keys;
+- backward in slices of 1/8 against haiku's dense attention: 2.8x with transposed logits, 2.5x in
+  the plain orientation. The one product with a transposed left side runs at 80 to 115 GFLOP/s; as
+  its own transpose, from narrow transposed keys, at 130 to 195, which is 1.0x to 1.24x for all of
+  training;
+- causal, in 8 by 8 blocks against the same slices with none left out (arithmetic allows 1.78x,
+  torch has 1.5x): 1.40x forward and 1.58x training with those on the diagonal first and then,
+  without a mask, those below it; 1.31x and 1.56x with a mask on all, no better with one on a branch
+  (``lax.cond``);
+- causal, others against those 8 by 8 blocks: a square of 2048 positions, two of 1024 and so on down
+  to the diagonal 1.03x forward and 1.0x backward; 8 programs of growing length 1.0x, but XLA held
+  the memory of several at once (813 MB, not 65 MB, on jax 0.10); those as branches of one loop
+  (``lax.switch``) 0.8x; 4, 6, 12 and 16 blocks, and oblong ones, 0.65x to 0.9x; an inner loop of
+  dynamic length that keeps a row's sums in its carry, and keys brought into head-major order once,
+  1.0x;
+- slices of a Python loop save no memory under ``jit``. An additional axis for groups of one head
+  costs XLA a fusion: dense attention with it against without 0.5x.
 
 On GPUs (H100 and H200, jax 0.11, f32; a pass over the logits costs as much as a product):
 
-- forward as a plain softmax, of which XLA makes one kernel, against dividing last: 1.2x with rows of 2048, 8192 and 12288; 1.05x (H100) and 0.98x (H200) with
-  16000; 0.92x, 0.87x and 0.87x with 20000, 24576 and 32768;
-- where the sums are asked for, the maximum first and the sum together with the weights against both in one pass (online softmax): 1.0x to 1.06x;
-- forward unsliced against dense attention: 1.0x (8 x 2048, 16 heads of 64). Slices of one head of 16000 positions, a sixteenth of the memory, against dense:
-  forward 1.00x (H100) and 0.95x (H200), training 1.01x (H200, a twelfth). Single products fill and drain the GPU once for each slice: two heads have 0.98x, and
-  nothing else of a sixteenth does better than one (2 heads by half of the rows, 4 by a quarter, all by a sixteenth 0.93x; keys sliced 0.96x; the loop unrolled
-  the same);
-- orientation of the backward's logits, and barriers: no difference. Slices of rows with all heads against slices of heads: 0.9x to 0.5x as they get smaller;
-- training of short sequences, which recomputes what dense attention keeps, against that: 0.8x (8 x 2048; 0.77x in slices of a sixteenth);
-- cuDNN in bf16 against dense attention: 4x to 6x forward, 3.5x to 4.4x training; our slices, with float32 logits, 0.5x to 0.7x.
+- forward as a plain softmax, of which XLA makes one kernel, against dividing last: 1.2x with rows
+  of 2048, 8192 and 12288; 1.05x (H100) and 0.98x (H200) with 16000; 0.92x, 0.87x and 0.87x with
+  20000, 24576 and 32768;
+- where the sums are asked for, the maximum first and the sum together with the weights against both
+  in one pass (online softmax): 1.0x to 1.06x;
+- forward unsliced against dense attention: 1.0x (8 x 2048, 16 heads of 64). Slices of one head of
+  16000 positions, a sixteenth of the memory, against dense: forward 1.00x (H100) and 0.95x (H200),
+  training 1.01x (H200, a twelfth). Single products fill and drain the GPU once for each slice: two
+  heads have 0.98x, and nothing else of a sixteenth does better than one (2 heads by half of the
+  rows, 4 by a quarter, all by a sixteenth 0.93x; keys sliced 0.96x; the loop unrolled the same);
+- orientation of the backward's logits, and barriers: no difference. Slices of rows with all heads
+  against slices of heads: 0.9x to 0.5x as they get smaller;
+- training of short sequences, which recomputes what dense attention keeps, against that: 0.8x (8 x
+  2048; 0.77x in slices of a sixteenth);
+- cuDNN in bf16 against dense attention: 4x to 6x forward, 3.5x to 4.4x training; our slices, with
+  float32 logits, 0.5x to 0.7x.
 """
 
 from __future__ import annotations

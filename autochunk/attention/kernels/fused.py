@@ -1,11 +1,13 @@
 """Whole attention kernels that others wrote, as implementations beside our slices.
 
-One entry of FUSED is one implementation. It is used only where it takes the call; for everything else there are our slices: forward-mode and higher
-derivatives, gradients of a bias, platforms that do not have it.
+One entry of FUSED is one implementation. It is used only where it takes the call; for everything
+else there are our slices: forward-mode and higher derivatives, gradients of a bias, platforms that
+do not have it.
 
-Between forward and backward we keep what our slices keep, the output and the log-sum-exp of each row (as a row maximum, with a sum of one), so that either
-can go on from the other's results. A kernel's own backward is found through ``jax.vjp``; what that has saved of the forward pass is exchanged for our copies,
-and the forward pass that it would run again is then dead code.
+Between forward and backward we keep what our slices keep, the output and the log-sum-exp of each
+row (as a row maximum, with a sum of one), so that either can go on from the other's results. A
+kernel's own backward is found through ``jax.vjp``; what that has saved of the forward pass is
+exchanged for our copies, and the forward pass that it would run again is then dead code.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ class Fused:
     """An attention kernel.
 
     Attributes:
-      attend: ``attend(query, key, value, bias, mask, scale=, is_causal=)`` for query [B, T', H, K], key and value [B, T, N, K], bias and mask that broadcast to
-        [B, H, T', T]; has a reverse-mode derivative whose residuals include the log-sum-exp [B, H, T'] in float32. Raises where it does not take a call.
+      attend: ``attend(query, key, value, bias, mask, scale=, is_causal=)`` for query [B, T', H, K],
+        key and value [B, T, N, K], bias and mask that broadcast to [B, H, T', T]; has a
+        reverse-mode derivative whose residuals include the log-sum-exp [B, H, T'] in float32.
+        Raises where it does not take a call.
       platforms: where it can be lowered, in jax's names.
     """
 
@@ -38,8 +42,19 @@ class Fused:
     platforms: tuple[str, ...]
 
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, *, scale: float, is_causal: bool) -> jax.Array:
-    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, is_causal=is_causal, implementation="cudnn")
+def _cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    scale: float,
+    is_causal: bool,
+) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        query, key, value, bias, mask, scale=scale, is_causal=is_causal, implementation="cudnn"
+    )
 
 
 FUSED: dict[str, Fused] = {"cudnn": Fused(_cudnn, ("cuda",))}
@@ -51,7 +66,11 @@ class NotTaken(Exception):
 
 def runs(plan: Plan, platforms: tuple[str, ...]) -> bool:
     """Whether a plan is for a fused kernel that all these platforms have."""
-    return plan.implementation in FUSED and bool(platforms) and set(platforms) <= set(FUSED[plan.implementation].platforms)
+    return (
+        plan.implementation in FUSED
+        and bool(platforms)
+        and set(platforms) <= set(FUSED[plan.implementation].platforms)
+    )
 
 
 def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: bool) -> Any:
@@ -81,10 +100,14 @@ def _trace(fused: Fused, shapes: tuple[Any, ...], call: Call, training: bool) ->
     def run(*arrays: jax.Array) -> jax.Array:
         taken = iter(arrays)
         inputs = Inputs(*(None if shape is None else next(taken) for shape in shapes))  # type: ignore[arg-type]
-        return _forward(fused, inputs, call)[0] if training else _function(fused, call)(*_flat(inputs))
+        return (
+            _forward(fused, inputs, call)[0] if training else _function(fused, call)(*_flat(inputs))
+        )
 
     try:
-        return jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes if shape is not None))
+        return jax.make_jaxpr(run)(
+            *(jax.ShapeDtypeStruct(*shape) for shape in shapes if shape is not None)
+        )
     except NotTaken as refusal:
         return refusal
     except Exception as error:  # another library's refusal, in whatever words it has
@@ -93,7 +116,9 @@ def _trace(fused: Fused, shapes: tuple[Any, ...], call: Call, training: bool) ->
 
 def attend(name: str, inputs: Inputs, call: Call) -> jax.Array:
     """[..., T', H, G, V] by a fused kernel."""
-    return _function(FUSED[name], call)(*_flat(inputs)).reshape((*inputs.query.shape[:-1], inputs.value.shape[-1]))
+    return _function(FUSED[name], call)(*_flat(inputs)).reshape(
+        (*inputs.query.shape[:-1], inputs.value.shape[-1])
+    )
 
 
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
@@ -101,10 +126,16 @@ def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     out, lse, _ = _forward(FUSED[name], inputs, call)
     *leading, rows, heads, groups, _ = inputs.query.shape
     maximum = lse.reshape((*leading, heads, groups, rows))
-    return [out.reshape((*inputs.query.shape[:-1], inputs.value.shape[-1])), maximum, *vary_alike([jnp.ones_like(maximum)], [maximum])]
+    return [
+        out.reshape((*inputs.query.shape[:-1], inputs.value.shape[-1])),
+        maximum,
+        *vary_alike([jnp.ones_like(maximum)], [maximum]),
+    ]
 
 
-def cotangent(name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Array, d_out: jax.Array) -> list[jax.Array]:
+def cotangent(
+    name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Array, d_out: jax.Array
+) -> list[jax.Array]:
     """Cotangents of query, key and value."""
     own_out, own_lse, pull = _forward(FUSED[name], inputs, call)
     saved = {id(own_out): out.reshape(own_out.shape), id(own_lse): lse.reshape(own_lse.shape)}
@@ -112,7 +143,10 @@ def cotangent(name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Ar
     pull = jax.tree.unflatten(tree, [saved.get(id(leaf), leaf) for leaf in leaves])
     gradients = pull(d_out.reshape(own_out.shape))
     leading = inputs.query.shape[:-4]
-    return [sum_to(gradient.reshape(leading + operand.shape[len(leading) :]), operand.shape) for gradient, operand in zip(gradients, inputs[:3], strict=True)]
+    return [
+        sum_to(gradient.reshape(leading + operand.shape[len(leading) :]), operand.shape)
+        for gradient, operand in zip(gradients, inputs[:3], strict=True)
+    ]
 
 
 def _forward(fused: Fused, inputs: Inputs, call: Call) -> tuple[jax.Array, jax.Array, Any]:
@@ -121,9 +155,15 @@ def _forward(fused: Fused, inputs: Inputs, call: Call) -> tuple[jax.Array, jax.A
     function = _function(fused, call)
     out, pull = jax.vjp(lambda *moving: function(*moving, bias, mask), query, key, value)
     lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-    found = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "dtype", None) == jnp.float32 and leaf.shape == lse_shape]
+    found = [
+        leaf
+        for leaf in jax.tree.leaves(pull)
+        if getattr(leaf, "dtype", None) == jnp.float32 and leaf.shape == lse_shape
+    ]
     if len(found) != 1:
-        raise NotTaken("its derivative does not keep the log-sum-exp that forward-mode derivatives need")
+        raise NotTaken(
+            "its derivative does not keep the log-sum-exp that forward-mode derivatives need"
+        )
     return out, found[0], pull
 
 
@@ -132,13 +172,21 @@ def _function(fused: Fused, call: Call) -> Callable[..., jax.Array]:
 
 
 def _flat(inputs: Inputs) -> Inputs:
-    """Query [B, T', H * G, K], key and value [B, T, H, K], bias and mask [B or 1, H * G or 1, T', T]."""
+    """Query [B, T', H * G, K], key and value [B, T, H, K], bias and mask [B or 1, H * G or 1, T',
+    T].
+    """
     leading = inputs.query.shape[:-4]
     batch = math.prod(leading)
     *_, rows, heads, groups, size = inputs.query.shape
     query = inputs.query.reshape((batch, rows, heads * groups, size))
-    key, value = (jnp.broadcast_to(array, (*leading, *array.shape[-3:])).reshape((batch, *array.shape[-3:])) for array in (inputs.key, inputs.value))
-    bias, mask = (None if term is None else _flat_term(term, leading, heads, groups) for term in (inputs.bias, inputs.mask))
+    key, value = (
+        jnp.broadcast_to(array, (*leading, *array.shape[-3:])).reshape((batch, *array.shape[-3:]))
+        for array in (inputs.key, inputs.value)
+    )
+    bias, mask = (
+        None if term is None else _flat_term(term, leading, heads, groups)
+        for term in (inputs.bias, inputs.mask)
+    )
     return Inputs(query, key, value, bias, mask)
 
 

@@ -11,11 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs, caller_major, head_major, in_head_major
-from autochunk.plan import SLICING_ORDER, Plan, Slices, balanced, causal_block, cuts_blocks, slice_logits
+from autochunk.plan import (
+    SLICING_ORDER,
+    Plan,
+    Slices,
+    balanced,
+    causal_block,
+    cuts_blocks,
+    slice_logits,
+)
 
 
 class Output(NamedTuple):
-    """An output of the sliced computation: its axes, whole shape, dtype and what it is filled with at first."""
+    """An output of the sliced computation.
+
+    Its axes, whole shape, dtype and what it is filled with at first.
+    """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
@@ -24,7 +35,11 @@ class Output(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Where one slice lies: its first index along each axis, which of its elements no earlier slice had, and whether it is known to be below the diagonal."""
+    """Where one slice lies.
+
+    Its first index along each axis, which of its elements no earlier slice had, and whether it is
+    known to be below the diagonal.
+    """
 
     starts: dict[str, Any]
     fresh: dict[str, jax.Array]
@@ -42,21 +57,46 @@ def add(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Arr
 class Grid:
     """Runs a computation on every slice in turn and puts the parts together.
 
-    Slices along an axis have one size; where it does not divide the axis, the last one begins earlier and overlaps its neighbour. Results written twice
-    are equal; results that are joined must weigh the repeated elements with ``Cell.fresh``, zero for those.
+    Slices along an axis have one size; where it does not divide the axis, the last one begins
+    earlier and overlaps its neighbour. Results written twice are equal; results that are joined
+    must weigh the repeated elements with ``Cell.fresh``, zero for those.
     """
 
-    def __init__(self, sizes: dict[str, int], lengths: dict[str, int], triangular: bool, differentiable: bool) -> None:
-        self.sizes, self.lengths, self.triangular, self.differentiable = sizes, lengths, triangular, differentiable
+    def __init__(
+        self, sizes: dict[str, int], lengths: dict[str, int], triangular: bool, differentiable: bool
+    ) -> None:
+        self.sizes, self.lengths, self.triangular, self.differentiable = (
+            sizes,
+            lengths,
+            triangular,
+            differentiable,
+        )
         self.counts = {axis: -(-lengths[axis] // size) for axis, size in sizes.items()}
         self.cells = math.prod(self.counts.values())
 
-    def run(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
-            outputs: Sequence[Output], join: Join | None = None) -> tuple[jax.Array, ...]:  # fmt: skip
-        """``compute(cell, *slices)`` gives one part per output; parts are written in place, or joined with what is there. Slices and parts are head-major."""
-        outer, inner = ({axis: size for axis, size in self.sizes.items() if (axis in ("rows", "keys")) == within} for within in (False, True))
-        # Keys, values and their cotangents are taken and put once for each batch element and head, not for each slice of its rows: unless an output, such as
-        # the cotangent of a broadcast bias, is shared by all, and would be joined whole each time.
+    def run(
+        self,
+        compute: Callable[..., tuple[jax.Array, ...]],
+        arrays: Sequence[jax.Array | None],
+        axes: Sequence[tuple[str, ...]],
+        outputs: Sequence[Output],
+        join: Join | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """``compute(cell, *slices)`` gives one part per output.
+
+        Parts are written in place, or joined with what is there. Slices and parts are head-major.
+        """
+        outer, inner = (
+            {
+                axis: size
+                for axis, size in self.sizes.items()
+                if (axis in ("rows", "keys")) == within
+            }
+            for within in (False, True)
+        )
+        # Keys, values and their cotangents are taken and put once for each batch element and head,
+        # not for each slice of its rows: unless an output, such as the cotangent of a broadcast
+        # bias, is shared by all, and would be joined whole each time.
         groups = Grid(outer, self.lengths, triangular=False, differentiable=False)
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
         if self.differentiable or shared or self._cells(outer) == 1 or self._cells(inner) == 1:
@@ -65,9 +105,16 @@ class Grid:
 
         def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
             def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
-                return compute(Cell(cell.starts | place.starts, cell.fresh | place.fresh, place.below), *slices)
+                return compute(
+                    Cell(cell.starts | place.starts, cell.fresh | place.fresh, place.below), *slices
+                )
 
-            parts = [Output(in_head_major(output.axes), groups.part_shape(output), output.dtype, output.fill) for output in outputs]
+            parts = [
+                Output(
+                    in_head_major(output.axes), groups.part_shape(output), output.dtype, output.fill
+                )
+                for output in outputs
+            ]
             return within._scan(one, arrays, [in_head_major(names) for names in axes], parts, join)
 
         return groups._scan(group, arrays, axes, outputs, join)
@@ -81,36 +128,75 @@ class Grid:
         for dim, axis in self._sliced(output.shape, output.axes):
             sizes[dim] = self.sizes[axis]
         leading = len(sizes) - len(output.axes)
-        return (*sizes[:leading], *(sizes[leading + output.axes.index(axis)] for axis in in_head_major(output.axes)))
+        return (
+            *sizes[:leading],
+            *(sizes[leading + output.axes.index(axis)] for axis in in_head_major(output.axes)),
+        )
 
-    def _scan(self, compute: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]],
-              outputs: Sequence[Output], join: Join | None) -> tuple[jax.Array, ...]:  # fmt: skip
+    def _scan(
+        self,
+        compute: Callable[..., tuple[jax.Array, ...]],
+        arrays: Sequence[jax.Array | None],
+        axes: Sequence[tuple[str, ...]],
+        outputs: Sequence[Output],
+        join: Join | None,
+    ) -> tuple[jax.Array, ...]:
 
-        def part(below: bool, index: Any, arrays: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+        def part(
+            below: bool, index: Any, arrays: Sequence[jax.Array | None]
+        ) -> tuple[jax.Array, ...]:
             cell = self.cell(index)._replace(below=below)
-            slices = [None if array is None else self.take(array, names, cell) for array, names in zip(arrays, axes, strict=True)]
+            slices = [
+                None if array is None else self.take(array, names, cell)
+                for array, names in zip(arrays, axes, strict=True)
+            ]
             return compute(cell, *slices)
 
         if self.cells == 1:
-            return tuple(caller_major(piece.astype(output.dtype), output.axes) for piece, output in zip(part(False, 0, arrays), outputs, strict=True))
+            return tuple(
+                caller_major(piece.astype(output.dtype), output.axes)
+                for piece, output in zip(part(False, 0, arrays), outputs, strict=True)
+            )
         if self.differentiable:
-            # Arrays enter whole: what the checkpoint keeps is then the same for every slice, and kept once.
+            # Arrays enter whole: what the checkpoint keeps is then the same for every slice, and
+            # kept once.
             part = jax.checkpoint(part, prevent_cse=False, static_argnums=0)
 
-        def step(below: bool, totals: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        def step(
+            below: bool, totals: tuple[jax.Array, ...], index: jax.Array
+        ) -> tuple[tuple[jax.Array, ...], None]:
             pieces = part(below, index, arrays)
             cell = self.cell(index)
             if join is not None:
-                pieces = join(tuple(self.take(total, output.axes, cell) for total, output in zip(totals, outputs, strict=True)), pieces)
-            return tuple(self._put(total, piece, output.axes, cell) for total, piece, output in zip(totals, pieces, outputs, strict=True)), None
+                pieces = join(
+                    tuple(
+                        self.take(total, output.axes, cell)
+                        for total, output in zip(totals, outputs, strict=True)
+                    ),
+                    pieces,
+                )
+            return tuple(
+                self._put(total, piece, output.axes, cell)
+                for total, piece, output in zip(totals, pieces, outputs, strict=True)
+            ), None
 
-        totals = tuple(vary_alike([jnp.full(output.shape, output.fill, output.dtype) for output in outputs], arrays))
+        totals = tuple(
+            vary_alike(
+                [jnp.full(output.shape, output.fill, output.dtype) for output in outputs], arrays
+            )
+        )
         for below, numbers in self._passes():
-            totals, _ = jax.lax.scan(functools.partial(step, below), totals, jnp.asarray(numbers, jnp.int32))
+            totals, _ = jax.lax.scan(
+                functools.partial(step, below), totals, jnp.asarray(numbers, jnp.int32)
+            )
         return totals
 
     def _passes(self) -> list[tuple[bool, list[int]]]:
-        """The slices to compute: all at once; or those that the diagonal crosses, then those below it, which need no mask. Those above have no logits."""
+        """The slices to compute.
+
+        All at once; or those that the diagonal crosses, then those below it, which need no mask.
+        Those above have no logits.
+        """
         if not self.triangular:
             return [(False, list(range(self.cells)))]
         crossed, below = [], []
@@ -148,7 +234,11 @@ class Grid:
     def _sliced(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> list[tuple[int, str]]:
         """The dims of an array to slice; a dim of size one is either whole or broadcast."""
         names = (*batch_axes(len(shape) - len(axes)), *axes)
-        return [(dim, axis) for dim, axis in enumerate(names) if self.counts.get(axis, 1) > 1 and shape[dim] > 1]
+        return [
+            (dim, axis)
+            for dim, axis in enumerate(names)
+            if self.counts.get(axis, 1) > 1 and shape[dim] > 1
+        ]
 
     def take(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
         """An array's part in a slice, head-major."""
@@ -159,8 +249,12 @@ class Grid:
             array = jax.lax.dynamic_slice(array, self._starts(array, axes, cell), sizes)
         return head_major(array, axes)
 
-    def _put(self, total: jax.Array, piece: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:
-        return jax.lax.dynamic_update_slice(total, caller_major(piece.astype(total.dtype), axes), self._starts(total, axes, cell))
+    def _put(
+        self, total: jax.Array, piece: jax.Array, axes: tuple[str, ...], cell: Cell
+    ) -> jax.Array:
+        return jax.lax.dynamic_update_slice(
+            total, caller_major(piece.astype(total.dtype), axes), self._starts(total, axes, cell)
+        )
 
     def _starts(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> list[Any]:
         """Where a slice begins in each dim of an array."""
@@ -176,9 +270,19 @@ def batch_axes(count: int) -> tuple[str, ...]:
 
 
 def vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array | None]) -> list[jax.Array]:
-    """The arrays, varying over all mesh axes that any array of ``like`` varies over: inside ``shard_map`` operands and carries must agree."""
-    axes: frozenset[str] = frozenset().union(*(_varying_axes(array) for array in like if array is not None))
-    return [jax.lax.pcast(array, tuple(missing), to="varying") if (missing := axes - _varying_axes(array)) else array for array in arrays]
+    """The arrays, varying over all mesh axes that any array of ``like`` varies over.
+
+    Inside ``shard_map`` operands and carries must agree.
+    """
+    axes: frozenset[str] = frozenset().union(
+        *(_varying_axes(array) for array in like if array is not None)
+    )
+    return [
+        jax.lax.pcast(array, tuple(missing), to="varying")
+        if (missing := axes - _varying_axes(array))
+        else array
+        for array in arrays
+    ]
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
@@ -193,22 +297,34 @@ class Problem:
         self.dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
         self.shape = inputs.logits
         self.triangular = cuts_blocks(call.is_causal, call.has_mask)
-        self.slices: Slices = slice_logits(plan, causal_block(self.shape) if self.triangular else self.shape)
+        self.slices: Slices = slice_logits(
+            plan, causal_block(self.shape) if self.triangular else self.shape
+        )
         self.differentiable = differentiable
-        # Flattening leading dims that are sharded would make XLA gather them; only slicing over them needs it.
-        self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][:1] == ("batch",)
-        self.runs = _flattenable_runs([array.shape[: len(self.leading)] for array in inputs if array is not None])
+        # Flattening leading dims that are sharded would make XLA gather them; only slicing over
+        # them needs it.
+        self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][
+            :1
+        ] == ("batch",)
+        self.runs = _flattenable_runs(
+            [array.shape[: len(self.leading)] for array in inputs if array is not None]
+        )
         self.inputs = inputs.map(self.fit)
 
     def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Flattens the leading dims, if they are to be sliced: into one, or, where an array broadcasts over some of them, into as few as will do."""
+        """Flattens the leading dims, if they are to be sliced.
+
+        Into one, or, where an array broadcasts over some of them, into as few as will do.
+        """
         leading, rest = array.shape[: -len(axes)], array.shape[-len(axes) :]
         return array.reshape((*self._flat(leading), *rest)) if self.flatten else array
 
     def _flat(self, leading: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(math.prod(leading[dim] for dim in run) for run in self.runs)
 
-    def output(self, axes: tuple[str, ...], dtype: Any, features: int = 1, fill: float = 0.0) -> Output:
+    def output(
+        self, axes: tuple[str, ...], dtype: Any, features: int = 1, fill: float = 0.0
+    ) -> Output:
         """A whole output of these axes, its leading dims as those of the inputs here."""
         sizes = {**self.shape._asdict(), "features": features}
         leading = self._flat(self.leading) if self.flatten else self.leading
@@ -221,7 +337,9 @@ class Problem:
         if self.flatten:
             flat = self._flat(self.leading)
             names = batch_axes(len(flat))
-            sizes = dict(zip(names, _sizes_along_dims(self.slices.batch, flat), strict=True)) | sizes
+            sizes = (
+                dict(zip(names, _sizes_along_dims(self.slices.batch, flat), strict=True)) | sizes
+            )
             lengths |= dict(zip(names, flat, strict=True))
         return Grid(sizes, lengths, self.triangular, self.differentiable)
 
@@ -231,7 +349,10 @@ class Problem:
 
 
 def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Runs of neighbouring leading dims over which each array is either whole or broadcast: those can be flattened without a copy."""
+    """Runs of neighbouring leading dims over which each array is either whole or broadcast.
+
+    Those can be flattened without a copy.
+    """
     runs: list[list[int]] = []
     before = None
     for dim, sizes in enumerate(zip(*shapes, strict=True)):
@@ -245,7 +366,10 @@ def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
 
 
 def _sizes_along_dims(batch: int, flat: Sequence[int]) -> list[int]:
-    """A slice's size along each flattened leading dim, for at most ``batch`` elements at once; the last dims are sliced last."""
+    """A slice's size along each flattened leading dim, for at most ``batch`` elements at once.
+
+    The last dims are sliced last.
+    """
     sizes: list[int] = []
     for length in reversed(flat):
         sizes.insert(0, balanced(length, min(length, batch)))

@@ -1,4 +1,7 @@
-"""What a call of the kernels consists of: its arrays, the names of their axes, and what is static about it."""
+"""What a call of the kernels consists of.
+
+Its arrays, the names of their axes, and what is static about it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from autochunk.plan import LogitsShape, Plans
 class Call(NamedTuple):
     """What is static about a call.
 
-    ``kernel`` is the traced fused kernel, if a plan has one. Only JAX looks at it: it looks into tuples among a primitive's parameters for kernels that have to
-    know their devices when they are lowered, as cuDNN's has.
+    ``kernel`` is the traced fused kernel, if a plan has one. Only JAX looks at it: it looks into
+    tuples among a primitive's parameters for kernels that have to know their devices when they are
+    lowered, as cuDNN's has.
     """
 
     scale: float
@@ -46,11 +50,18 @@ class Inputs(NamedTuple):
         """Sizes of all their logits; those of half-precision inputs are float32."""
         rows, heads, groups, _ = self.query.shape[-4:]
         itemsize = jnp.promote_types(self.query.dtype, jnp.float32).itemsize
-        return LogitsShape(math.prod(self.query.shape[:-4]), heads, groups, rows, self.key.shape[-3], itemsize)
+        return LogitsShape(
+            math.prod(self.query.shape[:-4]), heads, groups, rows, self.key.shape[-3], itemsize
+        )
 
     def map(self, function: Callable[[jax.Array, tuple[str, ...]], jax.Array]) -> Inputs:
         """``function(array, its axes)`` of each array that is there."""
-        return Inputs(*(array if array is None else function(array, axes) for array, axes in zip(self, INPUT_AXES, strict=True)))  # type: ignore[arg-type]
+        return Inputs(
+            *(
+                array if array is None else function(array, axes)
+                for array, axes in zip(self, INPUT_AXES, strict=True)
+            )
+        )  # type: ignore[arg-type]
 
 
 # Trailing axes of each kind of array, by name; an axis that the plan slices is sliced in the array.

@@ -17,12 +17,19 @@ _LONG = 256
 
 
 def masked_logit(dtype: Any) -> float:
-    """Added to logits that take no part: so large that it absorbs any logit, and a fully masked row comes out uniform; finite, so that no NaN arises."""
+    """Added to logits that take no part.
+
+    So large that it absorbs any logit, and a fully masked row comes out uniform; finite, so that no
+    NaN arises.
+    """
     return -0.7 * float(jnp.finfo(dtype).max)
 
 
 def merge(array: jax.Array) -> jax.Array:
-    """[..., G, T', K] to [..., G * T', K]: query heads that share a key head are more rows of one product."""
+    """[..., G, T', K] to [..., G * T', K].
+
+    Query heads that share a key head are more rows of one product.
+    """
     *leading, groups, rows, size = array.shape
     return array.reshape((*leading, groups * rows, size))
 
@@ -42,9 +49,14 @@ def _product(spec: str, one: jax.Array, other: jax.Array, dtype: Any) -> jax.Arr
 
 
 class SliceMath:
-    """Logits and weights of one slice, in either orientation: [..., H, G * T', T], or transposed [..., H, T, G * T']."""
+    """Logits and weights of one slice, in either orientation.
 
-    def __init__(self, inputs: Inputs, cell: Cell, call: Call, problem: Problem, transposed: bool) -> None:
+    [..., H, G * T', T], or transposed [..., H, T, G * T'].
+    """
+
+    def __init__(
+        self, inputs: Inputs, cell: Cell, call: Call, problem: Problem, transposed: bool
+    ) -> None:
         self.inputs, self.cell, self.call, self.transposed = inputs, cell, call, transposed
         self.dtype, self.differentiable = problem.dtype, problem.differentiable
         self.groups, self.rows = inputs.query.shape[-3:-1]
@@ -63,14 +75,23 @@ class SliceMath:
             return _product("...ts,...sv->...tv", weights, keys, self.dtype)
         if self.groups * self.rows < _LONG:
             return _product("...st,...sv->...tv", weights, keys, self.dtype)
-        # XLA:CPU multiplies by a transposed left side at half the speed, so the narrow arrays are transposed instead; barriers keep XLA from undoing that.
+        # XLA:CPU multiplies by a transposed left side at half the speed, so the narrow arrays are
+        # transposed instead; barriers keep XLA from undoing that.
         narrow = jax.lax.optimization_barrier(jnp.swapaxes(keys, -1, -2))
-        return jnp.swapaxes(jax.lax.optimization_barrier(_product("...vs,...st->...vt", narrow, weights, self.dtype)), -1, -2)
+        return jnp.swapaxes(
+            jax.lax.optimization_barrier(
+                _product("...vs,...st->...vt", narrow, weights, self.dtype)
+            ),
+            -1,
+            -2,
+        )
 
     def over_rows(self, weights: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Sums over rows, and over dims that ``shape`` [..., T, K] broadcasts."""
         dims = string.ascii_uppercase[: len(shape) - 2]
-        kept = "".join(dim for dim, size, own in zip(dims, weights.shape, shape, strict=False) if size == own)
+        kept = "".join(
+            dim for dim, size, own in zip(dims, weights.shape, shape, strict=False) if size == own
+        )
         spec = f"{dims}{'st' if self.transposed else 'ts'},{dims}tk->{kept}sk"
         return _product(spec, weights.astype(rows.dtype), rows, self.dtype).reshape(shape)
 
@@ -90,8 +111,11 @@ class SliceMath:
         if allowed is None:
             return logits
         masked = jnp.asarray(masked_logit(self.dtype), self.dtype)
-        if self.differentiable:  # by JAX: the logits of a row that is masked throughout are then constant, as they should be
-            return jnp.where(self.add(jnp.zeros_like(logits), allowed.astype(self.dtype)) > 0, logits, masked)
+        # by JAX: the logits of a row that is masked throughout are then constant, as they should be
+        if self.differentiable:
+            return jnp.where(
+                self.add(jnp.zeros_like(logits), allowed.astype(self.dtype)) > 0, logits, masked
+            )
         return self.add(logits, jnp.where(allowed, jnp.zeros((), self.dtype), masked))
 
     def allowed(self) -> jax.Array | None:
@@ -99,7 +123,9 @@ class SliceMath:
         allowed = self.inputs.mask
         if self.call.is_causal and not self.cell.below:
             starts = self.cell.starts
-            row = starts.get("rows", 0) + jax.lax.broadcasted_iota(jnp.int32, (self.rows, self.inputs.key.shape[-2]), 0)
+            row = starts.get("rows", 0) + jax.lax.broadcasted_iota(
+                jnp.int32, (self.rows, self.inputs.key.shape[-2]), 0
+            )
             column = starts.get("keys", 0) + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
             causal = jnp.expand_dims(row >= column, range(self.inputs.query.ndim - 2))
             allowed = causal if allowed is None else jnp.logical_and(allowed, causal)
@@ -118,7 +144,9 @@ class SliceMath:
     def by_axes(self, logits: jax.Array) -> jax.Array:
         """Back to the axes [..., H, G, T', T]."""
         if self.transposed:
-            return jnp.moveaxis(logits.reshape((*logits.shape[:-1], self.groups, self.rows)), -3, -1)
+            return jnp.moveaxis(
+                logits.reshape((*logits.shape[:-1], self.groups, self.rows)), -3, -1
+            )
         return logits.reshape((*logits.shape[:-2], self.groups, self.rows, logits.shape[-1]))
 
     def weights(self, maximum: jax.Array) -> jax.Array:
@@ -131,10 +159,15 @@ class SliceMath:
         fresh = self.cell.fresh.get("keys")
         if fresh is None:
             return weights
-        return weights * _along(fresh, -2 if self.transposed else -1, weights.ndim).astype(weights.dtype)
+        return weights * _along(fresh, -2 if self.transposed else -1, weights.ndim).astype(
+            weights.dtype
+        )
 
     def live_rows(self, maximum: jax.Array) -> jax.Array | None:
-        """Zero for rows [..., G, T'] that are masked throughout: no logit of theirs has a gradient. None where there is no mask."""
+        """Zero for rows [..., G, T'] that are masked throughout.
+
+        No logit of theirs has a gradient. None where there is no mask.
+        """
         if self.inputs.mask is None and not self.call.is_causal:
             return None
         return (maximum > 0.5 * masked_logit(self.dtype)).astype(self.dtype)
@@ -144,10 +177,20 @@ class SliceMath:
         return rows.reshape((*rows.shape[:-2], self.groups, self.rows, rows.shape[-1]))
 
     def fresh_rows(self) -> jax.Array | None:
-        """One for elements of [..., H, G, T'] that no earlier slice had, zero for the others; None where that is all."""
+        """One for elements of [..., H, G, T'] that no earlier slice had, zero for the others.
+
+        None where that is all.
+        """
         rank = self.inputs.query.ndim - 1
-        dims = {axis: dim - rank for dim, axis in enumerate(batch_axes(rank - 3))} | {"heads": -3, "rows": -1}
-        factors = [_along(self.cell.fresh[axis], dim, rank) for axis, dim in dims.items() if axis in self.cell.fresh]
+        dims = {axis: dim - rank for dim, axis in enumerate(batch_axes(rank - 3))} | {
+            "heads": -3,
+            "rows": -1,
+        }
+        factors = [
+            _along(self.cell.fresh[axis], dim, rank)
+            for axis, dim in dims.items()
+            if axis in self.cell.fresh
+        ]
         return functools.reduce(jnp.logical_and, factors).astype(self.dtype) if factors else None
 
 

@@ -20,7 +20,14 @@ from autochunk.attention.kernels.maps import cotangent, only_output, tangent, wi
 from autochunk.plan import runs_dense
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, mask: jax.Array | None, call: Call) -> jax.Array:
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    call: Call,
+) -> jax.Array:
     """Attention by the call's plans: [..., T', H, G, V] in the query's dtype.
 
     Args:
@@ -36,8 +43,15 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Arra
     return cast(jax.Array, out)
 
 
-def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Callable[..., list[tuple[tuple[int, ...], Any]]]) -> Primitive:
-    """A primitive that runs ``function``, and batches by giving every operand one more leading dim; ``shapes`` gives its outputs' shapes and dtypes."""
+def _primitive(
+    name: str,
+    function: Callable[..., list[jax.Array]],
+    shapes: Callable[..., list[tuple[tuple[int, ...], Any]]],
+) -> Primitive:
+    """A primitive that runs ``function``, and batches by giving every operand one more leading dim.
+
+    ``shapes`` gives its outputs' shapes and dtypes.
+    """
     primitive = Primitive(name)
     primitive.multiple_results = True
     parameters = inspect.signature(function).parameters
@@ -58,13 +72,24 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:
         # Updating an input's aval keeps what it knows of meshes; a new one would lose it.
-        return [avals[0].update(shape=shape, dtype=dtype) for shape, dtype in shapes(*avals, **params)]
+        return [
+            avals[0].update(shape=shape, dtype=dtype) for shape, dtype in shapes(*avals, **params)
+        ]
 
-    def batch(operands: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, **params: Any) -> tuple[list[jax.Array], list[int]]:
-        size = next(operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None)
+    def batch(
+        operands: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, **params: Any
+    ) -> tuple[list[jax.Array], list[int]]:
+        size = next(
+            operand.shape[dim]
+            for operand, dim in zip(operands, dims, strict=True)
+            if dim is not None
+        )
         if size == 0:
             elements = [_element(operand, dim) for operand, dim in zip(operands, dims, strict=True)]
-            outs = [jnp.zeros((0, *shape), dtype) for shape, dtype in shapes(*elements, call=call, **params)]
+            outs = [
+                jnp.zeros((0, *shape), dtype)
+                for shape, dtype in shapes(*elements, call=call, **params)
+            ]
             return outs, [0] * len(outs)
         shared = _shared(call, **params)
 
@@ -73,7 +98,10 @@ def _primitive(name: str, function: Callable[..., list[jax.Array]], shapes: Call
                 return jnp.moveaxis(operand, dim, 0)
             return jnp.broadcast_to(operand, (1 if position in shared else size, *operand.shape))
 
-        moved = [move(position, operand, dim) for position, (operand, dim) in enumerate(zip(operands, dims, strict=True))]
+        moved = [
+            move(position, operand, dim)
+            for position, (operand, dim) in enumerate(zip(operands, dims, strict=True))
+        ]
         outs = primitive.bind(*moved, call=call, **params)
         return outs, [0] * len(outs)
 
@@ -90,23 +118,32 @@ def _element(operand: jax.Array, dim: int | None) -> jax.ShapeDtypeStruct:
 
 
 def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
-    """Positions of operands that a batch may share by broadcasting: all inputs but the query, unless each element needs its own cotangent."""
+    """Positions of operands that a batch may share by broadcasting.
+
+    All inputs but the query, unless each element needs its own cotangent.
+    """
     bias = (3,) if call.has_bias else ()
     shared = {position for position in (1, 2, *bias) if not (wanted and wanted[position])}
     return shared | ({3 + call.has_bias} if call.has_mask else set())
 
 
-def _output_shape(query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
+def _output_shape(
+    query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any
+) -> list[tuple[tuple[int, ...], Any]]:
     return [((*query.shape[:-1], value.shape[-1]), query.dtype)]
 
 
-def _stats_shapes(query: Any, key: Any, value: Any, *_rest: Any, **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
+def _stats_shapes(
+    query: Any, key: Any, value: Any, *_rest: Any, **_params: Any
+) -> list[tuple[tuple[int, ...], Any]]:
     *leading, rows, heads, groups, _ = query.shape
     stats = ((*leading, heads, groups, rows), jnp.promote_types(query.dtype, jnp.float32))
     return [*_output_shape(query, key, value), stats, stats]
 
 
-def _cotangent_shapes(*operands: Any, wanted: tuple[bool, ...], **_params: Any) -> list[tuple[tuple[int, ...], Any]]:
+def _cotangent_shapes(
+    *operands: Any, wanted: tuple[bool, ...], **_params: Any
+) -> list[tuple[tuple[int, ...], Any]]:
     return [(operand.shape, operand.dtype) for operand in itertools.compress(operands, wanted)]
 
 
@@ -115,7 +152,9 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
 
     def rule(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
         plain = functools.partial(function, differentiable=True, **params)
-        return jax.jvp(plain, tuple(primals), tuple(ad.instantiate_zeros(tangent) for tangent in tangents))
+        return jax.jvp(
+            plain, tuple(primals), tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+        )
 
     ad.primitive_jvps[primitive] = rule
 
@@ -124,7 +163,11 @@ def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, cal
     call.plans.used("training")
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
     if runs_dense(call.plans.training, split(primals, call)[0].logits):
-        return jax.jvp(lambda *operands: [dense(*split(operands, call)[0], call)], tuple(primals), tuple(tangents))
+        return jax.jvp(
+            lambda *operands: [dense(*split(operands, call)[0], call)],
+            tuple(primals),
+            tuple(tangents),
+        )
     out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
     moving = tangents[: 3 + call.has_bias]  # a mask does not move
     return [out], tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
@@ -136,7 +179,10 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) ->
     wanted = tuple(ad.is_undefined_primal(tangent) for tangent in tangents)
     none: list[Any] = [None] * len(residuals)
     if type(cotangents[0]) is ad.Zero:
-        return none + [ad.Zero(tangent.aval) if want else None for tangent, want in zip(tangents, wanted, strict=True)]
+        return none + [
+            ad.Zero(tangent.aval) if want else None
+            for tangent, want in zip(tangents, wanted, strict=True)
+        ]
     gradients = iter(cotangent_p.bind(*residuals, cotangents[0], call=call, wanted=wanted))
     return none + [next(gradients) if want else None for want in wanted]
 
