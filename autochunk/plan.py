@@ -14,23 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from autochunk.errors import ArgumentError
+from autochunk.implementations import IMPLEMENTATIONS, is_sliced
 
 BYTES_PER_MB = 10**6
 DEFAULT_MAX_CHUNK_SIZE_MB = 1000.0
 """What dm-haiku pull request #679 proposed, and what "auto" falls back to."""
-
-# The axes along which each implementation slices, first choice first. "dense" is haiku's order of
-# operations and "cudnn" cuDNN's kernel, which have none.
-SLICING_ORDER: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "cudnn": (),
-    "xla": ("batch", "heads", "rows", "keys"),
-    "xla_rows": ("rows", "keys", "batch", "heads"),
-}
-IMPLEMENTATIONS = tuple(SLICING_ORDER)
-SLICED_IMPLEMENTATIONS = frozenset(name for name, axes in SLICING_ORDER.items() if axes)
-FUSED_IMPLEMENTATIONS = frozenset({"cudnn"})
-"""Kernels of other libraries that hold no logits at all."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +43,12 @@ class Plan:
         Else the slices for what a kernel that does not slice cannot do, rows first since that suits
         every mesh.
         """
-        if self.implementation in SLICED_IMPLEMENTATIONS:
+        if is_sliced(self.implementation):
             return self
         return Plan("xla_rows", self.max_chunk_size_mb or DEFAULT_MAX_CHUNK_SIZE_MB)
 
     def __str__(self) -> str:
-        if (
-            self.implementation in IMPLEMENTATIONS
-            and self.implementation not in SLICED_IMPLEMENTATIONS
-        ):
+        if self.implementation in IMPLEMENTATIONS and not is_sliced(self.implementation):
             return self.implementation
         return f"{self.implementation}, " + (
             "do not chunk" if self.max_chunk_size_mb is None else f"{self.max_chunk_size_mb:g} MB"
@@ -135,11 +120,11 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
       ArgumentError: the limit is less than one logit (one per query head of a key/value head).
     """
     sizes = {axis: getattr(shape, axis) for axis in Slices._fields}
-    if plan.max_chunk_size_mb is None or plan.implementation not in SLICED_IMPLEMENTATIONS:
+    if plan.max_chunk_size_mb is None or not is_sliced(plan.implementation):
         return Slices(**sizes)
     limit = _whole_bytes(plan.max_chunk_size_mb)
     unit = shape.bytes
-    for axis in SLICING_ORDER[plan.implementation]:
+    for axis in IMPLEMENTATIONS[plan.implementation].slicing:
         if unit <= limit:
             break
         unit //= sizes[axis]
@@ -243,9 +228,8 @@ def _round(limit: float) -> float:
 
 def same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
     """Whether two plans come to the same computation at these sizes."""
-    if (
-        one.implementation != other.implementation
-        and not {one.implementation, other.implementation} <= SLICED_IMPLEMENTATIONS
+    if one.implementation != other.implementation and not (
+        is_sliced(one.implementation) and is_sliced(other.implementation)
     ):
         return False
     return slice_logits(one, shape) == slice_logits(other, shape)
@@ -301,7 +285,7 @@ def check_implementation(value: Any) -> str | None:
     Raises:
       ArgumentError: the value is neither.
     """
-    if value is None or (isinstance(value, str) and value in SLICING_ORDER):
+    if value is None or (isinstance(value, str) and value in IMPLEMENTATIONS):
         return value
     raise ArgumentError(
         f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}; got "

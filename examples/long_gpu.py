@@ -1,8 +1,8 @@
-"""Attention whose dense form needs 115 GB, forward and training, on a GPU (or part of one) of 12
-GB: the headline of dm-haiku pull request #679.
+"""Attention whose dense form needs 115 GB, forward and training, on a GPU of 12 GB, or part of one.
 
-Float32, input of 30000 positions, 16 heads of 64: 57.6 GB of logits, twice. The limit is jax's
-allocator's own, so that it is kept or the run fails.
+The headline of dm-haiku pull request #679: float32, input of 30000 positions, 16 heads of 64, which
+is 57.6 GB of logits, twice. The limit is jax's allocator's own, so that it is kept or the run
+fails.
 
     python examples/long_gpu.py
 """
@@ -19,10 +19,7 @@ from typing import Any
 
 
 def limit_memory(gigabytes: float) -> None:
-    """Lets jax take no more than so much of the GPU, 10^9 bytes.
-
-    Must come before jax starts its backend.
-    """
+    """Lets jax take so many 10^9 bytes of the GPU at most; call it before jax's backend starts."""
     from autochunk.device import visible_gpus
 
     fraction = gigabytes * 1e9 / total_bytes(visible_gpus()[0])

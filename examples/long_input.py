@@ -1,10 +1,8 @@
-"""The example of dm-haiku pull request #679.
+"""The example of dm-haiku pull request #679: forward over a long input on a CPU, whole module.
 
-Self-attention over a long input on a CPU, whole module, forward.
-
-The full size is input [1, 16000, 1024], 16 heads of 64, where dense attention needs about 33 GB and
-is left out unless it fits; ``--length`` makes it smaller. Each kind of attention runs in a process
-of its own, in turn, so that its peak memory is its own.
+The full size is input [1, 16000, 1024], 16 heads of 64, where dense self-attention needs about 33
+GB and is left out unless it fits; ``--length`` makes it smaller. Each kind of attention runs in a
+process of its own, in turn, so that its peak memory is its own.
 
     python examples/long_input.py --length 4000
 """
@@ -82,8 +80,9 @@ def module(kind: str, sizes: Sizes) -> hk.Transformed:
 
 
 def measure(kind: str, sizes: Sizes, repeats: int) -> tuple[float, float]:
-    """(median seconds, MB by which this process's peak memory grew) of a forward pass, compiling
-    left out of the time.
+    """Median seconds of a forward pass, and the MB by which this process's peak memory grew.
+
+    Compiling counts for the memory and not for the time.
     """
     x = jnp.asarray(
         np.random.default_rng(0).standard_normal((1, sizes.length, sizes.size), np.float32)

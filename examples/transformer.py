@@ -1,5 +1,4 @@
-"""A small haiku Transformer that learns to write English prose, with attention that autochunk
-slices.
+"""A small haiku Transformer that learns to write English prose, by attention that autochunk slices.
 
 The text is what ships with Python: the docstrings of its standard library. Run ``autochunk tune
 --missed`` after a first run and it trains with the plan that is best here. Needs optax.
@@ -28,7 +27,7 @@ VOCABULARY = 128  # ASCII
 
 
 def standard_library_text() -> np.ndarray[Any, Any]:
-    """The docstrings of Python's standard library modules and their public members, as ASCII codes."""
+    """The docstrings of Python's standard library modules and their public members, as ASCII."""
     texts = []
     for name in sorted(
         (

@@ -1,7 +1,4 @@
-"""What every test gets.
-
-A profile store of its own, no reports left over from another test, and strict JAX settings.
-"""
+"""What every test gets: a store of its own, no reports of other tests', strict JAX settings."""
 
 from __future__ import annotations
 

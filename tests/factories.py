@@ -1,6 +1,4 @@
-"""Devices, workloads, measurements and profiles with every field filled in, and Python processes of
-their own.
-"""
+"""Devices, workloads, measurements and profiles with every field filled in; Python processes."""
 
 from __future__ import annotations
 

@@ -360,9 +360,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
 def test_dtypes_and_modes_hold_for_what_is_stored(
     options: list[str], kinds: set[tuple[str, str]], asked: list[Workload]
 ) -> None:
-    """What was missed, and what is stale, is measured only so far as --dtype and --mode let it
-    through.
-    """
+    """What was missed or is stale is measured only so far as --dtype and --mode let it through."""
     for dtype, mode in (("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "training")):
         ProfileStore().record_miss(make_device(), Workload.parse(SHAPE, dtype=dtype, mode=mode))
         ProfileStore().put(
@@ -467,9 +465,9 @@ def test_explain_goes_on_without_a_damaged_store() -> None:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) -> None:
-    """Ctrl-C, SIGTERM (a scheduler), SIGHUP (a lost connection) in a tune.
+    """Whatever interrupts a tune ends it within seconds, with status 130 and the hint.
 
-    Exit status 130 within seconds, the hint, and what was measured is stored.
+    Ctrl-C, SIGTERM (a scheduler) or SIGHUP (a lost connection); what was measured is stored.
     """
     process = subprocess.Popen(
         [

@@ -37,10 +37,7 @@ ROOT = "/sys/fs/cgroup"
 
 
 class Files(dict[str, str]):
-    """A machine's files by path.
-
-    One that is not there reads as "", as in ``autochunk.device._read``.
-    """
+    """A machine's files by path; others read as "", as in ``autochunk.device._read``."""
 
     def read(self, path: str | Path) -> str:
         """Stands in for ``_read``."""
@@ -70,10 +67,7 @@ def test_detect_is_complete() -> None:
 
 
 def test_detect_is_the_same_in_another_process() -> None:
-    """The fingerprint depends on the machine only.
-
-    A profile made by one process answers in the next.
-    """
+    """The fingerprint depends on the machine only, so one process's profile answers in the next."""
     code = (
         "import jax; from autochunk import detect; "
         "print(detect(jax.devices('cpu')[0]).model_dump_json())"
@@ -95,9 +89,7 @@ def test_detect_means_jax_s_default_device() -> None:
 
 
 def test_no_such_device_is_a_device_error() -> None:
-    """A platform that jax does not have is a DeviceError with jax's reason, not jax's RuntimeError
-    alone.
-    """
+    """A platform that jax does not have is a DeviceError with jax's reason, not a RuntimeError."""
     code = (
         "import autochunk\nfrom autochunk.errors import DeviceError\ntry: "
         "autochunk.detect()\nexcept DeviceError as error: print(error)"
@@ -225,7 +217,7 @@ def test_key_has_every_hard_field(fields: dict[str, object]) -> None:
     ],
 )
 def test_stale_by_jaxlib_s_minor_version(then: str, now: str, stale: bool) -> None:
-    """Only another minor version of jaxlib makes a profile stale; the reason names both versions."""
+    """Only another minor version of jaxlib makes a profile stale; the reason names both."""
     reasons = make_device(jaxlib=then).stale_reasons(make_device(jaxlib=now))
     assert bool(reasons) == stale
     if stale:
@@ -404,9 +396,9 @@ def test_cores_follow_the_affinity_of_this_process() -> None:
     ],
 )
 def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
-    """cpu.max is quota and period.
+    """The ratio of cpu.max's quota and period, rounded up, bounds the cores.
 
-    Their ratio, rounded up, bounds the cores; "max" and what cannot be read do not.
+    "max" and what cannot be read do not.
     """
     files.update({"/proc/self/cgroup": V2, f"{ROOT}/cpu.max": quota})
     assert usable_cores() == cores

@@ -38,7 +38,7 @@ def test_the_transformer_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_the_long_input_runs_short() -> None:
-    """Every kind of attention gives a time and a memory at a small size, in a process of its own."""
+    """Every kind of attention gives a time and a memory at a small size, in its own process."""
     command = [
         sys.executable,
         str(EXAMPLES / "long_input.py"),
@@ -64,7 +64,7 @@ def test_the_long_input_runs_short() -> None:
 
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_the_long_inputs_kinds_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kinds of attention that the example compares compute the same from the same parameters."""
+    """All kinds of attention that are compared compute the same from the same parameters."""
     example = load("long_input", monkeypatch)
     sizes = example.Sizes(length=40, size=16, heads=2, key_size=8)
     x = np.random.default_rng(0).standard_normal((1, 40, 16), np.float32)

@@ -15,10 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autochunk.errors import ArgumentError
+from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import (
-    IMPLEMENTATIONS,
-    SLICED_IMPLEMENTATIONS,
-    SLICING_ORDER,
     LogitsShape,
     Plan,
     Plans,
@@ -31,7 +29,7 @@ from autochunk.plan import (
     slice_logits,
 )
 
-SLICED = sorted(SLICED_IMPLEMENTATIONS)
+SLICED = [name for name, one in IMPLEMENTATIONS.items() if one.sliced]
 axis_sizes = st.one_of(
     st.integers(1, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 16000])
 )
@@ -70,9 +68,7 @@ def limit_bytes(plan: Plan) -> int:
 
 @given(limited())
 def test_slice_is_within_the_limit(case: tuple[Plan, LogitsShape]) -> None:
-    """No slice holds more bytes of logits than the limit, and none is empty or larger than its
-    axis.
-    """
+    """No slice has more bytes of logits than the limit; none is empty or larger than its axis."""
     plan, shape = case
     slices = slice_logits(plan, shape)
     assert slices.chunk_bytes(shape) <= limit_bytes(plan)
@@ -95,11 +91,12 @@ def test_slices_cover_each_axis(case: tuple[Plan, LogitsShape]) -> None:
 
 @given(limited())
 def test_slices_are_balanced_and_as_few_as_possible(case: tuple[Plan, LogitsShape]) -> None:
-    """Along the axis where slicing ends there is the least number of slices that the limit allows,
-    and they are equal but for rounding up to eight.
+    """Along the axis where slicing ends there are as few slices as the limit allows.
+
+    They are equal but for rounding up to eight.
     """
     plan, shape = case
-    slices, order = slice_logits(plan, shape), SLICING_ORDER[plan.implementation]
+    slices, order = slice_logits(plan, shape), IMPLEMENTATIONS[plan.implementation].slicing
     counts = slices.counts(shape)
     bytes_of_one = slices.chunk_bytes(shape)
     for axis in order:
@@ -117,11 +114,11 @@ def test_slices_are_balanced_and_as_few_as_possible(case: tuple[Plan, LogitsShap
 def test_slicing_order(case: tuple[Plan, LogitsShape]) -> None:
     """Axes are sliced in the implementation's order.
 
-    The next one only when single elements of those before are still too large.
+    The next one is sliced only when single elements of those before are still too large.
     """
     plan, shape = case
     slices = slice_logits(plan, shape)
-    order = SLICING_ORDER[plan.implementation]
+    order = IMPLEMENTATIONS[plan.implementation].slicing
     touched = [axis for axis in order if getattr(slices, axis) < getattr(shape, axis)]
     for axis in touched:
         before, after = order[: order.index(axis)], order[order.index(axis) + 1 :]
@@ -138,7 +135,7 @@ def test_limit_of_all_logits_does_not_slice(shape: LogitsShape, implementation: 
     assert slice_logits(plan, shape) == Slices(shape.batch, shape.heads, shape.rows, shape.keys)
 
 
-@given(shapes, st.sampled_from(IMPLEMENTATIONS))
+@given(shapes, st.sampled_from(list(IMPLEMENTATIONS)))
 def test_no_limit_never_slices(shape: LogitsShape, implementation: str) -> None:
     """None means: do not slice, whatever the size."""
     slices = slice_logits(Plan(implementation, None), shape)
@@ -162,8 +159,9 @@ def test_dense_has_no_slices(shape: LogitsShape, limit: float) -> None:
 def test_limit_below_one_logit_is_an_error(
     shape: LogitsShape, implementation: str, share: float
 ) -> None:
-    """A limit that not even one logit per query head of a group fits is an ArgumentError that says
-    how many bytes are needed.
+    """A limit below one logit per query head of a group is an ArgumentError.
+
+    It says how many bytes are needed.
     """
     least = shape.groups * shape.itemsize
     if shape.bytes * 1e-6 <= least * share * 1e-6:
@@ -253,9 +251,7 @@ def test_candidates_differ_in_slices(shape: LogitsShape) -> None:
 
 @given(shapes)
 def test_candidates_are_legal(shape: LogitsShape) -> None:
-    """Every candidate passes the checks of the op, and its limit is not more than its slices need
-    twice over.
-    """
+    """Every candidate passes the op's checks; its limit is at most twice what its slices need."""
     for plan in candidate_plans(shape):
         assert check_implementation(plan.implementation) == plan.implementation
         assert check_max_chunk_size_mb(plan.max_chunk_size_mb) == plan.max_chunk_size_mb
@@ -312,9 +308,7 @@ def test_candidates_have_no_more_slices_than_asked(most_slices: int) -> None:
     "shape", [LogitsShape(1, 1, 32768, 4, 4, 4), LogitsShape(2, 1, 2**20, 8, 1, 8)]
 )
 def test_candidates_of_very_large_groups(shape: LogitsShape) -> None:
-    """Where one logit of every query head in a group is much already, there are fewer candidates
-    and no error.
-    """
+    """Where one logit of every query head in a group is much, candidates are fewer and no error."""
     assert all(slice_logits(plan, shape) for plan in candidate_plans(shape))
 
 
@@ -340,9 +334,7 @@ def test_candidates_at_the_ends(shape: LogitsShape) -> None:
 
 
 def test_same_slices() -> None:
-    """Plans are the same where their slices are, except that "dense" is another computation than
-    any other.
-    """
+    """Plans are the same where their slices are, but "dense" is a computation of its own."""
     shape = LogitsShape(1, 8, 1, 1000, 1000, 4)
     assert same_slices(Plan("xla", None), Plan("xla_rows", 1000.0), shape)
     assert same_slices(Plan("xla", 16.0), Plan("xla", 17.0), shape)
@@ -411,8 +403,9 @@ TOO_LARGE: list[Callable[[], object]] = [lambda: 10**400, lambda: fractions.Frac
 
 @pytest.mark.parametrize("make", [*WRONG_LIMITS, *TOO_LARGE])
 def test_limit_is_refused(make: Callable[[], object]) -> None:
-    """Whatever is no positive finite number is an ArgumentError that says what is required and what
-    was received; arrays are no numbers.
+    """Whatever is no positive finite number is an ArgumentError; arrays are no numbers.
+
+    It says what is required and what was received.
     """
     with pytest.raises(
         ArgumentError,
@@ -489,7 +482,7 @@ def test_plans_tell_which_one_ran() -> None:
 def test_causal_blocks_cover_and_are_no_shorter_than_they_should_be(shape: LogitsShape) -> None:
     """At most eight by eight blocks, as equal as can be, none shorter than 256 unless the whole is.
 
-    Other axes as they were.
+    Other axes stay as they were.
     """
     block = causal_block(shape)
     assert block._replace(rows=shape.rows, keys=shape.keys) == shape

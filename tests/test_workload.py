@@ -80,7 +80,7 @@ def test_changing_one_item_changes_the_key(
 
 @given(workloads())
 def test_key_spells_every_item_in_one_order(workload: Workload) -> None:
-    """Keys are one line of plain ASCII without spaces, with every item, always in the same order."""
+    """Keys are a line of plain ASCII without spaces, with every item, always in the same order."""
     assert workload.key.startswith("attention:")
     assert (
         tuple(part.partition("=")[0] for part in workload.key.removeprefix("attention:").split(","))
@@ -99,10 +99,7 @@ def test_shape_round_trip(workload: Workload) -> None:
 
 @given(workloads())
 def test_shape_leaves_out_what_is_implied(workload: Workload) -> None:
-    """A shape is as short as it can be.
-
-    No dtype, no mode, nothing that parsing would fill in by itself.
-    """
+    """A shape is as short as it can be: no dtype, no mode, nothing that parsing would fill in."""
     names = [item.partition("=")[0] for item in workload.shape.split(",")]
     assert names[:4] == ["b", "t", "s", "h"]
     assert "dtype" not in names
@@ -115,10 +112,7 @@ def test_shape_leaves_out_what_is_implied(workload: Workload) -> None:
 
 @given(workloads())
 def test_tune_command_names_the_workload(workload: Workload) -> None:
-    """The printed command line can be pasted.
-
-    It needs no quoting, and its options give the workload back.
-    """
+    """The printed command can be pasted without quoting, and its options give the workload back."""
     words = workload.tune_command.split(" ")
     assert words[:3] == ["autochunk", "tune", "--shape"]
     assert words[4::2] == ["--dtype", "--mode"]
@@ -134,10 +128,9 @@ def test_order_of_items_does_not_matter(workload: Workload, random: Any) -> None
 
 
 def test_defaults() -> None:
-    """Left out.
+    """Of what is left out, sizes are one, or s is t, kv_heads h and v k.
 
-    One batch element, one head, s as t, kv_heads as h, v as k; float32, no mask, no bias, not
-    causal, forward.
+    The rest is float32, no mask, no bias, not causal, forward.
     """
     workload = Workload.parse("t=128,k=64")
     assert (
@@ -265,8 +258,9 @@ def test_wrong_pattern(item: str, wrong: str) -> None:
     ],
 )
 def test_error_names_the_item_and_the_cure(shape: str, names: str, cure: str) -> None:
-    """Every text that is no shape is a WorkloadError, of one line, which repeats the text, names
-    the item and says what is right.
+    """Every text that is no shape is a WorkloadError of one line.
+
+    It repeats the text, names the item and says what is right.
     """
     with pytest.raises(WorkloadError) as error:
         Workload.parse(shape)
@@ -336,9 +330,7 @@ fragments = st.sampled_from(
 @example("\ud800")
 @example("t=\x1b[31m,k=1")
 def test_hostile_text_is_a_workload_error_or_a_workload(text: str) -> None:
-    """Whatever the text, it is a workload with a canonical key, or a WorkloadError and nothing
-    else.
-    """
+    """Any text is a workload with a canonical key, or a WorkloadError and nothing else."""
     try:
         workload = Workload.parse(text)
     except WorkloadError:
@@ -350,7 +342,7 @@ def test_hostile_text_is_a_workload_error_or_a_workload(text: str) -> None:
 def test_error_is_one_printable_line(text: str) -> None:
     """An error can be printed in a terminal or a log whatever the text was.
 
-    One line, no control characters.
+    It is one line without control characters.
     """
     with pytest.raises(WorkloadError) as error:
         Workload.parse(text)

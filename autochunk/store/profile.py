@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, mo
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
+from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
-    IMPLEMENTATIONS,
     LogitsShape,
     Plan,
     causal_block,

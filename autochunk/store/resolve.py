@@ -36,11 +36,10 @@ from autochunk.errors import (
     StoreWarning,
     WorkloadError,
 )
+from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
-    FUSED_IMPLEMENTATIONS,
-    SLICED_IMPLEMENTATIONS,
     Plan,
     Plans,
     check_implementation,
@@ -154,9 +153,7 @@ def use(
                 '"auto"'
             )
         outer = _settings.get().implementation
-        changes["plan"] = Plan(
-            implementation or (outer if outer in SLICED_IMPLEMENTATIONS else "xla"), limit
-        )
+        changes["plan"] = Plan(implementation or (outer if is_sliced(outer) else "xla"), limit)
     given = {name: value for name, value in changes.items() if value is not None}
     token = _settings.set(replace(_settings.get(), **given))
     try:
@@ -252,9 +249,7 @@ def _pinned(settings: Settings, implementation: str | None) -> Plan | None:
     if settings.plan is None or implementation in (None, settings.plan.implementation):
         return settings.plan
     return (
-        Plan(implementation, settings.plan.max_chunk_size_mb)
-        if implementation in SLICED_IMPLEMENTATIONS
-        else None
+        Plan(implementation, settings.plan.max_chunk_size_mb) if is_sliced(implementation) else None
     )
 
 
@@ -511,25 +506,21 @@ def _memory_safe(plan: Plan, tuned: Workload, request: _Request) -> Plan:
 
     A limit that it did not reach becomes the neighbour's whole size.
     """
-    pinned = (
-        request.implementation is not None and request.implementation not in SLICED_IMPLEMENTATIONS
-    )
+    pinned = request.implementation is not None and not is_sliced(request.implementation)
     if (
         request.workload.logits_bytes <= tuned.logits_bytes
-        or plan.implementation in FUSED_IMPLEMENTATIONS
+        or is_fused(plan.implementation)
         or pinned
     ):
         return plan
     most = tuned.logits_bytes / BYTES_PER_MB
     limit = most if plan.max_chunk_size_mb is None else min(most, plan.max_chunk_size_mb)
-    return Plan(
-        plan.implementation if plan.implementation in SLICED_IMPLEMENTATIONS else "xla", limit
-    )
+    return Plan(plan.implementation if is_sliced(plan.implementation) else "xla", limit)
 
 
 def _default(request: _Request) -> Plan:
     implementation = request.implementation or "xla"
-    if implementation not in SLICED_IMPLEMENTATIONS:
+    if not is_sliced(implementation):
         return Plan(implementation, None)
     if request.memory_budget_mb is None:
         return Plan(implementation, DEFAULT_MAX_CHUNK_SIZE_MB)
@@ -560,7 +551,7 @@ def _bounded(resolution: Resolution) -> Plan:
     plan = resolution.plan
     if (
         plan.max_chunk_size_mb is not None
-        or plan.implementation in FUSED_IMPLEMENTATIONS
+        or is_fused(plan.implementation)
         or resolution.match == "pinned"
     ):
         return plan

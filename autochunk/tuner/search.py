@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from autochunk.errors import ProbeError, StorageError
-from autochunk.plan import FUSED_IMPLEMENTATIONS, LogitsShape, Plan, candidate_plans, same_slices
+from autochunk.implementations import IMPLEMENTATIONS, is_fused
+from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
 from autochunk.store.profile import DEFAULT, DENSE, LARGEST_NOISE, Effort, Measurement, sliced_shape
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe, WorkerFailure
@@ -385,7 +386,9 @@ def _all_plans(shape: LogitsShape, settings: EffortSettings, platform: str) -> l
 
     Plans that come to the same slices once.
     """
-    fused = [Plan(name) for name in sorted(FUSED_IMPLEMENTATIONS)] if platform == "gpu" else []
+    fused = [
+        Plan(name) for name, one in IMPLEMENTATIONS.items() if one.fused and one.runs_on(platform)
+    ]
     plans = [
         DENSE,
         *fused,
@@ -411,7 +414,7 @@ def _likely(plans: list[Plan]) -> list[Plan]:
     ]
     middle = min(sliced, key=_from_the_middle, default=None)
     unsliced = [plan for plan in plans if plan.max_chunk_size_mb is None]
-    fused = [plan for plan in plans if plan.implementation in FUSED_IMPLEMENTATIONS]
+    fused = [plan for plan in plans if is_fused(plan.implementation)]
     others = [plan for plan in unsliced if plan not in fused]
     return [
         *fused,

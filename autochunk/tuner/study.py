@@ -37,7 +37,8 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from autochunk.device import Device
 from autochunk.errors import StorageError
-from autochunk.plan import SLICING_ORDER, Plan
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import Plan
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Measurement, Profile
 from autochunk.tuner.probe import wire
@@ -358,7 +359,7 @@ class Claim:
 
     def _suggest(self, plan: Plan) -> None:
         """Makes the plan the trial's parameters, which Optuna's own tools show."""
-        self._trial.suggest_categorical("implementation", list(SLICING_ORDER))
+        self._trial.suggest_categorical("implementation", list(IMPLEMENTATIONS))
         if plan.max_chunk_size_mb is not None:
             self._trial.suggest_float(_limit_of(plan), 0.0, _LARGEST_LIMIT)
 

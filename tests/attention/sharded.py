@@ -48,10 +48,7 @@ def compare(function: Callable[..., Any], *arrays: Any) -> None:
 
 
 def shard_map(check_vma: bool, *specs: Any) -> None:
-    """With a bias that all devices share, whose gradient is a sum over them.
-
-    In pieces, and with keys in pieces.
-    """
+    """With a bias that all have, whose gradient is a sum over devices; in pieces, of keys, too."""
     for limit in (1e-4, 8e-6):
         function = functools.partial(dot_product_attention, max_chunk_size_mb=limit, is_causal=True)
         mapped = jax.shard_map(

@@ -69,9 +69,7 @@ def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool
 
 
 def test_the_forward_pass_is_not_run_again() -> None:
-    """A gradient is one call of cuDNN's forward and one of its backward, though a scan keeps the
-    two apart.
-    """
+    """A gradient is one call of cuDNN's forward and one of its backward, though far apart."""
     x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
 
     def loss(query: jax.Array, key: jax.Array) -> jax.Array:
@@ -117,9 +115,7 @@ def test_every_transformation(change: Any) -> None:
 
 
 def test_rows_without_a_key() -> None:
-    """Where cuDNN takes a mask, a row that is masked throughout is the mean of all values, as
-    elsewhere.
-    """
+    """Where cuDNN takes a mask, a row that is masked throughout is the mean of all values."""
     arrays = operands(rows=64, keys=64, key_size=64, dtype=jnp.bfloat16)
     mask = np.ones((2, 1, 64, 64), bool)
     mask[:, :, 3] = False

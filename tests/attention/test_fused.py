@@ -155,9 +155,7 @@ def test_output_and_gradients(recorded: Recorded, shape: dict[str, Any], is_caus
 
 
 def test_the_forward_pass_is_not_run_again(recorded: Recorded) -> None:
-    """A gradient costs the kernel's forward and its backward, seven products, however the two are
-    kept apart.
-    """
+    """A gradient is the kernel's forward and its backward, seven products, though far apart."""
     arrays = [jax.ShapeDtypeStruct((2, 16, 2, 8), jnp.float32)] * 3
 
     def loss(*moving: jax.Array) -> jax.Array:

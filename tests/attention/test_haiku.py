@@ -126,8 +126,9 @@ def test_settings(settings: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_loads(tmp_path: Any) -> None:
-    """Parameters that haiku's module wrote to a file are this one's, path by path, without a
-    conversion; and back.
+    """Parameters that haiku's module wrote to a file are this one's, path by path, and back.
+
+    No conversion is needed.
     """
 
     def model(module: Module, **settings: Any) -> hk.Transformed:
@@ -159,9 +160,7 @@ def test_a_checkpoint_loads(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype: Any) -> None:
-    """Half-precision inputs give half-precision outputs, as close to the float32 result as haiku's
-    are.
-    """
+    """Half-precision inputs give half-precision outputs, as close to float32's as haiku's are."""
     arrays = inputs(mask=(2, 1, 1, 5))
     arrays[3][..., 0] = True
     params = quick_jit(transformed(hk.MultiHeadAttention).init)(KEY, *arrays)
@@ -223,9 +222,7 @@ BROADCASTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 def test_keys_that_broadcast(
     key_leading: tuple[int, ...], value_leading: tuple[int, ...], dtype: Any
 ) -> None:
-    """Keys and values may be shared by the queries' leading dims, or have another dtype, as in
-    haiku.
-    """
+    """Queries' leading dims may share keys and values, or these have another dtype, as in haiku."""
     arrays = [
         draw((2, 6, 7)),
         draw((*key_leading, 5, 5)).astype(dtype),
@@ -272,16 +269,14 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("arguments", "settings"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_errors_are_haikus(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """What haiku refuses is refused with the same type and words, and the same warnings on the way."""
+    """What haiku refuses is refused with the same type and words, after the same warnings."""
     theirs = error_of(hk.MultiHeadAttention, *arguments, **settings)
     ours = error_of(MultiHeadAttention, *arguments, max_chunk_size_mb=LIMIT, **settings)
     assert ours == theirs
 
 
 def test_w_init_scale_is_deprecated_as_in_haiku() -> None:
-    """``w_init_scale`` works, third by position, gives haiku's parameters and haiku's
-    DeprecationWarning.
-    """
+    """``w_init_scale``, third by position, gives haiku's parameters and DeprecationWarning."""
     arrays = inputs()
     expected = quick_jit(
         hk.transform(

@@ -63,9 +63,7 @@ LIMITED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("implementation", ["xla", "xla_rows"])
 @pytest.mark.parametrize("call", LIMITED.values(), ids=LIMITED.keys())
 def test_no_array_exceeds_the_limit(call: dict[str, Any], implementation: str, mode: str) -> None:
-    """In the compiled program no array of any kind is larger than the limit, where the operands are
-    not.
-    """
+    """The compiled program has no array of any kind above the limit, where the operands are not."""
     arrays = operands(
         **(SMALL | {name: value for name, value in call.items() if name != "is_causal"})
     )
@@ -92,8 +90,9 @@ def test_no_array_exceeds_the_limit(call: dict[str, Any], implementation: str, m
 def test_terms_of_some_leading_dims_keep_the_limit(
     leading: tuple[int, ...], bias: tuple[int, ...], mode: str
 ) -> None:
-    """A bias that each batch element has, and all rows of its alignment share (protein folding), is
-    not copied for each of those.
+    """A bias of each batch element, shared by its alignment's rows, is not copied for each row.
+
+    Protein folding has such.
     """
     arrays = operands(leading=leading, rows=32, keys=32, bias=bias)
     del arrays["cotangent"]
@@ -134,8 +133,9 @@ def _call(plan: Plan, has_mask: bool = False) -> kernels.Call:
 @pytest.mark.parametrize("limit", [0.2, 0.03, 0.0045, 0.0002])
 @pytest.mark.parametrize("implementation", ["xla", "xla_rows"])
 def test_what_is_traced_keeps_the_limit(implementation: str, limit: float) -> None:
-    """No logits in the forward's and the backward's own steps exceed the limit, and slices that fit
-    are not cut further than needed.
+    """No logits in the forward's and the backward's own steps exceed the limit.
+
+    Slices that fit are not cut further than needed.
     """
     features = 101  # unlike any other size: a product that sums over it makes logits
     # [..., T', H, G, K]
@@ -394,9 +394,9 @@ def test_the_softmax_of_accelerators(
     ids=["fits", "too long", "cpu", "any platform"],
 )
 def test_what_is_divided_by_the_sum(keys: int, platforms: tuple[str, ...], divided: str) -> None:
-    """The weights are divided where that makes one kernel of a softmax.
+    """The weights are divided where that makes one kernel of a softmax, elsewhere the output.
 
-    On GPUs, unless rows are too long for it. Elsewhere the output is, which is smaller.
+    It makes one on GPUs, unless rows are too long for it; the output is smaller.
     """
     query, key = (
         jax.ShapeDtypeStruct((1, 4, 2, 1, 3), jnp.float32),
@@ -452,9 +452,7 @@ def test_half_precision_has_float32_logits() -> None:
     ("implementation", "limit"), [("xla", None), ("xla", 0.3), ("xla_rows", 0.1)]
 )
 def test_causal_blocks(rows: int, keys: int, implementation: str, limit: float | None) -> None:
-    """Long causal attention is right whatever the lengths, and leaves out the blocks that no row
-    sees.
-    """
+    """Long causal attention is right whatever the lengths, and leaves out blocks no row sees."""
     arrays = operands((1,), rows, keys, value_size=3, bias=(2, 1, keys))
     attend = functools.partial(
         dot_product_attention,

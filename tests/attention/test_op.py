@@ -72,8 +72,9 @@ def test_shapes(shape: str) -> None:
 @pytest.mark.parametrize("limit", [2.0e-4, 6.2e-5, 8e-6])
 @pytest.mark.parametrize("implementation", ["xla", "xla_rows"])
 def test_limits(implementation: str, limit: float) -> None:
-    """The limit decides the slices (of batch, of heads, of rows, of keys, of all of them, down to a
-    single logit per head), never the result.
+    """The limit decides the slices, never the result.
+
+    Slices of batch, of heads, of rows, of keys, of all of them, down to a single logit per head.
     """
     arrays = operands(
         leading=(3,), rows=5, keys=3, heads=4, kv_heads=2, bias=(4, 5, 3), mask=(3, 1, 5, 3)
@@ -87,9 +88,7 @@ def test_limits(implementation: str, limit: float) -> None:
     ids=["no limit", "dense"],
 )
 def test_unsliced(settings: dict[str, Any]) -> None:
-    """Without a limit, and in haiku's order of operations, which is never sliced, the result is the
-    same.
-    """
+    """The result is the same without a limit, and in haiku's order of operations, never sliced."""
     arrays = operands(heads=4, kv_heads=2, value_size=3, bias=(1, 4, 6, 1), mask=(2, 1, 6, 5))
     assert_close(
         run(arrays, is_causal=True, scale=0.3, **settings), exact(arrays, is_causal=True, scale=0.3)
@@ -317,8 +316,9 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 )
 @hypothesis.given(calls())
 def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Against float64, no result errs more than twice what dense attention in the same dtype does,
-    beyond a few roundings.
+    """Against float64, no result errs more than twice what dense attention in the same dtype does.
+
+    A few roundings are let through besides.
     """
     shape, settings = call
     arrays = operands(**shape, dtype=dtype)
@@ -377,9 +377,9 @@ def test_bias_of_minus_infinity(where: str, implementation: str, limit: float | 
     ("implementation", "limit"), [("xla", None), ("xla", 0.3), ("xla_rows", 0.1)]
 )
 def test_rows_that_see_nothing_but_minus_infinity(implementation: str, limit: float | None) -> None:
-    """Causal attention over a text that a bias of -inf pads on the left.
+    """Causal attention over a text that a bias of -inf pads on the left has no NaN.
 
-    No NaN, and what the padding's rows come to reaches no gradient.
+    What the padding's rows come to reaches no gradient.
     """
     padding = 300
     arrays = operands((1,), 512, 512, bias=(1, 1, 512))
@@ -402,8 +402,9 @@ def test_rows_that_see_nothing_but_minus_infinity(implementation: str, limit: fl
 
 
 def test_small_cotangents_of_long_rows_in_float16() -> None:
-    """Weights of thousands of keys, and cotangents as loss scaling leaves them, are near the least
-    of float16's numbers; their products keep what they can.
+    """Products of numbers near float16's least keep what they can.
+
+    Such are weights of thousands of keys, and cotangents as loss scaling leaves them.
     """
     arrays = operands((1,), 64, 2048, 1, dtype=np.float16)
     arrays["query"] *= 0.1
@@ -423,9 +424,7 @@ def test_small_cotangents_of_long_rows_in_float16() -> None:
 
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_rows_masked_throughout_without_slices_in_float16(implementation: str) -> None:
-    """The op promises the mean of the values for such a row, whatever the implementation and the
-    dtype.
-    """
+    """Such a row is the mean of the values, whatever the implementation and the dtype."""
     arrays = operands(dtype=np.float16) | {"mask": np.zeros((6, 5), bool)}
     with np.errstate(over="ignore"):
         assert_close(
@@ -511,7 +510,7 @@ def test_sizes_that_are_not_known() -> None:
 
 @pytest.mark.parametrize("limit", [1.0, None, "auto"])
 def test_features_of_size_zero(limit: Any) -> None:
-    """All logits are then zero, and all values weigh alike, as in ``jax.nn.dot_product_attention``."""
+    """All logits are zero, and all values weigh alike, as in ``jax.nn.dot_product_attention``."""
     query, value = np.ones((1, 3, 1, 0), np.float32), draw((1, 3, 1, 2))
     out = dot_product_attention(query, query, value, max_chunk_size_mb=limit)
     np.testing.assert_allclose(
@@ -557,7 +556,7 @@ def test_auto_compiles_to_the_same_code(mode: str) -> None:
     ids=repr,
 )
 def test_limits_that_are_none(limit: Any) -> None:
-    """A limit is a positive finite number, None or "auto"; the error says so and shows what it got."""
+    """A limit is a positive finite number, None or "auto"; the error says so, and what it got."""
     with pytest.raises(
         ArgumentError,
         match=r'max_chunk_size_mb must be a positive finite number .* None .* or "auto"',
@@ -683,9 +682,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_arguments_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> None:
-    """Arguments that do not fit raise an ArgumentError that names what was required and what was
-    received.
-    """
+    """They raise an ArgumentError that names what was required and what was received."""
     arrays = operands() | changes
     del arrays["cotangent"]
     with pytest.raises(ArgumentError) as caught:

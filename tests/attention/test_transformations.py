@@ -1,5 +1,6 @@
-"""Under every transformation of JAX's, and their compositions, the op behaves as plain attention
-does, with slicing in force.
+"""Under JAX's transformations, and compositions of them, the op behaves as plain attention does.
+
+Slicing is in force throughout.
 """
 
 from __future__ import annotations
@@ -301,9 +302,7 @@ def test_vmap_over_masks(axis: int) -> None:
 
 @pytest.mark.parametrize("setting", ["disable_jit", "debug_nans", "x64", "eager"])
 def test_under_settings(setting: str) -> None:
-    """Output and gradients are right without ``jit``, while JAX looks for NaN, and where 64-bit
-    types are allowed.
-    """
+    """Output and gradients are right without ``jit``, while looking for NaN, and in 64 bits."""
     contexts = {
         "disable_jit": jax.disable_jit,
         "debug_nans": functools.partial(jax.debug_nans, True),
@@ -325,9 +324,7 @@ def test_under_settings(setting: str) -> None:
 
 
 def test_debug_nans_in_half_precision() -> None:
-    """In half precision, where the masked logits' value would overflow, no NaN arises on the way
-    either.
-    """
+    """In half precision, where the masked logits' value would overflow, no NaN arises either."""
     arrays = operands(dtype=np.float16)
     arrays["mask"] = np.zeros((2, 1, 6, 5), bool)
     with jax.debug_nans(True):
@@ -365,9 +362,7 @@ def test_ahead_of_time() -> None:
 
 
 def test_export() -> None:
-    """Exported, serialised and read back it runs, and can be differentiated where that was asked
-    for.
-    """
+    """Exported, serialised and read back it runs, and has gradients where these were asked for."""
     read = jax.export.export(jax.jit(attend))(*four())
     # JAX needs it to serialise, and does not require it
     if importlib.util.find_spec("flatbuffers"):
@@ -428,8 +423,9 @@ def sharded_errors() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [*SHARDED, "explicit shardings"])
 def test_several_devices(case: str, sharded_errors: dict[str, Any]) -> None:
-    """Output and gradients over a mesh of devices are those of one device, and slicing over rows
-    first needs no gathers.
+    """Output and gradients over a mesh of devices are those of one device.
+
+    Slicing over rows first needs no gathers.
     """
     assert sharded_errors.keys() == {*SHARDED, "explicit shardings"}
     assert sharded_errors[case] == ""

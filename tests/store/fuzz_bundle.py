@@ -1,9 +1,9 @@
-"""Looks for bytes that reading a bundle answers with anything but a bundle or a BundleError of one
-line; guided by coverage, through atheris.
+"""Looks for bytes that reading a bundle answers with no bundle and no BundleError of one line.
 
-Not collected by pytest, for it ends when it is told to; ``check``, which says what holds for all
-bytes, is also what test_bundle.py checks with. To run it, where atheris can be imported (its wheels
-are for Python 3.11) besides autochunk and what its tests need::
+Guided by coverage, through atheris. Not collected by pytest, for it ends when it is told to;
+``check``, which says what holds for all bytes, is also what test_bundle.py checks with. To run it,
+where atheris can be imported (its wheels are for Python 3.11) besides autochunk and what its tests
+need::
 
     mkdir corpus
     python tests/store/fuzz_bundle.py corpus tests/store/released -max_total_time=600 -max_len=20000
@@ -26,10 +26,9 @@ from autochunk.store.profile import Bundle
 
 
 def check(data: str | bytes) -> Bundle | BundleError:
-    """What holds for whatever is read.
+    """Whatever is read loads or is a BundleError of one line.
 
-    It loads or it is a BundleError of one line, and what loads is found by scanning and can be
-    written again.
+    What loads is found by scanning, too, and can be written again.
     """
     loaded, index = _outcome(bundle.load, data), _outcome(bundle.scan, data)
     if isinstance(loaded, Bundle):
@@ -68,8 +67,9 @@ def _outcome(function: Any, argument: Any) -> Any:
 
 
 def sealed(data: bytes) -> bytes:
-    """The bytes with digests and a checksum that fit, where they are a bundle at all, so that what
-    lies behind these is reached.
+    """The bytes with digests and a checksum that fit, so that what lies behind these is reached.
+
+    Bytes that are no bundle at all stay as they are.
     """
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         content = json.loads(data)

@@ -1,7 +1,4 @@
-"""Agreement.
-
-Several JAX processes run one program, so they must run one plan, whatever each of them has stored.
-"""
+"""Agreement: the processes of one program run one plan, whatever each of them has stored."""
 
 from __future__ import annotations
 
@@ -122,10 +119,7 @@ def stores_of(folder: Path, limits: Sequence[float | None]) -> list[Path]:
     "limits", [(0.01, 0.02), (0.01, None), (None, 0.02), (0.01, 0.02, None, 0.005)]
 )
 def test_one_plan_everywhere(limits: tuple[float | None, ...], tmp_path: Path) -> None:
-    """Two and four processes whose stores differ or are not there.
-
-    Process 0's answers on all, and the program ends.
-    """
+    """Processes whose stores differ, or are not there, all have process 0's answers, and end."""
     found = answers(start(len(limits), stores_of(tmp_path, limits), {}, {}))
     expected = Plan("xla", limits[0]) if limits[0] is not None else Plan("xla", 1000.0)
     assert {answer["plan"] for answer in found} == {str(expected)}

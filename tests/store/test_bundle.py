@@ -331,8 +331,9 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
     ],
 )
 def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
-    """Whatever is no bundle is a BundleError of one line that names the source and the place, and
-    nothing is read from it by scanning either.
+    """Whatever is no bundle is a BundleError of one line that names the source and the place.
+
+    Nothing is read from it by scanning either.
     """
     assert says in refused(data)
     assert isinstance(check(data), BundleError)
@@ -391,10 +392,7 @@ def test_damage_is_found(change: Callable[[dict[str, Any]], object], says: str) 
 
 
 def test_another_layout_is_the_same_bundle() -> None:
-    """Digests are of the content.
-
-    Whoever lays a file out anew, or sorts its fields, has not damaged it.
-    """
+    """Digests are of the content: a file laid out anew, or with fields sorted, is not damaged."""
     for text in (
         json.dumps(json.loads(TEXT)),
         json.dumps(json.loads(TEXT), indent=4, sort_keys=True),
@@ -433,9 +431,7 @@ JSON = st.recursive(
 def test_any_value_in_any_place_is_a_bundle_or_a_bundle_error(
     data: st.DataObject, value: Any, text: str
 ) -> None:
-    """Wrong types and lengths are found in every place, also behind digests and a checksum that
-    fit.
-    """
+    """Wrong types and lengths are found in every place, also behind digests that fit."""
     content = json.loads(text)
     place, name = content, "profiles"
     for _ in range(data.draw(st.integers(0, 6))):
@@ -490,8 +486,9 @@ HUGE = {
 
 @pytest.mark.parametrize("case", HUGE)
 def test_what_is_made_to_take_time_and_memory(case: str) -> None:
-    """A file of as many brackets as fit, deep or side by side, or of as many values as are let
-    through, is refused in some seconds and gigabytes.
+    """Files made to be expensive are refused in some seconds and gigabytes.
+
+    They have as many brackets as fit, deep or side by side, or as many values as are let through.
     """
     code = """
 import resource, sys

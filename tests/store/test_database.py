@@ -331,9 +331,7 @@ def test_writing_creates_missing_parents(
 def test_empty_file_is_an_empty_store(
     store: ProfileStore, store_path: Path, operation: Callable[[ProfileStore], object]
 ) -> None:
-    """A file of no bytes, as `touch` or a crash at the first write leaves it, is a store without
-    profiles.
-    """
+    """A file of no bytes, as `touch` or a crash at the first write leaves it, is an empty store."""
     store_path.parent.mkdir()
     store_path.touch()
     assert not operation(store)
@@ -406,10 +404,9 @@ def full_store(store: ProfileStore) -> ProfileStore:
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_file(full_store: ProfileStore, damage: Callable[[bytes], bytes]) -> None:
-    """A file that is no sound database.
+    """In a file that is no sound database, damage that is met is a StoreError with path and cure.
 
-    Who meets the damage gets a StoreError with the path and the cure, nothing hangs, nothing
-    touches the file.
+    Nothing hangs, nothing touches the file.
     """
     path, names = full_store.path, [*READERS, "record_miss"]
     sound, content = outcomes_of_everything(path, READERS), damage(path.read_bytes())
@@ -441,7 +438,7 @@ def test_folder_in_the_place_of_the_file(tmp_path: Path) -> None:
 def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     """Where the folder cannot be made, there is nothing to read, and writing is a StoreError.
 
-    As in a folder that one may not write (root may always).
+    It is as in a folder that one may not write, which root always may.
     """
     (tmp_path / "file").write_text("mine")
     outcomes = outcomes_of_everything(tmp_path / "file" / "profiles.sqlite")
@@ -468,9 +465,7 @@ def test_folder_that_cannot_be_written() -> None:
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root ignores permissions"
 )
 def test_folder_without_permission(full_store: ProfileStore) -> None:
-    """In a read-only folder profiles are read, and writing is a StoreError that leaves the file as
-    it is.
-    """
+    """In a read-only folder profiles are read; writing is a StoreError and changes nothing."""
     content = full_store.path.read_bytes()
     full_store.path.parent.chmod(0o500)
     try:
@@ -505,9 +500,9 @@ GARBAGE_VALUES = [
 
 @pytest.mark.parametrize("value", GARBAGE_VALUES)
 def test_garbage_row(full_store: ProfileStore, value: object) -> None:
-    """A sound database with a row that is no profile.
+    """In a sound database a row that is no profile harms no other.
 
-    ``get`` is a StoreError with path and cure, ``profiles`` leaves it out; others go on.
+    ``get`` is a StoreError with path and cure, ``profiles`` leaves it out.
     """
     with closing(sqlite3.connect(full_store.path)) as file, file:
         file.execute("UPDATE profiles SET value = ? WHERE key LIKE '%b=1,t=1,%'", (value,))
@@ -551,9 +546,9 @@ def test_garbage_key(full_store: ProfileStore, key: object) -> None:
     ],
 )
 def test_another_program_s_tables(full_store: ProfileStore, statements: list[str]) -> None:
-    """A sound database that is not ours.
+    """In a sound database that is not ours, what cannot be read or written is a StoreError.
 
-    What cannot be read or written is a StoreError, nothing hangs, nothing changes.
+    Nothing hangs, nothing changes.
     """
     sql(full_store.path, *statements)
     before = sql(full_store.path, "SELECT sql FROM sqlite_master")
@@ -602,9 +597,9 @@ def test_failed_put_keeps_the_old_profile(full_store: ProfileStore) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
 @pytest.mark.parametrize("method", ["put", "put_all"])
 def test_full_disk(full_store: ProfileStore, method: str) -> None:
-    """A disk that is full, here a limit on the size of files.
+    """On a full disk, here a limit on the size of files, writing is a StoreError.
 
-    A StoreError, and all profiles are still there.
+    All profiles are still there.
     """
     code = f"""
 import resource, sys
@@ -659,9 +654,9 @@ def test_store_outlives_the_process(store: ProfileStore) -> None:
 
 
 def test_concurrent_writers_lose_nothing(store: ProfileStore) -> None:
-    """Four processes that start on a store that is not there yet and write 25 profiles each.
+    """Four processes that begin with no store and write 25 profiles each leave all 100.
 
-    All 100 are there, and no writer failed.
+    No writer fails.
     """
     writers = [start_python(WRITE, store.path, first, first + 25) for first in (1, 26, 51, 76)]
     for writer in writers:
@@ -707,8 +702,9 @@ def test_reader_beside_a_writer(store: ProfileStore) -> None:
 def test_killed_writer_leaves_every_acknowledged_profile(
     store: ProfileStore, acknowledged: int
 ) -> None:
-    """A writer killed at any moment leaves a store that opens, with every profile whose ``put`` had
-    returned.
+    """A writer killed at any moment leaves a store that opens.
+
+    Every profile whose ``put`` had returned is in it.
     """
     with start_python(WRITE, store.path, 1, 1000) as writer:
         assert writer.stdout is not None
@@ -736,7 +732,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def leave_a_hot_journal(path: Path) -> None:
     """Lets a process die in the middle of a commit.
 
-    Pages are in the file already, the old ones in the rollback journal.
+    New pages are in the file already, the old ones in the rollback journal.
     """
     with start_python(HALF_A_COMMIT, path) as writer:
         writer.wait(30)
@@ -746,10 +742,7 @@ def leave_a_hot_journal(path: Path) -> None:
 
 @pytest.mark.parametrize("operation", ["get", "profiles", "put", "put_all", "record_miss"])
 def test_store_recovers_from_half_a_commit(full_store: ProfileStore, operation: str) -> None:
-    """Killed, or out of power, in the middle of a commit.
-
-    The next one to open the store finds what was there before.
-    """
+    """After a process died in the middle of a commit the next one finds what was there before."""
     before = full_store.profiles()
     leave_a_hot_journal(full_store.path)
     {**READERS, **WRITERS}[operation](full_store)
@@ -821,8 +814,9 @@ def test_file_may_be_replaced_between_operations(full_store: ProfileStore) -> No
 def test_nothing_stays_open(
     full_store: ProfileStore, operation: Callable[[ProfileStore], object]
 ) -> None:
-    """No descriptor of the file is left after an operation, so that none is inherited by a forked
-    child (SQLite's connections must not be).
+    """No descriptor of the file is left after an operation.
+
+    So none is inherited by a forked child, as SQLite's connections must not be.
     """
     gc.collect()
     gc.disable()

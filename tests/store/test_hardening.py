@@ -1,7 +1,6 @@
 """What the store promises when things go wrong.
 
-Much data, many writers, kill -9, full disks, damage. Every test here takes seconds.
-
+Much data, many writers, kill -9, full disks, damage: every test here takes seconds.
 AUTOCHUNK_TEST_KILLS and AUTOCHUNK_TEST_PROFILES (of each of 8 writers) make the longest ones as
 long as one likes.
 """
@@ -70,7 +69,7 @@ def fill(path: Path, count: int, measurements: int = 4) -> ProfileStore:
 
 @pytest.fixture
 def store(store_path: Path) -> ProfileStore:
-    """A store of 200 profiles, whose tables and indexes have several levels of pages, and one miss."""
+    """A store of 200 profiles, whose tables and indexes have levels of pages, and of one miss."""
     return fill(store_path, 200)
 
 
@@ -112,8 +111,9 @@ def test_look_ups_use_the_index(store: ProfileStore, condition: str) -> None:
 
 
 def test_commits_are_synchronous(store: ProfileStore) -> None:
-    """The connection that writes, which sqlitedict opens, waits for the disk at each commit (3 is
-    EXTRA).
+    """The connection that writes, which sqlitedict opens, waits for the disk at each commit.
+
+    Of SQLite's settings that is 3, EXTRA.
     """
     with database._table(store.path, "profiles") as table:
         assert table.conn.select_one("PRAGMA synchronous") == (3,)
@@ -143,9 +143,9 @@ def start_writer(path: Path, first: int, count: int) -> subprocess.Popen[str]:
 
 
 def test_eight_writers_lose_and_double_nothing(store_path: Path) -> None:
-    """Eight processes that begin with no file and write at once.
+    """Eight processes that begin with no file and write at once leave every profile once.
 
-    Every profile is there once, no writer fails, and readers see whole profiles, ever more.
+    No writer fails, and readers see whole profiles, ever more.
     """
     writers = [start_writer(store_path, 1 + number * PROFILES, PROFILES) for number in range(8)]
     seen = [0]
@@ -162,9 +162,7 @@ def test_eight_writers_lose_and_double_nothing(store_path: Path) -> None:
 
 
 def test_kill_at_random_moments(store_path: Path) -> None:
-    """After each kill -9 the store opens, without a warning, and has every profile that was ever
-    acknowledged.
-    """
+    """After each kill -9 the store opens, without a warning, with every acknowledged profile."""
     chance, acknowledged = random.Random(0), set[int]()
     for number in range(KILLS):
         with start_writer(
@@ -246,9 +244,9 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 @needs_root_on_linux
 def test_full_disk(tmp_path: Path) -> None:
-    """Writing ends in a StoreError.
+    """Writing ends in a StoreError; what was acknowledged is there, and goes on being read.
 
-    All that was acknowledged is there, and goes on being read; with room again writing goes on.
+    With room again writing goes on.
     """
     with mounted(tmp_path / "small", "size=200k") as folder:
         store, stored = ProfileStore(folder / "profiles.sqlite"), set[int]()
@@ -274,7 +272,7 @@ def test_full_disk(tmp_path: Path) -> None:
 def test_full_disk_while_mending(tmp_path: Path) -> None:
     """Where the damaged file cannot be kept nothing is mended.
 
-    A StoreError, and the file as it was, alone.
+    Writing is a StoreError, and the file is as it was, alone.
     """
     with mounted(tmp_path / "small", "size=2m") as folder:
         store = fill(folder / "profiles.sqlite", 200)
@@ -290,10 +288,9 @@ def test_full_disk_while_mending(tmp_path: Path) -> None:
 
 @needs_root_on_linux
 def test_read_only_disk(tmp_path: Path) -> None:
-    """Profiles are read.
+    """Profiles are read; writing is a StoreError, and known before anything is measured.
 
-    Writing is a StoreError, and known before anything is measured; a damaged file stays, and is
-    told.
+    A damaged file stays, and is told.
     """
     with mounted(tmp_path / "ro", "size=4m") as folder:
         fill(folder / "profiles.sqlite", 20)
@@ -323,9 +320,9 @@ def test_read_only_disk(tmp_path: Path) -> None:
 
 
 def pages(path: Path, kind: int, table: str = "profiles") -> list[int]:
-    """Numbers, from 1, of a tree's pages of a kind (2, 10.
+    """Numbers, from 1, of a tree's pages of a kind, the root first.
 
-    Interior and leaf of an index; 5, 13: of a table), the root first.
+    Kinds 2 and 10 are interior and leaf of an index; 5 and 13 those of a table.
     """
     with closing(sqlite3.connect(path)) as file:
         (root,) = file.execute(
@@ -381,8 +378,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_writer_sets_damage_aside_and_rescues(store: ProfileStore, damage: str) -> None:
-    """A writer copies the file aside, says so once, brings over all profiles that are whole, and
-    goes on; the damaged file keeps every byte.
+    """A writer copies the file aside, says so once, brings over all whole profiles, and goes on.
+
+    The damaged file keeps every byte.
     """
     harm, least = DAMAGE[damage]
     harm(store.path)
@@ -524,9 +522,9 @@ def test_killed_while_mending(store: ProfileStore) -> None:
 def test_damage_that_cannot_be_set_aside(
     store: ProfileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A StoreError, and the file as it was.
+    """Damage that cannot be set aside is a StoreError, and the file stays as it was.
 
-    Here with another process that does not end its own mending.
+    Here because another process does not end its own mending.
     """
     DAMAGE["two leaves"][0](store.path)
     content = store.path.read_bytes()
@@ -541,10 +539,9 @@ def test_damage_that_cannot_be_set_aside(
 
 
 def test_random_damage_never_hangs(store_path: Path) -> None:
-    """Wherever bytes are overwritten.
+    """Wherever bytes are overwritten, reading is an answer or a StoreError.
 
-    Reading is an answer or a StoreError, and afterwards a writer goes on with a sound file of whole
-    rows.
+    Afterwards a writer goes on with a sound file of whole rows.
     """
     store, chance = fill(store_path, 60), random.Random(1)
     workloads, content = {profile.workload for profile in store.profiles()}, store_path.read_bytes()
@@ -604,7 +601,7 @@ def test_forget_missed(store: ProfileStore) -> None:
 
 
 def test_forget_unreadable(store: ProfileStore) -> None:
-    """Rows that no version can read are named and deleted; a newer version's are neither, and stay."""
+    """Rows that no version can read are named and deleted; a newer version's are not, and stay."""
     bad: list[tuple[object, object]] = [
         ("b | nonsense", "no json"),
         ("c", "{}"),
@@ -638,10 +635,7 @@ def test_forget_unreadable(store: ProfileStore) -> None:
 
 
 def test_put_all_where_all_is_as_expected(store: ProfileStore) -> None:
-    """What was read, what was not there, and what could not be read.
-
-    All still so, and all is stored.
-    """
+    """All is stored where all is still as it was read: there, not there, or not to be read."""
     with closing(sqlite3.connect(store.path)) as file, file:
         file.execute("UPDATE profiles SET value = '{\"created\": 3}' WHERE key LIKE '%t=2,%'")
     expected = {

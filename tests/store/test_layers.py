@@ -105,9 +105,7 @@ def test_a_site_without_a_folder_is_empty_and_one_that_comes_is_seen(
 
 
 def test_a_folder_is_read_again_only_when_it_changed(tmp_path: Path) -> None:
-    """The version follows names, times and sizes of the bundles, and nothing else in the folder's
-    files.
-    """
+    """The version follows names, times and sizes of the bundles, and none of the other files."""
     layer = make("folder", tmp_path, make_profile())
     before = layer.version()
     assert layer.version() == before
@@ -192,8 +190,9 @@ def test_profiles_are_shipped() -> None:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_shipped_bundles_are_sound(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One device each, as `autochunk export` writes it, and whoever has that device gets each
-    profile's own choice, never slower than dense.
+    """They are of one device each, as `autochunk export` writes them.
+
+    Whoever has that device gets each profile's own choice, never slower than dense.
     """
     monkeypatch.setattr(layers, "shipped_profiles", lambda: FOLDER)
     found = bundle.read(file)

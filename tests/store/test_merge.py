@@ -141,9 +141,9 @@ def test_which_of_two_stays(
     taken_by: tuple[str, ...],
     prefer: Any,
 ) -> None:
-    """As the preference says.
+    """The preferred one stays; where that does not tell them apart the store's does.
 
-    Where it does not tell them apart the store's stays, and the plan says so.
+    The plan says so.
     """
     store = ProfileStore(store_path)
     store.put_all([] if mine is None else [mine])
@@ -181,8 +181,9 @@ def test_preference_must_be_known() -> None:
 
 
 def test_merge_counts_new_updated_and_kept(store_path: Path) -> None:
-    """What the store lacks is new, what is later than the store's replaces it, and what is as old
-    or older is left out.
+    """What the store lacks is new, what is later than the store's replaces it.
+
+    What is as old or older is left out.
     """
     store = ProfileStore(store_path)
     store.put_all([at(MIDDLE, t) for t in (1, 2, 3)])
@@ -235,9 +236,7 @@ def test_merge_of_export_and_import(store_path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefer", ["newest", "best-effort"])
 @given(data=st.data())
 def test_merge_in_either_order(prefer: Any, data: st.DataObject) -> None:
-    """Two machines' bundles end in the same profiles, whichever comes first, but for conflicts that
-    were reported.
-    """
+    """Two machines' bundles end in the same profiles in either order, but for told conflicts."""
     times, efforts = (
         st.sampled_from([OLD, MIDDLE, NEW]),
         st.sampled_from(["quick", "standard", "thorough"]),

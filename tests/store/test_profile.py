@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from autochunk.plan import IMPLEMENTATIONS, Plan
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import Plan
 from autochunk.store.profile import (
     DEFAULT,
     DENSE,
@@ -73,7 +74,7 @@ FUTURE = "splash_v9"
 def test_wrong_measurement(fields: dict[str, Any]) -> None:
     """A measurement that cannot be is refused.
 
-    Lengths that differ, times that are no times, ok without them, unknown fields.
+    Such as lengths that differ, times that are no times, ok without them, unknown fields.
     """
     with pytest.raises(ValidationError):
         make_measurement(**fields)
@@ -95,9 +96,9 @@ def test_status_without_times(status: str) -> None:
 
 
 def test_statistics_of_a_measurement() -> None:
-    """Median time and ratio.
+    """Median time and ratio, the spread as half the interquartile range, and the noise.
 
-    The spread is half the interquartile range; the noise shrinks with the number of repeats.
+    The noise shrinks with the number of repeats.
     """
     measurement = make_measurement(ratio=0.5, noise=0.1)
     assert measurement.ratio == 0.5
@@ -129,9 +130,7 @@ def test_no_spread(ratios: tuple[float, ...]) -> None:
     ],
 )
 def test_slower_by(one: float, other: float, noise: float, expected: float) -> None:
-    """Times are told apart where they differ by more than their noise, which counts for at least 1%
-    and at most 3%.
-    """
+    """Times are told apart where they differ by more than their noise, which counts as 1% to 3%."""
     assert slower_by(
         make_measurement(ratio=one, noise=noise), make_measurement(ratio=other, noise=noise)
     ) == pytest.approx(expected, abs=1e-12)
@@ -167,7 +166,7 @@ def test_slower_by(one: float, other: float, noise: float, expected: float) -> N
 def test_wrong_profile(fields: dict[str, Any]) -> None:
     """A profile that cannot be is refused.
 
-    A key that is not canonical, a time that is none, another schema, unknown fields.
+    Such as a key that is not canonical, a time that is none, another schema, unknown fields.
     """
     with pytest.raises(ValidationError):
         Profile(**{**dict(make_profile()), **fields})
@@ -256,8 +255,9 @@ def test_noise_widens_a_tie() -> None:
 
 
 def test_never_slower_than_dense() -> None:
-    """A plan that ties with a noisy fastest one, but is surely slower than dense, is not chosen for
-    its little memory.
+    """A plan that is surely slower than dense is not chosen for its little memory.
+
+    Not even where it ties with a noisy fastest one.
     """
     curve = [
         make_measurement("dense", None, 1.0, 500),
@@ -299,7 +299,7 @@ def test_slower_than_dense_where_dense_does_not_fit() -> None:
     [(None, 16.0), (300, 16.0), (40, 16.0), (39.9, 4.0), (10, 4.0), (9.9, None)],
 )
 def test_memory_budget(budget: float | None, expected: float | None) -> None:
-    """The fastest whose measured working memory fits, down to the byte; nothing where nothing fits."""
+    """The fastest whose measured memory fits, down to the byte; nothing where nothing fits."""
     choice = make_profile().choose(memory_budget_mb=budget)
     assert (choice and choice.plan.max_chunk_size_mb) == expected
 
@@ -361,9 +361,7 @@ def test_a_budget_admits_what_was_given_up_early() -> None:
 
 
 def test_unknown_implementation_is_kept_and_never_chosen() -> None:
-    """A profile of a newer version, with an implementation that this one lacks, still answers with
-    what it can run.
-    """
+    """A newer version's profile, with an unknown implementation, answers with what can run here."""
     future = make_measurement(FUTURE, 8.0, 0.001, 1)
     profile = make_profile(measurements=[future, *CURVE])
     assert Profile.model_validate_json(profile.model_dump_json()).measurements[0] == future
@@ -426,10 +424,7 @@ filters = st.sampled_from([None, *IMPLEMENTATIONS])
 def test_choice_keeps_its_rules(
     curve: list[Measurement], budget: float | None, implementation: str | None
 ) -> None:
-    """Of the plans that may be chosen.
-
-    Not slower than the fastest, not slower than dense, and none of those needs less memory.
-    """
+    """The choice is not slower than the fastest or dense; of such plans none needs less memory."""
     choice = make_profile(measurements=curve).choose(
         memory_budget_mb=budget, implementation=implementation
     )
@@ -464,10 +459,7 @@ def test_choice_keeps_its_rules(
 def test_every_other_plan_is_rejected_with_a_reason(
     curve: list[Measurement], budget: float | None, implementation: str | None
 ) -> None:
-    """A choice explains itself.
-
-    Each plan but the chosen one stands in ``rejected`` once, with words.
-    """
+    """A choice explains itself: each other plan stands in ``rejected`` once, with words."""
     choice = make_profile(measurements=curve).choose(
         memory_budget_mb=budget, implementation=implementation
     )
@@ -531,9 +523,7 @@ def test_baseline_by_plan() -> None:
 
 
 def test_baseline_by_slices() -> None:
-    """The 1000 MB default of a workload with less logits than that is not to slice, and was
-    measured as such.
-    """
+    """The 1000 MB default of a workload with fewer logits is not to slice, and measured as such."""
     assert make_workload().logits_bytes < 1e9
     assert make_profile().baseline(DEFAULT) == CURVE[1]
 

@@ -50,7 +50,7 @@ WORKLOAD = make_workload()
 
 @pytest.fixture(autouse=True)
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in the place of the shipped profiles, which differ from checkout to checkout."""
+    """An empty folder in place of the shipped profiles, which differ from checkout to checkout."""
     folder = tmp_path / "shipped"
     folder.mkdir()
     monkeypatch.setattr(layers, "shipped_profiles", lambda: folder)
@@ -78,10 +78,7 @@ def write(path: Path, *profiles: Profile) -> Path:
 
 
 def ship(path: Path, *profiles: Profile) -> None:
-    """A shipped bundle.
-
-    These do not change while a process runs, so they are read anew as by a new one.
-    """
+    """A shipped bundle, read as by a new process: these do not change while one runs."""
     write(path, *profiles)
     resolve.forget_all()
 
@@ -97,8 +94,10 @@ def limit_of(limit: float | None, workload: Workload = WORKLOAD) -> Profile:
 def test_layers_in_order(
     store: ProfileStore, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """use, then AUTOCHUNK_PROFILES from left to right, then the user's store, then the site's
-    folder, then shipped profiles, then the default.
+    """``use`` comes first, the default last.
+
+    Between them AUTOCHUNK_PROFILES from left to right, the user's store, the site's folder, shipped
+    profiles.
     """
     assert ask().match == "default"
     ship(shipped / "a.json", limit_of(5.0))
@@ -126,10 +125,7 @@ def test_layers_in_order(
 
 
 def test_asked_tells_what_each_layer_had(store: ProfileStore, shipped: Path) -> None:
-    """A Resolution explains itself.
-
-    The layers asked, down to the one that answered, and the plans rejected.
-    """
+    """A Resolution tells the layers asked, down to the one that answered, and rejected plans."""
     ship(shipped / "a.json", make_profile())
     store.put(limit_of(3.0, make_workload("t=4,k=8")))
     resolution = ask()
@@ -154,9 +150,7 @@ def test_asked_tells_what_each_layer_had(store: ProfileStore, shipped: Path) -> 
 def test_exact_in_a_late_layer_before_nearest_in_an_early_one(
     store: ProfileStore, shipped: Path
 ) -> None:
-    """What was measured for this very workload is better than the user's own measurement of
-    another.
-    """
+    """What was measured for this very workload is better than one's own measurement of another."""
     store.put(limit_of(3.0, make_workload("b=2,t=2048,s=1024,h=8,k=64")))
     assert ask().match == "nearest"
     ship(shipped / "a.json", limit_of(4.0))
@@ -201,7 +195,7 @@ def test_unfinished_profile_answers_and_says_so(store: ProfileStore) -> None:
 
 
 def test_profile_without_a_fitting_plan_passes_on(store: ProfileStore, shipped: Path) -> None:
-    """Where a layer's profile has no usable plan, the next layer is asked, and ``asked`` says why."""
+    """Where a layer's profile has no usable plan the next layer is asked; ``asked`` says why."""
     store.put(make_profile(measurements=[make_measurement("xla", 1.0, status="oom")]))
     assert ask().match == "default"
     ship(shipped / "a.json", limit_of(4.0))
@@ -300,9 +294,7 @@ def shape(**sizes: int) -> Workload:
     ],
 )
 def test_nearest_is_bounded(store: ProfileStore, sizes: dict[str, int], near: bool) -> None:
-    """A tuned workload answers for another if no size is more than a factor of four away, upwards
-    and downwards.
-    """
+    """A tuned workload answers for another if no size is more than four times larger or smaller."""
     tuned = shape(**sizes)
     store.put(limit_of(3.0, tuned))
     resolution = ask()
@@ -465,9 +457,7 @@ def test_nearest_is_looked_for_in_all_layers(
 
 
 def test_a_neighbour_that_fits_before_none(store: ProfileStore) -> None:
-    """Where no plan of the exact profile, or of the nearest, fits the budget, the next nearest
-    answers.
-    """
+    """The next nearest answers where no plan of the exact or nearest profile fits the budget."""
     for length, memory in ((1024, 400.0), (1100, 300.0), (1300, 30.0)):
         store.put(
             make_profile(
@@ -484,10 +474,7 @@ def test_a_neighbour_that_fits_before_none(store: ProfileStore) -> None:
 def test_what_a_smaller_neighbour_took_shows_nothing(
     store: ProfileStore, length: int, near: bool
 ) -> None:
-    """Of a budget only its share counts for a smaller workload's plans.
-
-    Here each takes 80 of 100 MB.
-    """
+    """Only its share of a budget counts for a smaller workload's plans: 80 MB each, of 100 MB."""
     store.put(
         make_profile(
             shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, 80.0)]
@@ -509,10 +496,9 @@ def test_what_a_smaller_neighbour_took_shows_nothing(
 def test_a_budget_that_no_measured_plan_fits_is_told(
     store: ProfileStore, limit: float | None, budget: float, expected: Plan
 ) -> None:
-    """It is no miss, which tuning would cure.
+    """It is no miss, which tuning would cure: the warning says what the least takes.
 
-    The warning says what the least takes, and the smaller slices run, those or a quarter of the
-    budget.
+    The smaller slices run, those or a quarter of the budget.
     """
     store.put(
         make_profile(
@@ -573,9 +559,7 @@ def test_a_changed_store_does_not_fetch_urls_again(
 
 
 def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
-    """A miss that came to run warns once for its workload, names the exact command that cures it,
-    and is recorded.
-    """
+    """A miss that came to run is recorded and warns once, with the exact command that cures it."""
     with pytest.warns(MissWarning) as caught:
         resolve.plans(WORKLOAD, None).used("forward")
     assert len(caught) == 1
@@ -707,9 +691,7 @@ def test_unreadable_store_is_left_out(store: ProfileStore, shipped: Path) -> Non
 def test_unreadable_bundle_is_left_out(
     store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
 ) -> None:
-    """So does a file named by AUTOCHUNK_PROFILES that is no bundle, of a newer version, or not
-    there.
-    """
+    """So does a file named by AUTOCHUNK_PROFILES that is no bundle, too new, or not there."""
     path = tmp_path / "named.json"
     if content is not None:
         path.write_text(content)
@@ -782,9 +764,7 @@ for shape in json.loads(sys.argv[1]):
 def test_same_answer_in_every_process(
     store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same profiles give the same plan, for the same reason, in every process, in whatever
-    order it asks.
-    """
+    """The same profiles give the same plan, for the same reason, in every process and order."""
     monkeypatch.setenv(
         "AUTOCHUNK_PROFILES", str(write(tmp_path / "named.json", limit_of(2.0, shape(batch=3))))
     )
@@ -805,9 +785,7 @@ def test_same_answer_in_every_process(
 
 
 def test_changed_store_is_seen(store: ProfileStore) -> None:
-    """A profile stored by another process, or replaced or deleted, counts from the next question
-    on.
-    """
+    """What another process stores, replaces or deletes counts from the next question on."""
     assert ask().match == "default"
     run_python(
         "from factories import *; from autochunk import ProfileStore; "
@@ -821,8 +799,9 @@ def test_changed_store_is_seen(store: ProfileStore) -> None:
 
 
 def test_changed_bundles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does a bundle that is added to a folder or taken away, at once, and one that is written
-    over when its files are next looked at.
+    """So does a bundle that is added to a folder or taken away, at once.
+
+    One that is written over counts when its files are next looked at.
     """
     monkeypatch.setattr(layers, "_LOOK_SECONDS", 0.0)
     folder = tmp_path / "bundles"
@@ -873,8 +852,9 @@ def test_use_answers_every_auto(
 
 
 def test_a_limit_set_by_use_holds_for_whichever_slices(store: ProfileStore) -> None:
-    """Where the call, or a ``use`` around it, asks for slices of another implementation, those have
-    the limit; dense attention has no slices to limit.
+    """Slices of another implementation, asked for by the call or by ``use``, have the limit.
+
+    Dense attention has no slices to limit.
     """
     store.put(make_profile())
     with use(max_chunk_size_mb=3):

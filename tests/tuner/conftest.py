@@ -23,10 +23,7 @@ Command = tuple[str, ...]
 
 @pytest.fixture
 def scripted() -> Callable[..., Command]:
-    """``scripted(**script)`` is the command of a worker that follows the script.
-
-    See scripted_worker.py.
-    """
+    """The command of a worker that follows the script; see scripted_worker.py."""
 
     def make(**script: Any) -> Command:
         return (
@@ -64,7 +61,7 @@ def small() -> Workload:
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a PostgreSQL server of this test session's own, on a free port.
 
-    Skipped where there is none to start.
+    Skips where there is none to start.
     """
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     programs = [

@@ -1,12 +1,11 @@
-"""A measuring process that follows a script instead of measuring, for what a real one does too
-rarely: dying, hanging, talking nonsense.
+"""A measuring process that does as its script says: dies, hangs, talks nonsense.
 
-``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans": {plan text: act}, "default": act};
-an act is {"seconds": x, "temp": n, "do": deed} with deed "" (answer well), "die N" (by signal N),
-"exit N", "hang", "babble", "refuse" (answer with an error) or a status to answer with. "do" may
-begin with "time:" to happen while timing instead of while preparing, with "once:FILE:" to happen
-only until FILE exists, and with "after:FILE:" only then. "log" names a file that every request is
-appended to.
+A real one does that too rarely. ``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans":
+{plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed ""
+(answer well), "die N" (by signal N), "exit N", "hang", "babble", "refuse" (answer with an error) or
+a status to answer with. "do" may begin with "time:" to happen while timing instead of while
+preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then.
+"log" names a file that every request is appended to.
 """
 
 from __future__ import annotations

@@ -17,11 +17,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
-    """In a fresh process, what jax's allocator hands out beyond arguments and results is what XLA
-    said it would, to 5%.
+    """What jax's allocator hands out beyond arguments and results is what XLA said, to 5%.
 
-    Compiling tries kernels out, which may take more than the program: so it is done before, in
-    another process.
+    In a fresh process: compiling tries kernels out, which may take more than the program, so it is
+    done before, in another process.
     """
     workload = Workload.parse("b=4,t=2048,h=8,k=64", dtype="float32", mode=mode)
     for plan in (Plan("dense"), Plan("xla", 67.2), Plan("xla_rows", 134.4)):
@@ -48,9 +47,7 @@ def test_what_does_not_fit_is_not_run() -> None:
 
 
 def test_what_fits_is_run() -> None:
-    """A plan that needs 2/5 of the memory there is runs, whatever compiling it left of that in one
-    piece.
-    """
+    """A plan that needs 2/5 of the memory runs, in however many pieces compiling left that."""
     memory = gpu_memory(0)
     assert memory is not None
     with Probe(

@@ -82,9 +82,7 @@ print("'xla'" in texts[0], "'xla'" in texts[1])
 
 
 def test_the_default_device_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a CPU that is jax's default device memory and time are taken as a CPU's are, whatever else
-    jax has.
-    """
+    """A CPU that is jax's default device is measured as a CPU, whatever else jax has."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_device(jax.devices("cpu")[0]):
         _, grown = measure.measure_growth(lambda: np.ones(2**24))

@@ -29,9 +29,9 @@ def pid_of(probe: Probe) -> int | None:
 
 
 def test_a_real_worker_measures(small: Workload) -> None:
-    """Prepare and time by a real process.
+    """A real process prepares and times.
 
-    Status, memory, compile time, error and one time for each plan.
+    Status, memory, compile time, error and one time are there for each plan.
     """
     with Probe() as probe:
         probe.load(small)
@@ -93,9 +93,7 @@ def test_more_memory_than_there_is_is_out_of_memory() -> None:
 def test_every_failure_is_a_result_of_that_plan_only(
     deed: str, status: str, words: str, when: str, small: Workload, scripted: Callable[..., Any]
 ) -> None:
-    """Whatever a plan does to its worker, preparing it or timing it says so, and the next plan is
-    measured.
-    """
+    """Whatever a plan does, prepared or timed, is told of it, and the next plan is measured."""
     if when and deed in ("refuse", "oom", "over_budget"):
         pytest.skip("answers, not deeds")
     command = scripted(plans={str(BAD): {"do": when + deed}}, default={"seconds": 0.5})
@@ -134,8 +132,9 @@ def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    """Compiling on a GPU leaves jax's allocator with memory in pieces, none of which may be large
-    enough; a new worker has it whole, and the program.
+    """A new worker has memory whole, and the compiled program.
+
+    Compiling on a GPU leaves jax's allocator with pieces, none of which may be large enough.
     """
     log = tmp_path / "log"
     script = {

@@ -40,9 +40,9 @@ def study(journal: Path, effort: Effort = "quick", workload: Workload = WORKLOAD
 def test_a_real_search_measures_every_plan_and_both_baselines(
     small: Workload, tmp_path: Path
 ) -> None:
-    """Real worker, real journal.
+    """With a real worker and a real journal dense, the default and the slices are measured.
 
-    Dense, the default and the slices are measured, checked, and each plan once.
+    They are checked, too, and each plan is measured once.
     """
     with Probe() as probe:
         outcome = search(probe, small, "quick", study(tmp_path / "study.journal", workload=small))
@@ -57,8 +57,9 @@ def test_a_real_search_measures_every_plan_and_both_baselines(
 def test_the_fastest_plan_is_found_whatever_its_place(
     scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """With noiseless times the exhaustive search ends with the fastest plan's ratio least, and the
-    hopeless given up after a round.
+    """Of noiseless times the exhaustive search finds the fastest, its ratio the least.
+
+    Hopeless plans are given up after a round.
     """
     plans = {
         "xla_rows, 16.8 MB": {"seconds": 0.08, "temp": 500},
@@ -79,9 +80,9 @@ def test_the_fastest_plan_is_found_whatever_its_place(
 def test_the_baselines_are_timed_more_than_once(
     effort: Effort, rounds: int, scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """However slow.
+    """However slow they are: what tuning gained is their time over the best plan's.
 
-    What tuning gained is their time over the best plan's. The 1000 MB default slices nothing here.
+    The 1000 MB default slices nothing here.
     """
     baselines = ("dense", "xla, do not chunk")
     found = by_plan(
@@ -100,9 +101,9 @@ def test_the_baselines_are_timed_more_than_once(
 def test_a_failing_plan_costs_itself_only(
     effort: str, scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Killed, hung, out of memory and over the budget, while others are measured.
+    """A plan that fails while others are measured is a typed result, and nothing else is lost.
 
-    Each is a typed result, nothing else is lost.
+    It is killed, hangs, is out of memory or over the budget.
     """
     plans = {
         "dense": {"do": "oom"},
@@ -166,7 +167,7 @@ def test_a_plan_is_not_to_blame_for_the_anchor(
 
 
 def test_each_plan_is_prepared_once(scripted: Callable[..., Any], tmp_path: Path) -> None:
-    """The anchor and the finalists, which are timed again, stay in the worker; the others do not."""
+    """The anchor and the finalists, timed again, stay in the worker; the others do not."""
     log = tmp_path / "log"
     outcome = run(
         scripted(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log)),
@@ -207,7 +208,7 @@ def test_what_others_measured_counts_when_time_runs_out(
 def test_what_was_measured_before_workers_fail_is_kept(
     scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """A worker dies and no other one can be started: the outcome says why, and has what there is."""
+    """A worker dies and no other can be started: the outcome says why, and has what there is."""
     command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
     outcome = run(
         ("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command),
@@ -228,9 +229,9 @@ def test_nothing_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
 def test_an_interrupted_search_keeps_what_it_has_and_goes_on(
     scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Ctrl-C after three plans.
+    """The three plans measured before Ctrl-C come with the interruption.
 
-    Those three come with the interruption, and are not measured again; the others are, once.
+    They are not measured again; the others are, once.
     """
     seen: list[str] = []
 

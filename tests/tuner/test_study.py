@@ -1,7 +1,4 @@
-"""Studies that several workers share.
-
-Who may measure what, and what becomes of the plans of the dead.
-"""
+"""Studies that several workers share: who measures what, and what becomes of plans of the dead."""
 
 from __future__ import annotations
 
@@ -74,7 +71,7 @@ def test_a_claim_that_is_left_is_free_again(place: str) -> None:
 
 
 def test_times_beside_another_anchor_do_not_count(place: str) -> None:
-    """They are left out and measured again; a plan that has no times is known whatever the anchor."""
+    """They are left out and measured again; a plan without times is known whatever the anchor."""
     study = open_study(place)
     study.anchor = PLANS[0]
     measure(study, PLANS[1], 0.5)
@@ -191,9 +188,9 @@ def test_a_living_worker_is_not_silent(place: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_finished_profiles_are_kept(place: str) -> None:
-    """For the other workers, and for one bundle of the whole cluster.
+    """They are kept for the other workers, and for one bundle of the whole cluster.
 
-    Different kinds of device side by side.
+    Different kinds of device stand side by side.
     """
     devices = [make_device(), make_device(kind="Another/Kind")]
     for device in devices:
@@ -340,7 +337,7 @@ tune([Workload.parse(shape) for shape in shapes], effort="standard", worker_comm
 def test_workers_share_and_one_is_killed(
     place: str, scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Three processes on one storage, one of them killed half-way.
+    """Three processes share one storage, and one of them is killed half-way.
 
     Every plan is measured, none twice, and the two others end with the same profiles.
     """

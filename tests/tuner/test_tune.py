@@ -100,8 +100,9 @@ def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(
 def test_what_failed_is_tried_again(
     options: dict[str, Any], scripted_gpu: Callable[..., Any]
 ) -> None:
-    """That no plan could be timed may have a reason that passes, such as another process on the
-    GPU: it is not kept.
+    """That no plan could be timed is not kept.
+
+    The reason may pass, such as another process on the GPU.
     """
     assert (
         kinds(measured(scripted_gpu(default={"do": "oom"}), WORKLOADS[:1], **options))[-1]
@@ -113,9 +114,9 @@ def test_what_failed_is_tried_again(
 def test_what_was_measured_before_a_failure_is_stored(
     scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """No worker can be started any more.
+    """Where no worker can be started any more, that is told, and what there is answers.
 
-    That is told, what there is answers, and the next call goes on.
+    The next call goes on.
     """
     command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
     events = measured(
@@ -218,7 +219,7 @@ def test_several_gpus_share_the_work(scripted_gpu: Callable[..., Any], tmp_path:
 
 
 def test_several_gpus_begin_with_what_takes_longest(scripted_gpu: Callable[..., Any]) -> None:
-    """Training before forward, long before short, so that no long one is left for the end.
+    """Training comes before forward, long before short, so that no long one is left for the end.
 
     Each workload is told of as begun and finished once.
     """
@@ -355,10 +356,9 @@ def test_gpus_must_be_alike(tmp_path: Path) -> None:
 def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(
     scripted: Callable[..., Any],
 ) -> None:
-    """Time runs out.
+    """When time runs out, what there is answers and is marked.
 
-    What there is answers and is marked; the same call then completes it without measuring anything
-    twice.
+    The same call then completes it without measuring anything twice.
     """
     slow, workload = scripted(delay=0.1), Workload.parse("b=2,t=2048,h=4,k=8")
     first = measured(slow, [workload], effort="thorough", timeout=4.0)
@@ -375,9 +375,7 @@ def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(
 
 
 def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Callable[..., Any]) -> None:
-    """A stronger effort that is cut short leaves the weaker, complete profile in place, and returns
-    it.
-    """
+    """A stronger effort that is cut short leaves the weaker, complete profile, and returns it."""
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
     measured(scripted(), [workload])
     events: list[Event] = []
@@ -439,7 +437,7 @@ def test_what_a_budget_left_out_is_measured_without_it(scripted: Callable[..., A
 
 
 def test_interrupting_stores_what_was_measured(scripted: Callable[..., Any]) -> None:
-    """Ctrl-C: the profile at hand is stored as unfinished, and the interrupt goes on to the caller."""
+    """Ctrl-C stores the profile at hand as unfinished, and goes on to the caller."""
 
     def interrupt(event: Event) -> None:
         if event.done == 2:
@@ -467,9 +465,9 @@ for number, shape in enumerate(shapes):
 def test_kill_at_any_moment_loses_nothing(
     seed: int, scripted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Kill -9, then the same command.
+    """The same command goes on after kill -9, and the store opens.
 
-    What was finished is there and is not measured again, the rest completes, the store opens.
+    What was finished is there and is not measured again, the rest completes.
     """
     log = tmp_path / "log"
     shapes = [workload.shape for workload in WORKLOADS]
@@ -557,9 +555,9 @@ def test_without_workloads_missed_ones_come_first() -> None:
 def test_the_standard_set_is_in_the_dtypes_that_models_use_there(
     platform: str, effort: Effort, dtypes: set[str]
 ) -> None:
-    """Half precision on GPUs.
+    """Half precision on GPUs; all dtypes where time is no matter; those named where some are.
 
-    All dtypes, and every preset, where time is no matter; those named where some are.
+    Where time is no matter, every preset, too.
     """
     device = Device(platform=platform, kind="scripted", cores=0, memory_gib=8)
     todo = standard_workloads(ProfileStore(), device, effort)
@@ -570,8 +568,9 @@ def test_the_standard_set_is_in_the_dtypes_that_models_use_there(
 
 
 def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> None:
-    """A function is told the device that the measuring process found, so that this process need not
-    look for one.
+    """A function is told the device that the measuring process found.
+
+    So this process need not look for one.
     """
     told = []
 

@@ -27,9 +27,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def single_precision() -> Iterator[None]:
-    """A session that loads a float64 workload turns float64 on for its process, which here is the
-    tests' own.
-    """
+    """Loading a float64 workload turns float64 on for the whole process, here the tests' own."""
     yield
     jax.config.update("jax_enable_x64", False)
 

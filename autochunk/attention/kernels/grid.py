@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs, caller_major, head_major, in_head_major
+from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import (
-    SLICING_ORDER,
     Plan,
     Slices,
     balanced,
@@ -303,9 +303,9 @@ class Problem:
         self.differentiable = differentiable
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over
         # them needs it.
-        self.flatten = self.slices.batch < self.shape.batch or SLICING_ORDER[plan.implementation][
-            :1
-        ] == ("batch",)
+        self.flatten = self.slices.batch < self.shape.batch or IMPLEMENTATIONS[
+            plan.implementation
+        ].slicing[:1] == ("batch",)
         self.runs = _flattenable_runs(
             [array.shape[: len(self.leading)] for array in inputs if array is not None]
         )

@@ -1,0 +1,75 @@
+"""The implementations of attention: what each is, said once.
+
+Whoever needs to know whether an implementation slices, where it runs or what installs it asks this
+table. A new one is an entry here and a row in ``tests/test_implementations.py``; if it is a kernel
+of another library, its entry names a function in ``attention/kernels/fused.py`` (or a file beside
+it) that calls it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+      summary: what it is, in words that follow its name.
+      slicing: the axes along which it slices, first choice first; empty where it does not slice.
+      kernel: for a kernel of another library that holds no logits, ``"module:function"``: a
+        ``kernels.fused.Kernel``, loaded when it is first asked for; else empty.
+      platforms: where it runs, as JAX's lowering names them; empty is everywhere.
+      extra: the extra of autochunk that installs what it needs; empty where JAX has it all.
+    """
+
+    summary: str
+    slicing: tuple[str, ...] = ()
+    kernel: str = ""
+    platforms: tuple[str, ...] = ()
+    extra: str = ""
+
+    @property
+    def sliced(self) -> bool:
+        """Whether it computes logits slice by slice, within a limit."""
+        return bool(self.slicing)
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is a kernel of another library, which holds no logits at all."""
+        return bool(self.kernel)
+
+    def runs_on(self, platform: str) -> bool:
+        """Whether it runs on a platform, as lowering ("cuda") or a Device ("gpu") names it."""
+        names = {"gpu": {"cuda", "rocm"}}.get(platform, {platform})
+        return not self.platforms or bool(names & set(self.platforms))
+
+
+# Optuna keeps the names in this order with every trial, so that new ones come last.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "dense": Implementation("haiku's own order of operations, all logits at once"),
+    "cudnn": Implementation(
+        "cuDNN's fused kernel, on NVIDIA GPUs, in half precision",
+        kernel="autochunk.attention.kernels.fused:cudnn",
+        platforms=("cuda",),
+    ),
+    "xla": Implementation(
+        "slices over batch, then heads, then query rows, then keys",
+        slicing=("batch", "heads", "rows", "keys"),
+    ),
+    "xla_rows": Implementation(
+        "slices over query rows first, then keys, batch and heads",
+        slicing=("rows", "keys", "batch", "heads"),
+    ),
+}
+
+
+def is_sliced(name: str | None) -> bool:
+    """Whether this is the name of an implementation that slices; a file may have unknown ones."""
+    return name in IMPLEMENTATIONS and IMPLEMENTATIONS[name].sliced
+
+
+def is_fused(name: str | None) -> bool:
+    """Whether this is the name of a kernel of another library."""
+    return name in IMPLEMENTATIONS and IMPLEMENTATIONS[name].fused
