@@ -6,22 +6,44 @@
 Where things are; each room imports only from those above it, which ``tests/test_imports.py``
 holds::
 
-    errors, workload, plan, device   the words: a call, how it runs, where
-    store/         what is remembered
-      profile        measurements, and how a choice follows from them
-      database       the user's own profiles in one SQLite file; rescue mends it
-      bundle         profiles as a file that travels; merge takes it in, remote fetches it
-      layers         the places that profiles come from
-      resolve        the answer to "auto", and why; agree makes it one for all processes of a program
-    attention/     what runs in the model
-      kernels/       the attention itself, for a given plan: jax only
-      op, haiku      the function and the module
-    tuner/         what measures
-      tune           the loop over workloads; presets and effort say which, and how hard
-      search         the loop over one workload's plans; study keeps what is measured, alone or with other machines
-      probe, worker  the measuring process, from outside and from inside; measure is how it measures
-      bench, verify  what tuning bought; whether it still holds
-    doctor, report, cli   what people see
+    errors                   what callers can catch
+    operands                 the arrays of a call, in one table
+    workload                 one tunable call, and the one text that names it
+    implementations          the ways to compute attention, in one table
+    plan                     how a call runs: an implementation, a limit, the slices of these
+    device                   where a result was measured
+    store/                   what is remembered
+      measurement, choice      one plan measured; how a choice follows from several
+      profile                  all measurements of a workload on a device
+      profiles                 the user's own, in an SQLite file (database), which rescue mends
+      bundle                   profiles as a file that travels, of a text (json_text) at a place
+                               (files, remote); merge takes it in
+    resolution/              how "auto" is answered
+      settings                 what ``use`` says
+      layers, places           what profiles are read from, and where those are
+      answer, nearest          what one profile answers, or that of a neighbour, or none
+      snapshot, agree          all layers at a moment; one for all processes of a program
+      reporting                what users are told of it
+      resolve                  who is asked, in which order
+    attention/               what runs in the model
+      arguments                the arrays of a call, checked and brought into form
+      kernels/                 the attention itself, for a given plan: jax only
+      op, haiku                the function and the module
+    tuner/                   what measures
+      tune, events             the loop over workloads, and what is told of it
+      effort, presets, task    how hard to look, at what, for how long
+      sharing, attempt         who measures what; what one worker does about one workload
+      search                   the loop over one workload's plans (candidates, standing)
+      study/                   what is measured already, and by whom: alone or with other machines
+      probe, process, worker   the measuring process, from outside, in between and from inside
+      inputs, reference        what is computed there, and what it should give
+      measure                  how a program is timed, and its memory taken
+      bench, peers             what tuning bought, and other ways to compute the same
+      verify                   whether a profile still holds
+    report/                  results as plain data (records), drawn (tables, text, progress)
+    doctor                   looks over the whole set-up
+    cli/                     the command: tune and bench (measuring), show, explain and doctor
+                             (looking), export, import and forget (moving)
 """
 
 from __future__ import annotations
@@ -34,9 +56,12 @@ if TYPE_CHECKING:
     from autochunk.attention.op import dot_product_attention
     from autochunk.device import Device, detect
     from autochunk.plan import Plan
-    from autochunk.store.database import ProfileStore
-    from autochunk.store.profile import Measurement, Profile
-    from autochunk.store.resolve import Resolution, resolve, use
+    from autochunk.resolution.answer import Resolution
+    from autochunk.resolution.resolve import resolve
+    from autochunk.resolution.settings import use
+    from autochunk.store.measurement import Measurement
+    from autochunk.store.profile import Profile
+    from autochunk.store.profiles import ProfileStore
     from autochunk.tuner.tune import tune
     from autochunk.workload import Workload
 
@@ -46,18 +71,18 @@ __version__ = "0.1.0"
 # sqlitedict.
 _HOMES = {
     "Device": "autochunk.device",
-    "Measurement": "autochunk.store.profile",
+    "Measurement": "autochunk.store.measurement",
     "MultiHeadAttention": "autochunk.attention.haiku",
     "Plan": "autochunk.plan",
     "Profile": "autochunk.store.profile",
-    "ProfileStore": "autochunk.store.database",
-    "Resolution": "autochunk.store.resolve",
+    "ProfileStore": "autochunk.store.profiles",
+    "Resolution": "autochunk.resolution.answer",
     "Workload": "autochunk.workload",
     "detect": "autochunk.device",
     "dot_product_attention": "autochunk.attention.op",
-    "resolve": "autochunk.store.resolve",
+    "resolve": "autochunk.resolution.resolve",
     "tune": "autochunk.tuner.tune",
-    "use": "autochunk.store.resolve",
+    "use": "autochunk.resolution.settings",
 }
 
 __all__ = [

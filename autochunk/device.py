@@ -71,12 +71,12 @@ class Device(BaseModel):
     def stale_reasons(self, now: Device) -> list[str]:
         """Why results of this device may no longer hold on ``now``, the same device today.
 
-        Empty if they do.
-
-        Only minor versions of jaxlib and cuDNN count: jaxlib's were seen to move the best slice on
-        CPU, and cuDNN's kernels are candidates themselves; patch releases, jax and the driver were
-        not seen to matter.
+        Empty if they do, or if it is another device. Only minor versions of jaxlib and cuDNN count:
+        jaxlib's were seen to move the best slice on CPU, and cuDNN's kernels are candidates
+        themselves; patch releases, jax and the driver were not seen to matter.
         """
+        if self.key != now.key:
+            return []
         versions = (("jaxlib", self.jaxlib, now.jaxlib), ("cuDNN", self.cudnn, now.cudnn))
         return [
             f"measured with {name} {then or 'unknown'}, this is {today or 'unknown'}"
@@ -101,8 +101,9 @@ def detect(jax_device: Any = None) -> Device:
 
 
 def default_device() -> Any:
-    """The ``jax.Device`` that jax computes on where nothing else is asked for, which
-    ``JAX_DEFAULT_DEVICE`` may set. Initialises jax's backend.
+    """The ``jax.Device`` that jax computes on where nothing else is asked for.
+
+    ``JAX_DEFAULT_DEVICE`` may set it. Initialises jax's backend.
 
     Raises:
       DeviceError: jax has no usable device.
@@ -279,7 +280,7 @@ def _first_processor(cpuinfo: str) -> dict[str, str]:
 
 
 def _caches() -> str:
-    """Sizes of the data and unified caches that the first core sees, such as ``48K+2048K+32768K``."""
+    """Sizes of the data and unified caches that the first core sees: ``48K+2048K+32768K``."""
     indices = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
     return "+".join(
         _read(index / "size").strip()
@@ -334,7 +335,7 @@ def _meminfo(name: str) -> int:
 
 
 def _cgroup_memory() -> list[tuple[int, int]]:
-    """(limit, used) in bytes for every cgroup, version 1 or 2, that bounds this process's memory."""
+    """(limit, used) in bytes of every cgroup, of either version, that bounds this process."""
     bounds = []
     for folder in _cgroup_folders("memory"):
         for limit_name, used_name in (

@@ -17,10 +17,10 @@ import autochunk
 from autochunk import device as devices
 from autochunk.device import Device
 from autochunk.errors import BundleError, DeviceError, StoreError
-from autochunk.store import layers
-from autochunk.store.database import ProfileStore
-from autochunk.store.layers import Layer
+from autochunk.resolution import layers, places
+from autochunk.resolution.layers import Layer
 from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.verify import Verification, verify
 
 Level = Literal["ok", "note", "problem"]
@@ -30,6 +30,7 @@ _EXTRAS = {
     "fsspec": 'pip install "autochunk[remote]" to read bundles from URLs',
     "psycopg": 'pip install "autochunk[postgresql]" to tune through PostgreSQL',
 }
+_JAX_INSTALLATION = "https://docs.jax.dev/en/latest/installation.html"
 _ELSEWHERE = "set AUTOCHUNK_STORE to a file in a folder you may write"
 
 
@@ -56,9 +57,7 @@ def examine(
     verify_count: int = 0,
     verifier: Callable[[Profile], Verification] = verify,
 ) -> Iterator[Finding]:
-    """Everything there is to find, in order.
-
-    Versions, device, layers, store, profiles. Changes nothing.
+    """Everything there is to find: versions, device, layers, store, profiles. Changes nothing.
 
     Args:
       store: the user's store; None is the default one.
@@ -69,12 +68,10 @@ def examine(
     try:
         device = devices.detect()
     except DeviceError as error:
-        yield Finding(
-            "problem", "device", str(error), "see https://docs.jax.dev/en/latest/installation.html"
-        )
+        yield Finding("problem", "device", str(error), f"see {_JAX_INSTALLATION}")
         return
     yield from _device(device)
-    every = layers.all_layers(store)
+    every = places.all_layers(store)
     for layer in every:
         yield _layer(layer, device)
     user_store = ProfileStore(store)
@@ -89,38 +86,24 @@ def examine(
 
 
 def _versions() -> Iterator[Finding]:
-    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    yield Finding(
-        "ok",
-        "versions",
-        f"Python {platform.python_version()}, autochunk {autochunk.__version__}, {found}",
-    )
+    versions = {"Python": platform.python_version(), "autochunk": autochunk.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    yield Finding("ok", "versions", ", ".join(" ".join(item) for item in versions.items()))
     for name, cure in _EXTRAS.items():
         if importlib.util.find_spec(name) is None:
             yield Finding("ok", "extras", f"{name} is not installed", cure)
 
 
 def _device(device: Device) -> Iterator[Finding]:
-    versions = ", ".join(
-        f"{name} {getattr(device, name)}"
-        for name in ("driver", "cuda", "cudnn")
-        if getattr(device, name)
-    )
-    yield Finding("ok", "device", f"{device.key}{'; ' + versions if versions else ''}")
+    found = {name: getattr(device, name) for name in ("driver", "cuda", "cudnn")}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    yield Finding("ok", "device", f"{device.key}; {versions}" if versions else device.key)
     if device.platform != "gpu" and _nvidia_gpu_here():
-        yield Finding(
-            "problem",
-            "GPU",
-            f"this machine has an NVIDIA GPU, and jax computes on {device.platform}",
-            _gpu_cure(),
-        )
+        detail = f"this machine has an NVIDIA GPU, and jax computes on {device.platform}"
+        yield Finding("problem", "GPU", detail, _gpu_cure())
     if device.platform == "gpu" and not device.cudnn:
-        yield Finding(
-            "note",
-            "GPU",
-            "the version of cuDNN is not known, so that profiles do not go stale with it",
-            "install jax[cuda13] with pip",
-        )
+        detail = "the version of cuDNN is not known, so that profiles do not go stale with it"
+        yield Finding("note", "GPU", detail, "install jax[cuda13] with pip")
 
 
 def _nvidia_gpu_here() -> bool:
@@ -143,27 +126,22 @@ def _layer(layer: Layer, device: Device) -> Finding:
     try:
         keys = layer.keys()
     except (StoreError, BundleError) as error:
-        return Finding(
-            "problem",
-            layer.name,
-            str(error),
-            "mend it, or take it out: until then it answers nothing",
-        )
+        cure = "mend it, or take it out: until then it answers nothing"
+        return Finding("problem", layer.name, str(error), cure)
+    if damaged := _damaged_profiles(layer, device):
+        more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
+        cure = "export it again where it was made: until then those profiles answer nothing"
+        return Finding("problem", layer.name, f"{damaged[0]}{more}", cure)
+    here = sum(key == device.key for key, _ in keys)
+    counts = f"{len(keys)} profiles, {here} of this device" if keys else "empty"
+    return Finding("ok", layer.name, counts)
+
+
+def _damaged_profiles(layer: Layer, device: Device) -> list[StoreError | BundleError]:
     damaged: list[StoreError | BundleError] = []
     if not isinstance(layer, ProfileStore):  # whose rows are looked at one by one
         list(layers.readable_profiles(layer, device, damaged.append))
-    if damaged:
-        more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
-        return Finding(
-            "problem",
-            layer.name,
-            f"{damaged[0]}{more}",
-            "export it again where it was made: until then those profiles answer nothing",
-        )
-    here = sum(key == device.key for key, _ in keys)
-    return Finding(
-        "ok", layer.name, f"{len(keys)} profiles, {here} of this device" if keys else "empty"
-    )
+    return damaged
 
 
 def _store(store: ProfileStore) -> Iterator[Finding]:
@@ -176,42 +154,33 @@ def _store(store: ProfileStore) -> Iterator[Finding]:
 def _store_file(store: ProfileStore) -> Iterator[Finding]:
     if store.path.is_dir():
         yield Finding("problem", "store", f"{store.path} is a folder", _ELSEWHERE)
-        return
-    if not store.path.exists():
+    elif store.path.exists():
+        yield from _permissions(store.path)
+        yield from _unreadable_rows(store)
+    else:
         folder = next(parent for parent in store.path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            yield Finding(
-                "problem",
-                "store",
-                f"{store.path} cannot be made: {folder} cannot be written",
-                _ELSEWHERE,
-            )
-        return
-    if not os.access(store.path, os.W_OK) or not os.access(store.path.parent, os.W_OK):
-        yield Finding(
-            "note",
-            "store",
-            f"{store.path} cannot be written: it answers, and nothing can be tuned",
-            _ELSEWHERE,
-        )
-    if store.path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        yield Finding(
-            "problem",
-            "store",
-            f"others may write {store.path} and so decide what you run",
-            f"chmod 600 {store.path}",
-        )
+            detail = f"{store.path} cannot be made: {folder} cannot be written"
+            yield Finding("problem", "store", detail, _ELSEWHERE)
+
+
+def _permissions(path: Path) -> Iterator[Finding]:
+    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+        detail = f"{path} cannot be written: it answers, and nothing can be tuned"
+        yield Finding("note", "store", detail, _ELSEWHERE)
+    if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        detail = f"others may write {path} and so decide what you run"
+        yield Finding("problem", "store", detail, f"chmod 600 {path}")
+
+
+def _unreadable_rows(store: ProfileStore) -> Iterator[Finding]:
     try:
-        unreadable = store.unreadable()
+        rows = store.unreadable()
     except StoreError:
         return  # said of the layer
-    if unreadable:
-        yield Finding(
-            "problem",
-            "store",
-            f"{len(unreadable)} rows cannot be read, the first of {unreadable[0]}",
-            "autochunk forget --unreadable",
-        )
+    if rows:
+        detail = f"{len(rows)} rows cannot be read, the first of {rows[0]}"
+        yield Finding("problem", "store", detail, "autochunk forget --unreadable")
 
 
 # --- Profiles -------------------------------------------------------------------------------------
@@ -223,51 +192,31 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
             warnings.simplefilter("ignore")  # unreadable rows are a finding of their own
             mine, missed = store.profiles(device), store.missed(device)
     except StoreError:
-        return
+        return  # said of the layer
     if not mine:
         yield Finding("note", "profiles", "this device was not tuned here", "autochunk tune")
-    stale = [profile for profile in mine if profile.device.stale_reasons(device)]
-    if stale:
+    if stale := [profile for profile in mine if profile.device.stale_reasons(device)]:
         reasons = "; ".join(stale[0].device.stale_reasons(device))
-        yield Finding(
-            "note",
-            "profiles",
-            f"{len(stale)} of {len(mine)} may no longer hold ({reasons})",
-            "autochunk show --stale; autochunk tune --stale",
-        )
-    unfinished = [profile for profile in mine if not profile.complete]
-    if unfinished:
-        yield Finding(
-            "note",
-            "profiles",
-            f"{len(unfinished)} of {len(mine)} were cut short",
-            unfinished[0].parsed_workload().tune_command,
-        )
+        detail = f"{len(stale)} of {len(mine)} may no longer hold ({reasons})"
+        yield Finding("note", "profiles", detail, "autochunk show --stale; autochunk tune --stale")
+    if unfinished := [profile for profile in mine if not profile.complete]:
+        detail = f"{len(unfinished)} of {len(mine)} were cut short"
+        yield Finding("note", "profiles", detail, unfinished[0].parsed_workload().tune_command)
     if missed:
-        yield Finding(
-            "note",
-            "profiles",
-            f'"auto" found nothing for {len(missed)} workloads, such as {missed[0].shape}',
-            "autochunk tune --missed",
-        )
+        detail = f'"auto" found nothing for {len(missed)} workloads, such as {missed[0].shape}'
+        yield Finding("note", "profiles", detail, "autochunk tune --missed")
 
 
 def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
-    """Profiles of this device that "auto" would use, each workload's from the first layer that has
-    one; those of the user's own store before others.
-    """
-    found: dict[str, tuple[bool, str, Profile]] = {}
+    """Profiles of this device that "auto" would use; the user's own first, of them the oldest."""
+    found: dict[str, tuple[bool, str, str, Profile]] = {}
     for layer in every:
+        not_own = not isinstance(layer, ProfileStore)
         for profile in layers.readable_profiles(layer, device):
-            if profile.choose() is not None:
-                found.setdefault(
-                    profile.workload,
-                    (not isinstance(layer, ProfileStore), profile.created, profile),
-                )
-    return [
-        found[workload][-1]
-        for workload in sorted(found, key=lambda workload: (*found[workload][:-1], workload))
-    ]
+            if profile.choose() is not None and profile.workload not in found:
+                found[profile.workload] = (not_own, profile.created, profile.workload, profile)
+    # No two have the same workload, so that profiles themselves are not compared.
+    return [profile for *_, profile in sorted(found.values())]
 
 
 def _verified(found: Verification) -> Finding:
@@ -275,16 +224,12 @@ def _verified(found: Verification) -> Finding:
     subject = f"{workload.shape} {workload.dtype} {workload.mode}"
     again = f"{workload.tune_command} --force"
     if found.failure:
-        return Finding(
-            "problem",
-            subject,
-            f"{found.plan} cannot be timed here any more: {found.failure}",
-            again,
-        )
-    text = (
+        detail = f"{found.plan} cannot be timed here any more: {found.failure}"
+        return Finding("problem", subject, detail, again)
+    detail = (
         f"{found.plan} takes {found.now:.2f} of the time of {found.baseline}, {found.then:.2f} "
         f"when tuned ({found.change:+.0%} ±{found.spread:.0%})"
     )
-    return (
-        Finding("problem", subject, text, again) if found.drifted else Finding("ok", subject, text)
-    )
+    if found.drifted:
+        return Finding("problem", subject, detail, again)
+    return Finding("ok", subject, detail)

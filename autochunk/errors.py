@@ -1,23 +1,22 @@
 """Every exception and warning that autochunk lets its callers see.
 
-Callers catch by family; the second base keeps ``except ValueError`` and ``except OSError``
-working::
+Callers catch by family; a second base keeps ``except ValueError`` and ``except OSError`` working::
 
     AutochunkError
-    ├── ArgumentError (ValueError)   an argument of the op, the module or the tuner is not usable
-    ├── WorkloadError (ValueError)   a workload or shape text that cannot be read
-    ├── DeviceError (RuntimeError)   the device asked for is not there
-    ├── StoreError (OSError)         the profile store cannot be read or written
-    ├── BundleError (ValueError)     a file of profiles is not what it should be
-    ├── AgreementError (RuntimeError)  processes of one program do not agree on the profiles that answer "auto"
-    ├── StorageError (RuntimeError)  the storage that machines tune through cannot be used
-    └── ProbeError (RuntimeError)    the measuring process cannot be started or understood
+    ├── ArgumentError (ValueError)     an argument of the op, the module or the tuner is not usable
+    ├── WorkloadError (ValueError)     a workload or shape text that cannot be read
+    ├── DeviceError (RuntimeError)     the device asked for is not there
+    ├── StoreError (OSError)           the profile store cannot be read or written
+    ├── BundleError (ValueError)       a file of profiles is not what it should be
+    ├── AgreementError (RuntimeError)  the processes of a program have no profiles in common
+    ├── StorageError (RuntimeError)    the storage that machines tune through cannot be used
+    └── ProbeError (RuntimeError)      the measuring process cannot be started or understood
 
     AutochunkWarning (UserWarning)
-    ├── MissWarning                  "auto" found no profile; names the command that makes one
-    ├── BudgetWarning                no plan that was measured fits the memory budget
-    ├── StaleWarning                 "auto" used a profile measured with other versions
-    └── StoreWarning                 a layer, or rows of a store, could not be read and were left out; a damaged store was set aside
+    ├── MissWarning                    "auto" found no profile; names the command that makes one
+    ├── BudgetWarning                  no plan that was measured fits the memory budget
+    ├── StaleWarning                   "auto" used a profile measured with other versions
+    └── StoreWarning                   a layer or rows of a store were left out, or a store mended
 """
 
 __all__ = [

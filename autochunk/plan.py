@@ -47,6 +47,10 @@ class Plan:
             return self
         return Plan("xla_rows", self.max_chunk_size_mb or DEFAULT_MAX_CHUNK_SIZE_MB)
 
+    def as_data(self) -> list[Any]:
+        """The plan as JSON data, of which ``Plan(*data)`` makes it again."""
+        return [self.implementation, self.max_chunk_size_mb]
+
     def __str__(self) -> str:
         if self.implementation in IMPLEMENTATIONS and not is_sliced(self.implementation):
             return self.implementation
@@ -76,7 +80,7 @@ class Plans:
 
 
 class LogitsShape(NamedTuple):
-    """Sizes of the logits [batch, kv heads, groups of query heads, T', T] and bytes of one logit."""
+    """Sizes of the logits [batch, kv heads, groups of query heads, T', T], and bytes of one."""
 
     batch: int
     heads: int
@@ -100,15 +104,18 @@ class Slices(NamedTuple):
     keys: int
 
     def counts(self, shape: LogitsShape) -> Slices:
-        """Number of slices along each axis.
-
-        The last one overlaps its neighbour where the size does not divide.
-        """
-        return Slices(*(-(-getattr(shape, axis) // getattr(self, axis)) for axis in self._fields))
+        """Number of slices along each axis."""
+        sizes = self._asdict().items()
+        return Slices(*(slice_count(getattr(shape, axis), size) for axis, size in sizes))
 
     def chunk_bytes(self, shape: LogitsShape) -> int:
         """Bytes of logits of one slice."""
         return math.prod(self) * shape.groups * shape.itemsize
+
+
+def slice_count(length: int, size: int) -> int:
+    """Slices of one size along an axis; the last overlaps its neighbour unless the size divides."""
+    return -(-length // size)
 
 
 def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
@@ -181,11 +188,8 @@ def causal_block(shape: LogitsShape) -> LogitsShape:
 
 
 def balanced(length: int, most: int) -> int:
-    """The slice size, at most ``most``, that cuts ``length`` into the fewest slices and those as
-    equal as they can be.
-    """
-    count = -(-length // max(1, most))
-    size = -(-length // count)
+    """The size, at most ``most``, that cuts ``length`` into the fewest and most equal slices."""
+    size = slice_count(length, slice_count(length, max(1, most)))
     # Matrix units work in eights; round up to one where that still fits and makes no fewer slices.
     rounded = -(-size // 8) * 8
     return rounded if size >= 32 and rounded <= most else size

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autochunk.errors import WorkloadError
+from autochunk.operands import OPERANDS, TERMS
 
 Mode = Literal["forward", "training"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -87,13 +88,8 @@ class Workload(BaseModel):
             ("value_size", "key_size", None),
         ):
             data.setdefault(name, data.get(source, default))
-        sizes = [
-            data.get("batch", 1),
-            data.get("num_heads", 1),
-            data.get("query_length"),
-            data["key_length"],
-        ]
-        for name in ("mask", "bias"):
+        sizes = {"b": 1, "h": 1} | {item: data[field] for item, field in _sizes_in(data)}
+        for name in TERMS:
             data[name] = _canonical_pattern(name, data.get(name, "none"), sizes)
         return data
 
@@ -162,13 +158,12 @@ class Workload(BaseModel):
 
     @property
     def shape(self) -> str:
-        """The shortest ``--shape`` text that, with ``--dtype`` and ``--mode``, names this workload."""
+        """The shortest ``--shape`` that, with ``--dtype`` and ``--mode``, names this workload."""
         implied = {
             "kv_heads": self.num_heads,
             "v": self.key_size,
             "causal": False,
-            "mask": "none",
-            "bias": "none",
+            **dict.fromkeys(TERMS, "none"),
             "dtype": self.dtype,
             "mode": self.mode,
         }
@@ -182,6 +177,14 @@ class Workload(BaseModel):
     def tune_command(self) -> str:
         """The command line that tunes this workload."""
         return f"autochunk tune --shape {self.shape} --dtype {self.dtype} --mode {self.mode}"
+
+    def operand_shape(self, name: str) -> tuple[int, ...] | None:
+        """Sizes [batch, ...] of one of OPERANDS, 1 where it broadcasts; None if it is not there."""
+        letters: str = getattr(self, name) if name in TERMS else OPERANDS[name].letters
+        if letters == "none":
+            return None
+        sizes = {"1": 1, "n": self.num_kv_heads}
+        return tuple(sizes.get(letter) or getattr(self, _ITEMS[letter]) for letter in letters)
 
     def with_mode(self, mode: Mode) -> Workload:
         """The same call in another mode."""
@@ -219,9 +222,7 @@ def workloads_of(
 def of_kind(
     workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]
 ) -> list[Workload]:
-    """Those of the workloads that have one of these dtypes, or any if none is given, and one of
-    these modes.
-    """
+    """Those that have one of these dtypes, or any if none is given, and one of these modes."""
     return [
         workload
         for workload in workloads
@@ -229,18 +230,22 @@ def of_kind(
     ]
 
 
-def _canonical_pattern(name: str, pattern: Any, sizes: list[Any]) -> Any:
+def _sizes_in(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(item, field) of each size that is given."""
+    return ((item, field) for item, field in _ITEMS.items() if field in data)
+
+
+def _canonical_pattern(name: str, pattern: Any, sizes: Mapping[str, Any]) -> Any:
     """Writes ``1`` for dims of size one, which cannot be told from broadcast ones."""
     if pattern == "none" or not isinstance(pattern, str):
         return pattern
-    if not re.fullmatch("[b1][h1][t1][s1]", pattern):
+    letters = TERMS[name].letters
+    if not re.fullmatch("".join(f"[{letter}1]" for letter in letters), pattern):
         raise ValueError(
             f"{name}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the "
             "array broadcasts over batch, heads, t or s)"
         )
-    return "".join(
-        "1" if size == 1 else letter for letter, size in zip(pattern, sizes, strict=True)
-    )
+    return "".join("1" if sizes.get(letter) == 1 else letter for letter in pattern)
 
 
 def key_items(text: str) -> dict[str, str]:
@@ -251,16 +256,15 @@ def key_items(text: str) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=100_000)
 def split_key(key: str) -> tuple[tuple[int, ...], str]:
-    """(sizes, everything else) of a key as ``Workload.key`` writes it, quicker than by
-    ``Workload.parse``; no sizes for another text.
+    """(sizes, everything else) of a key as ``Workload.key`` writes it; no sizes for another text.
+
+    It is quicker than ``Workload.parse``.
     """
     sizes, comma, rest = key.removeprefix(_PREFIX).partition(",dtype=")
     numbers = [item.partition("=")[2] for item in sizes.split(",")]
-    return (
-        (tuple(map(int, numbers)), rest)
-        if comma and all(number.isdecimal() for number in numbers)
-        else ((), key)
-    )
+    if not comma or not all(number.isdecimal() for number in numbers):
+        return (), key
+    return tuple(map(int, numbers)), rest
 
 
 def _read_value(text: str, name: str, value: str) -> Any:
@@ -269,7 +273,7 @@ def _read_value(text: str, name: str, value: str) -> Any:
         if value.lower() not in _BOOLEANS:
             raise WorkloadError(f"{text!r}: causal={value!r} is neither yes nor no")
         return _BOOLEANS[value.lower()]
-    if name in ("dtype", "mask", "bias", "mode"):
+    if name in ("dtype", "mode", *TERMS):
         return value
     if not re.fullmatch("[0-9]{1,15}", value):
         raise WorkloadError(f"{text!r}: {name}={value!r} is not a whole number of at least 1")

@@ -23,10 +23,8 @@ def limit_memory(gigabytes: float) -> None:
     from autochunk.device import visible_gpus
 
     fraction = gigabytes * 1e9 / total_bytes(visible_gpus()[0])
-    os.environ |= {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}",
-    }
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
 
 
 def total_bytes(gpu: str) -> int:
@@ -44,22 +42,17 @@ def run(
 
     import autochunk
 
-    query, key, value = (
-        jax.random.normal(jax.random.key(seed), (1, length, heads, key_size)) for seed in range(3)
-    )
+    shape, limit = (1, length, heads, key_size), max_chunk_size_mb
+    query, key, value = (jax.random.normal(jax.random.key(seed), shape) for seed in range(3))
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return autochunk.dot_product_attention(
-            query, key, value, max_chunk_size_mb=max_chunk_size_mb
-        )
+        return autochunk.dot_product_attention(query, key, value, max_chunk_size_mb=limit)
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.sum(attend(query, key, value))
 
-    steps: dict[str, Callable[..., Any]] = {
-        "forward": attend,
-        "training": jax.grad(loss, argnums=(0, 1, 2)),
-    }
+    training = jax.grad(loss, argnums=(0, 1, 2))
+    steps: dict[str, Callable[..., Any]] = {"forward": attend, "training": training}
     seconds = {}
     for name, step in steps.items():
         compiled = jax.jit(step).lower(query, key, value).compile()
@@ -70,33 +63,23 @@ def run(
         seconds[name] = (time.perf_counter() - start) / repeats
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         used = "" if peak is None else f", at most {peak / 1e9:.2f} GB of memory in use"
-        print(
-            f"{name:8s} {seconds[name] * 1e3:9.1f} ms{used}; dense logits are "
-            f"{8 * heads * length**2 / 1e9:.1f} GB",
-            flush=True,
-        )
+        dense = f"dense logits are {8 * heads * length**2 / 1e9:.1f} GB"
+        print(f"{name:8s} {seconds[name] * 1e3:9.1f} ms{used}; {dense}", flush=True)
     return seconds
 
 
 def main(arguments: list[str]) -> None:
     """Reads the sizes and runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     for name, default in (("length", 30000), ("heads", 16), ("key-size", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
-        "--memory-gb", type=float, default=12.0, help="what jax may take of the GPU"
-    )
+    parser.add_argument("--memory-gb", type=float, default=12.0, help="what jax may take")
     parser.add_argument("--max-chunk-size-mb", type=float, help='the default is "auto"')
     read = parser.parse_args(arguments)
     limit_memory(read.memory_gb)
-    run(
-        read.length,
-        read.heads,
-        read.key_size,
-        "auto" if read.max_chunk_size_mb is None else read.max_chunk_size_mb,
-    )
+    limit = "auto" if read.max_chunk_size_mb is None else read.max_chunk_size_mb
+    run(read.length, read.heads, read.key_size, limit)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import haiku as hk
@@ -24,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import autochunk
+from autochunk.attention.arguments import Arguments
 from autochunk.device import available_cpu_bytes
-from autochunk.tuner.bench import row_loop
+from autochunk.tuner.peers import row_loop
 
 KINDS = ("dense", "row loop", "1000 MB", "auto")
 
@@ -37,14 +40,13 @@ class RowLoopAttention(hk.MultiHeadAttention):
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
     ) -> jax.Array:
         """As in ``hk.MultiHeadAttention``."""
-        inputs = (
-            (query, self.key_size, "query"),
-            (key, self.key_size, "key"),
-            (value, self.value_size, "value"),
+        heads = Arguments(
+            self._linear_projection(query, self.key_size, "query"),
+            self._linear_projection(key, self.key_size, "key"),
+            self._linear_projection(value, self.value_size, "value"),
+            mask=mask,
         )
-        heads = [self._linear_projection(x, size, name) for x, size, name in inputs]
-        attended = row_loop(*heads, None, mask, causal=False)
-        flat = attended.reshape((*query.shape[:-1], self.num_heads * self.value_size))
+        flat = row_loop(heads).reshape((*query.shape[:-1], self.num_heads * self.value_size))
         return hk.Linear(self.model_size, w_init=self.w_init)(flat)
 
 
@@ -62,31 +64,26 @@ def module(kind: str, sizes: Sizes) -> hk.Transformed:
     """Self-attention by one of KINDS."""
 
     def forward(x: jax.Array) -> jax.Array:
-        settings = {
-            "num_heads": sizes.heads,
-            "key_size": sizes.key_size,
-            "w_init": hk.initializers.VarianceScaling(),
-            "name": "attention",
+        kinds: dict[str, Callable[..., hk.MultiHeadAttention]] = {
+            "dense": hk.MultiHeadAttention,
+            "row loop": RowLoopAttention,
+            "1000 MB": functools.partial(autochunk.MultiHeadAttention, max_chunk_size_mb=1000),
+            "auto": functools.partial(autochunk.MultiHeadAttention, max_chunk_size_mb="auto"),
         }
-        if kind in ("dense", "row loop"):
-            attention = (hk.MultiHeadAttention if kind == "dense" else RowLoopAttention)(**settings)
-        else:
-            attention = autochunk.MultiHeadAttention(
-                max_chunk_size_mb=1000 if kind == "1000 MB" else "auto", **settings
-            )
+        init = hk.initializers.VarianceScaling()
+        attention = kinds[kind](sizes.heads, sizes.key_size, w_init=init, name="attention")
         return attention(x, x, x)
 
     return hk.without_apply_rng(hk.transform(forward))
 
 
 def measure(kind: str, sizes: Sizes, repeats: int) -> tuple[float, float]:
-    """Median seconds of a forward pass, and the MB by which this process's peak memory grew.
+    """Median seconds of a forward pass, and MB by which it made this process's peak memory grow.
 
-    Compiling counts for the memory and not for the time.
+    Compiling comes before, and counts for neither.
     """
-    x = jnp.asarray(
-        np.random.default_rng(0).standard_normal((1, sizes.length, sizes.size), np.float32)
-    )
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, sizes.length, sizes.size), np.float32))
     parameters = module("dense", sizes).init(jax.random.key(1), x[:, :1])
     compiled = jax.jit(module(kind, sizes).apply).lower(parameters, x).compile()
     before = peak_mb()
@@ -106,44 +103,32 @@ def peak_mb() -> float:
 def run(sizes: Sizes, repeats: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """(seconds, MB) of every kind that fits in memory, once a round."""
     logits_bytes = 4 * sizes.heads * sizes.length**2
-    kinds = [
-        kind for kind in KINDS if kind != "dense" or 2.5 * logits_bytes < available_cpu_bytes()
-    ]
-    if "dense" not in kinds:
+    kinds = list(KINDS)
+    if 2.5 * logits_bytes >= available_cpu_bytes():
+        kinds.remove("dense")
         print(f"dense    left out: {logits_bytes / 1e9:.1f} GB of logits, twice, do not fit here")
     results: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    spawn = multiprocessing.get_context("spawn")
     for number in range(rounds):
         for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
-            with concurrent.futures.ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn")
-            ) as process:
+            with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
                 results[kind].append(process.submit(measure, kind, sizes, repeats).result())
-    reference = "row loop"
     for kind, measured in results.items():
         seconds, memory = (statistics.median(values) for values in zip(*measured, strict=True))
-        ratios = [
-            own[0] / other[0] for own, other in zip(measured, results[reference], strict=True)
-        ]
-        print(
-            f"{kind:8s} {seconds * 1e3:9.1f} ms ({statistics.median(ratios):.2f} of the row "
-            f"loop's, {min(ratios):.2f} to {max(ratios):.2f}) {memory:9.0f} MB"
-        )
+        pairs = zip(measured, results["row loop"], strict=True)
+        ratios = [own[0] / other[0] for own, other in pairs]
+        share = f"{statistics.median(ratios):.2f} of the row loop's"
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{kind:8s} {seconds * 1e3:9.1f} ms ({share}, {spread}) {memory:9.0f} MB")
     return results
 
 
 def main(arguments: list[str]) -> None:
     """Reads the sizes and runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (
-        ("length", 16000),
-        ("size", 1024),
-        ("heads", 16),
-        ("key-size", 64),
-        ("repeats", 2),
-        ("rounds", 3),
-    ):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    sizes = {"length": 16000, "size": 1024, "heads": 16, "key-size": 64}
+    for name, default in {**sizes, "repeats": 2, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     read = vars(parser.parse_args(arguments))
     repeats, rounds = read.pop("repeats"), read.pop("rounds")

@@ -9,6 +9,7 @@ The text is what ships with Python: the docstrings of its standard library. Run 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import pydoc
 import sys
@@ -24,27 +25,16 @@ import optax
 import autochunk
 
 VOCABULARY = 128  # ASCII
+MODULES = (
+    *("argparse", "ast", "asyncio", "collections", "datetime", "decimal", "email"),
+    *("enum", "logging", "pathlib", "random", "textwrap"),
+)
 
 
 def standard_library_text() -> np.ndarray[Any, Any]:
     """The docstrings of Python's standard library modules and their public members, as ASCII."""
     texts = []
-    for name in sorted(
-        (
-            "argparse",
-            "ast",
-            "asyncio",
-            "collections",
-            "datetime",
-            "decimal",
-            "email",
-            "enum",
-            "logging",
-            "pathlib",
-            "random",
-            "typing",
-        )
-    ):
+    for name in MODULES:
         module = pydoc.locate(name)
         for _, member in [(name, module), *inspect.getmembers(module)]:
             documentation = getattr(member, "__doc__", None)
@@ -66,15 +56,15 @@ def transformer(tokens: jax.Array, *, layers: int, heads: int, key_size: int) ->
     length, size = tokens.shape[1], heads * key_size
     init = hk.initializers.VarianceScaling(1 / layers)
     mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    positions = hk.get_parameter(
-        "positions", [1, length, size], init=hk.initializers.TruncatedNormal(0.02)
-    )
+    small = hk.initializers.TruncatedNormal(0.02)
+    positions = hk.get_parameter("positions", [1, length, size], init=small)
     x = hk.Embed(VOCABULARY, size)(tokens) + positions
     for _ in range(layers):
         h = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
-        x += autochunk.MultiHeadAttention(heads, key_size, w_init=init, max_chunk_size_mb="auto")(
-            h, h, h, mask
+        attention = autochunk.MultiHeadAttention(
+            heads, key_size, w_init=init, max_chunk_size_mb="auto"
         )
+        x += attention(h, h, h, mask)
         h = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
         x += hk.Linear(size, w_init=init)(jax.nn.gelu(hk.Linear(4 * size, w_init=init)(h)))
     return hk.Linear(VOCABULARY)(hk.LayerNorm(-1, create_scale=True, create_offset=True)(x))
@@ -91,11 +81,8 @@ def train(
     learning_rate: float = 2e-3,
 ) -> list[float]:
     """Trains with Adam and returns the loss (nats per character) of each step."""
-    model = hk.without_apply_rng(
-        hk.transform(
-            lambda tokens: transformer(tokens, layers=layers, heads=heads, key_size=key_size)
-        )
-    )
+    forward = functools.partial(transformer, layers=layers, heads=heads, key_size=key_size)
+    model: hk.Transformed = hk.without_apply_rng(hk.transform(forward))
 
     def loss(parameters: Any, window: jax.Array) -> jax.Array:
         log_probabilities = jax.nn.log_softmax(model.apply(parameters, window[:, :-1]))
@@ -123,17 +110,10 @@ def train(
 
 def main(arguments: list[str]) -> None:
     """Reads the sizes and trains."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (
-        ("steps", 200),
-        ("batch", 8),
-        ("length", 256),
-        ("layers", 2),
-        ("heads", 4),
-        ("key-size", 32),
-    ):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    sizes = {"length": 256, "layers": 2, "heads": 4, "key-size": 32}
+    for name, default in {"steps": 200, "batch": 8, **sizes}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     train(**vars(parser.parse_args(arguments)))
 

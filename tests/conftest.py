@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-from autochunk.store import layers, resolve
+from autochunk.resolution import places, resolve
 
 # A shape that broadcasts by accident is an error here, not a silent outer product.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,7 +30,7 @@ def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv("AUTOCHUNK_STORE", str(path))
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "site"))
     monkeypatch.delenv("AUTOCHUNK_PROFILES", raising=False)
-    monkeypatch.setattr(layers, "shipped_profiles", lambda: tmp_path / "shipped")
+    monkeypatch.setattr(places, "shipped_profiles", lambda: tmp_path / "shipped")
     resolve.forget_all()
     yield path
     resolve.forget_all()

@@ -5,30 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from autochunk.device import Device
-from autochunk.store.profile import Measurement, Profile
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
 TESTS = Path(__file__).resolve().parent
 
+Scripted = Callable[..., tuple[str, ...]]
+"""What the fixture ``scripted`` of the tuner's tests is: makes a worker's command of its script."""
+
 
 def make_device(**fields: Any) -> Device:
     """A CPU that no profile was ever shipped for."""
-    return Device(
-        **{
-            "platform": "cpu",
-            "kind": "Made/Up",
-            "cores": 4,
-            "memory_gib": 8,
-            "jax": "0.12.0",
-            "jaxlib": "0.12.0",
-            **fields,
-        }
-    )
+    size: dict[str, Any] = {"cores": 4, "memory_gib": 8}
+    versions: dict[str, Any] = {"jax": "0.12.0", "jaxlib": "0.12.0"}
+    return Device(**{"platform": "cpu", "kind": "Made/Up", **size, **versions, **fields})
 
 
 def make_workload(shape: str = "b=2,t=1024,s=1024,h=8,k=64", **defaults: Any) -> Workload:
@@ -84,17 +80,15 @@ def make_profile(
     key = workload.key if isinstance(workload, Workload) else workload or make_workload().key
     given = {
         "schema_version": 1,
+        "workload": key,
+        "device": device or make_device(),
+        "measurements": tuple(measurements),
         "effort": "standard",
         "complete": True,
         "created": "2026-01-02T03:04:05Z",
         "autochunk": "0.1.0",
     }
-    return Profile(
-        workload=key,
-        device=device or make_device(),
-        measurements=tuple(measurements),
-        **{**given, **fields},
-    )
+    return Profile(**{**given, **fields})
 
 
 def one_plan(limit: float | None, implementation: str = "xla") -> tuple[Measurement, ...]:
@@ -106,14 +100,8 @@ def start_python(code: str, *arguments: object, **environment: str) -> subproces
     """Starts a Python process with this environment and more, which can import this module."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
-    return subprocess.Popen(
-        command,
-        env=env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def run_python(code: str, *arguments: object, timeout: float = 60.0, **environment: str) -> str:

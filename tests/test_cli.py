@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
 import signal
@@ -22,15 +21,16 @@ from rich.console import Console
 from autochunk.cli import main
 from autochunk.device import detect
 from autochunk.report import TuneProgress
-from autochunk.store import bundle
-from autochunk.store.database import ProfileStore
+from autochunk.store import bundle, files
 from autochunk.store.profile import utc_now
+from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.tune import Event
+from autochunk.tuner.events import Event, Failed, OutOfTime
 from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SHAPE = "b=2,t=64,h=2,k=8"
+PLACE = (make_workload(SHAPE), 1, 2)
 
 
 def call(*arguments: str, stdin: bytes | None = None) -> Result:
@@ -58,11 +58,9 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert row["shape"] in call("show").stdout
 
     (answer,) = json.loads(call("explain", "--shape", SHAPE, "--mode", "forward", "--json").stdout)
-    assert (answer["match"], answer["implementation"], answer["max_chunk_size_mb"]) == (
-        "exact",
-        row["implementation"],
-        row["max_chunk_size_mb"],
-    )
+    assert answer["match"] == "exact"
+    for name in ("implementation", "max_chunk_size_mb"):
+        assert answer[name] == row[name]
     assert "because" in call("explain", "--shape", SHAPE, "--mode", "forward").stdout
 
     file = tmp_path / "profiles.json"
@@ -70,19 +68,13 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert call("export", "-").stdout == file.read_text()
     other = str(tmp_path / "other.sqlite")
     counts = "0 newer, 0 older, 0 conflicting"
-    assert (
-        f"1 new, 0 same, {counts}. 1 of 1 profiles would be stored."
-        in call("import", "--dry-run", "--store", other, str(file)).stdout
-    )
+    told = call("import", "--dry-run", "--store", other, str(file)).stdout
+    assert f"1 new, 0 same, {counts}. 1 of 1 profiles would be stored." in told
     assert not Path(other).exists()
-    assert (
-        f"1 new, 0 same, {counts}. 1 of 1 profiles were stored."
-        in call("import", "--store", other, str(file)).stdout
-    )
-    assert (
-        f"0 new, 1 same, {counts}. 0 of 1 profiles were stored."
-        in call("import", "--store", other, "-", stdin=file.read_bytes()).stdout
-    )
+    told = call("import", "--store", other, str(file)).stdout
+    assert f"1 new, 0 same, {counts}. 1 of 1 profiles were stored." in told
+    told = call("import", "--store", other, "-", stdin=file.read_bytes()).stdout
+    assert f"0 new, 1 same, {counts}. 0 of 1 profiles were stored." in told
     assert json.loads(call("show", "--store", other, "--json").stdout) == tuned
 
     (compared,) = json.loads(call("bench", "--rounds", "2", "--json").stdout)
@@ -97,10 +89,7 @@ def test_show_and_explain_without_profiles() -> None:
     assert "`autochunk tune` makes some" in call("show").stdout
     assert json.loads(call("show", "--json").stdout) == []
     answer = call("explain", "--shape", SHAPE, "--mode", "training").stdout
-    assert (
-        f"autochunk tune --shape {'b=2,t=64,s=64,h=2,k=8'} --dtype float32 --mode training"
-        in answer
-    )
+    assert "autochunk tune --shape b=2,t=64,s=64,h=2,k=8 --dtype float32 --mode training" in answer
     assert "1000" in answer
 
 
@@ -123,33 +112,27 @@ def test_missed_workloads_are_tuned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("line", "words"),
     [
-        (["tune", "--shape", "b=1,q=3"], "'q=3' is not an item of a shape"),
-        (["tune", "--shape", "t=0,k=1"], "t='0'|t=0"),
+        ("tune --shape b=1,q=3", "'q=3' is not an item of a shape"),
+        ("tune --shape t=0,k=1", "t='0'|t=0"),
         (
-            ["tune", "--shape", "t=8,k=8", "--timeout", "-1"],
+            "tune --shape t=8,k=8 --timeout=-1",
             "timeout must be a positive finite number of seconds",
         ),
-        (["tune", "--shape", "t=8,k=8", "--timeout", "nan"], "timeout must be"),
-        (["tune", "--effort", "heroic"], "heroic"),
-        (["tune", "--preset", "nope"], "nope"),
-        (["explain"], "--shape"),
-        (
-            ["explain", "--shape", SHAPE, "--implementation", "fast"],
-            "implementation must be None or one of",
-        ),
-        (
-            ["explain", "--shape", SHAPE, "--memory-budget-mb", "-3"],
-            "must be a positive finite number",
-        ),
-        (["bench"], "the store has no such profile of this machine"),
-        (["import", "/nonexistent/bundle.json"], "No such file"),
+        ("tune --shape t=8,k=8 --timeout nan", "timeout must be"),
+        ("tune --effort heroic", "heroic"),
+        ("tune --preset nope", "nope"),
+        ("explain", "--shape"),
+        (f"explain --shape {SHAPE} --implementation fast", "implementation must be None or one of"),
+        (f"explain --shape {SHAPE} --memory-budget-mb -3", "must be a positive finite number"),
+        ("bench", "the store has no such profile of this machine"),
+        ("import /nonexistent/bundle.json", "No such file"),
     ],
 )
-def test_bad_arguments_are_told_in_a_line(arguments: list[str], words: str) -> None:
+def test_bad_arguments_are_told_in_a_line(line: str, words: str) -> None:
     """A clear message and a failing exit status; never a traceback."""
-    result = call(*arguments)
+    result = call(*line.split())
     assert result.exit_code in (1, 2)
     assert re.search(words, result.stderr), result.stderr
     assert isinstance(result.exception, SystemExit)
@@ -158,13 +141,8 @@ def test_bad_arguments_are_told_in_a_line(arguments: list[str], words: str) -> N
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"{",
-        b"[]",
-        b'{"schema_version": 2, "profiles": []}',
-        b'{"schema_version": 1}',
-        b"\xff\xfe",
-        b"[" * 10**6,
+        *(b"", b"{", b"[]", b"\xff\xfe", b"[" * 10**6),
+        *(b'{"schema_version": 1}', b'{"schema_version": 2, "profiles": []}'),
     ],
 )
 def test_importing_what_is_no_bundle_changes_nothing(
@@ -186,7 +164,7 @@ def test_import_says_what_it_does_with_each_profile(tmp_path: Path) -> None:
     theirs = make_profile(created="2026-02-01T00:00:00Z", effort="quick")
     ProfileStore().put(mine)
     file = tmp_path / "theirs.json.gz"
-    bundle.write(file, bundle.dump([theirs]))
+    files.write(file, bundle.dump([theirs]))
     kept = call("import", str(file)).stdout
     assert "left out" in kept
     assert "effort is quick in the bundle and standard in the store" in kept
@@ -210,13 +188,8 @@ def test_export_of_nothing_writes_nothing(filters: list[str], tmp_path: Path) ->
 
 def test_bench_without_a_shape_heeds_dtype_and_mode() -> None:
     """Of what is stored only that is timed which they name."""
-    here = detect()
-    ProfileStore().put_all(
-        [
-            make_profile(make_workload("t=8,k=2", dtype=dtype), here)
-            for dtype in ("float32", "bfloat16")
-        ]
-    )
+    workloads = [make_workload("t=8,k=2", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    ProfileStore().put_all([make_profile(workload, detect()) for workload in workloads])
     results = json.loads(call("bench", "--dtype", "bfloat16", "--rounds", "1", "--json").stdout)
     assert [Workload.parse(result["workload"]).dtype for result in results] == ["bfloat16"]
     assert "no such profile" in call("bench", "--dtype", "float16").stderr
@@ -226,16 +199,8 @@ def test_export_chooses_and_notes(tmp_path: Path) -> None:
     """By device and workload; says how many were left out."""
     here, there = make_profile(), make_profile(device=make_device(kind="Another/Kind"))
     ProfileStore().put_all([here, there])
-    result = call(
-        "export",
-        str(tmp_path / "b.json"),
-        "--device",
-        "another",
-        "--shape",
-        "t=1024",
-        "--note",
-        "from the lab",
-    )
+    options = ["--device", "another", "--shape", "t=1024", "--note", "from the lab"]
+    result = call("export", str(tmp_path / "b.json"), *options)
     assert result.exit_code == 0, result.output
     assert "1 profiles exported, 1 left out." in result.stderr
     found = bundle.read(tmp_path / "b.json")
@@ -247,9 +212,8 @@ def test_export_chooses_and_notes(tmp_path: Path) -> None:
 def test_export_of_what_machines_tuned_together(tmp_path: Path) -> None:
     """One bundle of a shared storage, whatever this machine's own store has."""
     place, workload = str(tmp_path / "journal"), Workload.parse(SHAPE)
-    result = call(
-        "tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick", "--storage", place
-    )
+    options = ["--mode", "forward", "--effort", "quick", "--storage", place]
+    result = call("tune", "--shape", SHAPE, *options)
     assert result.exit_code == 0, result.output
     ProfileStore().forget(ProfileStore().profiles())
     exported = call("export", "-", "--storage", place)
@@ -258,10 +222,8 @@ def test_export_of_what_machines_tuned_together(tmp_path: Path) -> None:
 
 def test_forget_asks_first_and_names_what_goes() -> None:
     """No answer, no deletion; the filters choose; without one it does nothing."""
-    old, new = (
-        make_profile(created="2020-01-01T00:00:00Z"),
-        make_profile(make_workload("t=64,k=8"), created=utc_now()),
-    )
+    old = make_profile(created="2020-01-01T00:00:00Z")
+    new = make_profile(make_workload("t=64,k=8"), created=utc_now())
     ProfileStore().put_all([old, new])
     assert call("forget").exit_code == 2
     refused = call("forget", "--older-than", "30", stdin=b"n\n")
@@ -276,31 +238,24 @@ def test_forget_asks_first_and_names_what_goes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stored", "words"),
+    ("event", "words"),
     [
-        ("failed", False, "not measured: no worker"),
-        ("failed", True, "failed: no worker"),
-        ("out_of_time", False, "not measured: out of time; the same command goes on from here"),
+        (Failed(*PLACE, "no worker", None), "not measured: no worker"),
+        (Failed(*PLACE, "no worker", make_profile()), "failed: no worker"),
         (
-            "out_of_time",
-            True,
+            OutOfTime(*PLACE, None),
+            "not measured: out of time; the same command goes on from here",
+        ),
+        (
+            OutOfTime(*PLACE, make_profile()),
             "out of time, and the profile from before stays (standard); the same command goes on "
             "from here",
         ),
     ],
 )
-def test_progress_says_what_became_of_a_workload(kind: Any, stored: bool, words: str) -> None:
+def test_progress_says_what_became_of_a_workload(event: Event, words: str) -> None:
     """Not measured is only what nothing is stored of."""
     console = Console(file=io.StringIO(), width=200)
-    event = Event(
-        kind,
-        make_workload(SHAPE),
-        1,
-        2,
-        make_device(),
-        detail="no worker",
-        profile=make_profile() if stored else None,
-    )
     with TuneProgress(console) as progress:
         progress(event)
     assert words in console.file.getvalue()  # type: ignore[attr-defined]
@@ -361,13 +316,10 @@ def test_dtypes_and_modes_hold_for_what_is_stored(
     options: list[str], kinds: set[tuple[str, str]], asked: list[Workload]
 ) -> None:
     """What was missed or is stale is measured only so far as --dtype and --mode let it through."""
+    store, older = ProfileStore(), make_device(jaxlib="0.1.0")
     for dtype, mode in (("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "training")):
-        ProfileStore().record_miss(make_device(), Workload.parse(SHAPE, dtype=dtype, mode=mode))
-        ProfileStore().put(
-            make_profile(
-                Workload.parse("t=64,k=8", dtype=dtype, mode=mode), make_device(jaxlib="0.1.0")
-            )
-        )
+        store.record_miss(make_device(), Workload.parse(SHAPE, dtype=dtype, mode=mode))
+        store.put(make_profile(Workload.parse("t=64,k=8", dtype=dtype, mode=mode), older))
     call("tune", *options)
     assert {(workload.dtype, workload.mode) for workload in asked} == kinds
 
@@ -383,10 +335,8 @@ def test_an_interrupted_tune_of_what_is_stale_goes_on(asked: list[Workload]) -> 
 def test_dtypes_and_modes_are_those_of_the_standard_set(asked: list[Workload]) -> None:
     """--dtype is repeatable, and holds where no shape is named."""
     call("tune", "--dtype", "float16", "--dtype", "bfloat16", "--mode", "forward")
-    assert {(workload.dtype, workload.mode) for workload in asked} == {
-        ("float16", "forward"),
-        ("bfloat16", "forward"),
-    }
+    kinds = {(workload.dtype, workload.mode) for workload in asked}
+    assert kinds == {("float16", "forward"), ("bfloat16", "forward")}
     assert len(asked) == 2 * len(EFFORT_SETTINGS["standard"].presets)
 
 
@@ -394,9 +344,8 @@ def test_stale_profiles_are_shown_forgotten_and_tuned_anew(tuned: list[dict[str,
     """--stale means the same everywhere: measured on this machine with another jaxlib."""
     assert "No stale profiles" in call("show", "--stale").stdout
     (profile,) = ProfileStore().profiles()
-    ProfileStore().put(
-        profile.model_copy(update={"device": profile.device.model_copy(update={"jaxlib": "0.1.0"})})
-    )
+    older = profile.device.model_copy(update={"jaxlib": "0.1.0"})
+    ProfileStore().put(profile.model_copy(update={"device": older}))
     (row,) = json.loads(call("show", "--stale", "--json").stdout)
     assert row["shape"] == tuned[0]["shape"]
     again = call("tune", "--stale", "--effort", "quick", "--json")
@@ -469,28 +418,17 @@ def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) 
 
     Ctrl-C, SIGTERM (a scheduler) or SIGHUP (a lost connection); what was measured is stored.
     """
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "autochunk.cli",
-            "tune",
-            "--shape",
-            "b=4,t=1024,h=8,k=64",
-            "--effort",
-            "thorough",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "1/" in line and "MB:" in line:
-            break
-    asked = time.monotonic()
-    process.send_signal(signal_number)
-    rest = process.stderr.read()
-    assert process.wait(timeout=30) == 130
+    line = "-m autochunk.cli tune --shape b=4,t=1024,h=8,k=64 --effort thorough"
+    command = [sys.executable, *line.split()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "1/" in line and "MB:" in line:
+                break
+        asked = time.monotonic()
+        process.send_signal(signal_number)
+        rest = process.stderr.read()
+        assert process.wait(timeout=30) == 130
     assert time.monotonic() - asked < 20
     assert "the same command goes on" in rest
     assert "Traceback" not in rest
@@ -504,33 +442,18 @@ def test_every_command_and_effort_is_in_the_readme() -> None:
     for name, command in main.commands.items():
         assert f"autochunk {name}" in text
         assert command.help
-    assert all(
-        option in text
-        for option in (
-            "--missed",
-            "--effort",
-            "--timeout",
-            "--json",
-            "--preset",
-            "--storage",
-            "--verify",
-            "--stale",
-            "AUTOCHUNK_STORE",
-            "AUTOCHUNK_PROFILES",
-        )
-    )
+    options = "--missed --effort --timeout --json --preset --storage --verify --stale".split()
+    for name in (*options, "AUTOCHUNK_STORE", "AUTOCHUNK_PROFILES"):
+        assert name in text
 
 
 def documented_commands() -> list[str]:
     """Every ``autochunk`` command line in the README's code and in the Kubernetes manifest."""
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    lines = re.findall(
-        r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)",
-        "\n".join(block.replace("/shared/autochunk/", "") for block in blocks),
-    )
-    manifest = re.search(
-        r"command: \[autochunk, (.*)\]", (README.parent / "examples" / "tune-job.yaml").read_text()
-    )
+    text = "\n".join(blocks).replace("/shared/autochunk/", "")
+    lines = re.findall(r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)", text)
+    job = README.parent / "examples" / "tune-job.yaml"
+    manifest = re.search(r"command: \[autochunk, (.*)\]", job.read_text())
     assert manifest is not None
     return [line.strip() for line in lines] + [manifest[1].replace(",", "")]
 
@@ -547,11 +470,5 @@ def test_the_installed_command_runs() -> None:
     command = Path(sys.executable).with_name("autochunk")
     if not command.exists():
         pytest.skip("the package is not installed beside this interpreter")
-    done = subprocess.run(
-        [str(command), "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=dict(os.environ),
-    )
+    done = subprocess.run([str(command), "--version"], capture_output=True, text=True, check=True)
     assert "autochunk" in done.stdout

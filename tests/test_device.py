@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jaxlib.version
 import pytest
 from factories import make_device, run_python
 from hypothesis import given
@@ -25,10 +26,12 @@ from autochunk.device import Device, available_cpu_bytes, cpu_memory_bytes, dete
 from autochunk.errors import DeviceError
 
 GIB = 2**30
-MEMINFO = (
-    "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 "
-    "kB\nBuffers:               0 kB\n"
-)
+MEMINFO = """\
+MemTotal:       16777216 kB
+MemFree:         1048576 kB
+MemAvailable:    8388608 kB
+Buffers:               0 kB
+"""
 V2 = "0::/\n"
 V1 = "12:cpu,cpuacct:/\n5:memory:/\n1:name=systemd:/\n"
 NESTED_V2 = "0::/outer/inner\n"
@@ -60,7 +63,7 @@ def test_detect_is_complete() -> None:
     assert 1 <= here.cores <= (os.cpu_count() or 1)
     assert here.memory_gib >= 1
     assert here.jax == jax.__version__
-    assert here.jaxlib == jax.lib.__version__
+    assert here.jaxlib == jaxlib.version.__version__
     assert here.driver == ""
     if Path("/proc/cpuinfo").exists():
         assert re.fullmatch(r"\S.* isa=[0-9a-f]{8} caches=\S+", here.kind)
@@ -68,10 +71,10 @@ def test_detect_is_complete() -> None:
 
 def test_detect_is_the_same_in_another_process() -> None:
     """The fingerprint depends on the machine only, so one process's profile answers in the next."""
-    code = (
-        "import jax; from autochunk import detect; "
-        "print(detect(jax.devices('cpu')[0]).model_dump_json())"
-    )
+    code = """
+import autochunk, jax
+print(autochunk.detect(jax.devices("cpu")[0]).model_dump_json())
+"""
     other = Device.model_validate_json(run_python(code, PYTHONHASHSEED="77"))
     assert other == detect(jax.devices("cpu")[0])
 
@@ -81,19 +84,24 @@ def test_detect_means_jax_s_default_device() -> None:
     assert detect() == detect(jax.local_devices()[0])
     with jax.default_device(jax.devices("cpu")[0]):
         assert detect().platform == "cpu"
-    code = (
-        "import jax; jax.config.update('jax_default_device', 'cpu'); from autochunk import "
-        "detect; print(detect().platform)"
-    )
+    code = """
+import autochunk, jax
+jax.config.update("jax_default_device", "cpu")
+print(autochunk.detect().platform)
+"""
     assert run_python(code).strip() == "cpu"
 
 
 def test_no_such_device_is_a_device_error() -> None:
     """A platform that jax does not have is a DeviceError with jax's reason, not a RuntimeError."""
-    code = (
-        "import autochunk\nfrom autochunk.errors import DeviceError\ntry: "
-        "autochunk.detect()\nexcept DeviceError as error: print(error)"
-    )
+    code = """
+import autochunk
+from autochunk.errors import DeviceError
+try:
+    autochunk.detect()
+except DeviceError as error:
+    print(error)
+"""
     assert "jax finds no device to compute on" in run_python(code, JAX_PLATFORMS="nonsense")
     assert issubclass(DeviceError, RuntimeError)
 
@@ -147,9 +155,8 @@ def test_visible_gpus(
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """What was asked for is named with what there is."""
     monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
-    with pytest.raises(
-        DeviceError, match=r'devices must be "all" or different numbers from 0 to 2'
-    ):
+    said = r'devices must be "all" or different numbers from 0 to 2'
+    with pytest.raises(DeviceError, match=said):
         device.visible_gpus(wanted)
 
 
@@ -164,26 +171,17 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
 
 def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read from what the driver and jax say of themselves."""
-    text = (
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC "
-        "version:  gcc version 15.3.0\n"
-    )
+    text = """\
+NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build
+GCC version:  gcc version 15.3.0
+"""
     monkeypatch.setattr(device, "_read", lambda _: text)
     assert device._nvidia_driver() == "580.159.04"
     monkeypatch.setattr(device, "_read", lambda _: "")
     assert device._nvidia_driver() == ""
-    assert (
-        device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 13000")))
-        == "13.0"
-    )
-    assert (
-        device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12080")))
-        == "12.8"
-    )
-    assert (
-        device._cuda_version(SimpleNamespace(client=SimpleNamespace(platform_version="rocm 7")))
-        == ""
-    )
+    for said, version in (("cuda 13000", "13.0"), ("cuda 12080", "12.8"), ("rocm 7", "")):
+        gpu = SimpleNamespace(client=SimpleNamespace(platform_version=said))
+        assert device._cuda_version(gpu) == version
 
 
 @pytest.mark.parametrize("field", ["jax", "jaxlib", "driver", "cuda", "cudnn"])
@@ -194,12 +192,12 @@ def test_key_has_no_version_in_it(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"platform": "gpu"}, {"kind": "Other"}, {"cores": 5}, {"cores": 0}, {"memory_gib": 9}],
+    ("field", "other"),
+    [("platform", "gpu"), ("kind", "Other"), ("cores", 5), ("cores", 0), ("memory_gib", 9)],
 )
-def test_key_has_every_hard_field(fields: dict[str, object]) -> None:
+def test_key_has_every_hard_field(field: str, other: object) -> None:
     """Profiles are shared between equal machines only."""
-    assert make_device(**fields).key != make_device().key
+    assert make_device(**{field: other}).key != make_device().key
 
 
 @pytest.mark.parametrize(
@@ -230,9 +228,8 @@ def test_stale_by_cudnns_minor_version() -> None:
     """A newer cuDNN brings other kernels, and those are candidates."""
     then = make_device(cudnn="9.19.0.56")
     assert then.stale_reasons(make_device(cudnn="9.19.1.2")) == []
-    assert then.stale_reasons(make_device(cudnn="9.20.0.48")) == [
-        "measured with cuDNN 9.19.0.56, this is 9.20.0.48"
-    ]
+    reasons = then.stale_reasons(make_device(cudnn="9.20.0.48"))
+    assert reasons == ["measured with cuDNN 9.19.0.56, this is 9.20.0.48"]
 
 
 @pytest.mark.parametrize("field", ["jax", "driver", "cuda"])
@@ -242,38 +239,32 @@ def test_other_versions_are_recorded_only(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("field", "wrong"),
     [
-        {"platform": ""},
-        {"kind": ""},
-        {"kind": "x" * 201},
-        {"cores": -1},
-        {"memory_gib": -1},
-        {"speed": 1},
+        ("platform", ""),
+        ("kind", ""),
+        ("kind", "x" * 201),
+        ("cores", -1),
+        ("memory_gib", -1),
+        ("speed", 1),
     ],
 )
-def test_device_is_checked(fields: dict[str, object]) -> None:
+def test_device_is_checked(field: str, wrong: object) -> None:
     """A fingerprint read from a file is checked."""
     with pytest.raises(ValidationError):
-        make_device(**fields)
+        make_device(**{field: wrong})
 
 
-KINDS = st.text(
-    st.characters(exclude_categories=["C"], exclude_characters="|"), min_size=1, max_size=20
-).filter(lambda kind: "cores=" not in kind and "memory=" not in kind)
-
-
-@given(
-    st.builds(
-        make_device,
-        kind=KINDS,
-        cores=st.integers(0, 512),
-        memory_gib=st.integers(0, 4096),
-        driver=st.text(max_size=9),
-    )
+LETTERS = st.characters(exclude_categories=["C"], exclude_characters="|")
+KINDS = st.text(LETTERS, min_size=1, max_size=20).filter(
+    lambda kind: "cores=" not in kind and "memory=" not in kind
 )
-def test_device_json_round_trip(one: Device) -> None:
+
+
+@given(KINDS, st.integers(0, 512), st.integers(0, 4096), st.text(max_size=9))
+def test_device_json_round_trip(kind: str, cores: int, memory: int, driver: str) -> None:
     """A device goes through JSON unchanged."""
+    one = make_device(kind=kind, cores=cores, memory_gib=memory, driver=driver)
     assert Device.model_validate_json(one.model_dump_json()) == one
     assert Device.model_validate(json.loads(json.dumps(one.model_dump(mode="json")))) == one
 
@@ -281,10 +272,8 @@ def test_device_json_round_trip(one: Device) -> None:
 @given(KINDS, KINDS, st.integers(0, 3), st.integers(0, 3))
 def test_keys_of_devices_are_injective(one: str, other: str, cores: int, more: int) -> None:
     """Different hard fields never give one key, whatever the kind's text."""
-    same = (one, cores) == (other, more)
-    assert (
-        make_device(kind=one, cores=cores).key == make_device(kind=other, cores=more).key
-    ) == same
+    first, second = make_device(kind=one, cores=cores), make_device(kind=other, cores=more)
+    assert (first.key == second.key) == ((one, cores) == (other, more))
 
 
 @pytest.mark.parametrize(
@@ -301,14 +290,25 @@ def test_a_kind_that_imitates_a_key_is_refused(kind: str) -> None:
 
 # --- The CPU's kind -------------------------------------------------------------------------------
 
-X86 = (
-    "processor\t: {n}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: "
-    "AMD EPYC\nstepping\t: 1\ncpu MHz\t: {mhz}\nflags\t\t: {flags}\n"
-)
-ARM = (
-    "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU "
-    "variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n"
-)
+X86 = """\
+processor\t: {n}
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: 1
+model name\t: AMD EPYC
+stepping\t: 1
+cpu MHz\t: {mhz}
+flags\t\t: {flags}
+"""
+ARM = """\
+processor\t: 0
+BogoMIPS\t: 50.00
+Features\t: fp asimd
+CPU implementer\t: 0x41
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+"""
 
 
 def test_kind_of_an_x86(files: Files) -> None:
@@ -330,11 +330,8 @@ def test_kind_leaves_out_what_changes(files: Files) -> None:
     """
     files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
     first = device._cpu_kind()
-    files["/proc/cpuinfo"] = (
-        X86.format(n=0, mhz=3456.789, flags="avx  sse")
-        + "\n"
-        + X86.format(n=1, mhz=1, flags="sse avx")
-    )
+    faster = X86.format(n=0, mhz=3456.789, flags="avx  sse")
+    files["/proc/cpuinfo"] = f"{faster}\n{X86.format(n=1, mhz=1, flags='sse avx')}"
     assert device._cpu_kind() == first
 
 
@@ -365,14 +362,13 @@ def test_cores_follow_the_affinity_of_this_process() -> None:
     """The real affinity, without a seam: a process bound to one core has one."""
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no affinity on this system")
-    core = min(os.sched_getaffinity(0))
-    assert (
-        run_python(
-            f"import os; os.sched_setaffinity(0, {{{core}}}); from autochunk.device import "
-            "usable_cores; print(usable_cores())"
-        ).strip()
-        == "1"
-    )
+    code = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+from autochunk.device import usable_cores
+print(usable_cores())
+"""
+    assert run_python(code, min(os.sched_getaffinity(0))).strip() == "1"
 
 
 @pytest.mark.parametrize(
@@ -416,20 +412,13 @@ def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
 )
 def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: int) -> None:
     """Version 1 has quota and period in two files; -1 is no limit."""
-    files.update(
-        {
-            "/proc/self/cgroup": V1,
-            f"{ROOT}/cpu/cpu.cfs_quota_us": quota,
-            f"{ROOT}/cpu/cpu.cfs_period_us": period,
-        }
-    )
+    files["/proc/self/cgroup"] = V1
+    files[f"{ROOT}/cpu/cpu.cfs_quota_us"] = quota
+    files[f"{ROOT}/cpu/cpu.cfs_period_us"] = period
     assert usable_cores() == cores
 
 
-@pytest.mark.parametrize(
-    ("cgroup", "root", "name"),
-    [(NESTED_V2, ROOT, "cpu.max"), (NESTED_V1, f"{ROOT}/cpu", "cpu.max")],
-)
+@pytest.mark.parametrize(("cgroup", "root"), [(NESTED_V2, ROOT), (NESTED_V1, f"{ROOT}/cpu")])
 @pytest.mark.parametrize(
     ("outer", "inner", "cores"),
     [
@@ -439,28 +428,20 @@ def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: int) ->
     ],
 )
 def test_cores_by_nested_quotas(
-    files: Files, cgroup: str, root: str, name: str, outer: str, inner: str, cores: int
+    files: Files, cgroup: str, root: str, outer: str, inner: str, cores: int
 ) -> None:
     """A quota may sit on any cgroup above the process's own; the least one binds."""
-    files.update(
-        {
-            "/proc/self/cgroup": cgroup,
-            f"{root}/outer/{name}": outer,
-            f"{root}/outer/inner/{name}": inner,
-        }
-    )
+    files["/proc/self/cgroup"] = cgroup
+    files[f"{root}/outer/cpu.max"] = outer
+    files[f"{root}/outer/inner/cpu.max"] = inner
     assert usable_cores() == cores
 
 
 def test_quota_of_a_foreign_cgroup_does_not_bind(files: Files) -> None:
     """Only the process's own cgroup and those above it count, and only the cpu controller's."""
-    files.update(
-        {
-            "/proc/self/cgroup": "3:cpuset:/\n0::/mine\n",
-            f"{ROOT}/other/cpu.max": "100000 100000",
-            f"{ROOT}/cpuset/cpu.cfs_quota_us": "1",
-        }
-    )
+    files["/proc/self/cgroup"] = "3:cpuset:/\n0::/mine\n"
+    files[f"{ROOT}/other/cpu.max"] = "100000 100000"
+    files[f"{ROOT}/cpuset/cpu.cfs_quota_us"] = "1"
     assert usable_cores() == 64
 
 
@@ -481,21 +462,19 @@ def test_memory_without_meminfo(files: Files) -> None:
 
 def test_memory_of_this_machine() -> None:
     """The real files, without a seam: some memory is available, and no more than there is."""
-    assert (
-        0
-        < available_cpu_bytes()
-        <= cpu_memory_bytes()
-        <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_cpu_bytes() <= cpu_memory_bytes() <= whole
 
 
-@pytest.mark.parametrize(
-    ("cgroup", "root", "limit_name", "used_name"),
-    [
-        (V2, ROOT, "memory.max", "memory.current"),
-        (V1, f"{ROOT}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ],
+# The cgroup, and its files of the memory's limit, usage and statistics.
+MEMORY_V2 = (V2, *(f"{ROOT}/memory.{name}" for name in ("max", "current", "stat")))
+MEMORY_V1 = (
+    V1,
+    *(f"{ROOT}/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")),
 )
+
+
+@pytest.mark.parametrize("names", [MEMORY_V2, MEMORY_V1], ids=["v2", "v1"])
 @pytest.mark.parametrize(
     ("limit", "used", "total", "available"),
     [
@@ -511,24 +490,11 @@ def test_memory_of_this_machine() -> None:
     ],
 )
 def test_memory_by_cgroup(
-    files: Files,
-    cgroup: str,
-    root: str,
-    limit_name: str,
-    used_name: str,
-    limit: object,
-    used: object,
-    total: int,
-    available: int,
+    files: Files, names: tuple[str, ...], limit: object, used: object, total: int, available: int
 ) -> None:
     """The lesser of the machine's memory and the cgroup's, in both versions."""
-    files.update(
-        {
-            "/proc/self/cgroup": cgroup,
-            f"{root}/{limit_name}": f"{limit}\n",
-            f"{root}/{used_name}": f"{used}\n",
-        }
-    )
+    files["/proc/self/cgroup"], limit_name, used_name, _ = names
+    files |= {limit_name: f"{limit}\n", used_name: f"{used}\n"}
     assert cpu_memory_bytes() == total * GIB
     assert available_cpu_bytes() == available * GIB
 
@@ -538,61 +504,31 @@ def test_memory_by_nested_cgroups(files: Files) -> None:
 
     The outer one has neighbours that use it up.
     """
-    folder = f"{ROOT}/outer"
-    files.update(
-        {
-            "/proc/self/cgroup": NESTED_V2,
-            f"{folder}/memory.max": str(6 * GIB),
-            f"{folder}/memory.current": str(5 * GIB),
-            f"{folder}/inner/memory.max": str(4 * GIB),
-            f"{folder}/inner/memory.current": str(1 * GIB),
-        }
-    )
+    files["/proc/self/cgroup"] = NESTED_V2
+    files[f"{ROOT}/outer/memory.max"] = str(6 * GIB)
+    files[f"{ROOT}/outer/memory.current"] = str(5 * GIB)
+    files[f"{ROOT}/outer/inner/memory.max"] = str(4 * GIB)
+    files[f"{ROOT}/outer/inner/memory.current"] = str(1 * GIB)
     assert cpu_memory_bytes() == 4 * GIB
     assert available_cpu_bytes() == 1 * GIB
 
 
 @pytest.mark.parametrize(
-    ("cgroup", "root", "limit_name", "used_name", "stat"),
+    ("names", "stat"),
     [
-        (
-            V2,
-            ROOT,
-            "memory.max",
-            "memory.current",
-            f"anon 1\ninactive_file {2 * GIB}\nactive_file 3\n",
-        ),
-        (
-            V1,
-            f"{ROOT}/memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            f"cache 1\ntotal_inactive_file {2 * GIB}\n",
-        ),
-        pytest.param(
-            V1,
-            f"{ROOT}/memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            f"cache 1\ninactive_file 0\ntotal_cache 1\ntotal_inactive_file {2 * GIB}\n",
-        ),
+        (MEMORY_V2, f"anon 1\ninactive_file {2 * GIB}\nactive_file 3\n"),
+        (MEMORY_V1, f"cache 1\ntotal_inactive_file {2 * GIB}\n"),
+        (MEMORY_V1, f"cache 1\ninactive_file 0\ntotal_cache 1\ntotal_inactive_file {2 * GIB}\n"),
     ],
+    ids=["v2", "v1", "v1 with children"],
 )
-def test_page_cache_is_free(
-    files: Files, cgroup: str, root: str, limit_name: str, used_name: str, stat: str
-) -> None:
+def test_page_cache_is_free(files: Files, names: tuple[str, ...], stat: str) -> None:
     """Cached files that the kernel drops on demand do not count as used.
 
     In version 1 those of child groups, too.
     """
-    files.update(
-        {
-            "/proc/self/cgroup": cgroup,
-            f"{root}/{limit_name}": str(4 * GIB),
-            f"{root}/{used_name}": str(3 * GIB),
-            f"{root}/memory.stat": stat,
-        }
-    )
+    files["/proc/self/cgroup"], limit_name, used_name, stat_name = names
+    files |= {limit_name: str(4 * GIB), used_name: str(3 * GIB), stat_name: stat}
     assert available_cpu_bytes() == 3 * GIB
 
 

@@ -12,9 +12,10 @@ from autochunk import doctor
 from autochunk.device import detect
 from autochunk.doctor import Finding, examine
 from autochunk.plan import Plan
-from autochunk.store import bundle
-from autochunk.store.database import ProfileStore
-from autochunk.store.profile import DENSE, Profile
+from autochunk.store import bundle, files
+from autochunk.store.choice import DENSE
+from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.verify import Verification, verify
 from autochunk.workload import Workload
 
@@ -68,9 +69,8 @@ def test_damaged_profiles_of_a_bundle_are_a_problem(
     """The bundle can be read, and has them listed; their content is not what was written."""
     file = tmp_path / "b.json"
     profiles = [make_profile(make_workload(f"t={t},k=2"), detect()) for t in (8, 16, 24)]
-    bundle.write(
-        file, bundle.dump(profiles).replace('"effort": "standard"', '"effort": "quick"', 2)
-    )
+    text = bundle.dump(profiles)
+    files.write(file, text.replace('"effort": "standard"', '"effort": "quick"', 2))
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(file))
     (finding,) = [found for found in examine() if str(file) in found.subject]
     assert finding.level == "problem"
@@ -93,11 +93,8 @@ def test_notes_about_profiles() -> None:
     store.put(stale.model_copy(update={"device": here.model_copy(update={"jaxlib": "0.1.0"})}))
     store.record_miss(here, make_workload("t=256,k=8"))
     cures = [finding.cure for finding in examine() if finding.level == "note"]
-    assert cures == [
-        "autochunk show --stale; autochunk tune --stale",
-        SMALL.tune_command,
-        "autochunk tune --missed",
-    ]
+    of_stale = "autochunk show --stale; autochunk tune --stale"
+    assert cures == [of_stale, SMALL.tune_command, "autochunk tune --missed"]
 
 
 def test_a_gpu_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,30 +117,18 @@ def test_the_oldest_profiles_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
     Slower than when tuned is a problem, as fast is not, and neither is faster.
     """
     store = ProfileStore()
-    for year, workload in (
-        ("2021", make_workload("t=64,k=8")),
-        ("2020", SMALL),
-        ("2022", make_workload("t=128,k=8")),
-    ):
+    long, longest = make_workload("t=128,k=8"), make_workload("t=256,k=8")
+    for year, workload in ((2021, make_workload("t=64,k=8")), (2020, SMALL), (2022, long)):
         store.put(measured_here(workload, created=f"{year}-01-01T00:00:00Z"))
     seen: list[str] = []
 
     def slower(profile: Profile) -> Verification:
         seen.append(profile.created[:4])
-        return Verification(
-            profile,
-            Plan("xla", 0.01),
-            DENSE,
-            then=0.5,
-            now=0.7 if len(seen) == 1 else 0.4,
-            spread=0.02,
-        )
+        now = 0.7 if len(seen) == 1 else 0.4
+        return Verification(profile, Plan("xla", 0.01), DENSE, then=0.5, now=now, spread=0.02)
 
     file = tmp_path / "older.json"
-    bundle.write(
-        file,
-        bundle.dump([measured_here(make_workload("t=256,k=8"), created="2019-01-01T00:00:00Z")]),
-    )
+    files.write(file, bundle.dump([measured_here(longest, created="2019-01-01T00:00:00Z")]))
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(file))
     (found,) = problems(verify_count=2, verifier=slower)
     assert seen == ["2020", "2021"]
@@ -163,9 +148,8 @@ def test_the_oldest_profiles_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_drift_is_more_than_noise(now: float, spread: float, drifted: bool) -> None:
     """More than a tenth, and more than twice the spread."""
-    assert (
-        Verification(measured_here(), Plan("xla", 0.01), DENSE, 0.5, now, spread).drifted is drifted
-    )
+    found = Verification(measured_here(), Plan("xla", 0.01), DENSE, 0.5, now, spread)
+    assert found.drifted is drifted
 
 
 def test_verify_times_the_choice_beside_a_baseline() -> None:

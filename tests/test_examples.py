@@ -26,12 +26,19 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def run(name: str, options: str) -> str:
+    """What an example prints, in a process of its own."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return done.stdout
+
+
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_the_transformer_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps on the standard library's docstrings lower the loss."""
-    losses = load("transformer", monkeypatch).train(
-        steps=12, batch=4, length=32, layers=1, heads=2, key_size=8, learning_rate=1e-2
-    )
+    example = load("transformer", monkeypatch)
+    sizes = {"steps": 12, "batch": 4, "length": 32, "layers": 1, "heads": 2, "key_size": 8}
+    losses = example.train(**sizes, learning_rate=1e-2)
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.3
 
@@ -39,27 +46,10 @@ def test_the_transformer_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_the_long_input_runs_short() -> None:
     """Every kind of attention gives a time and a memory at a small size, in its own process."""
-    command = [
-        sys.executable,
-        str(EXAMPLES / "long_input.py"),
-        "--length",
-        "64",
-        "--size",
-        "32",
-        "--heads",
-        "2",
-        "--key-size",
-        "8",
-        "--rounds",
-        "1",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert re.findall(r"^(\w.*?)  +[\d.]+ ms .* MB$", done.stdout, re.MULTILINE) == [
-        "dense",
-        "row loop",
-        "1000 MB",
-        "auto",
-    ]
+    options = "--length 64 --size 32 --heads 2 --key-size 8 --rounds 1"
+    printed = run("long_input", options)
+    kinds = re.findall(r"^(\w.*?)  +[\d.]+ ms .* MB$", printed, re.MULTILINE)
+    assert kinds == ["dense", "row loop", "1000 MB", "auto"]
 
 
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
@@ -76,33 +66,19 @@ def test_the_long_inputs_kinds_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_long_gpu_example_runs_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs on any device where it is not asked to limit a GPU's memory."""
-    seconds = load("long_gpu", monkeypatch).run(
-        length=64, heads=2, key_size=8, max_chunk_size_mb=0.01, repeats=1
-    )
+    example = load("long_gpu", monkeypatch)
+    seconds = example.run(length=64, heads=2, key_size=8, max_chunk_size_mb=0.01, repeats=1)
     assert set(seconds) == {"forward", "training"}
 
 
 @pytest.mark.gpu
 def test_the_long_gpu_example_keeps_to_its_limit() -> None:
     """At a fifth of the length, 1.5 GB for what needs 4.6 GB."""
-    command = [
-        sys.executable,
-        str(EXAMPLES / "long_gpu.py"),
-        "--length",
-        "6000",
-        "--memory-gb",
-        "1.5",
-        "--max-chunk-size-mb",
-        "100",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert all(float(peak) < 1.5 for peak in re.findall(r"at most ([\d.]+) GB", done.stdout))
+    printed = run("long_gpu", "--length 6000 --memory-gb 1.5 --max-chunk-size-mb 100")
+    assert all(float(peak) < 1.5 for peak in re.findall(r"at most ([\d.]+) GB", printed))
 
 
 def test_every_example_is_tested() -> None:
     """A new example needs a test here."""
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        "transformer",
-        "long_input",
-        "long_gpu",
-    }
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"transformer", "long_input", "long_gpu"}

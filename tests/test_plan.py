@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import fractions
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,17 +31,16 @@ from autochunk.plan import (
 )
 
 SLICED = [name for name, one in IMPLEMENTATIONS.items() if one.sliced]
-axis_sizes = st.one_of(
-    st.integers(1, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 16000])
-)
+LONG = st.sampled_from([512, 1024, 4096, 16000])
+axis_sizes = st.one_of(st.integers(1, 9), st.integers(1, 300), LONG)
 shapes = st.builds(
     LogitsShape,
-    axis_sizes,
-    axis_sizes,
-    st.integers(1, 16),
-    axis_sizes,
-    axis_sizes,
-    st.sampled_from([4, 8]),
+    batch=axis_sizes,
+    heads=axis_sizes,
+    groups=st.integers(1, 16),
+    rows=axis_sizes,
+    keys=axis_sizes,
+    itemsize=st.sampled_from([4, 8]),
 )
 sliced = st.sampled_from(SLICED)
 
@@ -166,10 +166,8 @@ def test_limit_below_one_logit_is_an_error(
     least = shape.groups * shape.itemsize
     if shape.bytes * 1e-6 <= least * share * 1e-6:
         return
-    with pytest.raises(
-        ArgumentError,
-        match=rf"less than the {least} bytes of the smallest slice possible; give a larger limit",
-    ):
+    said = f"less than the {least} bytes of the smallest slice possible; give a larger limit"
+    with pytest.raises(ArgumentError, match=said):
         slice_logits(Plan(implementation, math.floor(least * share) / 1e6), shape)
 
 
@@ -178,9 +176,8 @@ def test_smallest_limit(implementation: str) -> None:
     """A limit of exactly one logit works, one byte less does not."""
     shape = LogitsShape(2, 3, 1, 5, 7, 4)
     assert slice_logits(Plan(implementation, 4.5e-6), shape) == Slices(1, 1, 1, 1)
-    with pytest.raises(
-        ArgumentError, match="max_chunk_size_mb=3e-06 is 3 bytes, less than the 4 bytes"
-    ):
+    said = "max_chunk_size_mb=3e-06 is 3 bytes, less than the 4 bytes"
+    with pytest.raises(ArgumentError, match=said):
         slice_logits(Plan(implementation, 3e-6), shape)
 
 
@@ -212,13 +209,7 @@ def test_slices_by_hand(
     assert slice_logits(Plan(implementation, limit), shape) == expected
 
 
-@pytest.mark.parametrize(
-    "limit",
-    [
-        1e300,
-        *(1e303, 1.7e308),
-    ],
-)
+@pytest.mark.parametrize("limit", [1e300, 1e303, 1.7e308])
 def test_huge_limit_does_not_slice(limit: float) -> None:
     """A limit may be any finite number, however large."""
     assert check_max_chunk_size_mb(limit) == limit
@@ -244,9 +235,8 @@ def test_candidates_differ_in_slices(shape: LogitsShape) -> None:
     plans = candidate_plans(shape)
     assert plans[0] == Plan("xla", None)
     assert len({slice_logits(plan, shape) for plan in plans}) == len(plans)
-    assert not any(
-        same_slices(one, other, shape) for index, one in enumerate(plans) for other in plans[:index]
-    )
+    pairs = itertools.combinations(plans, 2)
+    assert not any(same_slices(one, other, shape) for one, other in pairs)
 
 
 @given(shapes)
@@ -255,9 +245,8 @@ def test_candidates_are_legal(shape: LogitsShape) -> None:
     for plan in candidate_plans(shape):
         assert check_implementation(plan.implementation) == plan.implementation
         assert check_max_chunk_size_mb(plan.max_chunk_size_mb) == plan.max_chunk_size_mb
-        assert slice_logits(plan, shape).chunk_bytes(shape) <= (
-            shape.bytes if plan.max_chunk_size_mb is None else limit_bytes(plan)
-        )
+        most = shape.bytes if plan.max_chunk_size_mb is None else limit_bytes(plan)
+        assert slice_logits(plan, shape).chunk_bytes(shape) <= most
 
 
 @given(shapes)
@@ -267,32 +256,19 @@ def test_candidates_descend_in_memory(shape: LogitsShape) -> None:
     A limit is a power of two times 1.05 MB, room for as many MiB.
     """
     plans = candidate_plans(shape)
-    limits = [
-        math.inf if plan.max_chunk_size_mb is None else plan.max_chunk_size_mb for plan in plans
-    ]
+    limits = [plan.max_chunk_size_mb or math.inf for plan in plans]
     assert limits == sorted(limits, reverse=True)
     for limit in limits[1:]:
         exponent = round(math.log2(limit / 1.05))
         assert limit == pytest.approx(1.05 * 2.0**exponent, rel=1e-3)
         assert limit * 1e6 >= 2.0 ** (20 + exponent)
     for implementation in SLICED:
-        memory = [
-            slice_logits(plan, shape).chunk_bytes(shape)
-            for plan in plans
-            if plan.implementation == implementation
-        ]
+        own = [plan for plan in plans if plan.implementation == implementation]
+        memory = [slice_logits(plan, shape).chunk_bytes(shape) for plan in own]
         assert memory == sorted(set(memory), reverse=True)
 
 
-@pytest.mark.parametrize(
-    "most_slices",
-    [
-        1,
-        7,
-        100,
-        1024,
-    ],
-)
+@pytest.mark.parametrize("most_slices", [1, 7, 100, 1024])
 def test_candidates_have_no_more_slices_than_asked(most_slices: int) -> None:
     """Plans with more than ``most_slices`` slices are left out."""
     for shape in (
@@ -407,10 +383,8 @@ def test_limit_is_refused(make: Callable[[], object]) -> None:
 
     It says what is required and what was received.
     """
-    with pytest.raises(
-        ArgumentError,
-        match=r'max_chunk_size_mb must be a positive finite number .*None .*or "auto"; got ',
-    ) as error:
+    said = r'max_chunk_size_mb must be a positive finite number .*None .*or "auto"; got '
+    with pytest.raises(ArgumentError, match=said) as error:
         check_max_chunk_size_mb(make())
     assert isinstance(error.value, ValueError)
 
@@ -424,26 +398,14 @@ def test_implementation_is_accepted(name: str | None) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        "",
-        "XLA",
-        "auto",
-        "cudnn_v8",
-        " xla",
-        True,
-        0,
-        b"xla",
-        ["xla"],
-        {},
-        np.array(["xla"]),
-        object(),
+        *("", "XLA", "auto", "cudnn_v8", " xla"),
+        *(True, 0, b"xla", ["xla"], {}, np.array(["xla"]), object()),
     ],
 )
 def test_implementation_is_refused(value: object) -> None:
     """Anything else is an ArgumentError that lists the names."""
-    with pytest.raises(
-        ArgumentError,
-        match=r"implementation must be None or one of 'dense', 'cudnn', 'xla', 'xla_rows'.*; got ",
-    ):
+    said = r"implementation must be None or one of 'dense', 'cudnn', 'xla', 'xla_rows'.*; got "
+    with pytest.raises(ArgumentError, match=said):
         check_implementation(value)
 
 
@@ -451,9 +413,8 @@ def test_plan_says_its_limit() -> None:
     """A plan's text names the implementation and the limit, so that it can be read in a report."""
     assert str(Plan("xla", 64.0)) == "xla, 64 MB"
     assert "xla_rows" in str(Plan("xla_rows", None))
-    assert len(
-        {str(Plan(name, limit)) for name in SLICED for limit in (None, 1.0, 0.5)}
-    ) == 3 * len(SLICED)
+    texts = {str(Plan(name, limit)) for name in SLICED for limit in (None, 1.0, 0.5)}
+    assert len(texts) == 3 * len(SLICED)
 
 
 def test_plan_is_a_value() -> None:

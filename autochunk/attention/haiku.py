@@ -17,8 +17,7 @@ from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
 
 class MultiHeadAttention(hk.MultiHeadAttention):
-    """Multi-head attention with the parameters and results of ``hk.MultiHeadAttention``, and
-    bounded memory.
+    """``hk.MultiHeadAttention``, its parameters and its results, with bounded memory.
 
     Glossary of shapes: T' and T are query and key lengths, H heads, K key size, V value size, D'
     model size; [...] are zero or more leading dims.
@@ -95,14 +94,13 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             implementation=self.implementation,
         )  # [..., T', H, V]
         flat = attended.reshape((*leading, length, self.num_heads * self.value_size))
-        # [..., T', D']
-        return hk.Linear(
-            self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init
-        )(flat)
+        inits = {"w_init": self.w_init, "b_init": self.b_init}
+        project = hk.Linear(self.model_size, with_bias=self.with_bias, **inits)
+        return project(flat)  # [..., T', D']
 
 
 def _broadcast_and_promote(*heads: jax.Array) -> list[jax.Array]:
-    """Arrays [..., T, H, K] with leading dims broadcast and dtypes promoted, as haiku's einsums do."""
+    """Arrays [..., T, H, K], leading dims broadcast and dtypes promoted as by haiku's einsums."""
     leading = jnp.broadcast_shapes(*(array.shape[:-3] for array in heads))
     dtype = jnp.result_type(*heads)
     return [jnp.broadcast_to(array, leading + array.shape[-3:]).astype(dtype) for array in heads]

@@ -1,1 +1,1 @@
-"""What is remembered: profiles, where they are kept, and how "auto" is answered from them."""
+"""What is remembered: measurements, the profiles they make up, and where those are kept."""

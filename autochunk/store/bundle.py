@@ -9,43 +9,62 @@ list at once, and each profile when it is asked for.
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import io
 import json
 import os
 import reprlib
-import secrets
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, FailFast, Field, ValidationError
 
 import autochunk
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, BundleError
-from autochunk.store import remote
-from autochunk.store.profile import Bundle, Profile, Provenance
+from autochunk.store import files, json_text, remote
+from autochunk.store.json_text import NO_BUNDLE, checked, one_line, refuse_wide
+from autochunk.store.measurement import Record
+from autochunk.store.profile import Profile
 
 BUNDLE_VERSION: Literal[2] = 2
 
-MOST_BYTES = 256 * 2**20
-# Python takes up to some 100 bytes for a value that JSON writes in three; a bundle has one in about
-# 20 bytes of text.
-MOST_VALUES = 2**24
-# Pydantic keeps an error for each field that it does not know.
-_MOST_FIELDS = 50
-
-_GZIP_MAGIC = b"\x1f\x8b"
-_NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes"
-
-_T = TypeVar("_T")
-
+# What a terminal or a log shows as one line.
+_ONE_LINE = r"^[^\p{Cc}\u{2028}\u{2029}]*$"
 _Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class Provenance(Record):
+    """Where a bundle comes from; all but ``autochunk`` and ``note`` follows from its profiles.
+
+    Attributes:
+      autochunk: the version that wrote it; "" of a bundle that was written before bundles said so.
+      devices: keys of the devices that were measured.
+      oldest, newest: when the first and the last of its profiles was created; None without
+        profiles.
+      profiles: how many it has.
+      note: what whoever wrote it had to say, in one line.
+    """
+
+    autochunk: Annotated[str, Field(max_length=100, pattern=_ONE_LINE)] = ""
+    devices: Annotated[tuple[str, ...], FailFast()] = ()
+    oldest: str | None = None
+    newest: str | None = None
+    profiles: int = 0
+    note: Annotated[str, Field(max_length=1000, pattern=_ONE_LINE)] = ""
+
+
+class Bundle(Record):
+    """The profiles of a file that travels, read and checked.
+
+    Attributes:
+      schema_version: of the layout that the file had; older ones are brought up to date in reading.
+      profiles: in the file's order, at most one of each device and workload.
+      provenance: where they come from.
+    """
+
+    schema_version: int
+    profiles: tuple[Profile, ...] = Field(max_length=1_000_000)
+    provenance: Provenance = Provenance()
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -71,31 +90,8 @@ def dump(profiles: Iterable[Profile], note: str = "") -> str:
         "provenance": _provenance(ordered, autochunk.__version__, note).model_dump(mode="json"),
         "profiles": entries,
     }
-    # Bundle, list, entry, profile and its list of measurements are spread out; a measurement is
-    # not.
-    return _lay_out(content, levels=5) + "\n"
-
-
-def _lay_out(value: Any, levels: int, line: str = "\n") -> str:
-    """JSON with the items of the outermost ``levels`` on lines of their own, and what is inside
-    those on one line.
-    """
-    if not levels or not value or not isinstance(value, dict | list):
-        return json.dumps(value)
-    inner = line + " "
-    if isinstance(value, list):
-        return (
-            "[" + ",".join(inner + _lay_out(item, levels - 1, inner) for item in value) + line + "]"
-        )
-    return (
-        "{"
-        + ",".join(
-            f"{inner}{json.dumps(name)}: {_lay_out(item, levels - 1, inner)}"
-            for name, item in value.items()
-        )
-        + line
-        + "}"
-    )
+    # Bundle, list, entry, profile and its list of measurements are spread out, a measurement not.
+    return json_text.lay_out(content, levels=5) + "\n"
 
 
 def _entry(profile: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +99,7 @@ def _entry(profile: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(profile: dict[str, Any]) -> str:
-    """Of the content, however it is laid out.
-
-    Raises ValueError for 1e999, which is read as infinity.
-    """
+    """Of the content, however it is laid out; ValueError for 1e999, which is read as infinity."""
     return _sha256(json.dumps(profile, sort_keys=True, separators=(",", ":"), allow_nan=False))
 
 
@@ -118,17 +111,14 @@ def _sha256(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _provenance(profiles: Iterable[Profile], version: str, note: str) -> Provenance:
-    profiles = list(profiles)
-    created = sorted(profile.created for profile in profiles)
-    devices = sorted({profile.device.key for profile in profiles})
-    oldest, newest = (created[0], created[-1]) if created else (None, None)
+def _provenance(profiles: Sequence[Profile], version: str, note: str) -> Provenance:
+    created = [profile.created for profile in profiles]
     try:
         return Provenance(
             autochunk=version,
-            devices=tuple(devices),
-            oldest=oldest,
-            newest=newest,
+            devices=tuple(sorted({profile.device.key for profile in profiles})),
+            oldest=min(created, default=None),
+            newest=max(created, default=None),
             profiles=len(profiles),
             note=note,
         )
@@ -151,23 +141,19 @@ def refuse_twice(profiles: Iterable[Profile], source: str) -> None:
 def _twice(key: tuple[str, str]) -> str:
     return (
         "a bundle has one profile of each device and workload; there are two of "
-        f"{_one_line(' | '.join(key))}"
+        f"{one_line(' | '.join(key))}"
     )
 
 
 # --- Reading --------------------------------------------------------------------------------------
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Entry(_Strict):
+class _Entry(Record):
     digest: _Digest
     profile: dict[str, Any]
 
 
-class _File(_Strict):
+class _File(Record):
     """A file's content, but for what is in its profiles."""
 
     schema_version: Literal[2]
@@ -177,7 +163,7 @@ class _File(_Strict):
     profiles: Annotated[list[_Entry], FailFast()] = Field(max_length=1_000_000)
 
 
-class _File1(_Strict):
+class _File1(Record):
     """The same of version 1."""
 
     schema_version: Literal[1]
@@ -208,10 +194,8 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_ver
 class Index(Mapping[tuple[str, str], Profile]):
     """A bundle's profiles by (device key, workload key).
 
-    Each is compared with its digest and validated when it is asked for.
-
-    Asking raises BundleError where a profile is damaged; one that is damaged leaves the others
-    usable.
+    Each is compared with its digest and validated when it is asked for; BundleError where it is
+    damaged. One that is damaged leaves the others usable.
 
     Attributes:
       source: names the bundle in errors.
@@ -221,12 +205,12 @@ class Index(Mapping[tuple[str, str], Profile]):
 
     def __init__(self, content: Any, source: str) -> None:
         self.source = source
-        self.schema_version, file = _checked(lambda: _file(content), source)
+        self.schema_version, file = checked(lambda: _file(content), source)
         self.provenance = file.provenance
         self._entries: dict[tuple[str, str], tuple[str, _Entry]] = {}
         for number, entry in enumerate(file.profiles):
             place = f"profiles.{number}"
-            key = _checked(functools.partial(_subject, entry), source, place)
+            key = checked(functools.partial(_subject, entry), source, place)
             if key in self._entries:
                 raise BundleError(
                     f"{source}: {place}: {_twice(key)}, the other at {self._entries[key][0]}"
@@ -235,7 +219,7 @@ class Index(Mapping[tuple[str, str], Profile]):
 
     def __getitem__(self, key: tuple[str, str]) -> Profile:
         place, entry = self._entries[key]
-        return _checked(lambda: _profile(entry, key), self.source, place)
+        return checked(lambda: _profile(entry, key), self.source, place)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._entries)
@@ -249,9 +233,9 @@ class Index(Mapping[tuple[str, str], Profile]):
 
 
 def _file(content: Any) -> tuple[int, _File]:
-    """The version of a file's layout, and its content in today's; ValueError where it is no bundle."""
+    """The version of a file's layout, and its content in today's; ValueError if it is no bundle."""
     version = _version(content)
-    _refuse_wide(content, levels=2)
+    refuse_wide(content, levels=2)
     for step in range(version, BUNDLE_VERSION):
         content = _UPGRADES[step](content)
     file = _File.model_validate(content)
@@ -260,7 +244,7 @@ def _file(content: Any) -> tuple[int, _File]:
 
 
 def _subject(entry: _Entry) -> tuple[str, str]:
-    _refuse_wide(entry.profile, levels=2)
+    refuse_wide(entry.profile, levels=2)
     subject = _Subject.model_validate(entry.profile)
     return subject.device.key, subject.workload
 
@@ -275,14 +259,15 @@ def _profile(entry: _Entry, key: tuple[str, str]) -> Profile:
 
 
 def scan(data: str | bytes, source: str = "bundle") -> Index:
-    """Reads a bundle's text, or that text compressed with gzip, without validating the profiles in
-    it: each is when it is asked for.
+    """Reads a bundle's text, or that text compressed with gzip, and looks at no profile closely.
+
+    Each is validated when it is asked for.
 
     Raises:
       BundleError: it is no bundle, or of a newer version, or its checksum does not fit its list of
         profiles.
     """
-    return Index(_checked(lambda: _parse(_json_bytes(data)), source), source)
+    return Index(checked(lambda: json_text.parse(json_text.utf8(data)), source), source)
 
 
 def load(text: str | bytes, source: str = "bundle") -> Bundle:
@@ -293,9 +278,9 @@ def load(text: str | bytes, source: str = "bundle") -> Bundle:
     Raises:
       BundleError: it is no bundle, or of a newer version, or it was damaged or edited.
     """
-    data = _checked(lambda: _json_bytes(text), source)
+    data = checked(lambda: json_text.utf8(text), source)
     index = scan(data, source)
-    _checked(lambda: json.loads(data, object_pairs_hook=_refuse_repeated_names), source)
+    checked(lambda: json_text.refuse_repeated_names(data), source)
     profiles = tuple(index.values())
     said = index.provenance
     provenance = _provenance(profiles, said.autochunk if said else "", said.note if said else "")
@@ -307,53 +292,24 @@ def load(text: str | bytes, source: str = "bundle") -> Bundle:
     return Bundle(schema_version=index.schema_version, profiles=profiles, provenance=provenance)
 
 
-def _json_bytes(data: str | bytes) -> bytes:
-    """The JSON text as UTF-8, decompressed."""
-    _refuse_large(len(data))
-    data = data.encode() if isinstance(data, str) else _decompressed(data)
-    _refuse_large(len(data))
-    return data
+def read(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> Bundle:
+    """Reads a bundle from a path, a URL (in ``timeout`` seconds) or "-", standard input.
 
+    See ``load``.
 
-def _decompressed(data: bytes) -> bytes:
-    """At most one byte more than a bundle has, of whatever that data may unfold to."""
-    if not data.startswith(_GZIP_MAGIC):
-        return data
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return file.read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"damaged gzip data: {error}") from None
-
-
-def _refuse_large(size: int) -> None:
-    if size > MOST_BYTES:
-        raise ValueError(
-            f"a bundle has at most {MOST_BYTES >> 20} MiB; this has "
-            f"{'more' if size == MOST_BYTES + 1 else size >> 20}"
-        )
-
-
-def _parse(data: bytes) -> Any:
-    """The value that a JSON text stands for."""
-    values = sum(map(data.count, (b",", b"[", b"{")))
-    if values > MOST_VALUES:
-        raise ValueError(
-            f"{_NO_BUNDLE}; a bundle has at most {MOST_VALUES} values, this has about {values}"
-        )
-    try:
-        return from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{_NO_BUNDLE}; {error}") from None
+    Raises:
+      BundleError: it cannot be read, or is no bundle.
+    """
+    return load(files.fetch(place, timeout), files.name_of(place))
 
 
 def _version(content: Any) -> int:
     if not isinstance(content, dict):
-        raise ValueError(f"{_NO_BUNDLE}; it must be an object; got {reprlib.repr(content)}")
+        raise ValueError(f"{NO_BUNDLE}; it must be an object; got {reprlib.repr(content)}")
     version = content.get("schema_version")
     if type(version) is not int or version < 1:
         raise ValueError(
-            f"{_NO_BUNDLE}; its schema_version must be a whole number from 1 to {BUNDLE_VERSION}; "
+            f"{NO_BUNDLE}; its schema_version must be a whole number from 1 to {BUNDLE_VERSION}; "
             f"got {reprlib.repr(version)}"
         )
     if version > BUNDLE_VERSION:
@@ -376,160 +332,3 @@ def _check_list(file: _File) -> None:
             f"its provenance says {file.provenance.profiles} profiles; there are "
             f"{len(file.profiles)}"
         )
-
-
-def _refuse_wide(value: Any, levels: int) -> None:
-    """Raises ValueError where an object in the outer ``levels`` has more fields than any of a
-    bundle.
-    """
-    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
-        raise ValueError(f"{_NO_BUNDLE}; an object has {len(value)} fields")
-    if levels and isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _refuse_wide(item, levels - 1)
-
-
-def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> None:
-    # Readers differ in which of two they take, so what was checked need not be what is used.
-    names = {name for name, _ in pairs}
-    if len(names) < len(pairs):
-        raise ValueError(
-            f"{_NO_BUNDLE}; a name is given twice in one object, among "
-            f"{reprlib.repr(sorted(names))}"
-        )
-
-
-def _checked(work: Callable[[], _T], source: str, place: str = "") -> _T:
-    """What ``work`` returns.
-
-    What goes wrong in it is a BundleError of one line that names the source and the place in it.
-    """
-    try:
-        return work()
-    except BundleError:
-        raise
-    except ValidationError as error:
-        message = _explanation(error, place)
-    except (ValueError, RecursionError) as error:
-        message = f"{place + ': ' if place else ''}{_one_line(str(error)[:1000])}"
-    # Not inside the `except`, where pydantic's error would become this one's context: it holds on
-    # to all that was read, out of the garbage collector's sight.
-    raise BundleError(f"{source}: {message}")
-
-
-def _explanation(error: ValidationError, place: str) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = _one_line(".".join(map(str, (*filter(None, [place]), *problem["loc"]))))
-    return (
-        f"{_NO_BUNDLE}; {error.error_count()} problem(s), first at {where[:300]}: "
-        f"{_one_line(problem['msg'][:300])}"
-    )
-
-
-def _one_line(text: str) -> str:
-    """Text from a file, fit for a line of an error.
-
-    Line ends and whatever else does not print are escaped.
-    """
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def read(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> Bundle:
-    """Reads a bundle from a path, a URL (in ``timeout`` seconds) or "-", standard input.
-
-    See ``load``.
-
-    Raises:
-      BundleError: it cannot be read, or is no bundle.
-    """
-    return load(fetch(place, timeout), _name(place))
-
-
-def fetch(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> bytes:
-    """The bytes at a path, a URL (in ``timeout`` seconds) or "-", standard input, for ``load`` or
-    ``scan``; compressed they may still be.
-
-    Raises:
-      BundleError: they cannot be read, or are more than a bundle has.
-    """
-    path, name = os.fspath(place), _name(place)
-    try:
-        if remote.is_url(path):
-            data = remote.read(path, MOST_BYTES + 1, timeout)
-        elif path == "-":
-            data = sys.stdin.buffer.read(MOST_BYTES + 1)
-        else:
-            data = _read_file(Path(path), name)
-    except OSError as error:
-        raise BundleError(f"{name}: {_reason(error)}") from error
-    _checked(lambda: _refuse_large(len(data)), name)
-    return data
-
-
-def _read_file(path: Path, name: str) -> bytes:
-    with path.open("rb") as file:
-        _checked(lambda: _refuse_large(os.fstat(file.fileno()).st_size), name)
-        return file.read(MOST_BYTES + 1)  # a pipe does not tell its size
-
-
-def write(
-    place: str | os.PathLike[str], text: str, timeout: float = remote.TIMEOUT_SECONDS
-) -> None:
-    """Writes a bundle's text to a path, a URL (in ``timeout`` seconds) or "-", standard output.
-
-    To a name that ends in ``.gz`` compressed.
-
-    A file is there whole or, on an error, as it was before; at a URL that depends on the protocol.
-
-    Raises:
-      BundleError: it cannot be written.
-    """
-    path = os.fspath(place)
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    data = _compressed(text.encode()) if path.endswith(".gz") else text.encode()
-    try:
-        if remote.is_url(path):
-            remote.write(path, data, timeout)
-        else:
-            _write_file(Path(path), data)
-    except OSError as error:
-        raise BundleError(f"{_name(place)}: {_reason(error)}") from error
-
-
-def _compressed(data: bytes) -> bytes:
-    """In gzip's format, without a name or a time, so that equal data gives equal bytes."""
-    buffer = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=buffer, mtime=0) as file:
-        file.write(data)
-    return buffer.getvalue()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)  # a pipe or a device is written to, not replaced
-        return
-    target = Path(os.path.realpath(path))  # a link stays one
-    # Not by tempfile, whose files no one else may read.
-    beside = target.parent / f".autochunk-{secrets.token_hex(8)}"
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _reason(error: OSError) -> str:
-    return _one_line((error.strerror or str(error))[:1000])
-
-
-def _name(place: str | os.PathLike[str]) -> str:
-    path = os.fspath(place)
-    return "standard input" if path == "-" else _one_line(path)

@@ -1,7 +1,4 @@
-"""Which profiles travel, and what becomes of them where they arrive.
-
-Filters for export, and import into a store that may have its own.
-"""
+"""Which profiles travel, and what becomes of them in a store that may have its own."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autochunk.errors import ArgumentError, WorkloadError
-from autochunk.store.bundle import refuse_twice
-from autochunk.store.database import ProfileStore
-from autochunk.store.profile import EFFORTS, Bundle, Profile
+from autochunk.store.bundle import Bundle, refuse_twice
+from autochunk.store.profile import EFFORTS, Profile
+from autochunk.store.profiles import ProfileStore
 from autochunk.workload import Workload, key_items
 
 # --- Choosing what travels ------------------------------------------------------------------------
@@ -139,19 +136,8 @@ def plan_import(
       ArgumentError: ``prefer`` is none of these.
       BundleError: the bundle has two profiles of one device and workload.
     """
-    if prefer not in PREFERENCES:
-        raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
-    refuse_twice(bundle.profiles, "bundle")
-    mine = {profile.key: profile for profile in stored}
-    kept = "the store's is of a newer autochunk, which this one cannot read"
-    return ImportPlan(
-        tuple(
-            ImportEntry(profile, None, "older", False, kept)
-            if profile.key in reserved
-            else _import_entry(profile, mine.get(profile.key), prefer)
-            for profile in bundle.profiles
-        )
-    )
+    _check(bundle, prefer)
+    return _plan(stored, bundle, prefer, reserved)
 
 
 def merge(
@@ -167,23 +153,43 @@ def merge(
       StoreError: the store cannot be read or written, or another process changed the same profiles
         meanwhile.
     """
-    refuse_twice(bundle.profiles, "bundle")  # before anything is mended for it
+    _check(bundle, prefer)  # before anything is mended for it
     if not dry_run and bundle.profiles:
         store.check_writable()  # which mends a damaged store, for it to be read
-    plan = plan_import(store.profiles(), bundle, prefer, reserved=store.newer())
+    plan = _plan(store.profiles(), bundle, prefer, store.newer())
     if plan.taken and not dry_run:
-        store.put_all(
-            plan.taken,
-            expected={entry.profile.key: entry.stored for entry in plan.entries if entry.taken},
-        )
+        expected = {entry.profile.key: entry.stored for entry in plan.entries if entry.taken}
+        store.put_all(plan.taken, expected=expected)
     return plan
+
+
+def _check(bundle: Bundle, prefer: Preference) -> None:
+    if prefer not in PREFERENCES:
+        raise ArgumentError(f"prefer must be one of {', '.join(PREFERENCES)}; got {prefer!r}")
+    refuse_twice(bundle.profiles, "bundle")
+
+
+def _plan(
+    stored: Iterable[Profile],
+    bundle: Bundle,
+    prefer: Preference,
+    reserved: Collection[tuple[str, str]],
+) -> ImportPlan:
+    mine = {profile.key: profile for profile in stored}
+
+    def entry(profile: Profile) -> ImportEntry:
+        if profile.key in reserved:
+            reason = "the store's is of a newer autochunk, which this one cannot read"
+            return ImportEntry(profile, None, "older", False, reason)
+        return _import_entry(profile, mine.get(profile.key), prefer)
+
+    return ImportPlan(tuple(map(entry, bundle.profiles)))
 
 
 def _import_entry(profile: Profile, mine: Profile | None, prefer: Preference) -> ImportEntry:
     if mine is None:
-        return ImportEntry(
-            profile, None, "new", True, "the store has none of this device and workload"
-        )
+        reason = "the store has none of this device and workload"
+        return ImportEntry(profile, None, "new", True, reason)
     if profile == mine:
         return ImportEntry(profile, mine, "same", False, "the store has the very same")
     taken, reason = _decide(profile, mine, prefer)
@@ -207,17 +213,12 @@ def _decide(theirs: Profile, ours: Profile, prefer: Preference) -> tuple[bool, s
                 f"{getattr(ours, criterion)} in the store"
             )
             return _rank(theirs, criterion) > _rank(ours, criterion), reason
-    return (
-        False,
-        f"different, but equal in {', '.join(_CRITERIA[prefer])}; choose with prefer='theirs' or "
-        "'ours'",
-    )
+    equal = ", ".join(_CRITERIA[prefer])
+    return False, f"different, but equal in {equal}; choose with prefer='theirs' or 'ours'"
 
 
 def rank(profile: Profile, prefer: Preference) -> tuple[Any, ...]:
-    """Greater for the one that is preferred, "newest" or "best-effort", of two profiles of one
-    device and workload.
-    """
+    """Of two profiles of one key, greater for the one that "newest" or "best-effort" prefers."""
     return tuple(_rank(profile, criterion) for criterion in _CRITERIA[prefer])
 
 

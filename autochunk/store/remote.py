@@ -1,6 +1,4 @@
-"""Files at URLs, through fsspec.
-
-An optional package, because a file on this machine needs none of it.
+"""Files at URLs, through fsspec: an optional package, for a file on this machine needs none of it.
 
 fsspec reaches many kinds of store but bounds neither their time nor their size, so both are bounded
 here. Whatever goes wrong is an OSError that says why.

@@ -1,11 +1,9 @@
-"""SQLite files as such.
+"""SQLite files as such: opened without surprises, looked over for damage, and mended.
 
-Opened without surprises, looked over for damage, and mended: kept under another name, with whatever
-is whole in them brought over.
-
-Nothing here knows what a profile is. A damaged file is copied aside and its content replaced in
-place, in one transaction: were it renamed, programs that have it open would take the new file's
-journal for the old one's. Whoever is killed in between leaves the damage for the next one to find.
+To mend one is to keep it under another name and to bring over whatever is whole in it. Nothing here
+knows what a profile is. A damaged file is copied aside and its content replaced in place, in one
+transaction: were it renamed, programs that have it open would take the new file's journal for the
+old one's. Whoever is killed in between leaves the damage for the next one to find.
 """
 
 from __future__ import annotations
@@ -36,7 +34,10 @@ class Row(NamedTuple):
 class Mended(NamedTuple):
     """What was done about a damaged file.
 
-    What was wrong, where it is kept, and how many rows of each table were rescued.
+    Attributes:
+      damage: what was wrong.
+      aside: where it is kept.
+      rows: how many were rescued, by table.
     """
 
     damage: str
@@ -60,9 +61,9 @@ def connect(path: Path, seconds: float) -> sqlite3.Connection:
 
 
 def make_tables(path: Path, tables: Iterable[str], seconds: float) -> None:
-    """Makes what sqlitedict would make at its first use, which it does with ``synchronous`` off.
+    """Makes what sqlitedict would make at its first use.
 
-    A power cut then may cost the file.
+    It would with ``synchronous`` off, so that a power cut may cost the file.
     """
     with contextlib.closing(connect(path, seconds)) as file:
         for table in tables:
@@ -71,25 +72,27 @@ def make_tables(path: Path, tables: Iterable[str], seconds: float) -> None:
 
 def is_damage(error: BaseException) -> bool:
     """Whether SQLite said that the file is damaged, or no database."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-    )
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def must_reopen(error: BaseException) -> bool:
-    """Whether a write failed, without effect, because another program held the file for long or put
-    another one in its place.
+    """Whether a write failed, without effect, because of another program.
+
+    It held the file for long, or put another one in its place.
     """
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF == sqlite3.SQLITE_BUSY or code == sqlite3.SQLITE_READONLY_DBMOVED
+    moved = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_DBMOVED
+    return moved or _code(error) == sqlite3.SQLITE_BUSY
+
+
+def _code(error: BaseException) -> int:
+    """SQLite's primary error code, without what extended codes add; 0 for another error."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def damage(path: Path, seconds: float, check: str = "quick_check") -> str:
-    """What is wrong with a file, in words.
+    """What is wrong with a file, in words; empty for a sound one.
 
-    Empty for a sound one. ``integrity_check`` also compares indexes with tables, and takes several
-    times as long.
+    ``integrity_check`` also compares indexes with tables, and takes several times as long.
     """
     try:
         with contextlib.closing(connect(path, seconds)) as file:
@@ -104,8 +107,9 @@ def damage(path: Path, seconds: float, check: str = "quick_check") -> str:
 def mend(
     path: Path, tables: Iterable[str], whole: Callable[[str, Row], bool], seconds: float
 ) -> Mended | None:
-    """Keeps a damaged file's content under another name, and only its whole rows in the file
-    itself; None if the file is sound.
+    """Keeps a damaged file's content under another name, and only its whole rows in the file.
+
+    None if the file is sound.
 
     Args:
       path: the file; of a symbolic link, what it leads to.
@@ -168,9 +172,9 @@ def _alone(folder: Path, seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(path: Path, seconds: float) -> Iterator[tuple[sqlite3.Connection, bytes]]:
-    """A damaged file and its bytes.
+    """A damaged file and its bytes, while others are kept from it.
 
-    Everybody else is kept from it meanwhile, or by the damage to its first page.
+    Where they cannot be, the damage to its first page keeps them from it.
     """
     with contextlib.closing(connect(path, seconds)) as file:
         content = _exclusive(file)
@@ -187,16 +191,13 @@ def _held(path: Path, seconds: float) -> Iterator[tuple[sqlite3.Connection, byte
 
 
 def _exclusive(file: sqlite3.Connection) -> bytes | None:
-    """Locks a file for as long as it is open, and returns its bytes; None where damage prevents it."""
+    """Locks a file for as long as it is open; its bytes, or None where damage prevents it."""
     try:
         for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "ROLLBACK"):
             file.execute(statement)
         return file.serialize()
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-            sqlite3.SQLITE_BUSY,
-            sqlite3.SQLITE_IOERR,
-        ):
+        if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR):
             raise
         return None
 
@@ -230,26 +231,22 @@ def _scan(file: sqlite3.Connection, select: str, found: dict[int, Row]) -> int |
 def _indexed(file: sqlite3.Connection, table: str) -> set[int]:
     """What rows there are by the index of keys, as far as it can be read.
 
-    All that is known beyond damage at either end of the table.
+    That is all that is known of those beyond damage at either end of the table.
     """
     rowids: set[int] = set()
+    select = f'SELECT rowid FROM "{table}" INDEXED BY "sqlite_autoindex_{table}_1"'
     for order in ("ASC", "DESC"):
         with contextlib.suppress(sqlite3.Error):
-            for (rowid,) in file.execute(
-                f'SELECT rowid FROM "{table}" INDEXED BY "sqlite_autoindex_{table}_1" ORDER BY '
-                f"key {order}"
-            ):
+            for (rowid,) in file.execute(f"{select} ORDER BY key {order}"):
                 rowids.add(rowid)
     return rowids
 
 
 def _keep(path: Path, content: bytes) -> Path:
     """A file beside ``path`` with its bytes, owner and permissions, under a name that was free."""
-    name = f"{path.name}.damaged-{datetime.datetime.now(datetime.UTC).strftime('%Y%m%dT%H%M%SZ')}"
-    names = (
-        path.with_name(f"{name}-{number}" if number > 1 else name) for number in itertools.count(1)
-    )
-    aside = next(candidate for candidate in names if not candidate.exists())
+    name = f"{path.name}.damaged-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    aside = next(beside for beside in map(path.with_name, names) if not beside.exists())
     handle, status = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), path.stat()
     try:
         with open(handle, "wb") as file:
@@ -286,9 +283,7 @@ def _refill(
 
 
 def _fill(file: sqlite3.Connection, rows: Mapping[str, Iterable[Row]]) -> None:
-    """Adds rows to the tables of a sound file, beside what another process may have stored in it by
-    now.
-    """
+    """Adds rows to the tables of a sound file, beside what others may have stored in it by now."""
     for table, kept in rows.items():
         file.execute(_MAKE_TABLE.format(table))
         insert = f'INSERT OR IGNORE INTO "{table}" VALUES (CAST(? AS TEXT), CAST(? AS TEXT))'

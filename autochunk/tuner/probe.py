@@ -1,48 +1,29 @@
-"""The parent's half of measuring.
+"""The parent's half of measuring: plans go to a worker process, and results come back.
 
-Starts a worker process, sends it plans, and makes a result of whatever comes back, its death
-included.
-
-The parent never touches a device itself: a plan that takes the process down takes the worker down.
+The worker's death is a result, too. The parent never touches a device itself, so that a plan which
+takes its process down takes only the worker down, and another one is started.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from autochunk.device import Device
 from autochunk.errors import ProbeError
 from autochunk.plan import Plan
-from autochunk.store.profile import Status
+from autochunk.store.measurement import Status
+from autochunk.tuner.process import WORKER, WorkerFailure, WorkerProcess
 from autochunk.workload import Workload
-
-# With -P a user's copy.py or queue.py in the working directory is not imported; what is, installed
-# or not, is the autochunk that runs here.
-_RUN_WORKER = (
-    "import sys; sys.path.insert(0, sys.argv[1]); import autochunk; del sys.path[0]; from "
-    "autochunk.tuner.worker import main; main()"
-)
-WORKER = (sys.executable, "-P", "-c", _RUN_WORKER, str(Path(__file__).absolute().parents[2]))
 
 # Share of the free memory that a plan may take: the rest is for what cannot be predicted.
 SHARE_OF_FREE_MEMORY = 0.8
 
 _START_SECONDS = 120.0
-_STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,15 +36,6 @@ class Prepared:
     measured_bytes: int | None = None
     compile_seconds: float | None = None
     error: float | None = None
-
-
-class WorkerFailure(Exception):
-    """The worker did not answer a request; carries the result that this is."""
-
-    def __init__(self, status: Status, detail: str) -> None:
-        super().__init__(detail)
-        self.status: Status = status
-        self.detail = detail
 
 
 class OutOfTime(Exception):
@@ -103,7 +75,7 @@ class Probe:
         self.deadline: float | None = None
         self.workload: Workload | None = None
         self.device: Device | None = None
-        self._worker: _Worker | None = None
+        self._worker: WorkerProcess | None = None
         self._ready: dict[Plan, Prepared] = {}
         self._available = 0
         self._programs: tempfile.TemporaryDirectory[str] | None = None
@@ -153,10 +125,8 @@ class Probe:
         Raises:
           ProbeError: not even its arguments fit, or the worker fails on them.
         """
-        # or it has died while it had nothing to do
-        if self.workload is not None or (
-            self._worker is not None and self._worker.process.poll() is not None
-        ):
+        died = self._worker is not None and self._worker.process.poll() is not None
+        if self.workload is not None or died:  # as one may that has nothing to do
             self.close()
         self.workload = workload
         self._start()
@@ -167,12 +137,8 @@ class Probe:
         A failure is a result, not an error.
         """
         prepared = self._prepare(plan)
-        if (
-            prepared.status == "oom"
-            and prepared.temp_bytes is not None
-            and self.device is not None
-            and self.device.platform != "cpu"
-        ):
+        got_to_run = prepared.temp_bytes is not None
+        if prepared.status == "oom" and got_to_run and self._is_accelerated():
             # There should be memory for a program that got as far as being run, but compiling tries
             # kernels out, and jax's allocator then holds memory in pieces. A new worker finds the
             # program compiled.
@@ -185,12 +151,7 @@ class Probe:
             self.connect()
             if plan in self._ready:
                 return self._ready[plan]
-            budget = (
-                self.memory_budget_bytes
-                if self.memory_budget_bytes is not None
-                else int(self._available * SHARE_OF_FREE_MEMORY)
-            )
-            reply = self._ask("prepare", plan=wire(plan), budget_bytes=budget)
+            reply = self._ask("prepare", plan=plan.as_data(), budget_bytes=self._budget_bytes())
         except WorkerFailure as failure:
             return Prepared(failure.status, failure.detail)
         reply.pop("ok")
@@ -199,14 +160,36 @@ class Probe:
             self._ready[plan] = prepared
         return prepared
 
-    def time(self, plans: Sequence[Plan]) -> list[float]:
-        """Times each plan once, in this order.
+    def _budget_bytes(self) -> int:
+        if self.memory_budget_bytes is not None:
+            return self.memory_budget_bytes
+        return int(self._available * SHARE_OF_FREE_MEMORY)
 
-        Seconds per call. Plans that a new worker does not know are prepared first.
+    def time(self, plans: Sequence[Plan]) -> list[float]:
+        """Times each plan once, in this order; returns seconds per call.
+
+        Plans that a new worker does not know are prepared first.
 
         Raises:
           WorkerFailure: the worker was lost, or a plan no longer runs.
         """
+        self._make_ready(plans)
+        reply = self._ask("time", plans=[plan.as_data() for plan in plans])
+        return [float(seconds) for seconds in reply["seconds"]]
+
+    def time_beside(self, plan: Plan, other: Plan, step: int) -> tuple[float, float]:
+        """Times a plan and another in one round; returns the seconds of each.
+
+        Which comes first alternates from step to step, so that what the first does to the second
+        hits both alike. Raises as ``time`` does.
+        """
+        if step % 2:
+            others, own = self.time([other, plan])
+        else:
+            own, others = self.time([plan, other])
+        return own, others
+
+    def _make_ready(self, plans: Sequence[Plan]) -> None:
         self.connect()
         # preparing one may take a new worker, which the others must then be prepared in
         for _ in range(2):
@@ -218,45 +201,42 @@ class Probe:
                 "oom",
                 f"there is memory for {missing[0]}, but not beside the plans that it is timed with",
             )
-        return [
-            float(seconds)
-            for seconds in self._ask("time", plans=[wire(plan) for plan in plans])["seconds"]
-        ]
 
     def drop(self, plan: Plan) -> None:
         """Lets a plan's program go."""
         if plan in self._ready and self._worker is not None:
             del self._ready[plan]
-            self._ask("drop", plan=wire(plan))
+            self._ask("drop", plan=plan.as_data())
 
     def _start(self) -> None:
         if self._worker is None:
-            self._worker, self._ready = _Worker(self.command, self.environment), {}
+            self._worker, self._ready = WorkerProcess(self.command, self.environment), {}
         try:
-            hello = self._ask("hello", within=_START_SECONDS)
-            self.device, self._available = (
-                Device.model_validate(hello["device"]),
-                int(hello["available_bytes"]),
-            )
-            if self.workload is not None:
-                loaded = self._ask(
-                    "load", workload=self.workload.key, programs=self._folder_of_programs()
-                )
-                self._available -= int(loaded["argument_bytes"])
+            self._greet()
         except WorkerFailure as failure:
-            what = (
-                f"cannot measure {self.workload.key}"
-                if self.workload
-                else "cannot start a measuring process"
-            )
-            raise ProbeError(f"{what}: {failure.detail}") from failure
+            what = "start a measuring process"
+            if self.workload is not None:
+                what = f"measure {self.workload.key}"
+            raise ProbeError(f"cannot {what}: {failure.detail}") from failure
+
+    def _greet(self) -> None:
+        hello = self._ask("hello", within=_START_SECONDS)
+        self.device = Device.model_validate(hello["device"])
+        self._available = int(hello["available_bytes"])
+        if self.workload is not None:
+            programs = self._folder_of_programs()
+            loaded = self._ask("load", workload=self.workload.key, programs=programs)
+            self._available -= int(loaded["argument_bytes"])
+
+    def _is_accelerated(self) -> bool:
+        return self.device is not None and self.device.platform != "cpu"
 
     def _folder_of_programs(self) -> str:
         """Where workers leave what they compiled for the next one.
 
         Empty where compiling is quick, or there is no place.
         """
-        if self._programs is None and self.device is not None and self.device.platform != "cpu":
+        if self._programs is None and self._is_accelerated():
             with contextlib.suppress(OSError):
                 self._programs = tempfile.TemporaryDirectory(
                     prefix="autochunk-", ignore_cleanup_errors=True
@@ -267,14 +247,13 @@ class Probe:
         assert self._worker is not None
         if self.abandoned:
             raise OutOfTime
-        left = seconds_left(self.deadline)
+        longest = min(within or self.seconds_per_request, seconds_left(self.deadline))
         try:
-            reply = self._worker.ask(
-                {"do": action, **request}, max(0.0, min(within or self.seconds_per_request, left))
-            )
+            reply = self._worker.ask({"do": action, **request}, max(0.0, longest))
         except WorkerFailure as failure:
             self._stop()
-            if self.abandoned or (failure.status == "timeout" and seconds_left(self.deadline) <= 0):
+            late = failure.status == "timeout" and seconds_left(self.deadline) <= 0
+            if self.abandoned or late:
                 raise OutOfTime from None
             raise
         except BaseException:  # an interrupted worker may still answer the old request
@@ -283,111 +262,6 @@ class Probe:
         if not reply.get("ok"):
             raise WorkerFailure("crashed", str(reply.get("error", "the worker gave no reason")))
         return reply
-
-
-def wire(plan: Plan) -> list[Any]:
-    """A plan as JSON data."""
-    return [plan.implementation, plan.max_chunk_size_mb]
-
-
-class _Worker:
-    """One worker process and the lines that it has answered."""
-
-    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        try:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                env=os.environ | environment,
-                start_new_session=True,  # Ctrl-C is the parent's to handle
-            )
-        except OSError as error:
-            raise ProbeError(f"cannot start {command[0]}: {error}") from error
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._complaints: collections.deque[str] = collections.deque(maxlen=20)
-        self._readers = [
-            threading.Thread(target=target, daemon=True)
-            for target in (self._read_lines, self._read_complaints)
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def _read_lines(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def _read_complaints(self) -> None:
-        assert self.process.stderr is not None
-        self._complaints.extend(line.rstrip() for line in self.process.stderr)
-
-    def ask(self, request: dict[str, Any], within: float) -> dict[str, Any]:
-        """Sends a request and waits for its reply.
-
-        Raises:
-          WorkerFailure: it died, took too long, or wrote something else.
-        """
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            raise self._death() from None
-        try:
-            line = self._lines.get(timeout=within)
-        except queue.Empty:
-            raise WorkerFailure("timeout", f"no answer within {within:g} s") from None
-        if line is None:
-            raise self._death()
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            raise WorkerFailure(
-                "crashed", f"the measuring process wrote {line[:200]!r} instead of a reply"
-            )
-        return reply
-
-    def _death(self) -> WorkerFailure:
-        try:
-            code = self.process.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            return WorkerFailure(
-                "crashed", "the measuring process closed its output and went on running"
-            )
-        self._readers[1].join(timeout=1)
-        said = "; ".join([line for line in self._complaints if line.strip()][-3:])[-500:]
-        if code < 0:
-            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            # The kernel's out-of-memory killer sends SIGKILL; a person may too, and nothing in the
-            # process can tell them apart.
-            why = " (most likely the kernel, out of memory)" if code == -signal.SIGKILL else ""
-            return WorkerFailure(
-                "crashed",
-                f"the measuring process was ended by {name}{why}{': ' + said if said else ''}",
-            )
-        return WorkerFailure(
-            "crashed",
-            f"the measuring process ended with exit status {code}{': ' + said if said else ''}",
-        )
-
-    def stop(self) -> None:
-        """Ends the process, by force if it does not go."""
-        if self.process.poll() is None:
-            self.process.kill()  # it holds nothing that wants saving
-        self.process.wait()
-        for reader in self._readers:
-            reader.join(timeout=1)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            # what was still to be written goes nowhere
-            with contextlib.suppress(OSError, AttributeError):
-                stream.close()  # type: ignore[union-attr]
 
 
 def seconds_left(deadline: float | None) -> float:

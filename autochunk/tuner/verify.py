@@ -1,21 +1,24 @@
-"""Does a profile still hold? Its chosen plan is timed here and now, beside the baseline it was
-compared with.
+"""Does a profile still hold?
+
+Its chosen plan is timed here and now, beside the baseline that it was compared with.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autochunk.errors import ArgumentError, ProbeError
 from autochunk.plan import Plan
-from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile, relative_spread
-from autochunk.tuner.probe import WORKER, Probe, WorkerFailure
+from autochunk.store.choice import DEFAULT, DENSE
+from autochunk.store.measurement import Measurement, relative_spread
+from autochunk.store.profile import Profile
+from autochunk.tuner.probe import Probe
+from autochunk.tuner.process import WORKER, WorkerFailure
 
-# A ratio of two times has drifted if it changed by more than this and by more than twice its
-# spread.
 DRIFT = 0.10
+"""A ratio of two times has drifted if it changed by more, and by more than twice its spread."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,7 @@ class Verification:
 
     @property
     def change(self) -> float:
-        """By what fraction the plan became slower (0.1 is 10%) or, negative, faster, in relation to
-        the baseline.
-        """
+        """By what fraction the plan became slower beside the baseline (0.1 is 10%, < 0 faster)."""
         return self.now / self.then - 1
 
     @property
@@ -55,8 +56,7 @@ class Verification:
 def verify(
     profile: Profile, *, rounds: int = 7, worker_command: Sequence[str] = WORKER
 ) -> Verification:
-    """Times a profile's chosen plan and its baseline in alternating rounds, in a process of their
-    own.
+    """Times a profile's chosen plan and its baseline in turn, in a process of their own.
 
     Raises:
       ArgumentError: the profile chooses no plan.
@@ -67,47 +67,44 @@ def verify(
             f"the profile of {profile.workload} chooses no plan, so that there is none to verify"
         )
     best, baseline = choice.measurement, _baseline(profile, choice.measurement)
+    timed = Verification(profile, best.plan, baseline.plan)
     try:
         with Probe(worker_command) as probe:
             probe.load(profile.parsed_workload())
-            ratios = [_ratio(probe, best.plan, baseline.plan, number) for number in range(rounds)]
+            ratios = [_ratio(probe, best.plan, baseline.plan, step) for step in range(rounds)]
     except (ProbeError, WorkerFailure) as error:
-        return Verification(profile, best.plan, baseline.plan, failure=str(error))
+        return replace(timed, failure=str(error))
     if not best.ratio or not baseline.ratio:
-        return Verification(
-            profile,
-            best.plan,
-            baseline.plan,
-            failure="the profile has times of zero, which nothing can be compared with",
+        return replace(
+            timed, failure="the profile has times of zero, which nothing can be compared with"
         )
-    then = best.ratio / baseline.ratio
-    return Verification(
-        profile,
-        best.plan,
-        baseline.plan,
-        then,
-        statistics.median(ratios),
-        relative_spread(ratios) or 0.0,
+    return replace(
+        timed,
+        then=best.ratio / baseline.ratio,
+        now=statistics.median(ratios),
+        spread=relative_spread(ratios) or 0.0,
     )
 
 
 def _baseline(profile: Profile, best: Measurement) -> Measurement:
-    """Another plan that was timed, to compare with.
+    """Another plan that was timed, to compare with: the fastest, which takes least time and memory.
 
-    Of the baselines and the rest the fastest, for it takes the least time and memory.
+    It is one of those that users compare with, if one of them was timed and is not the plan itself.
     """
-    others = [
-        found
-        for plan in (DEFAULT, DENSE)
-        if (found := profile.baseline(plan)) is not None and found.plan != best.plan
-    ]
-    others = others or [m for m in profile.measurements if m.timed and m.plan != best.plan]
+    usual = [found for plan in (DEFAULT, DENSE) if (found := profile.baseline(plan))]
+    timed = [measurement for measurement in profile.measurements if measurement.timed]
+    others = _without(best, usual) or _without(best, timed)
     return min(others, key=lambda m: (m.ratio, str(m.plan)), default=best)
 
 
-def _ratio(probe: Probe, plan: Plan, baseline: Plan, number: int) -> float:
+def _without(best: Measurement, measurements: list[Measurement]) -> list[Measurement]:
+    return [measurement for measurement in measurements if measurement.plan != best.plan]
+
+
+def _ratio(probe: Probe, plan: Plan, baseline: Plan, step: int) -> float:
+    """The plan's time over the baseline's in one round."""
     if plan == baseline:
         probe.time([plan])
         return 1.0
-    times = probe.time([baseline, plan] if number % 2 else [plan, baseline])
-    return times[1] / times[0] if number % 2 else times[0] / times[1]
+    own, others = probe.time_beside(plan, baseline, step)
+    return own / others

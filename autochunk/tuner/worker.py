@@ -1,18 +1,21 @@
-"""The measuring process, which ``probe.py`` starts: one JSON object a line in and out.
+"""The measuring process, which ``process.py`` starts: one JSON object a line in and out.
 
 It compiles, checks and times plans of one workload, and may die doing so: the parent (``probe.py``)
-takes a death for a result. Requests, in the order of a session; every reply is an object with
-``ok``, or ``error`` where the request itself was wrong:
+takes a death for a result. Requests, in the order of a session, each with its reply, which is an
+object with ``ok``, or ``error`` where the request itself was wrong; compiled programs are kept in
+the folder ``programs`` for the next worker; ``time`` is one round, in the order given::
 
-    {"do": "hello"}                          -> {"device": {...}, "available_bytes": n}
+    {"do": "hello"}
+        {"device": {...}, "available_bytes": n}
     {"do": "load", "workload": key, "programs": folder}
-                                             -> {"argument_bytes": n, "dense_error": x}   compiled
-                                             programs are kept in the folder for the next worker
-    {"do": "prepare", "plan": [name, mb], "budget_bytes": n} -> {"status": ..., "detail": ...,
-                                             "temp_bytes": n, "measured_bytes": n,
-                                             "compile_seconds": x, "error": x}
-    {"do": "time", "plans": [[name, mb], ...]} -> {"seconds": [x, ...]}   one round, in the order
-    given {"do": "drop", "plan": [name, mb]}       -> {}
+        {"argument_bytes": n, "dense_error": x}
+    {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
+        {"status": ..., "detail": ..., "temp_bytes": n, "measured_bytes": n, "compile_seconds": x,
+         "error": x}
+    {"do": "time", "plans": [[name, mb], ...]}
+        {"seconds": [x, ...]}
+    {"do": "drop", "plan": [name, mb]}
+        {}
 """
 
 from __future__ import annotations
@@ -32,16 +35,9 @@ import numpy as np
 from autochunk import device as devices
 from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
-from autochunk.tuner.measure import (
-    Timed,
-    WorkloadInputs,
-    available_bytes,
-    dense_on_sample,
-    measure_growth,
-    program_bytes,
-    reference,
-    relative_error,
-)
+from autochunk.tuner.inputs import WorkloadInputs
+from autochunk.tuner.measure import Timed, available_bytes, measure_growth, program_bytes
+from autochunk.tuner.reference import dense_on_sample, reference, relative_error
 from autochunk.workload import Workload
 
 # A plan may err this many times as much as dense attention in the same dtype does, plus a few
@@ -67,18 +63,15 @@ class Session:
         """Makes a workload's arguments and what its results should be."""
         keep_programs(programs)
         parsed = Workload.parse(workload)
-        # without it jax computes in float32, with a warning at most
+        # Without it jax computes in float32, with a warning at most.
         jax.config.update("jax_enable_x64", parsed.dtype == "float64")
         self.inputs = WorkloadInputs(parsed)
         self.references = reference(self.inputs)
         dense_error = relative_error(dense_on_sample(self.inputs), self.references)
-        self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * float(
-            jnp.finfo(self.inputs.workload.dtype).eps
-        )
-        return {
-            "argument_bytes": sum(x.nbytes for x in self.inputs.arguments),
-            "dense_error": dense_error,
-        }
+        rounding = float(jnp.finfo(parsed.dtype).eps)
+        self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * rounding
+        argument_bytes = sum(x.nbytes for x in jax.tree.leaves(self.inputs.passed))
+        return {"argument_bytes": argument_bytes, "dense_error": dense_error}
 
     def prepare(self, plan: list[Any], budget_bytes: int) -> dict[str, Any]:
         """Compiles a plan, and if it should fit runs and checks it once."""
@@ -89,27 +82,22 @@ class Session:
         result: dict[str, Any] = {}
         try:
             start = time.perf_counter()
-            compiled = jax.jit(inputs.function(chosen)).lower(*inputs.arguments).compile()
+            compiled = jax.jit(inputs.function(chosen)).lower(*inputs.passed).compile()
             compile_seconds = time.perf_counter() - start
             temp, out = program_bytes(compiled)
             result = {"compile_seconds": compile_seconds, "temp_bytes": temp}
             needed = max(temp, self._least_working_bytes(chosen)) + out
             if needed > budget_bytes:
-                return result | {
-                    "status": "over_budget",
-                    "detail": (
-                        f"needs about {needed / 1e6:.0f} MB, {budget_bytes / 1e6:.0f} MB may be "
-                        "used"
-                    ),
-                }
+                allowed = f"{budget_bytes / 1e6:.0f} MB may be used"
+                detail = f"needs about {needed / 1e6:.0f} MB, {allowed}"
+                return result | {"status": "over_budget", "detail": detail}
             start = time.perf_counter()
-            results, grown = measure_growth(
-                lambda: jax.block_until_ready(compiled(*inputs.arguments))
-            )
+            run = lambda: jax.block_until_ready(compiled(*inputs.passed))  # noqa: E731
+            results, grown = measure_growth(run)
             first = time.perf_counter() - start
             deviation = relative_error(inputs.on_sample(results), self.references)
             del results
-            timed = Timed.of(compiled, inputs.function(chosen), inputs.arguments, first)
+            timed = Timed.of(compiled, inputs.function(chosen), inputs.passed, first)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
@@ -119,13 +107,9 @@ class Session:
             result |= {"measured_bytes": measured, "temp_bytes": max(temp, measured)}
         result["error"] = min(deviation, 1e30)
         if not deviation <= self.error_limit:
-            return result | {
-                "status": "inaccurate",
-                "detail": (
-                    f"errs by {deviation:.2g} of the largest value; {self.error_limit:.2g} is "
-                    "allowed"
-                ),
-            }
+            errs = f"errs by {deviation:.2g} of the largest value"
+            detail = f"{errs}; {self.error_limit:.2g} is allowed"
+            return result | {"status": "inaccurate", "detail": detail}
         self.prepared[chosen] = timed
         return result | {"status": "ok", "detail": ""}
 
@@ -139,7 +123,7 @@ class Session:
 
     def time(self, plans: list[list[Any]]) -> dict[str, Any]:
         """One round."""
-        arguments = self._loaded().arguments
+        arguments = self._loaded().passed
         return {"seconds": [self.prepared[Plan(*plan)].seconds(arguments) for plan in plans]}
 
     def drop(self, plan: list[Any]) -> dict[str, Any]:
@@ -154,8 +138,9 @@ class Session:
 
 
 def keep_programs(folder: str) -> None:
-    """Keeps every program that is compiled in a folder, if one is given, and takes it from there if
-    another process has compiled it.
+    """Keeps every program that is compiled in a folder, if one is given.
+
+    One that another process has compiled is taken from there.
     """
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
@@ -194,7 +179,7 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Keeps the real standard output for replies: whatever else is printed goes to standard error."""
+    """Keeps the real standard output for replies; what else is printed goes to standard error."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

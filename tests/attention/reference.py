@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Array = jax.Array | np.ndarray[Any, Any]
+# Numpy arrays by name; Any, so that they may be given as keywords beside others.
+Arrays = dict[str, Any]
 
 # Compiling takes most of the tests' time; how well the machine code is optimised makes no
 # difference to most of them.
@@ -30,7 +32,8 @@ quick_jit = functools.partial(
 
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
     """Normal numbers, the same for the same arguments."""
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+    drawn: np.ndarray[Any, Any] = np.random.default_rng([seed, *shape]).normal(size=shape)
+    return drawn.astype(dtype)
 
 
 def draw_mask(shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
@@ -103,7 +106,7 @@ def exact(
     bias = np.asarray(arrays.get("bias", 0.0), np.float64)
     allowed = np.broadcast_to(arrays.get("mask", True), logits.shape)
     if is_causal:
-        allowed = allowed & np.tri(*logits.shape[-2:], dtype=bool)
+        allowed = allowed & np.tri(query.shape[-3], key.shape[-3], dtype=bool)
     live = allowed.any(axis=-1, keepdims=True)
     logits = np.where(live, np.where(allowed, logits + bias, -np.inf), 0.0)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -123,25 +126,23 @@ def exact(
 
 
 def _ungroup(array: np.ndarray[Any, Any], groups: int) -> np.ndarray[Any, Any]:
-    return array.reshape(
-        (*array.shape[:-2], array.shape[-2] // groups, groups, array.shape[-1])
-    ).sum(axis=-2)
+    *leading, heads, size = array.shape
+    grouped: np.ndarray[Any, Any] = array.reshape((*leading, heads // groups, groups, size))
+    return np.asarray(grouped.sum(axis=-2))
 
 
 def _sum_to(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     array = array.sum(axis=tuple(range(array.ndim - len(shape))))
-    return array.sum(
-        axis=tuple(dim for dim, size in enumerate(shape) if size == 1 and array.shape[dim] != 1),
-        keepdims=True,
-    )
+    broadcast = tuple(dim for dim, size in enumerate(shape) if size == 1 and array.shape[dim] != 1)
+    return np.asarray(array.sum(axis=broadcast, keepdims=True))
 
 
 def plain(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
     *,
     is_causal: bool = False,
 ) -> jax.Array:
@@ -149,21 +150,33 @@ def plain(
     groups = query.shape[-2] // key.shape[-2]
     keys, values = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
     logits = jnp.einsum("...thk,...shk->...hts", query, keys) / math.sqrt(query.shape[-1])
-    logits = (
-        logits if bias is None else logits + jnp.expand_dims(bias, range(logits.ndim - bias.ndim))
-    )
-    allowed = (
-        jnp.ones((), bool)
-        if mask is None
-        else jnp.expand_dims(mask, range(logits.ndim - mask.ndim))
-    )
+    if bias is not None:
+        logits += jnp.expand_dims(bias, range(logits.ndim - bias.ndim))
+    allowed = jnp.ones(logits.shape, bool)
+    if mask is not None:
+        allowed &= jnp.expand_dims(mask, range(logits.ndim - mask.ndim))
     if is_causal:
-        allowed = jnp.logical_and(
-            allowed,
-            jnp.expand_dims(jnp.tri(*logits.shape[-2:], dtype=bool), range(logits.ndim - 2)),
-        )
+        allowed = jnp.tril(allowed)
     weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30))
     return jnp.einsum("...hts,...shv->...thv", weights, values)
+
+
+def compiled_text(jitted: jax.stages.Wrapped, *arrays: Any) -> str:
+    """The text of what XLA makes of the function."""
+    text = jitted.lower(*arrays).compile().as_text()
+    assert text is not None
+    return text
+
+
+def temp_bytes(function: Callable[..., Any], *arrays: Any) -> int:
+    """What XLA sets aside for the function, besides arguments and results."""
+    memory: Any = jax.jit(function).lower(*arrays).compile().memory_analysis()
+    return int(memory.temp_size_in_bytes)
+
+
+def structure(tree: Any) -> Any:
+    """A tree without its leaves; jax's own annotation is none that a type checker can follow."""
+    return jax.tree.structure(tree)
 
 
 def assert_close(received: Any, expected: Any, tolerance: float = 2e-5) -> None:
@@ -171,7 +184,7 @@ def assert_close(received: Any, expected: Any, tolerance: float = 2e-5) -> None:
 
     The tolerance is relative to the largest element, or absolute where that is less than one.
     """
-    assert jax.tree.structure(received) == jax.tree.structure(expected)
+    assert structure(received) == structure(expected)
     compare = functools.partial(_assert_close, tolerance=tolerance)
     jax.tree.map_with_path(compare, received, expected)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from reference import assert_close, draw, plain, quick_jit
+from reference import assert_close, compiled_text, draw, plain, quick_jit
 
 from autochunk import dot_product_attention
 
@@ -24,6 +24,11 @@ MESH = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2
 EXPLICIT = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
 ARRAYS = [draw((4, 6, 2, 4)), draw((4, 5, 2, 4)), draw((4, 5, 2, 3))]
 BIAS = draw((2, 6, 5))
+
+
+def spread(mesh: jax.sharding.Mesh, *axes: str | None) -> list[jax.Array]:
+    """The operands, each of its dims over the axis of the mesh that is named for it."""
+    return [jax.device_put(array, NamedSharding(mesh, P(*axes))) for array in ARRAYS]
 
 
 def pulled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,13 +59,9 @@ def shard_map(check_vma: bool, *specs: Any) -> None:
         mapped = jax.shard_map(
             function, mesh=MESH, in_specs=specs, out_specs=specs[0], check_vma=check_vma
         )
-        received = jax.device_get(quick_jit(pulled(mapped))(*ARRAYS, BIAS))
-        assert_close(
-            received,
-            jax.device_get(
-                quick_jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)
-            ),
-        )
+        received = quick_jit(pulled(mapped))(*ARRAYS, BIAS)
+        expected = quick_jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)
+        assert_close(jax.device_get(received), jax.device_get(expected))
 
 
 def vmapped() -> None:
@@ -69,39 +70,27 @@ def vmapped() -> None:
     received = quick_jit(pulled(jax.vmap(attend("xla_rows"), spmd_axis_name="batch")))(
         *(jax.device_put(array, NamedSharding(MESH, P("batch"))) for array in wide)
     )
-    assert_close(
-        jax.device_get(received), jax.device_get(quick_jit(pulled(jax.vmap(plain)))(*wide))
-    )
+    expected = quick_jit(pulled(jax.vmap(plain)))(*wide)
+    assert_close(jax.device_get(received), jax.device_get(expected))
 
 
 def sharded(implementation: str) -> None:
     """Operands that are spread over the mesh, and no word about it in the program."""
-    compare(
-        attend(implementation),
-        *(
-            jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads")))
-            for array in ARRAYS
-        ),
-    )
+    compare(attend(implementation), *spread(MESH, "batch", None, "heads"))
 
 
 def explicit() -> None:
     """Shardings that are part of the types."""
     with jax.set_mesh(EXPLICIT):
-        arrays = [
-            jax.device_put(array, NamedSharding(EXPLICIT, P("batch", None, None)))
-            for array in ARRAYS
-        ]
+        arrays = spread(EXPLICIT, "batch", None, None)
         received = jax.device_get(quick_jit(pulled(attend("xla_rows")))(*arrays))
     assert_close(received, jax.device_get(quick_jit(pulled(plain))(*ARRAYS)))
 
 
 def gathers() -> None:
     """With batch and heads sharded, slicing over rows first moves nothing between devices."""
-    arrays = [
-        jax.device_put(array, NamedSharding(MESH, P("batch", None, "heads"))) for array in ARRAYS
-    ]
-    text = jax.jit(pulled(attend("xla_rows"))).lower(*arrays).compile().as_text()
+    arrays = spread(MESH, "batch", None, "heads")
+    text = compiled_text(jax.jit(pulled(attend("xla_rows"))), *arrays)
     assert re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", text) == []
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draw, exact, operands
+from reference import compiled_text, draw, exact, operands
 
 from autochunk import dot_product_attention
 from autochunk.errors import ArgumentError
@@ -28,17 +29,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def attend(**settings: Any) -> Any:
+def attend(implementation: str = "cudnn", **settings: Any) -> Callable[..., jax.Array]:
     return functools.partial(
-        dot_product_attention, implementation="cudnn", max_chunk_size_mb=None, **settings
+        dot_product_attention, implementation=implementation, max_chunk_size_mb=None, **settings
     )
+
+
+def total(array: jax.Array) -> jax.Array:
+    """The sum, in float32."""
+    return jnp.sum(array.astype(jnp.float32))
 
 
 def error(ours: jax.Array, expected: Any) -> float:
     """Largest error, relative to the largest value."""
-    return float(
-        np.abs(np.asarray(ours, np.float64) - expected).max() / max(1e-3, np.abs(expected).max())
-    )
+    largest = np.abs(np.asarray(ours, np.float64) - expected).max()
+    return float(largest / max(1e-3, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -50,9 +55,7 @@ def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool
     Causal is counted from the first key, as everywhere here.
     """
     arrays = operands(**({"heads": 4, "key_size": 64} | shape), dtype=dtype)
-    expected = exact(
-        {name: np.asarray(array, np.float64) for name, array in arrays.items()}, is_causal=is_causal
-    )
+    expected = exact(arrays, is_causal=is_causal)
 
     @jax.jit
     def both(cotangent: jax.Array, *moving: jax.Array) -> Any:
@@ -73,13 +76,10 @@ def test_the_forward_pass_is_not_run_again() -> None:
     x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
 
     def loss(query: jax.Array, key: jax.Array) -> jax.Array:
-        return jnp.sum(
-            jax.lax.scan(lambda x, _: (attend()(x, key, key), None), query, None, length=3)[
-                0
-            ].astype(jnp.float32)
-        )
+        out, _ = jax.lax.scan(lambda x, _: (attend()(x, key, key), None), query, None, length=3)
+        return total(out)
 
-    text = jax.jit(jax.grad(loss)).lower(x, x).compile().as_text()
+    text = compiled_text(jax.jit(jax.grad(loss)), x, x)
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
 
@@ -88,13 +88,9 @@ def test_the_forward_pass_is_not_run_again() -> None:
     "change",
     [
         lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],
-        lambda f: jax.hessian(lambda x: jnp.sum(f(x).astype(jnp.float32))),
+        lambda f: jax.hessian(lambda x: total(f(x))),
         lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])),
-        lambda f: (
-            lambda x: jax.vmap(jax.grad(lambda y: jnp.sum(f(y).astype(jnp.float32))))(
-                jnp.stack([x, 2 * x])
-            )
-        ),
+        lambda f: lambda x: jax.vmap(jax.grad(lambda y: total(f(y))))(jnp.stack([x, 2 * x])),
     ],
     ids=["jvp", "hessian", "vmap", "vmap of grad"],
 )
@@ -104,13 +100,7 @@ def test_every_transformation(change: Any) -> None:
     ours = jax.jit(change(lambda x: attend()(x, key, key)))(query)
     wide = [array.astype(jnp.float32) for array in (query, key)]
     with jax.default_matmul_precision("highest"):
-        plain = jax.jit(
-            change(
-                lambda x: dot_product_attention(
-                    x, wide[1], wide[1], implementation="dense", max_chunk_size_mb=None
-                )
-            )
-        )(wide[0])
+        plain = jax.jit(change(lambda x: attend("dense")(x, wide[1], wide[1])))(wide[0])
     assert error(ours, np.asarray(plain, np.float64)) < 0.05
 
 
@@ -126,7 +116,6 @@ def test_rows_without_a_key() -> None:
 def test_what_it_does_not_take() -> None:
     """The refusal says why: float32 is not for cuDNN."""
     x = draw((1, 64, 2, 64))
-    with pytest.raises(
-        ArgumentError, match=r"implementation='cudnn' does not take this call.*fp16/bf16"
-    ):
+    refusal = r"implementation='cudnn' does not take this call.*fp16/bf16"
+    with pytest.raises(ArgumentError, match=refusal):
         attend()(x, x, x)

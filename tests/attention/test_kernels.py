@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, exact, operands, output_and_gradients, quick_jit
+from reference import (
+    assert_close,
+    compiled_text,
+    draw,
+    exact,
+    operands,
+    output_and_gradients,
+    quick_jit,
+    temp_bytes,
+)
 
 from autochunk import Plan, dot_product_attention
 from autochunk.attention import kernels
@@ -46,7 +55,7 @@ def largest_array(text: str) -> int:
 
 # Every operand has at most 4096 bytes, so that what is larger can only be logits; all of them are
 # 65536 bytes.
-SMALL = {"leading": (2,), "rows": 64, "keys": 64, "heads": 2, "key_size": 2}
+SMALL: dict[str, Any] = {"leading": (2,), "rows": 64, "keys": 64, "heads": 2, "key_size": 2}
 LIMIT = 0.0045
 LIMITED: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -64,21 +73,15 @@ LIMITED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("call", LIMITED.values(), ids=LIMITED.keys())
 def test_no_array_exceeds_the_limit(call: dict[str, Any], implementation: str, mode: str) -> None:
     """The compiled program has no array of any kind above the limit, where the operands are not."""
-    arrays = operands(
-        **(SMALL | {name: value for name, value in call.items() if name != "is_causal"})
-    )
+    shape = SMALL | call
+    is_causal = shape.pop("is_causal", False)
+    arrays = operands(**shape)
     del arrays["cotangent"]
-    mask = arrays.pop("mask", None)
-    function = attend(
-        mask=mask,
-        is_causal=call.get("is_causal", False),
-        max_chunk_size_mb=LIMIT,
-        implementation=implementation,
-    )
+    settings = {"mask": arrays.pop("mask", None), "is_causal": is_causal}
+    function = attend(**settings, max_chunk_size_mb=LIMIT, implementation=implementation)
     function = function if mode == "forward" else gradient(function, tuple(range(len(arrays))))
-    text = quick_jit(function).lower(*arrays.values()).compile().as_text()
     assert max(array.nbytes for array in arrays.values()) <= LIMIT * 1e6
-    assert largest_array(text) <= LIMIT * 1e6
+    assert largest_array(compiled_text(quick_jit(function), *arrays.values())) <= LIMIT * 1e6
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
@@ -98,36 +101,35 @@ def test_terms_of_some_leading_dims_keep_the_limit(
     del arrays["cotangent"]
     function = attend(max_chunk_size_mb=0.04)
     function = function if mode == "forward" else gradient(function, (0, 1, 2, 3))
-    assert largest_array(quick_jit(function).lower(*arrays.values()).compile().as_text()) <= 0.04e6
+    assert largest_array(compiled_text(quick_jit(function), *arrays.values())) <= 0.04e6
 
 
 def test_without_a_limit_all_logits_are_there() -> None:
     """The measure above does see logits: without a limit, all of them."""
     arrays = operands(**SMALL)
-    text = (
-        quick_jit(attend(max_chunk_size_mb=None))
-        .lower(arrays["query"], arrays["key"], arrays["value"])
-        .compile()
-        .as_text()
-    )
+    function = quick_jit(attend(max_chunk_size_mb=None))
+    text = compiled_text(function, arrays["query"], arrays["key"], arrays["value"])
     assert largest_array(text) == 2 * 2 * 64 * 64 * 4
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr and of those inside it."""
+def equations(jaxpr: Any, primitive: str) -> Iterator[Any]:
+    """All equations of a primitive in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:
-        yield equation
+        if equation.primitive.name == primitive:
+            yield equation
         for leaf in jax.tree.leaves(
             list(equation.params.values()),
             is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"),
         ):
             inner = getattr(leaf, "jaxpr", leaf)
             if hasattr(inner, "eqns"):
-                yield from equations(inner)
+                yield from equations(inner, primitive)
 
 
-def _call(plan: Plan, has_mask: bool = False) -> kernels.Call:
-    return kernels.Call(0.5, False, False, has_mask, Plans(plan, plan))
+def _call(plans: Plan | Plans, has_mask: bool = False, is_causal: bool = False) -> kernels.Call:
+    both = plans if isinstance(plans, Plans) else Plans(plans, plans)
+    names = ("query", "key", "value", "mask")[: 3 + has_mask]
+    return kernels.Call(names, 0.5, is_causal, both)
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.03, 0.0045, 0.0002])
@@ -142,21 +144,16 @@ def test_what_is_traced_keeps_the_limit(implementation: str, limit: float) -> No
     query, cotangent = draw((2, 3, 60, 2, 2, features)), draw((2, 3, 60, 2, 2, features), 1)
     key, stats = draw((2, 3, 50, 2, features)), draw((2, 3, 2, 2, 60), 2)
     plan = Plan(implementation, limit)
-    forward = jax.make_jaxpr(functools.partial(maps.forward, call=_call(plan), plan=plan))(
-        query, key, key
-    )
-    backward = jax.make_jaxpr(
-        functools.partial(maps.cotangent, call=_call(plan), wanted=(True,) * 3)
-    )(query, key, key, query, stats, stats, cotangent)
-    for traced in (forward, backward):
-        products = [
-            equation
-            for equation in equations(traced.jaxpr)
-            if equation.primitive.name == "dot_general"
-        ]
+    forward = functools.partial(maps.forward, call=_call(plan), plan=plan)
+    backward = functools.partial(maps.cotangent, call=_call(plan), wanted=(True,) * 3)
+    for traced in (
+        jax.make_jaxpr(forward)(query, key, key),
+        jax.make_jaxpr(backward)(query, key, key, query, stats, stats, cotangent),
+    ):
+        products = list(equations(traced.jaxpr, "dot_general"))
         summed = [
-            equation.invars[0].aval.shape[equation.params["dimension_numbers"][0][0][0]]
-            for equation in products
+            product.invars[0].aval.shape[product.params["dimension_numbers"][0][0][0]]
+            for product in products
         ]
         logits = max(
             math.prod(product.outvars[0].aval.shape) * 4
@@ -166,11 +163,13 @@ def test_what_is_traced_keeps_the_limit(implementation: str, limit: float) -> No
         assert limit * 1e6 / 4 <= logits <= limit * 1e6
 
 
-MEMORY = {"leading": (1,), "rows": 1024, "keys": 1024, "heads": 4, "key_size": 16}
-
-
-def temp_bytes(function: Callable[..., Any], *arrays: Any) -> int:
-    return jax.jit(function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+MEMORY: dict[str, Any] = {
+    "leading": (1,),
+    "rows": 1024,
+    "keys": 1024,
+    "heads": 4,
+    "key_size": 16,
+}
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
@@ -185,11 +184,12 @@ def test_memory(implementation: str, mode: str) -> None:
         for name, array in operands(**MEMORY).items()
         if name != "cotangent"
     ]
-    change = (lambda function: function) if mode == "forward" else gradient
-    dense = temp_bytes(change(attend(implementation="dense", max_chunk_size_mb=None)), *arrays)
-    sliced = temp_bytes(
-        change(attend(implementation=implementation, max_chunk_size_mb=0.5)), *arrays
-    )
+
+    def taken(implementation: str, limit: float | None) -> int:
+        function = attend(implementation=implementation, max_chunk_size_mb=limit)
+        return temp_bytes(function if mode == "forward" else gradient(function), *arrays)
+
+    dense, sliced = taken("dense", None), taken(implementation, 0.5)
     assert dense >= 16e6
     assert sliced <= 4e6  # operands and gradients are 0.26 MB each
 
@@ -203,12 +203,13 @@ def test_memory_under_vmap(implementation: str, mode: str) -> None:
         for name, array in operands(**MEMORY | {"rows": 256}).items()
         if name != "cotangent"
     ]
-    change = jax.vmap if mode == "forward" else lambda function: gradient(jax.vmap(function))
-    dense = temp_bytes(change(attend(implementation="dense", max_chunk_size_mb=None)), *arrays)
+
+    def taken(implementation: str, limit: float | None) -> int:
+        function = jax.vmap(attend(implementation=implementation, max_chunk_size_mb=limit))
+        return temp_bytes(function if mode == "forward" else gradient(function), *arrays)
+
     limit = 2.0  # a quarter of one element's logits, a thirty-second of all
-    sliced = temp_bytes(
-        change(attend(implementation=implementation, max_chunk_size_mb=limit)), *arrays
-    )
+    dense, sliced = taken("dense", None), taken(implementation, limit)
     assert dense >= 8 * 4e6
     # operands and gradients of the whole batch are 0.5 MB to 2.1 MB each
     assert sliced <= 3 * limit * 1e6 + 8e6
@@ -219,25 +220,16 @@ def test_vmapped_arrays_keep_the_limit(implementation: str) -> None:
     """Of vmapped calls, nested or of one operand only, no array exceeds the limit either."""
     query, key, value = (draw((3, 2, 2, 16, 1, 1), seed) for seed in range(3))
     nested = jax.vmap(jax.vmap(attend(max_chunk_size_mb=LIMIT, implementation=implementation)))
-    text = quick_jit(gradient(nested)).lower(query, key, value).compile().as_text()
+    text = compiled_text(quick_jit(gradient(nested)), query, key, value)
     assert largest_array(text) <= LIMIT * 1e6
-    wide = draw((8, 1, 64, 2, 2), 3)
     one = jax.vmap(
         attend(max_chunk_size_mb=3 * LIMIT, implementation=implementation), in_axes=(0, None, None)
     )
-    text = (
-        quick_jit(one)
-        .lower(wide, draw((1, 64, 2, 2), 4), draw((1, 64, 2, 2), 5))
-        .compile()
-        .as_text()
-    )
+    query, key, value = draw((8, 1, 64, 2, 2), 3), draw((1, 64, 2, 2), 4), draw((1, 64, 2, 2), 5)
+    text = compiled_text(quick_jit(one), query, key, value)
     assert largest_array(text) <= 3 * LIMIT * 1e6
-    text = (
-        quick_jit(gradient(one))
-        .lower(draw((8, 1, 4, 2, 2), 6), draw((1, 512, 2, 2), 7), draw((1, 512, 2, 2), 8))
-        .compile()
-        .as_text()
-    )
+    query, key, value = draw((8, 1, 4, 2, 2), 6), draw((1, 512, 2, 2), 7), draw((1, 512, 2, 2), 8)
+    text = compiled_text(quick_jit(gradient(one)), query, key, value)
     # keys and values, 8192 bytes each, are not copied for each query
     assert largest_array(text) <= 3 * LIMIT * 1e6
 
@@ -258,26 +250,15 @@ def test_a_vmapped_limit_below_the_smallest_slice() -> None:
 
 FORWARD, TRAINING = Plan("xla", 1e-4), Plan("xla_rows", 1e-4)
 USES: dict[str, tuple[Callable[[Callable[..., Any]], Callable[..., Any]], str]] = {
-    "call": (lambda function: function, "forward"),
+    "call": (lambda f: f, "forward"),
     "vmap": (jax.vmap, "forward"),
     "remat": (jax.checkpoint, "forward"),
-    "scan": (
-        lambda function: (
-            lambda query: jax.lax.scan(lambda x, _: (function(x), None), query, None, 2)
-        ),
-        "forward",
-    ),
-    "value_and_grad": (
-        lambda function: jax.value_and_grad(lambda query: jnp.sum(function(query))),
-        "training",
-    ),
-    "grad(vmap)": (
-        lambda function: jax.grad(lambda query: jnp.sum(jax.vmap(function)(query))),
-        "training",
-    ),
-    "vjp": (lambda function: lambda query: jax.vjp(function, query)[0], "training"),
-    "jvp": (lambda function: lambda query: jax.jvp(function, (query,), (query,)), "training"),
-    "hessian": (lambda function: jax.hessian(lambda query: jnp.sum(function(query))), "training"),
+    "scan": (lambda f: lambda q: jax.lax.scan(lambda x, _: (f(x), None), q, None, 2), "forward"),
+    "value_and_grad": (lambda f: jax.value_and_grad(lambda q: jnp.sum(f(q))), "training"),
+    "grad(vmap)": (lambda f: jax.grad(lambda q: jnp.sum(jax.vmap(f)(q))), "training"),
+    "vjp": (lambda f: lambda q: jax.vjp(f, q)[0], "training"),
+    "jvp": (lambda f: lambda q: jax.jvp(f, (q,), (q,)), "training"),
+    "hessian": (lambda f: jax.hessian(lambda q: jnp.sum(f(q))), "training"),
 }
 
 
@@ -290,16 +271,14 @@ def test_which_plan_runs(
     ``on_use`` hears of that one only.
     """
     used: set[str] = set()
-    call = kernels.Call(0.5, False, False, False, Plans(FORWARD, TRAINING, used.add))
+    call = _call(Plans(FORWARD, TRAINING, used.add))
 
     def function(query: jax.Array) -> jax.Array:
-        return kernels.attention(query, query[..., 0, :], query[..., 0, :], None, None, call)
+        key = query[..., 0, :]
+        return kernels.attention(kernels.Inputs(query, key, key), call)
 
-    jax.jit(change(function)).lower(
-        draw((2, 5, 2, 1, 3), 1)
-        if expected == "forward" and change is not jax.vmap
-        else draw((2, 2, 5, 2, 1, 3), 1)
-    )
+    alone = expected == "forward" and change is not jax.vmap
+    jax.jit(change(function)).lower(draw((2, 5, 2, 1, 3) if alone else (2, 2, 5, 2, 1, 3), 1))
     assert used == {expected}
 
 
@@ -309,15 +288,13 @@ def test_which_plan_runs(
 def test_slices_are_those_of_the_plan_that_runs(change: Callable[..., Any], expected: int) -> None:
     """The loops of the compiled program make the forward plan's slices, or the training plan's."""
     # a batch element's head; a row of all of them
-    call = kernels.Call(
-        0.5, False, False, False, Plans(Plan("xla", 1.2e-4), Plan("xla_rows", 1e-4))
-    )
+    plans = Plans(Plan("xla", 1.2e-4), Plan("xla_rows", 1e-4))
+    call = _call(plans)
     query = draw((2, 5, 2, 1, 3))
-    key = draw((2, 6, 2, 3))
+    key = jnp.asarray(draw((2, 6, 2, 3)))
 
     def function(query: jax.Array) -> jax.Array:
-        (out,) = (kernels.attention(query, key, key, None, None, call),)
-        return jnp.sum(out)
+        return jnp.sum(kernels.attention(kernels.Inputs(query, key, key), call))
 
     text = quick_jit(change(function)).lower(query).as_text()
     assert Counter(re.findall(r"stablehlo.while", text)).total() >= 1
@@ -338,21 +315,9 @@ def test_plans_are_equal_whatever_hears_of_them() -> None:
 def test_slices_that_do_not_divide(rows: int, keys: int) -> None:
     """Where a slice overlaps its neighbour nothing is counted twice, in whatever axis."""
     arrays = operands(leading=(7,), rows=7, keys=5, heads=1, bias=(7, 1, 7, 5))
-    names = ("query", "key", "value", "bias")
-    expected = exact(arrays)
-
-    @quick_jit
-    def both(cotangent: jax.Array, *moving: jax.Array) -> Any:
-        out, pull = jax.vjp(
-            attend(
-                max_chunk_size_mb=rows * keys * 4e-6,
-                implementation="xla_rows" if rows < 3 else "xla",
-            ),
-            *moving,
-        )
-        return {"output": out, **dict(zip(names, pull(cotangent), strict=True))}
-
-    assert_close(both(arrays["cotangent"], *(arrays[name] for name in names)), expected)
+    implementation = "xla_rows" if rows < 3 else "xla"
+    function = attend(max_chunk_size_mb=rows * keys * 4e-6, implementation=implementation)
+    assert_close(output_and_gradients(function, arrays), exact(arrays))
 
 
 @pytest.mark.parametrize("limit", [None, 1e-4])
@@ -398,53 +363,41 @@ def test_what_is_divided_by_the_sum(keys: int, platforms: tuple[str, ...], divid
 
     It makes one on GPUs, unless rows are too long for it; the output is smaller.
     """
-    query, key = (
-        jax.ShapeDtypeStruct((1, 4, 2, 1, 3), jnp.float32),
-        jax.ShapeDtypeStruct((1, keys, 2, 3), jnp.float32),
-    )
+    query = jax.ShapeDtypeStruct((1, 4, 2, 1, 3), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, keys, 2, 3), jnp.float32)
+    plan = Plan("xla")
     function = functools.partial(
-        maps.forward,
-        call=_call(Plan("xla")),
-        plan=Plan("xla"),
-        platforms=platforms,
-        need_stats=False,
+        maps.forward, call=_call(plan), plan=plan, platforms=platforms, need_stats=False
     )
     traced = jax.make_jaxpr(function)(query, key, key)
-    sizes = {
-        equation.outvars[0].aval.shape[-1]
-        for equation in equations(traced.jaxpr)
-        if equation.primitive.name == "div"
-    }
+    sizes = {division.outvars[0].aval.shape[-1] for division in equations(traced.jaxpr, "div")}
     assert sizes == {keys if divided == "weights" else 3}
+
+
+def product_dtypes(function: Callable[..., Any], *arrays: Any) -> set[Any]:
+    """The dtypes that products have in a function."""
+    products = equations(jax.make_jaxpr(function)(*arrays).jaxpr, "dot_general")
+    return {product.outvars[0].aval.dtype for product in products}
 
 
 def test_dense_is_haikus() -> None:
     """``dense`` keeps haiku's dtype for the logits, that of the inputs."""
+
+    def dense(half: jax.Array) -> jax.Array:
+        inputs = kernels.Inputs(half[..., None, :], half, half)
+        return kernels.dense(inputs, _call(Plan("dense")))
+
     half = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.bfloat16)
-    traced = jax.make_jaxpr(
-        lambda q: kernels.dense(q[..., None, :], q, q, None, None, _call(Plan("dense")))
-    )(half)
-    products = [
-        equation.outvars[0].aval.dtype
-        for equation in equations(traced.jaxpr)
-        if equation.primitive.name == "dot_general"
-    ]
-    assert set(products) == {jnp.dtype(jnp.bfloat16)}
+    assert product_dtypes(dense, half) == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_half_precision_has_float32_logits() -> None:
     """Everywhere else logits, and sums over them, are float32."""
     half = np.ones((1, 4, 2, 1, 3), jnp.bfloat16)
     plan = Plan("xla", 1e-5)
-    traced = jax.make_jaxpr(functools.partial(maps.forward, call=_call(plan), plan=plan))(
-        half, half[..., 0, :], half[..., 0, :]
-    )
-    products = [
-        equation.outvars[0].aval.dtype
-        for equation in equations(traced.jaxpr)
-        if equation.primitive.name == "dot_general"
-    ]
-    assert set(products) == {jnp.dtype(jnp.float32)}
+    function = functools.partial(maps.forward, call=_call(plan), plan=plan)
+    dtypes = product_dtypes(function, half, half[..., 0, :], half[..., 0, :])
+    assert dtypes == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(600, 600), (600, 530), (530, 800), (600, 200)])
@@ -454,13 +407,8 @@ def test_half_precision_has_float32_logits() -> None:
 def test_causal_blocks(rows: int, keys: int, implementation: str, limit: float | None) -> None:
     """Long causal attention is right whatever the lengths, and leaves out blocks no row sees."""
     arrays = operands((1,), rows, keys, value_size=3, bias=(2, 1, keys))
-    attend = functools.partial(
-        dot_product_attention,
-        is_causal=True,
-        max_chunk_size_mb=limit,
-        implementation=implementation,
-    )
-    ours = output_and_gradients(attend, arrays)
+    function = attend(is_causal=True, max_chunk_size_mb=limit, implementation=implementation)
+    ours = output_and_gradients(function, arrays)
     assert_close(ours, exact(arrays, is_causal=True), 1e-4)
 
 
@@ -470,18 +418,13 @@ def test_causal_blocks_above_the_diagonal_are_not_computed() -> None:
     With a mask all are: a row may see nothing, and be the mean of all values.
     """
     query, key = draw((1, 1024, 1, 1, 4)), draw((1, 1024, 1, 4))
-    call = kernels.Call(0.5, True, False, False, Plans(Plan(), Plan()))
+    call = _call(Plan(), is_causal=True)
 
     def trips(call: kernels.Call, *mask: Any) -> list[int]:
-        traced = jax.make_jaxpr(functools.partial(maps.forward, call=call, plan=Plan()))(
-            query, key, key, *mask
-        )
-        return [
-            equation.params["length"]
-            for equation in equations(traced.jaxpr)
-            if equation.primitive.name == "scan"
-        ]
+        function = functools.partial(maps.forward, call=call, plan=Plan())
+        traced = jax.make_jaxpr(function)(query, key, key, *mask)
+        return [scan.params["length"] for scan in equations(traced.jaxpr, "scan")]
 
     assert trips(call) == [4, 4 * 3 // 2]
-    masked = kernels.Call(0.5, True, False, True, Plans(Plan(), Plan()))
+    masked = _call(Plan(), has_mask=True, is_causal=True)
     assert trips(masked, np.ones((1, 1, 1, 1, 1024), bool)) == []

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.errors import ArgumentError, BundleError
-from autochunk.store import bundle
-from autochunk.store.database import ProfileStore
-from autochunk.store.profile import Profile, Provenance
+from autochunk.store import bundle, files, json_text
+from autochunk.store.bundle import Provenance
+from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
 
 RELEASED = Path(__file__).parent / "released"
 
@@ -55,17 +56,9 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> str:
 
 def version_1(*profiles: Profile) -> str:
     """A bundle as version 1 was written."""
-    return (
-        json.dumps(
-            {
-                "schema_version": 1,
-                "profiles": [profile.model_dump(mode="json") for profile in profiles],
-            },
-            indent=1,
-            sort_keys=True,
-        )
-        + "\n"
-    )
+    dumped = [profile.model_dump(mode="json") for profile in profiles]
+    content = {"schema_version": 1, "profiles": dumped}
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -97,10 +90,11 @@ def test_dump_is_deterministic(profiles: list[Profile]) -> None:
 
 def test_dump_is_the_same_in_another_process() -> None:
     """Nor do the bytes depend on the process, compressed or not."""
-    code = (
-        "import sys; from autochunk.store import bundle; bundle.write(sys.argv[2], "
-        "bundle.dump(bundle.load(sys.argv[1]).profiles, 'made up'))"
-    )
+    code = """
+import sys
+from autochunk.store import bundle, files
+files.write(sys.argv[2], bundle.dump(bundle.load(sys.argv[1]).profiles, "made up"))
+"""
     assert run_python(code, TEXT, "-", PYTHONHASHSEED="5") == TEXT
 
 
@@ -119,22 +113,18 @@ def test_layout_is_for_people_and_diffs() -> None:
     assert '  "note": "made up"' in lines
     assert lines.count('    "complete": true,') == len(PROFILES)
     measurements = [json.loads(line.rstrip(",")) for line in lines if '"implementation"' in line]
-    assert measurements == [
-        m.model_dump(mode="json") for profile in PROFILES for m in profile.measurements
-    ]
+    whole = [m.model_dump(mode="json") for profile in PROFILES for m in profile.measurements]
+    assert measurements == whole
 
 
 def test_one_changed_measurement_is_a_diff_of_few_lines() -> None:
     """The measurement, its profile's digest and the checksum."""
     first = PROFILES[0]
-    other = first.model_copy(
-        update={"measurements": (*first.measurements[:-1], make_measurement("xla_rows", 4.0, 0.8))}
-    )
+    measurements = (*first.measurements[:-1], make_measurement("xla_rows", 4.0, 0.8))
+    other = first.model_copy(update={"measurements": measurements})
     changed = bundle.dump([other, *PROFILES[1:]], "made up")
-    assert (
-        sum(one != two for one, two in zip(TEXT.splitlines(), changed.splitlines(), strict=True))
-        == 3
-    )
+    lines = zip(TEXT.splitlines(), changed.splitlines(), strict=True)
+    assert sum(one != two for one, two in lines) == 3
 
 
 def test_empty_bundle() -> None:
@@ -147,9 +137,8 @@ def test_empty_bundle() -> None:
 @given(st.floats(min_value=0, allow_infinity=False), st.integers(0, 2**60))
 def test_numbers_survive_to_the_last_bit(seconds: float, memory: int) -> None:
     """A digest holds for every number that a profile may have."""
-    profile = make_profile(
-        measurements=[make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)]
-    )
+    measurement = make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)
+    profile = make_profile(measurements=[measurement])
     assert check(bundle.dump([profile])).profiles == (profile,)  # type: ignore[union-attr]
 
 
@@ -162,9 +151,8 @@ def test_note_is_one_line(note: str) -> None:
 
 def test_two_profiles_of_one_workload_are_not_written() -> None:
     """Which of them is meant is for the caller to say."""
-    with pytest.raises(
-        BundleError, match=r"there are two of cpu A cores=4 memory=8GiB \| attention:b=1,t=1,"
-    ):
+    said = r"there are two of cpu A cores=4 memory=8GiB \| attention:b=1,t=1,"
+    with pytest.raises(BundleError, match=said):
         bundle.dump([*PROFILES, PROFILES[0].model_copy(update={"effort": "quick"})])
 
 
@@ -228,15 +216,14 @@ def test_newer_version_says_to_upgrade(version: int) -> None:
 def changed(**fields: Any) -> str:
     """A bundle of one profile with fields of the profile changed; None leaves one out."""
     profile = {**json.loads(make_profile().model_dump_json()), **fields}
-    return json.dumps(
-        {
-            "schema_version": 1,
-            "profiles": [{name: value for name, value in profile.items() if value is not None}],
-        }
-    )
+    given = {name: value for name, value in profile.items() if value is not None}
+    return json.dumps({"schema_version": 1, "profiles": [given]})
 
 
 NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
+NO_VERSION = "schema_version must be a whole number from 1 to 2; got "
+TWICE = "a name is given twice in one object"
+LATER = PROFILES[0].model_copy(update={"created": "2026-03-01T00:00:00Z"})
 
 
 @pytest.mark.parametrize(
@@ -266,23 +253,11 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
         ("[" + "1" * 4000 + "]", "it must be an object; got [1111"),
         ("1" + "0" * 5000, "number out of range"),
         ('{"schema_version": 1, "profiles": [{"a": 1' + "0" * 5000 + "}]}", "number out of range"),
-        ("{}", "schema_version must be a whole number from 1 to 2; got None"),
-        (
-            '{"profiles": [], "schema_version": 0}',
-            "schema_version must be a whole number from 1 to 2; got 0",
-        ),
-        (
-            '{"profiles": [], "schema_version": "1"}',
-            "schema_version must be a whole number from 1 to 2; got '1'",
-        ),
-        (
-            '{"profiles": [], "schema_version": true}',
-            "schema_version must be a whole number from 1 to 2; got True",
-        ),
-        (
-            '{"profiles": [], "schema_version": 1.0}',
-            "schema_version must be a whole number from 1 to 2; got 1.0",
-        ),
+        ("{}", NO_VERSION + "None"),
+        ('{"profiles": [], "schema_version": 0}', NO_VERSION + "0"),
+        ('{"profiles": [], "schema_version": "1"}', NO_VERSION + "'1'"),
+        ('{"profiles": [], "schema_version": true}', NO_VERSION + "True"),
+        ('{"profiles": [], "schema_version": 1.0}', NO_VERSION + "1.0"),
         ('{"openapi": "3.0", "$schema": "x"}', "schema_version must be"),
         ('{"schema_version": 1}', "profiles: Field required"),
         ('{"profiles": 3, "schema_version": 1}', "first at profiles: "),
@@ -292,14 +267,8 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
         ('{"profiles": [], "schema_version": 1, "more": 2}', "more: Extra inputs"),
         ('{"profiles": [], "schema_version": 1, "a\\nb": 2}', "a\\nb: Extra inputs"),
         ('{"profiles": [], "schema_version": 2}', "checksum: Field required"),
-        (
-            '{"profiles": [], "profiles": [], "schema_version": 1}',
-            "a name is given twice in one object",
-        ),
-        (
-            TEXT.replace('"complete": true', '"complete": true, "complete": true', 1),
-            "a name is given twice in one object",
-        ),
+        ('{"profiles": [], "profiles": [], "schema_version": 1}', TWICE),
+        (TEXT.replace('"complete": true', '"complete": true, "complete": true', 1), TWICE),
         ("[" * 100_000, "recursion limit"),
         ('{"a":' * 100_000, "recursion limit"),
         (TEXT + "x", NO_BUNDLE + "trailing characters"),
@@ -322,12 +291,7 @@ NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
         (changed(unknown=3), "profiles.0.unknown: Extra inputs"),
         (changed(created="now"), "profiles.0.created"),
         (version_1(PROFILES[0], PROFILES[0]), f"there are two of {KEYS[0][0]} | {KEYS[0][1]}"),
-        (
-            version_1(
-                at1 := PROFILES[0], at1.model_copy(update={"created": "2026-03-01T00:00:00Z"})
-            ),
-            "there are two of",
-        ),
+        (version_1(PROFILES[0], LATER), "there are two of"),
     ],
 )
 def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
@@ -339,43 +303,34 @@ def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
     assert isinstance(check(data), BundleError)
 
 
+OTHER_DIGEST = "sha256:" + "0" * 64
+WRONG_CHECKSUM, WRONG_PROVENANCE = "its checksum does not fit", "its provenance does not fit"
+WRONG_COUNT = "its provenance says 5 profiles; there are 6"
+
+
+def of_third(content: dict[str, Any]) -> dict[str, Any]:
+    """The third profile of a bundle's content."""
+    profile: dict[str, Any] = content["profiles"][2]["profile"]
+    return profile
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (
-            lambda c: c["profiles"][2]["profile"].update(complete=False),
-            "profiles.2: the profile of cpu A",
-        ),
-        (
-            lambda c: c["profiles"][2]["profile"]["measurements"].pop(),
-            "profiles.2: the profile of cpu A",
-        ),
-        (
-            lambda c: (
-                c["profiles"][2]["profile"]["measurements"][0]["seconds"].reverse()
-                or c["profiles"][2]["profile"].update(effort="quick")
-            ),
-            "is not what",
-        ),
-        (
-            lambda c: c["profiles"][2].update(digest="sha256:" + "0" * 64),
-            "its checksum does not fit",
-        ),
+        (lambda c: of_third(c).update(complete=False), "profiles.2: the profile of cpu A"),
+        (lambda c: of_third(c)["measurements"].pop(), "profiles.2: the profile of cpu A"),
+        (lambda c: of_third(c)["measurements"].reverse(), "is not what its digest was made of"),
+        (lambda c: of_third(c).update(effort="quick"), "is not what its digest was made of"),
+        (lambda c: c["profiles"][2].update(digest=OTHER_DIGEST), WRONG_CHECKSUM),
         (lambda c: c["profiles"][2].update(digest="md5:0"), "profiles.2.digest"),
-        (lambda c: c.update(checksum="sha256:" + "0" * 64), "its checksum does not fit"),
+        (lambda c: c.update(checksum=OTHER_DIGEST), WRONG_CHECKSUM),
         (lambda c: c.update(checksum=3), "first at checksum"),
-        (lambda c: c["profiles"].pop(), "its checksum does not fit"),
-        (lambda c: c["profiles"].reverse(), "its checksum does not fit"),
-        (lambda c: c["profiles"].append(c["profiles"][0]), "its checksum does not fit"),
-        (
-            lambda c: c["provenance"].update(profiles=5),
-            "its provenance says 5 profiles; there are 6",
-        ),
-        (lambda c: c["provenance"].update(devices=["cpu C"]), "its provenance does not fit"),
-        (
-            lambda c: c["provenance"].update(newest="2026-03-01T00:00:00Z"),
-            "its provenance does not fit",
-        ),
+        (lambda c: c["profiles"].pop(), WRONG_CHECKSUM),
+        (lambda c: c["profiles"].reverse(), WRONG_CHECKSUM),
+        (lambda c: c["profiles"].append(c["profiles"][0]), WRONG_CHECKSUM),
+        (lambda c: c["provenance"].update(profiles=5), WRONG_COUNT),
+        (lambda c: c["provenance"].update(devices=["cpu C"]), WRONG_PROVENANCE),
+        (lambda c: c["provenance"].update(newest="2026-03-01T00:00:00Z"), WRONG_PROVENANCE),
         (lambda c: c["provenance"].update(note="\x1b[31m"), "provenance.note"),
         (lambda c: c["provenance"].update(by="me"), "provenance.by"),
         (lambda c: c.pop("provenance"), "provenance: Field required"),
@@ -418,11 +373,10 @@ def test_hostile_text_is_a_bundle_error(data: str | bytes) -> None:
     assert isinstance(check(data), BundleError)
 
 
+NAMES = st.text(max_size=9)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats() | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
 
@@ -438,14 +392,8 @@ def test_any_value_in_any_place_is_a_bundle_or_a_bundle_error(
         inner = place[name]
         if not isinstance(inner, dict | list) or not inner:
             break
-        place, name = (
-            inner,
-            data.draw(
-                st.sampled_from(
-                    sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))
-                )
-            ),
-        )
+        names = sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))
+        place, name = inner, data.draw(st.sampled_from(names))
     place[name] = value
     damaged = json.dumps(content).encode()
     check(damaged)
@@ -465,6 +413,7 @@ def test_damaged_bytes_are_a_bundle_or_a_bundle_error(data: st.DataObject, text:
 
 
 HEAD = '{"schema_version": 1, "profiles": ['
+DEVICES = '{"schema_version": 2, "profiles": [], "provenance": {"devices": ['
 # (before, what is repeated until the file is as large as a bundle may be, or that often, after)
 HUGE = {
     "deep lists": ("", "[", None, ""),
@@ -475,12 +424,7 @@ HUGE = {
     "as many lists as are let through": ("[", "[],", 2**23 - 9, "[]]"),
     "as many profiles as are let through": (HEAD, "3,", 2**24 - 9, "3]}"),
     "many objects as profiles": (HEAD, "{},", 299_999, "{}]}"),
-    "many devices": (
-        '{"schema_version": 2, "profiles": [], "provenance": {"devices": [',
-        "3,",
-        10**7,
-        "3]}}",
-    ),
+    "many devices": (DEVICES, "3,", 10**7, "3]}}"),
 }
 
 
@@ -493,9 +437,10 @@ def test_what_is_made_to_take_time_and_memory(case: str) -> None:
     code = """
 import resource, sys
 from autochunk.errors import BundleError
-from autochunk.store import bundle
+from autochunk.store import bundle, files, json_text
 before, unit, count, after = sys.argv[1:]
-text = before + unit * (int(count) if count != "None" else (bundle.MOST_BYTES - 99) // len(unit)) + after
+times = int(count) if count != "None" else (json_text.MOST_BYTES - 99) // len(unit)
+text = before + unit * times + after
 for read in (bundle.load, bundle.scan):
     try:
         read(text)
@@ -536,20 +481,19 @@ def test_an_error_that_is_kept_does_not_keep_what_was_read() -> None:
 
     In a cycle with a kept error, the file's whole content would stay for ever.
     """
-    text = changed(
-        workload="attention:b=1,t=8,s=8,h=3,kv_heads=2,k=8,v=8,dtype=float32,causal=no,mask=none,bias=none,mode=forward"
+    three_heads = make_workload("t=8,h=3,k=8").key
+    key = three_heads.replace("kv_heads=3", "kv_heads=2")
+    text = changed(workload=key)
+    reads: tuple[Callable[[], object], ...] = (
+        lambda: bundle.load(text),
+        lambda: bundle.scan(text)[make_device().key, key],
     )
 
     def keep() -> None:
         kept = []
-        for read in (
-            bundle.load,
-            lambda data: bundle.scan(data)[
-                make_device().key, json.loads(data)["profiles"][0]["workload"]
-            ],
-        ):
+        for read in reads:
             with pytest.raises(BundleError) as error:
-                read(text)
+                read()
             kept.append(error.value)
 
     def objects_after(times: int) -> int:
@@ -578,24 +522,18 @@ def test_scan() -> None:
 
 def test_damaged_profile_leaves_the_others_usable() -> None:
     """It is found when it is asked for."""
-    index = bundle.scan(
-        rewritten(lambda content: content["profiles"][2]["profile"].update(complete=False)),
-        "from here",
-    )
+    damaged = rewritten(lambda content: of_third(content).update(complete=False))
+    index = bundle.scan(damaged, "from here")
     assert [index[key] for key in KEYS[:2]] == PROFILES[:2]
-    with pytest.raises(
-        BundleError,
-        match=r"from here: profiles.2: the profile of cpu A .* is not what its digest was made of",
-    ):
+    said = r"from here: profiles.2: the profile of cpu A .* is not what its digest was made of"
+    with pytest.raises(BundleError, match=said):
         index[KEYS[2]]
 
 
 def test_invalid_profile_is_found_when_asked_for() -> None:
     """Also one whose digest fits."""
-    damaged = sealed(
-        rewritten(lambda content: content["profiles"][2]["profile"].update(created="now")).encode()
-    )
-    index = bundle.scan(damaged)
+    damaged = rewritten(lambda content: of_third(content).update(created="now"))
+    index = bundle.scan(sealed(damaged.encode()))
     assert index[KEYS[1]] == PROFILES[1]
     with pytest.raises(BundleError, match=r"profiles.2.created"):
         index[KEYS[2]]
@@ -606,7 +544,7 @@ def test_invalid_profile_is_found_when_asked_for() -> None:
 
 def test_bundle_of_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A file larger than any bundle is refused unread, and what is no file after that much."""
-    monkeypatch.setattr(bundle, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(json_text, "MOST_BYTES", 2**20)
     with pytest.raises(BundleError, match="at most 1 MiB; this has 3"):
         bundle.load(" " * (3 << 20))
     with (tmp_path / "large.json").open("wb") as file:
@@ -629,7 +567,7 @@ def test_a_file_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
 
 def test_gzip_that_unfolds_to_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is unfolded up to the limit only."""
-    monkeypatch.setattr(bundle, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(json_text, "MOST_BYTES", 2**20)
     bomb = gzip.compress(bytes(2**26))
     assert len(bomb) < 2**17
     with pytest.raises(BundleError, match="at most 1 MiB; this has more"):
@@ -639,7 +577,7 @@ def test_gzip_that_unfolds_to_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["bundle.json", "bundle.json.gz", "a name with ä and {}.json"])
 def test_write_and_read(tmp_path: Path, name: str) -> None:
     """What is written is read; a name that ends in .gz is compressed, and known by its content."""
-    bundle.write(tmp_path / name, TEXT)
+    files.write(tmp_path / name, TEXT)
     assert bundle.read(tmp_path / name) == bundle.read(str(tmp_path / name)) == bundle.load(TEXT)
     data = (tmp_path / name).read_bytes()
     assert data == TEXT.encode() if not name.endswith(".gz") else data.startswith(b"\x1f\x8b")
@@ -649,9 +587,9 @@ def test_write_and_read(tmp_path: Path, name: str) -> None:
 
 def test_compressed_bytes_are_deterministic(tmp_path: Path) -> None:
     """They have neither time nor name in them."""
-    bundle.write(tmp_path / "one.gz", TEXT)
+    files.write(tmp_path / "one.gz", TEXT)
     time.sleep(1.1)
-    bundle.write(tmp_path / "other.gz", TEXT)
+    files.write(tmp_path / "other.gz", TEXT)
     assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "other.gz").read_bytes()
 
 
@@ -660,7 +598,7 @@ def test_written_file_has_plain_permissions(tmp_path: Path, umask: int, mode: in
     """Those that any new file would get."""
     before = os.umask(umask)
     try:
-        bundle.write(tmp_path / "bundle.json", TEXT)
+        files.write(tmp_path / "bundle.json", TEXT)
     finally:
         os.umask(before)
     assert (tmp_path / "bundle.json").stat().st_mode & 0o777 == mode
@@ -673,11 +611,11 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
 from autochunk.errors import BundleError
-from autochunk.store import bundle
+from autochunk.store import files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    bundle.write(sys.argv[1], "x" * 5000)
+    files.write(sys.argv[1], "x" * 5000)
 except BundleError as error:
     print(error)
 """
@@ -689,7 +627,7 @@ except BundleError as error:
 def test_write_through_a_link_keeps_it(tmp_path: Path) -> None:
     """What it points to is written."""
     (tmp_path / "link.json").symlink_to(tmp_path / "bundle.json")
-    bundle.write(tmp_path / "link.json", TEXT)
+    files.write(tmp_path / "link.json", TEXT)
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "bundle.json").read_text() == TEXT
 
@@ -700,26 +638,28 @@ def test_write_to_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        bundle.write(pipe, "text")
+        files.write(pipe, "text")
         assert os.read(reader, 99) == b"text"
     finally:
         os.close(reader)
     assert pipe.is_fifo()
     with pytest.raises(BundleError, match=f"{tmp_path}: Is a directory"):
-        bundle.write(tmp_path, TEXT)
+        files.write(tmp_path, TEXT)
     with pytest.raises(BundleError, match="No such file or directory"):
-        bundle.write(tmp_path / "missing" / "bundle.json", TEXT)
+        files.write(tmp_path / "missing" / "bundle.json", TEXT)
 
 
 def test_standard_streams(tmp_path: Path) -> None:
     """A place named "-" is standard output in writing and standard input in reading."""
-    bundle.write(tmp_path / "bundle.json.gz", TEXT)
-    code = (
-        "from autochunk.store import bundle; b = bundle.read('-'); bundle.write('-', "
-        "bundle.dump(b.profiles, b.provenance.note))"
-    )
-    shell = f"import os; os.dup2(os.open({str(tmp_path / 'bundle.json.gz')!r}, os.O_RDONLY), 0)\n"
-    assert run_python(shell + code) == TEXT
+    files.write(tmp_path / "bundle.json.gz", TEXT)
+    code = """
+import os, sys
+os.dup2(os.open(sys.argv[1], os.O_RDONLY), 0)
+from autochunk.store import bundle, files
+read = bundle.read("-")
+files.write("-", bundle.dump(read.profiles, read.provenance.note))
+"""
+    assert run_python(code, tmp_path / "bundle.json.gz") == TEXT
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

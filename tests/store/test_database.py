@@ -29,15 +29,17 @@ from factories import (
 
 from autochunk.errors import StoreError, StoreWarning
 from autochunk.store import database
-from autochunk.store.database import ProfileStore, default_path
 from autochunk.store.profile import Profile, utc_now
+from autochunk.store.profiles import ProfileStore, default_path
 from autochunk.workload import Workload
 
 HERE, THERE = make_device(kind="here"), make_device(kind="there")
 WORKLOADS = [make_workload(f"t={t},k=8") for t in (1, 2, 3)]
 
+Operation = Callable[[ProfileStore], object]
+
 # Every method that touches the file.
-READERS: dict[str, Callable[[ProfileStore], object]] = {
+READERS: dict[str, Operation] = {
     "get": lambda store: store.get(HERE, WORKLOADS[0]),
     "profiles": lambda store: store.profiles(),
     "profiles of one device": lambda store: store.profiles(HERE),
@@ -46,11 +48,9 @@ READERS: dict[str, Callable[[ProfileStore], object]] = {
     "missed": lambda store: store.missed(HERE),
     "unreadable": lambda store: store.unreadable(),
 }
-WRITERS: dict[str, Callable[[ProfileStore], object]] = {
+WRITERS: dict[str, Operation] = {
     "put": lambda store: store.put(make_profile(WORKLOADS[2], HERE)),
-    "put_all": lambda store: store.put_all(
-        [make_profile(workload, HERE) for workload in WORKLOADS]
-    ),
+    "put_all": lambda store: store.put_all([make_profile(one, HERE) for one in WORKLOADS]),
     "record_miss": lambda store: store.record_miss(HERE, WORKLOADS[2]),
     "check_writable": lambda store: store.check_writable(),
 }
@@ -78,6 +78,12 @@ def sql(path: Path, *statements: str) -> list[Any]:
     return rows
 
 
+def set_on_fire(path: Path, condition: str = "") -> None:
+    """From now on a profile cannot be stored where the condition holds."""
+    action = "BEGIN SELECT RAISE(ABORT, 'disk on fire'); END"
+    sql(path, f"CREATE TRIGGER no BEFORE INSERT ON profiles {condition} {action}")
+
+
 # --- Keeping --------------------------------------------------------------------------------------
 
 
@@ -98,9 +104,8 @@ def test_get_of_what_is_not_there(store: ProfileStore) -> None:
 def test_put_replaces(store: ProfileStore) -> None:
     """There is one profile for each workload and device: the last one put."""
     store.put(make_profile(WORKLOADS[0], HERE))
-    later = make_profile(
-        WORKLOADS[0], HERE, [make_measurement("xla", 2.0)], created="2026-05-05T05:05:05Z"
-    )
+    measurements = [make_measurement("xla", 2.0)]
+    later = make_profile(WORKLOADS[0], HERE, measurements, created="2026-05-05T05:05:05Z")
     store.put(later)
     assert store.profiles() == [later]
 
@@ -114,9 +119,8 @@ def test_devices_are_kept_apart(store: ProfileStore) -> None:
     assert store.workloads(THERE) == sorted(workload.key for workload in WORKLOADS)
     assert store.get(make_device(kind="nowhere"), WORKLOADS[0]) is None
     assert store.workloads(make_device(kind="her")) == []
-    assert store.keys() == [
-        (device.key, key) for device in (HERE, THERE) for key in store.workloads(device)
-    ]
+    both = (HERE, THERE)
+    assert store.keys() == [(one.key, key) for one in both for key in store.workloads(one)]
     assert store.get(make_device(kind="here", jaxlib="9.9"), WORKLOADS[0]) is not None
 
 
@@ -307,7 +311,7 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "reader", [*READERS.values(), *FORGETTERS.values()], ids=[*READERS, *FORGETTERS]
 )
 def test_reading_never_creates_the_file(
-    store: ProfileStore, store_path: Path, reader: Callable[[ProfileStore], object]
+    store: ProfileStore, store_path: Path, reader: Operation
 ) -> None:
     """Who only asks leaves no trace, not even a folder."""
     assert not reader(store)
@@ -316,9 +320,7 @@ def test_reading_never_creates_the_file(
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_writing_creates_missing_parents(
-    tmp_path: Path, writer: Callable[[ProfileStore], object]
-) -> None:
+def test_writing_creates_missing_parents(tmp_path: Path, writer: Operation) -> None:
     """The first write makes the folders, too."""
     store = ProfileStore(tmp_path / "a" / "b" / "c.sqlite")
     writer(store)
@@ -329,7 +331,7 @@ def test_writing_creates_missing_parents(
     "operation", [*READERS.values(), *WRITERS.values()], ids=[*READERS, *WRITERS]
 )
 def test_empty_file_is_an_empty_store(
-    store: ProfileStore, store_path: Path, operation: Callable[[ProfileStore], object]
+    store: ProfileStore, store_path: Path, operation: Operation
 ) -> None:
     """A file of no bytes, as `touch` or a crash at the first write leaves it, is an empty store."""
     store_path.parent.mkdir()
@@ -413,15 +415,13 @@ def test_damaged_file(full_store: ProfileStore, damage: Callable[[bytes], bytes]
     path.write_bytes(content)
     outcomes = outcomes_of_everything(path, names)
     assert outcomes["profiles"].startswith("StoreError: ")
+    cure = "set AUTOCHUNK_STORE to a file in a folder you may write, or move this file away"
     for name, outcome in outcomes.items():
         if outcome == sound.get(name):  # what it asked for lies elsewhere in the file
             continue
         assert outcome.startswith("StoreError: ")
         assert str(path) in outcome
-        assert (
-            "set AUTOCHUNK_STORE to a file in a folder you may write, or move this file away"
-            in outcome
-        )
+        assert cure in outcome
         assert "\n" not in outcome
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -452,13 +452,9 @@ def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 def test_folder_that_cannot_be_written() -> None:
     """Not even root makes files in /proc."""
-    outcomes = outcomes_of_everything(Path("/proc/autochunk.sqlite"))
-    assert all(
-        outcomes[name].startswith(
-            "StoreError: cannot write the profile store /proc/autochunk.sqlite"
-        )
-        for name in WRITERS
-    )
+    path = Path("/proc/autochunk.sqlite")
+    outcomes, refusal = outcomes_of_everything(path), f"cannot write the profile store {path}"
+    assert all(outcomes[name].startswith(f"StoreError: {refusal}") for name in WRITERS)
 
 
 @pytest.mark.skipif(
@@ -473,9 +469,8 @@ def test_folder_without_permission(full_store: ProfileStore) -> None:
     finally:
         full_store.path.parent.chmod(0o700)
     assert not any(outcomes[name].startswith("StoreError") for name in READERS)
-    assert all(
-        outcomes[name].startswith("StoreError") for name in ("put", "put_all", "record_miss")
-    )
+    refused = ("put", "put_all", "record_miss")
+    assert all(outcomes[name].startswith("StoreError") for name in refused)
     assert full_store.path.read_bytes() == content
 
 
@@ -510,10 +505,8 @@ def test_garbage_row(full_store: ProfileStore, value: object) -> None:
         full_store.get(HERE, WORKLOADS[0])
     assert str(full_store.path) in str(error.value)
     assert "AUTOCHUNK_STORE" in str(error.value)
-    with pytest.warns(
-        StoreWarning,
-        match=rf"^1 of 29 profiles in {full_store.path} cannot be read and were left out",
-    ) as caught:
+    said = rf"^1 of 29 profiles in {full_store.path} cannot be read and were left out"
+    with pytest.warns(StoreWarning, match=said) as caught:
         assert lengths(full_store.profiles()) == list(range(2, 30))
     assert len(caught) == 1
     assert full_store.get(HERE, WORKLOADS[1])
@@ -534,25 +527,22 @@ def test_garbage_key(full_store: ProfileStore, key: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "statements",
+    "statement",
     [
-        ["DROP TABLE profiles", "CREATE TABLE profiles (other TEXT)"],
-        [
-            "DROP TABLE profiles",
-            "CREATE TABLE profiles (key TEXT PRIMARY KEY, value BLOB, more TEXT NOT NULL)",
-        ],
-        ["DROP TABLE profiles", "CREATE VIEW profiles AS SELECT 1 AS key, 2 AS value"],
-        ["DROP TABLE missed", "CREATE TABLE missed (other TEXT)"],
+        "CREATE TABLE profiles (other TEXT)",
+        "CREATE TABLE profiles (key TEXT PRIMARY KEY, value BLOB, more TEXT NOT NULL)",
+        "CREATE VIEW profiles AS SELECT 1 AS key, 2 AS value",
+        "CREATE TABLE missed (other TEXT)",
     ],
 )
-def test_another_program_s_tables(full_store: ProfileStore, statements: list[str]) -> None:
+def test_another_program_s_tables(full_store: ProfileStore, statement: str) -> None:
     """In a sound database that is not ours, what cannot be read or written is a StoreError.
 
     Nothing hangs, nothing changes.
     """
-    sql(full_store.path, *statements)
+    table = statement.split()[2]
+    sql(full_store.path, f"DROP TABLE {table}", statement)
     before = sql(full_store.path, "SELECT sql FROM sqlite_master")
-    table = statements[1].split()[2]
     outcomes = outcomes_of_everything(full_store.path)
     wrong = {"profiles": ("put", "put_all"), "missed": ("record_miss",)}[table]
     assert all(outcomes[name].startswith("StoreError: ") for name in wrong)
@@ -564,30 +554,21 @@ def test_another_program_s_tables(full_store: ProfileStore, statements: list[str
 
 def test_put_all_stores_all_or_none(full_store: ProfileStore) -> None:
     """Where one of many profiles cannot be stored none is, and the file is as it was."""
-    sql(
-        full_store.path,
-        "CREATE TRIGGER no BEFORE INSERT ON profiles WHEN NEW.key LIKE '%t=150,%' BEGIN SELECT "
-        "RAISE(ABORT, 'disk on fire'); END",
-    )
+    set_on_fire(full_store.path, "WHEN NEW.key LIKE '%t=150,%'")
     content, before = full_store.path.read_bytes(), full_store.profiles()
+    new = [
+        make_profile(make_workload(f"t={t},k=8"), HERE, created="2026-09-09T09:09:09Z")
+        for t in range(1, 200)
+    ]
     with pytest.raises(StoreError, match="disk on fire"):
-        full_store.put_all(
-            [
-                make_profile(make_workload(f"t={t},k=8"), HERE, created="2026-09-09T09:09:09Z")
-                for t in range(1, 200)
-            ]
-        )
+        full_store.put_all(new)
     assert full_store.path.read_bytes() == content
     assert full_store.profiles() == before
 
 
 def test_failed_put_keeps_the_old_profile(full_store: ProfileStore) -> None:
     """A profile that cannot be stored does not cost the one it would have replaced."""
-    sql(
-        full_store.path,
-        "CREATE TRIGGER no BEFORE INSERT ON profiles BEGIN SELECT RAISE(ABORT, 'disk on fire'); "
-        "END",
-    )
+    set_on_fire(full_store.path)
     content = full_store.path.read_bytes()
     with pytest.raises(StoreError, match="disk on fire"):
         full_store.put(make_profile(WORKLOADS[0], HERE, created="2026-09-09T09:09:09Z"))
@@ -601,22 +582,28 @@ def test_full_disk(full_store: ProfileStore, method: str) -> None:
 
     All profiles are still there.
     """
-    code = f"""
+    code = """
 import resource, sys
 from factories import make_profile, make_device, make_workload
 from autochunk.errors import StoreError
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
 store = ProfileStore(sys.argv[1])
-profiles = [make_profile(make_workload(f"t={{t}},k=8"), make_device(kind="here"), created="2026-09-09T09:09:09Z") for t in range(100, 400)]
+here, created = make_device(kind="here"), "2026-09-09T09:09:09Z"
+workloads = [make_workload(f"t={t},k=8") for t in range(100, 400)]
+profiles = [make_profile(workload, here, created=created) for workload in workloads]
 size = store.path.stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 try:
-    store.put_all(profiles) if {method == "put_all"} else [store.put(profile) for profile in profiles]
+    if sys.argv[2] == "put_all":
+        store.put_all(profiles)
+    else:
+        for profile in profiles:
+            store.put(profile)
 except StoreError as error:
     print(error)
 """
     before = full_store.profiles()
-    message = run_python(code, full_store.path)
+    message = run_python(code, full_store.path, method)
     assert str(full_store.path) in message
     assert "AUTOCHUNK_STORE" in message
     after = full_store.profiles()
@@ -630,7 +617,7 @@ except StoreError as error:
 WRITE = """
 import sys
 from factories import make_profile, make_device, make_workload
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
 store = ProfileStore(sys.argv[1])
 for t in range(int(sys.argv[2]), int(sys.argv[3])):
     store.put(make_profile(make_workload(f"t={t},k=8"), make_device(kind="here")))
@@ -646,10 +633,7 @@ def test_store_outlives_the_process(store: ProfileStore) -> None:
     """What one process stores the next one finds."""
     run_python(WRITE, store.path, 1, 4)
     assert lengths(store.profiles(HERE)) == [1, 2, 3]
-    code = (
-        "import sys; from autochunk.store.database import ProfileStore; "
-        "print(len(ProfileStore().profiles()))"
-    )
+    code = "import autochunk; print(len(autochunk.ProfileStore().profiles()))"
     assert run_python(code).strip() == "3"
 
 
@@ -811,9 +795,7 @@ def test_file_may_be_replaced_between_operations(full_store: ProfileStore) -> No
         *(pytest.param(write, id=name) for name, write in {**WRITERS, **FORGETTERS}.items()),
     ],
 )
-def test_nothing_stays_open(
-    full_store: ProfileStore, operation: Callable[[ProfileStore], object]
-) -> None:
+def test_nothing_stays_open(full_store: ProfileStore, operation: Operation) -> None:
     """No descriptor of the file is left after an operation.
 
     So none is inherited by a forked child, as SQLite's connections must not be.
@@ -832,11 +814,7 @@ def test_nothing_stays_open(
 @pytest.mark.parametrize("write", ["put", "put_all"])
 def test_nothing_stays_open_after_an_error(full_store: ProfileStore, write: str) -> None:
     """Nor after a statement that failed, while somebody still holds the error."""
-    sql(
-        full_store.path,
-        "CREATE TRIGGER no BEFORE INSERT ON profiles BEGIN SELECT RAISE(ABORT, 'disk on fire'); "
-        "END",
-    )
+    set_on_fire(full_store.path)
     with pytest.raises(StoreError, match="disk on fire") as error:
         WRITERS[write](full_store)
     held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]

@@ -34,26 +34,21 @@ from factories import (
 
 from autochunk.errors import StoreError, StoreWarning
 from autochunk.store import database, rescue
-from autochunk.store.database import ProfileStore
 from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
 
 HERE, THERE = make_device(kind="here"), make_device(kind="there")
 KILLS = int(os.environ.get("AUTOCHUNK_TEST_KILLS", "15"))
 PROFILES = int(os.environ.get("AUTOCHUNK_TEST_PROFILES", "40"))
 PAGE = 4096
 
-needs_root_on_linux = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0,
-    reason="mounting a file system needs root on Linux",
-)
+no_mounts = sys.platform != "linux" or os.geteuid() != 0
+needs_root_on_linux = pytest.mark.skipif(no_mounts, reason="mounting needs root on Linux")
 
 
 def profile_of(t: int, kind: str = "here", measurements: int = 4) -> Profile:
-    return make_profile(
-        make_workload(f"t={t},k=8"),
-        make_device(kind=kind),
-        [make_measurement("xla", float(n + 1)) for n in range(measurements)],
-    )
+    measured = [make_measurement("xla", float(n + 1)) for n in range(measurements)]
+    return make_profile(make_workload(f"t={t},k=8"), make_device(kind=kind), measured)
 
 
 def lengths(profiles: list[Profile]) -> list[int]:
@@ -79,9 +74,10 @@ FIRST_GET = """
 import re, sys
 from pathlib import Path
 from factories import make_device, make_workload
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
 def read(): return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
-store, device, workload = ProfileStore(sys.argv[1]), make_device(kind="here"), make_workload("t=77,k=8")
+device, workload = make_device(kind="here"), make_workload("t=77,k=8")
+store = ProfileStore(sys.argv[1])
 before = read()
 assert store.get(device, workload)
 print(read() - before)
@@ -98,7 +94,7 @@ def test_look_ups_read_a_few_pages_however_large_the_store(tmp_path: Path) -> No
     assert int(run_python(FIRST_GET, tmp_path / "large.sqlite")) < size / 50
 
 
-@pytest.mark.parametrize("condition", ["WHERE key = ?", database._OF_DEVICE])
+@pytest.mark.parametrize("condition", ["WHERE key = ?", database.IN_RANGE])
 def test_look_ups_use_the_index(store: ProfileStore, condition: str) -> None:
     """Neither one profile nor a device's keys are found by reading all rows."""
     with closing(sqlite3.connect(store.path)) as file:
@@ -122,10 +118,11 @@ def test_commits_are_synchronous(store: ProfileStore) -> None:
         assert table.conn.select_one("PRAGMA busy_timeout") == (30_000,)
 
 
-WRITE = """
+WRITE = f"""
 import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_hardening import profile_of
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
 store, first, count = ProfileStore(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 for t in range(first, first + count):
     store.put(profile_of(t))
@@ -134,12 +131,7 @@ for t in range(first, first + count):
 
 
 def start_writer(path: Path, first: int, count: int) -> subprocess.Popen[str]:
-    return start_python(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WRITE}",
-        path,
-        first,
-        count,
-    )
+    return start_python(WRITE, path, first, count)
 
 
 def test_eight_writers_lose_and_double_nothing(store_path: Path) -> None:
@@ -165,9 +157,8 @@ def test_kill_at_random_moments(store_path: Path) -> None:
     """After each kill -9 the store opens, without a warning, with every acknowledged profile."""
     chance, acknowledged = random.Random(0), set[int]()
     for number in range(KILLS):
-        with start_writer(
-            store_path, 1 + 100_000 * (number % 20) + 2000 * (number // 20), 2000
-        ) as writer:
+        start = 1 + 100_000 * (number % 20) + 2000 * (number // 20)
+        with start_writer(store_path, start, 2000) as writer:
             assert writer.stdout is not None
             first = writer.stdout.readline()
             time.sleep(chance.uniform(0, 0.1))
@@ -228,12 +219,8 @@ def test_an_existing_file_keeps_its_permissions(store: ProfileStore, mode: int) 
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A small file system in memory; skips where this sandbox mounts none."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"cannot mount: {done.stderr.strip()}")
     try:
@@ -296,10 +283,8 @@ def test_read_only_disk(tmp_path: Path) -> None:
         fill(folder / "profiles.sqlite", 20)
         (folder / "damaged.sqlite").write_bytes(b"no database" * 1000)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        store, damaged = (
-            ProfileStore(folder / "profiles.sqlite"),
-            ProfileStore(folder / "damaged.sqlite"),
-        )
+        store = ProfileStore(folder / "profiles.sqlite")
+        damaged = ProfileStore(folder / "damaged.sqlite")
         assert lengths(store.profiles()) == list(range(1, 21))
         assert store.get(HERE, make_workload("t=7,k=8"))
         for write in (
@@ -310,10 +295,8 @@ def test_read_only_disk(tmp_path: Path) -> None:
         ):
             with pytest.raises(StoreError, match=r"(?i)read-?only.*AUTOCHUNK_STORE"):
                 write()
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "damaged.sqlite",
-            "profiles.sqlite",
-        ]
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["damaged.sqlite", "profiles.sqlite"]
 
 
 # --- Damage ---------------------------------------------------------------------------------------
@@ -324,11 +307,10 @@ def pages(path: Path, kind: int, table: str = "profiles") -> list[int]:
 
     Kinds 2 and 10 are interior and leaf of an index; 5 and 13 those of a table.
     """
+    tree = table if kind in (5, 13) else f"sqlite_autoindex_{table}_1"
     with closing(sqlite3.connect(path)) as file:
-        (root,) = file.execute(
-            "SELECT rootpage FROM sqlite_master WHERE name = ?",
-            (table if kind in (5, 13) else f"sqlite_autoindex_{table}_1",),
-        ).fetchone()
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        (root,) = file.execute(query, (tree,)).fetchone()
     content = path.read_bytes()
     found, queue = [], [int(root)]
     while queue:
@@ -337,14 +319,9 @@ def pages(path: Path, kind: int, table: str = "profiles") -> list[int]:
         if page[0] == kind:
             found.append(number)
         if page[0] in (2, 5):
-            pointers = [
-                int.from_bytes(page[12 + 2 * n : 14 + 2 * n])
-                for n in range(int.from_bytes(page[3:5]))
-            ]
-            queue += [
-                *(int.from_bytes(page[at : at + 4]) for at in pointers),
-                int.from_bytes(page[8:12]),
-            ]
+            starts = range(12, 12 + 2 * int.from_bytes(page[3:5]), 2)
+            pointers = [int.from_bytes(page[start : start + 2]) for start in starts]
+            queue += [int.from_bytes(page[at : at + 4]) for at in (*pointers, 8)]
     return found
 
 
@@ -355,16 +332,17 @@ def spoil(path: Path, *numbers: int, with_: bytes = b"\xa5") -> None:
     path.write_bytes(content)
 
 
+def spoil_the_schema(path: Path) -> None:
+    """Page 1 but for the file's header."""
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes(PAGE - 100) + content[PAGE:])
+
+
 # What is done to a store of 200 profiles, and how many of them can be expected to be rescued.
 DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
     "no database": (lambda path: path.write_bytes(b"no database" * 1000), 0),
     "schema page": (lambda path: spoil(path, 1), 0),
-    "schema page's tree": (
-        lambda path: path.write_bytes(
-            path.read_bytes()[:100] + bytes(PAGE - 100) + path.read_bytes()[PAGE:]
-        ),
-        0,
-    ),
+    "schema page's tree": (spoil_the_schema, 0),
     "first leaf": (lambda path: spoil(path, pages(path, 13)[0]), 190),
     "last leaf": (lambda path: spoil(path, pages(path, 13)[-1]), 190),
     "two leaves": (lambda path: spoil(path, pages(path, 13)[20], pages(path, 13)[70]), 185),
@@ -419,10 +397,8 @@ def test_rows_that_are_not_whole_are_not_rescued(store: ProfileStore) -> None:
     newer = json.dumps({"schema_version": 2, "what": "ever"})
     with closing(sqlite3.connect(store.path)) as file, file:
         file.execute("UPDATE profiles SET value = 'no json' WHERE key LIKE '%t=100,%'")
-        file.execute(
-            "UPDATE profiles SET value = (SELECT value FROM profiles WHERE key LIKE '%t=102,%') "
-            "WHERE key LIKE '%t=101,%'"
-        )
+        other = "(SELECT value FROM profiles WHERE key LIKE '%t=102,%')"
+        file.execute(f"UPDATE profiles SET value = {other} WHERE key LIKE '%t=101,%'")
         file.execute("UPDATE profiles SET value = ? WHERE key LIKE '%t=103,%'", (newer,))
         file.execute("UPDATE missed SET value = 'no json'")
     spoil(store.path, pages(store.path, 10)[0])
@@ -442,9 +418,8 @@ def test_setting_aside_never_overwrites(store_path: Path) -> None:
         with pytest.warns(StoreWarning):
             store.check_writable()
     aside = list(store_path.parent.glob("profiles.sqlite.damaged-*"))
-    assert sorted(path.read_bytes()[:13] for path in aside) == [
-        b"no database %d" % number for number in range(4)
-    ]
+    beginnings = sorted(path.read_bytes()[:13] for path in aside)
+    assert beginnings == [b"no database %d" % number for number in range(4)]
 
 
 def test_a_link_to_the_file_stays_a_link(store: ProfileStore, tmp_path: Path) -> None:
@@ -492,7 +467,7 @@ def test_writer_whose_file_is_replaced_goes_on_with_the_new_one(
             os.replace(other.path, store.path)
         table.update({"here | there": "written"})  # type: ignore[attr-defined]
 
-    store._write("profiles", write)
+    store._database._write("profiles", write)
     assert calls == 2
     assert store.unreadable() == ["here | there"]
     assert ProfileStore(tmp_path / "aside").unreadable() == []
@@ -501,7 +476,7 @@ def test_writer_whose_file_is_replaced_goes_on_with_the_new_one(
 KILLED_WHILE_MENDING = """
 import os, signal, sys
 from autochunk.store import rescue
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
 rescue._refill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 ProfileStore(sys.argv[1]).check_writable()
 """
@@ -529,10 +504,8 @@ def test_damage_that_cannot_be_set_aside(
     DAMAGE["two leaves"][0](store.path)
     content = store.path.read_bytes()
     monkeypatch.setattr(database, "_BUSY_MILLISECONDS", 100)
-    with (
-        rescue._alone(store.path.parent, 1),
-        pytest.raises(StoreError, match=r"another process has been rescuing.*AUTOCHUNK_STORE"),
-    ):
+    said = r"another process has been rescuing.*AUTOCHUNK_STORE"
+    with rescue._alone(store.path.parent, 1), pytest.raises(StoreError, match=said):
         store.put(profile_of(1))
     assert store.path.read_bytes() == content
     assert list(store.path.parent.iterdir()) == [store.path]
@@ -544,25 +517,25 @@ def test_random_damage_never_hangs(store_path: Path) -> None:
     Afterwards a writer goes on with a sound file of whole rows.
     """
     store, chance = fill(store_path, 60), random.Random(1)
-    workloads, content = {profile.workload for profile in store.profiles()}, store_path.read_bytes()
+    content, new = store_path.read_bytes(), profile_of(300)
+    allowed = {profile.workload for profile in [*store.profiles(), new]}
+    reads: tuple[Callable[[], object], ...] = (
+        store.profiles,
+        store.unreadable,
+        lambda: store.workloads(HERE),
+        lambda: store.missed(HERE),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoreWarning)
         for size in [1, 40, 600] * 13:
             at = chance.randrange(len(content) - size)
             store_path.write_bytes(content[:at] + chance.randbytes(size) + content[at + size :])
-            for read in (
-                store.profiles,
-                lambda: store.workloads(HERE),
-                lambda: store.missed(HERE),
-                store.unreadable,
-            ):
+            for read in reads:
                 with contextlib.suppress(StoreError):
                     read()
-            store.put(profile_of(300))
-            assert store.get(HERE, make_workload("t=300,k=8")) == profile_of(300)
-            assert {profile.workload for profile in store.profiles()} <= workloads | {
-                profile_of(300).workload
-            }
+            store.put(new)
+            assert store.get(HERE, make_workload("t=300,k=8")) == new
+            assert {profile.workload for profile in store.profiles()} <= allowed
             assert rescue.damage(store_path, 1) == ""
 
 
@@ -581,10 +554,8 @@ def test_forget(store: ProfileStore) -> None:
 def test_forget_is_all_or_nothing(store: ProfileStore) -> None:
     """Where one row cannot be deleted none is."""
     with closing(sqlite3.connect(store.path)) as file, file:
-        file.execute(
-            "CREATE TRIGGER no BEFORE DELETE ON profiles WHEN OLD.key LIKE '%t=150,%' BEGIN "
-            "SELECT RAISE(ABORT, 'disk on fire'); END"
-        )
+        action = "WHEN OLD.key LIKE '%t=150,%' BEGIN SELECT RAISE(ABORT, 'disk on fire'); END"
+        file.execute(f"CREATE TRIGGER no BEFORE DELETE ON profiles {action}")
     with pytest.raises(StoreError, match="disk on fire"):
         store.forget(store.profiles())
     assert len(store.profiles()) == 200
@@ -603,26 +574,17 @@ def test_forget_missed(store: ProfileStore) -> None:
 def test_forget_unreadable(store: ProfileStore) -> None:
     """Rows that no version can read are named and deleted; a newer version's are not, and stay."""
     bad: list[tuple[object, object]] = [
-        ("b | nonsense", "no json"),
-        ("c", "{}"),
-        (b"\xff", "3"),
-        ("d", b"\xff"),
-        ("e", None),
-        ("f", 2.5),
-        (None, "x"),
+        *[("b | nonsense", "no json"), ("c", "{}"), ("d", b"\xff"), ("e", None), ("f", 2.5)],
+        *[("g | other", profile_of(1).model_dump_json()), (b"\xff", "3"), (None, "x")],
     ]
-    bad.append(("g | other", profile_of(1).model_dump_json()))
     newer = json.dumps({"schema_version": 2, "profile": "of the future"})
+    rows = [*bad, (f"{HERE.key} | newer", newer)]
     with closing(sqlite3.connect(store.path)) as file, file:
-        file.executemany(
-            "INSERT INTO profiles VALUES (?, ?)", [*bad, (f"{HERE.key} | newer", newer)]
-        )
-    assert sorted(store.unreadable()) == sorted(
-        ["", "\\xff", *(key for key, _ in bad if isinstance(key, str))]
-    )
-    with pytest.warns(
-        StoreWarning, match=f"^{len(bad) + 1} of {200 + len(bad) + 1} profiles .* forget_unreadable"
-    ):
+        file.executemany("INSERT INTO profiles VALUES (?, ?)", rows)
+    keys = ["", "\\xff", *(key for key, _ in bad if isinstance(key, str))]
+    assert sorted(store.unreadable()) == sorted(keys)
+    said = f"^{len(rows)} of {200 + len(rows)} profiles .* forget_unreadable"
+    with pytest.warns(StoreWarning, match=said):
         store.profiles()
     assert store.forget_unreadable() == len(bad)
     assert store.unreadable() == []
@@ -634,22 +596,25 @@ def test_forget_unreadable(store: ProfileStore) -> None:
 # --- Storing unless changed -----------------------------------------------------------------------
 
 
+def read(store: ProfileStore, *ts: int) -> dict[tuple[str, str], Profile | None]:
+    """What is stored of these workloads, as ``put_all`` is told it."""
+    workloads = [make_workload(f"t={t},k=8") for t in ts]
+    return {(HERE.key, workload.key): store.get(HERE, workload) for workload in workloads}
+
+
+def measured(store: ProfileStore, *ts: int) -> list[int]:
+    """How many measurements these workloads' profiles have, of those that can be read."""
+    workloads = {make_workload(f"t={t},k=8").key for t in ts}
+    return [len(one.measurements) for one in store.profiles() if one.workload in workloads]
+
+
 def test_put_all_where_all_is_as_expected(store: ProfileStore) -> None:
     """All is stored where all is still as it was read: there, not there, or not to be read."""
     with closing(sqlite3.connect(store.path)) as file, file:
         file.execute("UPDATE profiles SET value = '{\"created\": 3}' WHERE key LIKE '%t=2,%'")
-    expected = {
-        (HERE.key, profile_of(t).workload): store.get(HERE, make_workload(f"t={t},k=8"))
-        if t == 1
-        else None
-        for t in (1, 2, 500)
-    }
+    expected = {**read(store, 1, 500), (HERE.key, profile_of(2).workload): None}
     store.put_all([profile_of(t, measurements=1) for t in (1, 2, 500)], expected=expected)
-    assert [
-        len(profile.measurements)
-        for profile in store.profiles()
-        if profile.parsed_workload().query_length in (1, 2, 500)
-    ] == [1, 1, 1]
+    assert measured(store, 1, 2, 500) == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -665,10 +630,7 @@ def test_put_all_where_something_changed(
     store: ProfileStore, meanwhile: Callable[[ProfileStore], object]
 ) -> None:
     """Nothing is stored, and a StoreError says so."""
-    expected = {
-        (HERE.key, profile_of(t).workload): store.get(HERE, make_workload(f"t={t},k=8"))
-        for t in (1, 500)
-    }
+    expected = read(store, 1, 500)
     meanwhile(store)
     before = store.profiles()
     with pytest.raises(StoreError, match="another process changed the same profiles meanwhile"):
@@ -680,7 +642,7 @@ def test_put_all_where_something_changes_in_between(
     store: ProfileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking and storing, too: the comparison is part of the statement that stores."""
-    expected = {(HERE.key, profile_of(1).workload): store.get(HERE, make_workload("t=1,k=8"))}
+    expected = read(store, 1)
     make_tables = rescue.make_tables
 
     def interfere(path: Path, tables: tuple[str, ...], seconds: float) -> None:
@@ -689,12 +651,8 @@ def test_put_all_where_something_changes_in_between(
         make_tables(path, tables, seconds)
 
     monkeypatch.setattr(rescue, "make_tables", interfere)
+    new = [profile_of(t, measurements=1) for t in (1, 2)]
     with pytest.raises(StoreError, match="changed the same profiles meanwhile"):
-        store.put_all(
-            [profile_of(1, measurements=1), profile_of(2, measurements=1)], expected=expected
-        )
-    assert sorted(
-        len(profile.measurements)
-        for profile in store.profiles()
-        if profile.parsed_workload().query_length in (1, 2)
-    ) == [2, 4]
+        store.put_all(new, expected=expected)
+    assert measured(store, 1) == [2]
+    assert measured(store, 2) == [4]

@@ -15,18 +15,10 @@ from pydantic import ValidationError
 
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan
-from autochunk.store.profile import (
-    DEFAULT,
-    DENSE,
-    EFFORTS,
-    LARGEST_NOISE,
-    SAME_TIME,
-    Bundle,
-    Measurement,
-    Profile,
-    sliced_shape,
-    slower_by,
-)
+from autochunk.store.bundle import Bundle
+from autochunk.store.choice import DEFAULT, DENSE, LARGEST_NOISE, SAME_TIME, Choice, slower_by
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import EFFORTS, Profile, sliced_shape
 
 NO_TIMES = ("oom", "over_budget", "timeout", "crashed", "inaccurate")
 FUTURE = "splash_v9"
@@ -131,9 +123,8 @@ def test_no_spread(ratios: tuple[float, ...]) -> None:
 )
 def test_slower_by(one: float, other: float, noise: float, expected: float) -> None:
     """Times are told apart where they differ by more than their noise, which counts as 1% to 3%."""
-    assert slower_by(
-        make_measurement(ratio=one, noise=noise), make_measurement(ratio=other, noise=noise)
-    ) == pytest.approx(expected, abs=1e-12)
+    measured = [make_measurement(ratio=ratio, noise=noise) for ratio in (one, other)]
+    assert slower_by(*measured) == pytest.approx(expected, abs=1e-12)
 
 
 # --- Profile --------------------------------------------------------------------------------------
@@ -191,12 +182,10 @@ def test_json_round_trip(curve: list[Measurement], effort: str, complete: bool) 
     """A profile goes through JSON unchanged, to the last bit of every time."""
     profile = make_profile(measurements=curve, effort=effort, complete=complete)
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
-    assert (
-        Profile.model_validate(json.loads(json.dumps(profile.model_dump(mode="json")))) == profile
-    )
-    assert Bundle.model_validate_json(
-        Bundle(schema_version=1, profiles=(profile,)).model_dump_json()
-    ).profiles == (profile,)
+    dumped = json.dumps(profile.model_dump(mode="json"))
+    assert Profile.model_validate(json.loads(dumped)) == profile
+    bundle = Bundle(schema_version=1, profiles=(profile,)).model_dump_json()
+    assert Bundle.model_validate_json(bundle).profiles == (profile,)
 
 
 def test_profile_is_frozen() -> None:
@@ -212,9 +201,8 @@ def test_parsed_workload() -> None:
 
 def test_sliced_shape_groups_query_heads() -> None:
     """Query heads of one key/value head stay together."""
-    assert tuple(
-        sliced_shape(make_workload("b=2,t=3,s=4,h=12,kv_heads=3,k=8", dtype="float64"))
-    ) == (2, 3, 4, 3, 4, 8)
+    workload = make_workload("b=2,t=3,s=4,h=12,kv_heads=3,k=8", dtype="float64")
+    assert tuple(sliced_shape(workload)) == (2, 3, 4, 3, 4, 8)
 
 
 # --- The choice -----------------------------------------------------------------------------------
@@ -273,12 +261,8 @@ def test_never_slower_than_dense() -> None:
 
 def test_dense_wins_where_it_is_fastest() -> None:
     """Not to chunk is an answer, too."""
-    choice = make_profile(
-        measurements=[
-            make_measurement("dense", None, 1.0, 500),
-            make_measurement("xla", 1.0, 1.2, 5),
-        ]
-    ).choose()
+    curve = [make_measurement("dense", None, 1.0, 500), make_measurement("xla", 1.0, 1.2, 5)]
+    choice = make_profile(measurements=curve).choose()
     assert choice is not None
     assert choice.plan == DENSE
 
@@ -289,9 +273,8 @@ def test_slower_than_dense_where_dense_does_not_fit() -> None:
     choice = make_profile(measurements=curve).choose(memory_budget_mb=100)
     assert choice is not None
     assert choice.plan == Plan("xla", 1.0)
-    assert choice.rejected == (
-        (str(DENSE), "500 MB of working memory is over the budget of 100 MB"),
-    )
+    reason = "500 MB of working memory is over the budget of 100 MB"
+    assert choice.rejected == ((str(DENSE), reason),)
 
 
 @pytest.mark.parametrize(
@@ -350,12 +333,8 @@ def test_a_budget_admits_what_was_given_up_early() -> None:
         make_measurement("xla", 0.5, 0.9, 4),
     ]
     profile = make_profile(measurements=[*CURVE, *small])
-    for options, expected in (
-        ({}, 16.0),
-        ({"memory_budget_mb": 9.0}, 1.0),
-        ({"memory_budget_mb": 4.5}, 0.5),
-    ):
-        choice = profile.choose(**options)  # type: ignore[arg-type]
+    for budget, expected in ((None, 16.0), (9.0, 1.0), (4.5, 0.5)):
+        choice = profile.choose(memory_budget_mb=budget)
         assert choice is not None
         assert choice.plan == Plan("xla", expected)
 
@@ -368,10 +347,8 @@ def test_unknown_implementation_is_kept_and_never_chosen() -> None:
     choice = profile.choose()
     assert choice is not None
     assert choice.plan == Plan("xla", 16.0)
-    assert (
-        dict(choice.rejected)[str(future.plan)]
-        == "this version of autochunk has no such implementation"
-    )
+    reason = "this version of autochunk has no such implementation"
+    assert dict(choice.rejected)[str(future.plan)] == reason
     assert make_profile(measurements=[future]).choose() is None
     assert profile.baseline(DENSE) == CURVE[0]
 
@@ -385,34 +362,20 @@ def test_no_measurements_no_choice() -> None:
 @st.composite
 def curves(draw: st.DrawFn, *, ties: bool = False) -> list[Measurement]:
     """A curve of different plans; without exact ties of ratio or memory, unless asked for."""
-    plans = draw(
-        st.lists(
-            st.tuples(
-                st.sampled_from([*IMPLEMENTATIONS, FUTURE]),
-                st.sampled_from([None, 1.0, 2.0, 4.0, 8.0]),
-            ),
-            unique=True,
-            min_size=1,
-            max_size=10,
-        )
-    )
-    ratios = draw(
-        st.lists(st.integers(900, 1100), min_size=len(plans), max_size=len(plans), unique=not ties)
-    )
-    memory = draw(
-        st.lists(st.integers(1, 500), min_size=len(plans), max_size=len(plans), unique=not ties)
-    )
+    implementations = st.sampled_from([*IMPLEMENTATIONS, FUTURE])
+    limits = st.sampled_from([None, 1.0, 2.0, 4.0, 8.0])
+    plans = draw(st.lists(st.tuples(implementations, limits), unique=True, min_size=1, max_size=10))
+
+    def one_each(numbers: st.SearchStrategy[int]) -> list[int]:
+        count = len(plans)
+        return draw(st.lists(numbers, min_size=count, max_size=count, unique=not ties))
+
+    ratios, memory = one_each(st.integers(900, 1100)), one_each(st.integers(1, 500))
     statuses = st.sampled_from(["ok"] * 5 + ["pruned", *NO_TIMES])
+    noises = st.sampled_from([0.0, 0.01, 0.05])
     return [
-        make_measurement(
-            name,
-            limit,
-            ratio / 1000,
-            megabytes,
-            status=draw(statuses),
-            noise=draw(st.sampled_from([0.0, 0.01, 0.05])),
-        )
-        for (name, limit), ratio, megabytes in zip(plans, ratios, memory, strict=True)
+        make_measurement(*plan, ratio / 1000, mb, status=draw(statuses), noise=draw(noises))
+        for plan, ratio, mb in zip(plans, ratios, memory, strict=True)
     ]
 
 
@@ -420,14 +383,19 @@ budgets = st.one_of(st.none(), st.integers(1, 500))
 filters = st.sampled_from([None, *IMPLEMENTATIONS])
 
 
+def choose(
+    curve: list[Measurement], budget: float | None, implementation: str | None
+) -> Choice | None:
+    profile = make_profile(measurements=curve)
+    return profile.choose(memory_budget_mb=budget, implementation=implementation)
+
+
 @given(curves(ties=True), budgets, filters)
 def test_choice_keeps_its_rules(
     curve: list[Measurement], budget: float | None, implementation: str | None
 ) -> None:
     """The choice is not slower than the fastest or dense; of such plans none needs less memory."""
-    choice = make_profile(measurements=curve).choose(
-        memory_budget_mb=budget, implementation=implementation
-    )
+    choice = choose(curve, budget, implementation)
     fitting = [
         m
         for m in curve
@@ -460,9 +428,7 @@ def test_every_other_plan_is_rejected_with_a_reason(
     curve: list[Measurement], budget: float | None, implementation: str | None
 ) -> None:
     """A choice explains itself: each other plan stands in ``rejected`` once, with words."""
-    choice = make_profile(measurements=curve).choose(
-        memory_budget_mb=budget, implementation=implementation
-    )
+    choice = choose(curve, budget, implementation)
     if choice is not None:
         others = sorted(str(m.plan) for m in curve if m is not choice.measurement)
         assert sorted(plan for plan, _ in choice.rejected) == others
@@ -475,13 +441,8 @@ def test_choice_does_not_depend_on_the_order(
     curve: list[Measurement], budget: float | None, implementation: str | None, rng: random.Random
 ) -> None:
     """The same measurements in another order give the same plan."""
-    shuffled = rng.sample(curve, len(curve))
-    one = make_profile(measurements=curve).choose(
-        memory_budget_mb=budget, implementation=implementation
-    )
-    other = make_profile(measurements=shuffled).choose(
-        memory_budget_mb=budget, implementation=implementation
-    )
+    one = choose(curve, budget, implementation)
+    other = choose(rng.sample(curve, len(curve)), budget, implementation)
     assert (one and (one.plan, one.reason)) == (other and (other.plan, other.reason))
     if one and other:
         assert sorted(one.rejected) == sorted(other.rejected)
@@ -503,10 +464,7 @@ TIED = [
 @pytest.mark.parametrize("curve", TIED)
 def test_choice_of_exact_ties_does_not_depend_on_the_order(curve: list[Measurement]) -> None:
     """Also where two medians are exactly equal."""
-    one, other = (
-        make_profile(measurements=curve).choose(),
-        make_profile(measurements=curve[::-1]).choose(),
-    )
+    one, other = choose(curve, None, None), choose(curve[::-1], None, None)
     assert one is not None
     assert other is not None
     assert one.plan == other.plan
@@ -537,35 +495,24 @@ def test_exact_baseline_comes_before_equal_slices() -> None:
 @pytest.mark.parametrize("status", NO_TIMES)
 def test_baseline_needs_times(status: str) -> None:
     """A baseline that could not run is none."""
-    assert (
-        make_profile(measurements=[make_measurement("dense", None, status=status)]).baseline(DENSE)
-        is None
-    )
+    profile = make_profile(measurements=[make_measurement("dense", None, status=status)])
+    assert profile.baseline(DENSE) is None
 
 
 def test_pruned_baseline_has_times() -> None:
     """A baseline given up early as too slow can still be compared with."""
-    assert (
-        make_profile(measurements=[make_measurement("dense", None, status="pruned")]).baseline(
-            DENSE
-        )
-        is not None
-    )
+    profile = make_profile(measurements=[make_measurement("dense", None, status="pruned")])
+    assert profile.baseline(DENSE) is not None
 
 
 def test_baseline_beside_an_impossible_limit() -> None:
     """A measurement with a limit that nothing fits, from a file, spoils no other one."""
-    assert (
-        make_profile(
-            measurements=[make_measurement("xla", 1e-9), make_measurement("xla", None)]
-        ).baseline(DEFAULT)
-        is not None
-    )
+    curve = [make_measurement("xla", 1e-9), make_measurement("xla", None)]
+    assert make_profile(measurements=curve).baseline(DEFAULT) is not None
 
 
 def test_device_of_a_profile_is_kept() -> None:
     """Versions of the device are those it was measured with."""
     device = make_device(jaxlib="0.9.1", driver="CUDA 13")
-    assert (
-        Profile.model_validate_json(make_profile(device=device).model_dump_json()).device == device
-    )
+    text = make_profile(device=device).model_dump_json()
+    assert Profile.model_validate_json(text).device == device

@@ -7,14 +7,14 @@ import http.server
 import importlib.util
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from factories import make_device, make_profile, make_workload, run_python
 
 from autochunk.errors import BundleError
-from autochunk.store import bundle, remote
+from autochunk.store import bundle, files, json_text, remote
 
 pytest.importorskip("fsspec")
 
@@ -47,7 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Nothing."""
 
-    def _answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+    def _answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] = {}) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -65,16 +65,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._answer(gzip.compress(TEXT.encode()))
 
     def _encoded(self) -> None:
-        self._answer(gzip.compress(TEXT.encode()), **{"Content-Encoding": "gzip"})
+        self._answer(gzip.compress(TEXT.encode()), headers={"Content-Encoding": "gzip"})
 
     def _page(self) -> None:
         self._answer(b"<html>log in first</html>")
 
     def _redirect(self) -> None:
-        self._answer(b"", 302, Location="/bundle.json")
+        self._answer(b"", 302, {"Location": "/bundle.json"})
 
     def _loop(self) -> None:
-        self._answer(b"", 302, Location="/loop")
+        self._answer(b"", 302, {"Location": "/loop"})
 
     def _broken(self) -> None:
         self._answer(b"", 500)
@@ -102,12 +102,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _understated(self) -> None:
         """To HEAD it says that it is small."""
-        self._answer(TEXT.encode(), **({"Content-Length": "10"} if self.command == "HEAD" else {}))
+        self._missized(10)
 
     def _overstated(self) -> None:
-        self._answer(
-            TEXT.encode(), **({"Content-Length": str(10**15)} if self.command == "HEAD" else {})
-        )
+        self._missized(10**15)
+
+    def _missized(self, size: int) -> None:
+        headers = {"Content-Length": str(size)} if self.command == "HEAD" else {}
+        self._answer(TEXT.encode(), headers=headers)
 
     def _unsized(self) -> None:
         self.send_response(200)
@@ -119,7 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _cut(self) -> None:
         """It hangs up in the middle."""
         self.close_connection = True
-        self._answer(TEXT.encode()[:100], **{"Content-Length": str(len(TEXT))})
+        self._answer(TEXT.encode()[:100], headers={"Content-Length": str(len(TEXT))})
 
     def _garbage(self) -> None:
         self.close_connection = True
@@ -203,19 +205,21 @@ def test_slow_server(server: str, name: str) -> None:
 
 def test_reading_ends_when_it_is_given_up(server: str) -> None:
     """Nobody goes on loading what nobody waits for."""
-    before = set(threading.enumerate())
+
+    def loading() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name == "autochunk remote file"}
+
+    before = loading()
     refused(f"{server}/dripping", timeout=0.3)
     deadline = time.monotonic() + 5
-    while any(
-        thread.name == "autochunk remote file" for thread in set(threading.enumerate()) - before
-    ):
+    while loading() - before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def test_endless_body(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read up to the limit."""
-    monkeypatch.setattr(bundle, "MOST_BYTES", 2**22)
+    monkeypatch.setattr(json_text, "MOST_BYTES", 2**22)
     assert "a bundle has at most 4 MiB; this has more" in refused(f"{server}/endless")
 
 
@@ -227,10 +231,10 @@ def test_no_server() -> None:
 
 def test_write_over_http(server: str) -> None:
     """Where a server lets itself be written to; where not, it says so in a line."""
-    bundle.write(f"{server}/kept.json", TEXT)
+    files.write(f"{server}/kept.json", TEXT)
     assert KEPT[-1] == TEXT.encode()
     with pytest.raises(BundleError, match=r"^http://.*/bundle.json: .*403"):
-        bundle.write(f"{server}/bundle.json", TEXT)
+        files.write(f"{server}/bundle.json", TEXT)
 
 
 # --- Other protocols ------------------------------------------------------------------------------
@@ -241,9 +245,9 @@ def test_write_over_http(server: str) -> None:
 def test_write_and_read(tmp_path: Path, protocol: str, name: str) -> None:
     """What is written at a URL is read there."""
     url = f"{protocol}{tmp_path}/{name}" if protocol == "file://" else f"{protocol}/{name}"
-    bundle.write(url, TEXT)
+    files.write(url, TEXT)
     assert bundle.read(url) == bundle.load(TEXT)
-    assert bundle.fetch(url).startswith(b"\x1f\x8b" if name.endswith(".gz") else b"{")
+    assert files.fetch(url).startswith(b"\x1f\x8b" if name.endswith(".gz") else b"{")
     if protocol == "file://":
         assert bundle.read(tmp_path / name) == bundle.load(TEXT)
 
@@ -272,8 +276,8 @@ def test_what_cannot_be_read(url: str, says: str) -> None:
 
 def test_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds for every protocol."""
-    bundle.write("memory://large.json", " " * 2**21)
-    monkeypatch.setattr(bundle, "MOST_BYTES", 2**20)
+    files.write("memory://large.json", " " * 2**21)
+    monkeypatch.setattr(json_text, "MOST_BYTES", 2**20)
     assert "a bundle has at most 1 MiB; this has more" in refused("memory://large.json")
 
 
@@ -283,20 +287,20 @@ def test_without_fsspec() -> None:
 import sys
 sys.modules["fsspec"] = None
 from autochunk.errors import BundleError
-from autochunk.store import bundle
-for work in (lambda: bundle.read("https://example.org/a.json"), lambda: bundle.write("s3://bucket/a.json", "text")):
-    try:
-        work()
-    except BundleError as error:
-        print(error)
-bundle.write("-", bundle.dump([])[:1])
+from autochunk.store import bundle, files
+try:
+    bundle.read("https://example.org/a.json")
+except BundleError as error:
+    print(error)
+try:
+    files.write("s3://bucket/a.json", "text")
+except BundleError as error:
+    print(error)
+files.write("-", bundle.dump([])[:1])
 """
     cure = 'URLs need fsspec, which is not installed: pip install "autochunk[remote]"'
-    assert run_python(code).splitlines() == [
-        f"https://example.org/a.json: {cure}",
-        f"s3://bucket/a.json: {cure}",
-        "{",
-    ]
+    refusals = [f"{url}: {cure}" for url in ("https://example.org/a.json", "s3://bucket/a.json")]
+    assert run_python(code).splitlines() == [*refusals, "{"]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +322,7 @@ def test_http_without_its_package() -> None:
 import sys
 sys.modules["aiohttp"] = None
 from autochunk.errors import BundleError
-from autochunk.store import bundle
+from autochunk.store import bundle, files
 try:
     bundle.read("https://example.org/a.json")
 except BundleError as error:
@@ -329,16 +333,17 @@ except BundleError as error:
 
 def test_paths_need_no_fsspec(tmp_path: Path) -> None:
     """Nor is it loaded for them."""
-    code = (
-        "import sys; from autochunk.store import bundle; bundle.write(sys.argv[1], "
-        "bundle.dump([])); bundle.read(sys.argv[1]); print('fsspec' in sys.modules)"
-    )
+    code = """
+import sys
+from autochunk.store import bundle, files
+files.write(sys.argv[1], bundle.dump([]))
+bundle.read(sys.argv[1])
+print("fsspec" in sys.modules)
+"""
     assert run_python(code, tmp_path / "bundle.json") == "False\n"
 
 
 def test_is_url() -> None:
     """Anything else is a path."""
-    assert [
-        remote.is_url(place)
-        for place in ("s3://a", "file:///a", "/a/b", "a:b", "C:/a", "-", "a//b")
-    ] == [True, True] + [False] * 5
+    assert all(map(remote.is_url, ("s3://a", "file:///a")))
+    assert not any(map(remote.is_url, ("/a/b", "a:b", "C:/a", "-", "a//b")))

@@ -10,45 +10,33 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import Scripted, make_device
 
 from autochunk.workload import Workload
 
-Command = tuple[str, ...]
+SCRIPTED_WORKER = Path(__file__).with_name("scripted_worker.py")
 
 
 @pytest.fixture
-def scripted() -> Callable[..., Command]:
+def scripted() -> Scripted:
     """The command of a worker that follows the script; see scripted_worker.py."""
 
-    def make(**script: Any) -> Command:
-        return (
-            sys.executable,
-            str(Path(__file__).with_name("scripted_worker.py")),
-            json.dumps(script),
-        )
+    def make(**script: Any) -> tuple[str, ...]:
+        return sys.executable, str(SCRIPTED_WORKER), json.dumps(script)
 
     return make
 
 
 @pytest.fixture
-def scripted_gpu(scripted: Callable[..., Command]) -> Callable[..., Command]:
+def scripted_gpu(scripted: Scripted) -> Scripted:
     """The same of a worker that finds a GPU."""
-    return functools.partial(
-        scripted,
-        device={
-            "platform": "gpu",
-            "kind": "scripted",
-            "cores": 0,
-            "memory_gib": 8,
-            "jax": "0.12.0",
-            "jaxlib": "0.12.0",
-        },
-    )
+    device = make_device(platform="gpu", kind="scripted", cores=0)
+    return functools.partial(scripted, device=device.model_dump())
 
 
 @pytest.fixture
@@ -64,56 +52,27 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     Skips where there is none to start.
     """
     pytest.importorskip("psycopg", reason="psycopg is not installed")
-    programs = [
-        folder
-        for folder in (
-            *sorted(Path("/usr/lib/postgresql").glob("*/bin")),
-            *map(Path, os.get_exec_path()),
-        )
-        if (folder / "initdb").exists()
-    ]
+    folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin")), *map(Path, os.get_exec_path())]
+    programs = [folder for folder in folders if (folder / "initdb").exists()]
     if not programs:
         pytest.skip("no PostgreSQL server is installed (Debian's package postgresql)")
-    # PostgreSQL refuses to run as root.
-    user = (
-        {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
-    )
+    user: dict[str, Any] = {}
     # a socket's path is short, and others' folders are not for its user to enter
     folder = Path(tempfile.mkdtemp(prefix="postgresql", dir="/tmp"))
-    if user:
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        user = {"user": "postgres", "group": "postgres", "extra_groups": []}
         shutil.chown(folder, "postgres", "postgres")
-    data, port = folder / "data", _free_port()
+
+    def run(program: str, *arguments: str) -> None:
+        command = [str(programs[-1] / program), "-D", str(folder / "data"), *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+
+    port = _free_port()
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    commands = [
-        [
-            programs[-1] / "initdb",
-            "-D",
-            data,
-            "-U",
-            "autochunk",
-            "--auth=trust",
-            "-E",
-            "UTF8",
-            "--no-sync",
-        ],
-        [programs[-1] / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"],
-    ]
-    for command in commands:
-        subprocess.run(
-            [str(part) for part in command],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            cwd=folder,
-            **user,
-        )
+    run("initdb", "-U", "autochunk", "--auth=trust", "-E", "UTF8", "--no-sync")
+    run("pg_ctl", "-o", options, "-l", str(folder / "log"), "-w", "start")
     yield f"postgresql://autochunk:secret@127.0.0.1:{port}/postgres"
-    subprocess.run(
-        [str(programs[-1] / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        cwd=folder,
-        **user,
-    )
+    run("pg_ctl", "-m", "immediate", "stop")
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,15 +19,8 @@ from typing import Any
 
 from autochunk.plan import Plan
 
-DEVICE = {
-    "platform": "cpu",
-    "kind": "scripted",
-    "cores": 2,
-    "memory_gib": 8,
-    "jax": "0.12.0",
-    "jaxlib": "0.12.0",
-    "driver": "",
-}
+DEVICE = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8}
+DEVICE |= {"jax": "0.12.0", "jaxlib": "0.12.0", "driver": ""}
 
 
 def perform(deed: str) -> str:
@@ -59,9 +52,9 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
     """The reply to one request; ``prepared`` are the plans that may be timed."""
 
     def act(plan: list[Any]) -> dict[str, Any]:
-        return script.get("plans", {}).get(
-            str(Plan(*plan)), script.get("default", {"seconds": 0.01, "temp": 1000})
-        )
+        default = script.get("default", {"seconds": 0.01, "temp": 1000})
+        found: dict[str, Any] = script.get("plans", {}).get(str(Plan(*plan)), default)
+        return found
 
     if request["do"] == "hello":
         return {"device": script.get("device", DEVICE), "available_bytes": 10**9}
@@ -74,11 +67,8 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
         status = "" if deed.startswith("time:") else perform(deed)
         if status == "refuse":
             raise ValueError("refused as scripted")
-        result = {
-            "status": status or "ok",
-            "detail": f"scripted {status}" if status else "",
-            "compile_seconds": 0.1,
-        }
+        detail = f"scripted {status}" if status else ""
+        result = {"status": status or "ok", "detail": detail, "compile_seconds": 0.1}
         if status:
             return result | {"temp_bytes": chosen.get("temp")}
         prepared.add(str(request["plan"]))
@@ -103,9 +93,8 @@ def main() -> None:
         request = json.loads(line)
         if "log" in script:
             with Path(script["log"]).open("a") as log:
-                log.write(
-                    json.dumps(request | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}) + "\n"
-                )
+                gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+                log.write(json.dumps(request | {"gpu": gpu}) + "\n")
         try:
             reply = {"ok": True} | answer(script, request, prepared)
         except ValueError as error:

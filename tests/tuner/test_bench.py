@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 from factories import make_profile
 
 from autochunk.device import detect
-from autochunk.store.database import ProfileStore
-from autochunk.tuner import bench, measure
+from autochunk.store.profiles import ProfileStore
+from autochunk.tuner import bench, peers
+from autochunk.tuner.inputs import WorkloadInputs, make_function
+from autochunk.tuner.reference import reference, relative_error
 from autochunk.workload import Workload
 
 SHAPES = [
@@ -29,30 +29,21 @@ def test_the_baselines_are_right(shape: str, mode: str, monkeypatch: pytest.Monk
     A baseline that is wrong is worth no comparison.
     """
     # so that the loop has several turns
-    monkeypatch.setattr(bench, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)
-    inputs = measure.WorkloadInputs(Workload.parse(shape, mode=mode))
-    for attend in (bench.haiku_dense, bench.row_loop):
-        function = measure.make_function(
-            inputs.workload, functools.partial(attend, causal=inputs.workload.causal)
-        )
-        results = inputs.on_sample(jax.jit(function)(*inputs.arguments))
-        assert measure.relative_error(results, measure.reference(inputs)) < 1e-5
+    monkeypatch.setattr(peers, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)
+    inputs = WorkloadInputs(Workload.parse(shape, mode=mode))
+    for attend in (peers.haiku_dense, peers.row_loop):
+        function = make_function(inputs.workload, attend)
+        results = inputs.on_sample(jax.jit(function)(*inputs.passed))
+        assert relative_error(results, reference(inputs)) < 1e-5
 
 
 def test_every_contender_has_figures_or_a_reason() -> None:
     """Ratios are to haiku's dense attention in the same round, one for each round."""
     seen: list[str] = []
-    contenders = bench.bench(
-        Workload.parse("b=1,t=32,h=2,k=8"),
-        rounds=3,
-        peers=("no_such_library",),
-        on_contender=seen.append,
-    )
-    assert (
-        [contender.name for contender in contenders]
-        == seen
-        == ["haiku dense", "1000 MB", "auto", "jax.nn xla", "jax.nn cudnn"]
-    )
+    workload, peers = Workload.parse("b=1,t=32,h=2,k=8"), ("no_such_library",)
+    contenders = bench.bench(workload, rounds=3, peers=peers, on_contender=seen.append)
+    assert seen == ["haiku dense", "1000 MB", "auto", "jax.nn xla", "jax.nn cudnn"]
+    assert [contender.name for contender in contenders] == seen
     for contender in contenders:
         if contender.run is None:
             assert contender.detail
@@ -75,35 +66,32 @@ def test_every_contender_has_figures_or_a_reason() -> None:
 def test_torch_takes_every_workload_without_a_bias(shape: str, mode: str) -> None:
     """It refuses a mask beside causality, which are one mask then."""
     pytest.importorskip("torch")
-    (contender,) = [
-        found
-        for found in bench.bench(Workload.parse(shape, mode=mode), rounds=1, peers=("torch",))
-        if found.name == "torch"
-    ]
+    contenders = bench.bench(Workload.parse(shape, mode=mode), rounds=1, peers=("torch",))
+    (contender,) = [found for found in contenders if found.name == "torch"]
     assert contender.run is not None, contender.detail
 
 
 def test_a_peer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs the others nothing."""
+    reason = "libtorch_cpu.so: cannot open shared object file"
 
-    def fail(_: measure.WorkloadInputs) -> bench.Contender:
-        raise OSError("libtorch_cpu.so: cannot open shared object file")
+    def fail(_: WorkloadInputs) -> bench.Contender:
+        raise OSError(reason)
 
     monkeypatch.setattr(bench, "_PEERS", {"numpy": fail})
     *_, peer = bench.bench(Workload.parse("t=8,k=2"), rounds=1, peers=("numpy",))
-    assert (
-        peer.detail == "does not run here: OSError: libtorch_cpu.so: cannot open shared object file"
-    )
+    assert peer.detail == f"does not run here: OSError: {reason}"
 
 
 def test_float64_is_timed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jax makes float32 of it unless it is enabled; afterwards the process is as it was."""
     dtypes = []
-    monkeypatch.setattr(
-        bench,
-        "_PEERS",
-        {"numpy": lambda inputs: dtypes.append(inputs.query.dtype) or bench.Contender("numpy")},
-    )
+
+    def note(inputs: WorkloadInputs) -> bench.Contender:
+        dtypes.append(inputs.arguments.query.dtype)
+        return bench.Contender("numpy")
+
+    monkeypatch.setattr(bench, "_PEERS", {"numpy": note})
     bench.bench(Workload.parse("t=8,k=2", dtype="float64"), rounds=1, peers=("numpy",))
     assert dtypes == [np.float64]
     assert jax.numpy.zeros(1).dtype == np.float32

@@ -7,7 +7,7 @@ import pytest
 
 from autochunk.device import detect, gpu_memory, visible_gpus
 from autochunk.plan import Plan
-from autochunk.store.resolve import resolve
+from autochunk.resolution.resolve import resolve
 from autochunk.tuner.probe import Probe
 from autochunk.tuner.tune import tune
 from autochunk.workload import Workload
@@ -32,9 +32,8 @@ def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
         assert prepared.status == "ok", prepared.detail
         assert prepared.measured_bytes is not None
         assert prepared.temp_bytes is not None
-        assert prepared.measured_bytes == pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20), (
-            plan
-        )
+        told = pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20)
+        assert prepared.measured_bytes == told, plan
 
 
 def test_what_does_not_fit_is_not_run() -> None:
@@ -50,9 +49,8 @@ def test_what_fits_is_run() -> None:
     """A plan that needs 2/5 of the memory runs, in however many pieces compiling left that."""
     memory = gpu_memory(0)
     assert memory is not None
-    with Probe(
-        environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{12 * 2**30 / memory[0]:.4f}"}
-    ) as probe:
+    fraction = f"{12 * 2**30 / memory[0]:.4f}"
+    with Probe(environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": fraction}) as probe:
         probe.load(Workload.parse("b=1,t=6144,h=16,k=64", dtype="float32"))
         prepared = probe.prepare(Plan("dense"))
     assert prepared.status == "ok", prepared.detail

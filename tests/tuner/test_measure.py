@@ -10,13 +10,15 @@ import pytest
 from factories import run_python
 
 from autochunk.tuner import measure
+from autochunk.tuner.inputs import sample_rows
+from autochunk.tuner.reference import relative_error
 from autochunk.workload import Workload
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_error_that_is_no_number_is_infinite(bad: float) -> None:
     """NaN compares as false, so it must not pass for a small error."""
-    assert measure.relative_error([np.array([1.0, bad])], [np.array([1.0, 2.0])]) == math.inf
+    assert relative_error([np.array([1.0, bad])], [np.array([1.0, 2.0])]) == math.inf
 
 
 def test_memory_is_at_least_what_the_process_grew_by() -> None:
@@ -55,7 +57,7 @@ def test_free_memory_is_the_least_that_is_known(
 def test_the_sample_has_the_ends_and_fits() -> None:
     """First and last query rows are always checked: slices begin and end there."""
     for shape in ("t=1,k=1", "t=2,k=1", "t=3,k=1", "b=64,t=256,h=16,s=65536,k=1"):
-        rows = measure.sample_rows(Workload.parse(shape))
+        rows = sample_rows(Workload.parse(shape))
         length = Workload.parse(shape).query_length
         assert {0, length - 1} <= set(rows.tolist()) <= set(range(length))
 
@@ -68,17 +70,17 @@ def test_plans_run_as_they_are_where_jax_sees_several_devices() -> None:
     code = """
 import jax
 from autochunk.plan import Plan
-from autochunk.tuner.measure import WorkloadInputs
+from autochunk.tuner.inputs import WorkloadInputs
 from autochunk.workload import Workload
 
 assert jax.device_count() == 3
 inputs = WorkloadInputs(Workload.parse("b=1,t=64,h=8,k=4", mode="training"))
-texts = [str(jax.make_jaxpr(inputs.function(Plan(name, 0.05)))(*inputs.arguments)) for name in ("xla", "xla_rows")]
-print("'xla'" in texts[0], "'xla'" in texts[1])
+for name in ("xla", "xla_rows"):
+    function = inputs.function(Plan(name, 0.05))
+    print("'xla'" in str(jax.make_jaxpr(function)(*inputs.passed)))
 """
-    assert run_python(
-        code, XLA_FLAGS="--xla_force_host_platform_device_count=3", JAX_PLATFORMS="cpu"
-    ).split() == ["True", "False"]
+    flags = "--xla_force_host_platform_device_count=3"
+    assert run_python(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").split() == ["True", "False"]
 
 
 def test_the_default_device_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import Scripted
 
 from autochunk.errors import ProbeError
 from autochunk.plan import Plan
-from autochunk.tuner.probe import WORKER, OutOfTime, Probe, WorkerFailure
+from autochunk.tuner.probe import OutOfTime, Probe
+from autochunk.tuner.process import WORKER, WorkerFailure
 from autochunk.workload import Workload
 
 GOOD, BAD = Plan("xla", 1.0), Plan("xla", 2.0)
@@ -91,7 +92,7 @@ def test_more_memory_than_there_is_is_out_of_memory() -> None:
 )
 @pytest.mark.parametrize("when", ["", "time:"])
 def test_every_failure_is_a_result_of_that_plan_only(
-    deed: str, status: str, words: str, when: str, small: Workload, scripted: Callable[..., Any]
+    deed: str, status: str, words: str, when: str, small: Workload, scripted: Scripted
 ) -> None:
     """Whatever a plan does, prepared or timed, is told of it, and the next plan is measured."""
     if when and deed in ("refuse", "oom", "over_budget"):
@@ -136,12 +137,9 @@ def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
 
     Compiling on a GPU leaves jax's allocator with pieces, none of which may be large enough.
     """
-    log = tmp_path / "log"
-    script = {
-        "plans": {str(BAD): {"do": deed.replace("FLAG", str(tmp_path / "flag")), "temp": temp}},
-        "log": str(log),
-    }
-    with Probe(request.getfixturevalue(worker)(**script)) as probe:
+    log, deed = tmp_path / "log", deed.replace("FLAG", str(tmp_path / "flag"))
+    plans = {str(BAD): {"do": deed, "temp": temp}}
+    with Probe(request.getfixturevalue(worker)(plans=plans, log=str(log))) as probe:
         probe.load(small)
         pid = pid_of(probe)
         assert probe.prepare(BAD).status == status
@@ -155,24 +153,20 @@ def test_a_compiled_plan_that_has_no_memory_is_tried_in_a_new_worker(
 
 @pytest.mark.parametrize("order", [[GOOD, BAD], [BAD, GOOD]], ids=["last", "first"])
 def test_plans_that_a_new_worker_does_not_know_are_prepared_there(
-    order: list[Plan], small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path
+    order: list[Plan], small: Workload, scripted_gpu: Scripted, tmp_path: Path
 ) -> None:
     """One of those to be timed together may need a new worker.
 
     The others are then prepared in that one, too.
     """
-    with Probe(
-        scripted_gpu(
-            plans={str(BAD): {"do": f"once:{tmp_path / 'flag'}:oom", "temp": 5000}},
-            default={"seconds": 0.5},
-        )
-    ) as probe:
+    plans = {str(BAD): {"do": f"once:{tmp_path / 'flag'}:oom", "temp": 5000}}
+    with Probe(scripted_gpu(plans=plans, default={"seconds": 0.5})) as probe:
         probe.load(small)
         assert len(probe.time(order)) == 2
 
 
 def test_plans_that_have_no_memory_together_cannot_be_timed_together(
-    small: Workload, scripted_gpu: Callable[..., Any], tmp_path: Path
+    small: Workload, scripted_gpu: Scripted, tmp_path: Path
 ) -> None:
     """That ends, as out of memory: preparing one of them costs another each time."""
     third, one, other = Plan("xla", 3.0), tmp_path / "one", tmp_path / "other"
@@ -188,7 +182,7 @@ def test_plans_that_have_no_memory_together_cannot_be_timed_together(
 
 
 def test_no_place_for_programs_is_no_obstacle(
-    small: Workload, scripted_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    small: Workload, scripted_gpu: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no folder can be made for them, workers compile anew."""
     monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
@@ -198,23 +192,17 @@ def test_no_place_for_programs_is_no_obstacle(
 
 
 def test_a_worker_that_cannot_start_is_an_error(
-    tmp_path: Path, scripted: Callable[..., Any], small: Workload
+    tmp_path: Path, scripted: Scripted, small: Workload
 ) -> None:
     """No process, or one that never says hello, is no result of a plan: nothing can be measured."""
-    with (
-        pytest.raises(ProbeError, match="cannot start"),
-        Probe((str(tmp_path / "nothing"),)) as probe,
-    ):
+    nothing = (str(tmp_path / "nothing"),)
+    with pytest.raises(ProbeError, match="cannot start"), Probe(nothing) as probe:
         probe.connect()
-    with (
-        pytest.raises(ProbeError, match="cannot start a measuring process"),
-        Probe(("false",)) as probe,
-    ):
+    said = "cannot start a measuring process"
+    with pytest.raises(ProbeError, match=said), Probe(("false",)) as probe:
         probe.connect()
-    with (
-        pytest.raises(ProbeError, match=r"cannot measure attention:.*exit status 4"),
-        Probe(scripted(load="exit 4")) as probe,
-    ):
+    said = r"cannot measure attention:.*exit status 4"
+    with pytest.raises(ProbeError, match=said), Probe(scripted(load="exit 4")) as probe:
         probe.load(small)
 
 
@@ -224,10 +212,8 @@ def test_a_workers_complaints_may_be_any_bytes(small: Workload) -> None:
     What nobody reads fills the pipe, and then the worker waits.
     """
     code = "import os; os.write(2, b'caf\\xe9\\nout of coffee'); os._exit(3)"
-    with (
-        pytest.raises(ProbeError, match=r"exit status 3: .*out of coffee"),
-        Probe((sys.executable, "-c", code)) as probe,
-    ):
+    said, command = r"exit status 3: .*out of coffee", (sys.executable, "-c", code)
+    with pytest.raises(ProbeError, match=said), Probe(command) as probe:
         probe.load(small)
 
 
@@ -252,7 +238,7 @@ def test_a_worker_runs_the_autochunk_that_started_it(tmp_path: Path) -> None:
 
 
 def test_the_deadline_ends_a_request_without_blaming_the_plan(
-    small: Workload, scripted: Callable[..., Any]
+    small: Workload, scripted: Scripted
 ) -> None:
     """Running out of time is not a plan's timeout."""
     with Probe(scripted(plans={str(BAD): {"do": "hang"}}), seconds_per_request=60.0) as probe:
@@ -263,7 +249,7 @@ def test_the_deadline_ends_a_request_without_blaming_the_plan(
         assert pid_of(probe) is None
 
 
-def test_a_worker_has_one_workload(small: Workload, scripted: Callable[..., Any]) -> None:
+def test_a_worker_has_one_workload(small: Workload, scripted: Scripted) -> None:
     """One that was only asked for its device takes the first.
 
     The next workload has a worker of its own, free of what the last one left in memory.
@@ -278,7 +264,7 @@ def test_a_worker_has_one_workload(small: Workload, scripted: Callable[..., Any]
 
 
 def test_a_worker_that_dies_before_its_workload_is_replaced(
-    small: Workload, scripted: Callable[..., Any]
+    small: Workload, scripted: Scripted
 ) -> None:
     """It cost nothing, since it had nothing to do."""
     with Probe(scripted()) as probe:
@@ -291,7 +277,7 @@ def test_a_worker_that_dies_before_its_workload_is_replaced(
 
 
 def test_a_plan_is_prepared_once_for_each_worker(
-    small: Workload, scripted: Callable[..., Any], tmp_path: Path
+    small: Workload, scripted: Scripted, tmp_path: Path
 ) -> None:
     """Compiling is dear: what the worker has ready is not sent again, what it dropped is."""
     log = tmp_path / "log"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_device, make_measurement
+from factories import Scripted, make_device, make_measurement
 
 from autochunk.plan import Plan
-from autochunk.store.profile import Effort, Measurement
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Effort
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.search import Interrupted, Outcome, search
 from autochunk.tuner.study import Storage, Study
@@ -54,9 +54,7 @@ def test_a_real_search_measures_every_plan_and_both_baselines(
     assert any(m.status == "ok" for m in outcome.measurements)
 
 
-def test_the_fastest_plan_is_found_whatever_its_place(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_fastest_plan_is_found_whatever_its_place(scripted: Scripted, tmp_path: Path) -> None:
     """Of noiseless times the exhaustive search finds the fastest, its ratio the least.
 
     Hopeless plans are given up after a round.
@@ -65,9 +63,8 @@ def test_the_fastest_plan_is_found_whatever_its_place(
         "xla_rows, 16.8 MB": {"seconds": 0.08, "temp": 500},
         "xla_rows, 4.2 MB": {"seconds": 1.0, "temp": 10**6},
     }
-    found = by_plan(
-        run(scripted(plans=plans, default={"seconds": 0.1, "temp": 1000}), tmp_path / "study")
-    )
+    command = scripted(plans=plans, default={"seconds": 0.1, "temp": 1000})
+    found = by_plan(run(command, tmp_path / "study"))
     assert min(found, key=lambda plan: found[plan].ratio) == "xla_rows, 16.8 MB"
     hopeless = found["xla_rows, 4.2 MB"]
     assert hopeless.status == "pruned"
@@ -78,28 +75,22 @@ def test_the_fastest_plan_is_found_whatever_its_place(
 
 @pytest.mark.parametrize(("effort", "rounds"), [("quick", 2), ("standard", 3), ("thorough", 4)])
 def test_the_baselines_are_timed_more_than_once(
-    effort: Effort, rounds: int, scripted: Callable[..., Any], tmp_path: Path
+    effort: Effort, rounds: int, scripted: Scripted, tmp_path: Path
 ) -> None:
     """However slow they are: what tuning gained is their time over the best plan's.
 
     The 1000 MB default slices nothing here.
     """
     baselines = ("dense", "xla, do not chunk")
-    found = by_plan(
-        run(
-            scripted(plans={plan: {"seconds": 0.5} for plan in baselines}),
-            tmp_path / "study",
-            effort,
-        )
-    )
-    assert [(found[plan].status, len(found[plan].ratios)) for plan in baselines] == [
-        ("pruned", rounds)
-    ] * 2
+    command = scripted(plans={plan: {"seconds": 0.5} for plan in baselines})
+    found = by_plan(run(command, tmp_path / "study", effort))
+    for plan in baselines:
+        assert (found[plan].status, len(found[plan].ratios)) == ("pruned", rounds)
 
 
 @pytest.mark.parametrize("effort", ["quick", "standard"])
 def test_a_failing_plan_costs_itself_only(
-    effort: str, scripted: Callable[..., Any], tmp_path: Path
+    effort: Effort, scripted: Scripted, tmp_path: Path
 ) -> None:
     """A plan that fails while others are measured is a typed result, and nothing else is lost.
 
@@ -116,34 +107,22 @@ def test_a_failing_plan_costs_itself_only(
     outcome = run(scripted(plans=plans), tmp_path / "study", effort)
     found = by_plan(outcome)
     assert outcome.complete
-    assert [found[plan].status for plan in plans] == [
-        "oom",
-        "over_budget",
-        "crashed",
-        "crashed",
-        "timeout",
-        "inaccurate",
-    ]
+    statuses = "oom over_budget crashed crashed timeout inaccurate".split()
+    assert [found[plan].status for plan in plans] == statuses
     others = [m for plan, m in found.items() if plan not in plans]
     assert others
     assert [m for m in others if not m.timed] == []
 
 
-def test_the_anchor_is_a_plan_that_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_anchor_is_a_plan_that_runs(scripted: Scripted, tmp_path: Path) -> None:
     """If the likeliest plan fails, another is what the rest is timed beside."""
-    found = by_plan(
-        run(
-            scripted(plans={"xla, 16.8 MB": {"do": "oom"}, "xla, 67.2 MB": {"do": "oom"}}),
-            tmp_path / "study",
-        )
-    )
+    plans = {"xla, 16.8 MB": {"do": "oom"}, "xla, 67.2 MB": {"do": "oom"}}
+    found = by_plan(run(scripted(plans=plans), tmp_path / "study"))
     assert found["xla, 16.8 MB"].status == "oom"
     assert found["xla, do not chunk"].ratio == 1.0
 
 
-def test_a_plan_is_not_to_blame_for_the_anchor(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_plan_is_not_to_blame_for_the_anchor(scripted: Scripted, tmp_path: Path) -> None:
     """A plan takes the worker down, and the anchor does not run in the next one.
 
     That ends the search, unfinished, and another one goes on from there.
@@ -154,10 +133,8 @@ def test_a_plan_is_not_to_blame_for_the_anchor(
         "xla, 16.8 MB": {"do": f"after:{flag}:oom"},
     }
     outcome = run(scripted(plans=plans), tmp_path / "study")
-    assert (
-        "xla, 16.8 MB, which all plans are timed beside, ran before and no longer does (oom: "
-        "scripted oom)" in outcome.failure
-    )
+    said = "which all plans are timed beside, ran before and no longer does (oom: scripted oom)"
+    assert f"xla, 16.8 MB, {said}" in outcome.failure
     assert not outcome.complete
     assert {plan for plan, m in by_plan(outcome).items() if not m.timed} == {"xla_rows, 67.2 MB"}
     flag.unlink()
@@ -166,27 +143,20 @@ def test_a_plan_is_not_to_blame_for_the_anchor(
     assert {plan for plan, m in by_plan(again).items() if not m.timed} == {"xla_rows, 67.2 MB"}
 
 
-def test_each_plan_is_prepared_once(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_each_plan_is_prepared_once(scripted: Scripted, tmp_path: Path) -> None:
     """The anchor and the finalists, timed again, stay in the worker; the others do not."""
     log = tmp_path / "log"
-    outcome = run(
-        scripted(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log)),
-        tmp_path / "study",
-        "standard",
-    )
+    command = scripted(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log))
+    outcome = run(command, tmp_path / "study", "standard")
     requests = [json.loads(line) for line in log.read_text().splitlines()]
-    prepared, dropped = (
-        [tuple(one["plan"]) for one in requests if one["do"] == deed]
-        for deed in ("prepare", "drop")
-    )
+    prepared = [tuple(one["plan"]) for one in requests if one["do"] == "prepare"]
+    dropped = [tuple(one["plan"]) for one in requests if one["do"] == "drop"]
     assert len(prepared) == len(set(prepared)) == len(outcome.measurements)
     assert len(dropped) == len(set(dropped)) >= len(prepared) - 5
     assert ("xla_rows", 4.2) in dropped
 
 
-def test_what_others_measured_counts_when_time_runs_out(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_others_measured_counts_when_time_runs_out(scripted: Scripted, tmp_path: Path) -> None:
     """Since the last claim, too."""
     one = study(tmp_path / "study")
 
@@ -197,29 +167,25 @@ def test_what_others_measured_counts_when_time_runs_out(
                 claim.done([make_measurement("dense", None)], one.anchor)
             raise OutOfTime
 
+    other = study(tmp_path / "study")
     with Probe(scripted()) as probe:
-        outcome = search(
-            probe, WORKLOAD, "quick", study(tmp_path / "study"), on_measurement=measured_elsewhere
-        )
+        outcome = search(probe, WORKLOAD, "quick", other, on_measurement=measured_elsewhere)
     assert not outcome.complete
     assert set(by_plan(outcome)) == {"xla, 16.8 MB", "dense"}
 
 
-def test_what_was_measured_before_workers_fail_is_kept(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_was_measured_before_workers_fail_is_kept(scripted: Scripted, tmp_path: Path) -> None:
     """A worker dies and no other can be started: the outcome says why, and has what there is."""
-    command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
-    outcome = run(
-        ("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command),
-        tmp_path / "study",
-    )
+    flag = tmp_path / "flag"
+    command = scripted(plans={"dense": {"do": f"once:{flag}:die 9"}})
+    refusing = ("sh", "-c", f'[ -e {flag} ] && exit 3; exec "$@"', "sh", *command)
+    outcome = run(refusing, tmp_path / "study")
     assert not outcome.complete
     assert "exit status 3" in outcome.failure
     assert by_plan(outcome)["xla, 16.8 MB"].timed
 
 
-def test_nothing_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_nothing_runs(scripted: Scripted, tmp_path: Path) -> None:
     """Every plan out of memory is an outcome, too."""
     outcome = run(scripted(default={"do": "oom"}), tmp_path / "study")
     assert outcome.complete
@@ -227,7 +193,7 @@ def test_nothing_runs(scripted: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_an_interrupted_search_keeps_what_it_has_and_goes_on(
-    scripted: Callable[..., Any], tmp_path: Path
+    scripted: Scripted, tmp_path: Path
 ) -> None:
     """The three plans measured before Ctrl-C come with the interruption.
 
@@ -244,34 +210,33 @@ def test_an_interrupted_search_keeps_what_it_has_and_goes_on(
         run(scripted(), tmp_path / "study", on_measurement=interrupt)
     assert [str(m.plan) for m in interruption.value.outcome.measurements] == seen
     again: list[str] = []
-    outcome = run(
-        scripted(), tmp_path / "study", on_measurement=lambda m, *_: again.append(str(m.plan))
-    )
+
+    def tell(measurement: Measurement, *_: int) -> None:
+        again.append(str(measurement.plan))
+
+    outcome = run(scripted(), tmp_path / "study", on_measurement=tell)
     assert outcome.complete
     assert not set(seen) & set(again)
     assert sorted(seen + again) == sorted(by_plan(outcome))
 
 
-def test_hopeless_limits_end_the_ladder(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_hopeless_limits_end_the_ladder(scripted: Scripted, tmp_path: Path) -> None:
     """Below two limits that were hopeless, the smaller one more so, nothing is tried.
 
     Larger limits and other implementations are.
     """
     limits = {"xla_rows, 8.4 MB": 0.5, "xla_rows, 4.2 MB": 0.9}
     plans = {plan: {"seconds": seconds} for plan, seconds in limits.items()}
-    found = by_plan(
-        run(scripted(plans=plans, default={"seconds": 0.1}), tmp_path / "study", "standard")
-    )
+    command = scripted(plans=plans, default={"seconds": 0.1})
+    found = by_plan(run(command, tmp_path / "study", "standard"))
     skipped = {plan for plan, m in found.items() if m.status == "skipped"}
     assert skipped == {f"xla_rows, {limit:g} MB" for limit in (2.1, 1.05, 0.525)} & set(found)
     assert skipped
-    assert (
-        found["xla_rows, 2.1 MB"].detail
-        == "limits of 8.4 and 4.2 MB took 5.0x and 9.0x the best time"
-    )
+    reason = "limits of 8.4 and 4.2 MB took 5.0x and 9.0x the best time"
+    assert found["xla_rows, 2.1 MB"].detail == reason
 
 
-def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_time_running_out_gives_what_there_is(scripted: Scripted, tmp_path: Path) -> None:
     """At the deadline the outcome is incomplete and holds what was measured.
 
     The rest comes with the next call.
@@ -287,25 +252,23 @@ def test_time_running_out_gives_what_there_is(scripted: Callable[..., Any], tmp_
     assert len(rest.measurements) > len(outcome.measurements)
 
 
-def test_hints_are_measured_first(scripted: Callable[..., Any], tmp_path: Path) -> None:
+def test_hints_are_measured_first(scripted: Scripted, tmp_path: Path) -> None:
     """What a similar workload found best comes before anything else.
 
     A hint that means other slices here is taken for its equivalent.
     """
     order: list[str] = []
-    run(
-        scripted(),
-        tmp_path / "study",
-        hints=[Plan("xla_rows", 4.2)],
-        on_measurement=lambda m, *_: order.append(str(m.plan)),
-    )
+
+    def tell(measurement: Measurement, *_: int) -> None:
+        order.append(str(measurement.plan))
+
+    hint = Plan("xla_rows", 4.2)
+    run(scripted(), tmp_path / "study", hints=[hint], on_measurement=tell)
     assert order[0] == "xla_rows, 4.2 MB"
 
 
 @pytest.mark.parametrize("second", [0.101, 0.115])
-def test_finalists_meet_in_joint_rounds(
-    second: float, scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_finalists_meet_in_joint_rounds(second: float, scripted: Scripted, tmp_path: Path) -> None:
     """Plans that are close are timed together at the end, and the first two in any case.
 
     The others are not.

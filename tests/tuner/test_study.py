@@ -6,18 +6,16 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from factories import make_device, make_measurement, make_profile, start_python
+from factories import Scripted, make_device, make_measurement, make_profile, start_python
 
 from autochunk.errors import ArgumentError, StorageError
 from autochunk.plan import Plan
-from autochunk.store.database import ProfileStore
-from autochunk.tuner import study as studies
-from autochunk.tuner.study import Storage, Study, study_name
+from autochunk.store.profile import Effort
+from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.study import Storage, Study, liveness, open_private, study_name
 from autochunk.tuner.tune import tune
 from autochunk.workload import Workload
 
@@ -33,9 +31,8 @@ def measure(study: Study, plan: Plan, ratio: float = 1.0) -> None:
     claim = study.claim([plan])
     assert claim is not None
     with claim:
-        claim.done(
-            [make_measurement(plan.implementation, plan.max_chunk_size_mb, ratio)], study.anchor
-        )
+        measurement = make_measurement(plan.implementation, plan.max_chunk_size_mb, ratio)
+        claim.done([measurement], study.anchor)
 
 
 def test_each_plan_is_claimed_once(place: str) -> None:
@@ -75,7 +72,9 @@ def test_times_beside_another_anchor_do_not_count(place: str) -> None:
     study = open_study(place)
     study.anchor = PLANS[0]
     measure(study, PLANS[1], 0.5)
-    with study.claim([PLANS[2]]) as claim:  # type: ignore[union-attr]
+    claim = study.claim([PLANS[2]])
+    assert claim is not None
+    with claim:
         claim.done([make_measurement("dense", None, status="oom")], study.anchor)
     study.anchor = PLANS[2]
     assert list(study.measured()) == [PLANS[2]]
@@ -105,7 +104,8 @@ from factories import make_device
 from autochunk.plan import Plan
 from autochunk.tuner.study import Storage
 from autochunk.workload import Workload
-claim = Storage(sys.argv[1]).study(make_device(), Workload.parse(sys.argv[2]), "quick").claim([Plan("xla", 16.0)])
+study = Storage(sys.argv[1]).study(make_device(), Workload.parse(sys.argv[2]), "quick")
+claim = study.claim([Plan("xla", 16.0)])
 print(claim.plan, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -130,12 +130,12 @@ def test_the_silent_of_other_machines_are_given_up(
     What it hands in late is not taken.
     """
     study = open_study(place)
-    monkeypatch.setattr(studies, "worker_name", lambda: "elsewhere boot pid:[1] 1")
+    monkeypatch.setattr(liveness, "worker_name", lambda: "elsewhere boot pid:[1] 1")
     claim = study.claim(PLANS[:1])
     assert claim is not None
     monkeypatch.undo()
     assert open_study(place).claim(PLANS[:1]) is None
-    monkeypatch.setattr(studies, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.05)
     time.sleep(0.1)
     second = open_study(place).claim(PLANS[:1])
     assert second is not None
@@ -156,7 +156,7 @@ def test_a_claim_that_nobody_signed_is_soon_given_up(
     study._queue(str(PLANS[0]), PLANS[0])
     study._study.ask()
     assert study.workers() == 1
-    monkeypatch.setattr(studies, "_SIGNING_SECONDS", 0.0)
+    monkeypatch.setattr(liveness, "_SIGNING_SECONDS", 0.0)
     assert study.workers() == 0
     claim = study.claim(PLANS[:1])
     assert claim is not None
@@ -178,11 +178,11 @@ def test_a_plan_that_is_only_queued_keeps_nobody_waiting(place: str) -> None:
 
 def test_a_living_worker_is_not_silent(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes while it measures, however long that takes."""
-    monkeypatch.setattr(studies, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.05)
     claim = open_study(place).claim(PLANS[:1])
     assert claim is not None
     with claim:
-        monkeypatch.setattr(studies, "SILENT_SECONDS", 0.5)
+        monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.5)
         time.sleep(1.0)
         assert open_study(place).claim(PLANS[:1]) is None
 
@@ -200,10 +200,8 @@ def test_finished_profiles_are_kept(place: str) -> None:
     Storage(place).study(make_device(), Workload.parse("t=1,k=8"), "quick")
     assert Storage(place).profiles()[1] == 1
     assert open_study(place).profile == make_profile(device=devices[0])
-    assert sorted(profile.device.kind for profile in Storage(place).profiles()[0]) == [
-        "Another/Kind",
-        "Made/Up",
-    ]
+    kinds = sorted(profile.device.kind for profile in Storage(place).profiles()[0])
+    assert kinds == ["Another/Kind", "Made/Up"]
 
 
 def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_counted(
@@ -211,8 +209,9 @@ def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_cou
 ) -> None:
     """A storage may hold both; a bundle has one profile of each workload and device."""
     storage = Storage(place)
-    for effort in ("standard", "quick"):
-        storage.study(make_device(), WORKLOAD, effort).profile = make_profile(effort=effort)  # type: ignore[arg-type]
+    efforts: tuple[Effort, ...] = ("standard", "quick")
+    for effort in efforts:
+        storage.study(make_device(), WORKLOAD, effort).profile = make_profile(effort=effort)
     newer = storage.study(make_device(), Workload.parse("t=1,k=8"), "quick")
     newer._study.set_user_attr("profile", '{"schema_version": 7}')
     profiles, others = storage.profiles()
@@ -227,24 +226,21 @@ def test_a_torn_journal_of_one_s_own_is_mended(tmp_path: Path) -> None:
     One that cannot be read is begun anew.
     """
     journal = tmp_path / "journal"
-    measure(studies.open_private(journal).study(make_device(), WORKLOAD, "quick"), PLANS[0])
+    measure(open_private(journal).study(make_device(), WORKLOAD, "quick"), PLANS[0])
     whole = journal.read_bytes()
     for torn in (b'{"op_code": 5, "wor', b"\0" * 64):
         journal.write_bytes(whole + torn)
-        assert list(
-            studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured()
-        ) == [PLANS[0]]
+        mended = open_private(journal).study(make_device(), WORKLOAD, "quick")
+        assert list(mended.measured()) == [PLANS[0]]
     journal.write_bytes(b"\0" * 64 + b"\n" + whole)
-    assert studies.open_private(journal).study(make_device(), WORKLOAD, "quick").measured() == {}
+    assert open_private(journal).study(make_device(), WORKLOAD, "quick").measured() == {}
 
 
 def test_another_jaxlib_or_cudnn_is_another_study() -> None:
     """Its programs are others, and so are their times."""
-    names = {
-        study_name(make_device(**versions), WORKLOAD, "quick")
-        for versions in ({}, {"jaxlib": "0.13.0"}, {"cudnn": "9.1"}, {"cudnn": "9.9"})
-    }
-    assert len(names) == 4
+    devices = [make_device(), make_device(jaxlib="0.13.0")]
+    devices += [make_device(cudnn=version) for version in ("9.1", "9.9")]
+    assert len({study_name(device, WORKLOAD, "quick") for device in devices}) == 4
 
 
 @pytest.mark.parametrize(
@@ -288,9 +284,7 @@ def test_a_file_that_is_no_journal(content: bytes, tmp_path: Path) -> None:
     assert (tmp_path / "journal").read_bytes() == content
 
 
-def test_what_was_tuned_before_is_given_to_the_others(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_was_tuned_before_is_given_to_the_others(scripted: Scripted, tmp_path: Path) -> None:
     """A worker that skips a workload brings its own profile of it."""
     store, place = ProfileStore(), str(tmp_path / "journal")
     tune([WORKLOAD], effort="standard", worker_command=scripted(), store=store)
@@ -307,10 +301,12 @@ def test_a_journal_in_an_impossible_place(tmp_path: Path) -> None:
 
 def test_workers_may_open_a_new_storage_at_the_same_time(place: str) -> None:
     """All make its file or tables, one after the other or not."""
-    code = (
-        "import sys; from autochunk.tuner.study import Storage; Storage(sys.argv[1]).profiles(); "
-        "print('open')"
-    )
+    code = """
+import sys
+from autochunk.tuner.study import Storage
+Storage(sys.argv[1]).profiles()
+print("open")
+"""
     opened = [start_python(code, place) for _ in range(6)]
     assert [process.communicate(timeout=120)[0] for process in opened] == ["open\n"] * 6
 
@@ -323,20 +319,26 @@ def test_force_and_a_shared_storage_do_not_mix(tmp_path: Path) -> None:
 
 _WORKER = """
 import json, sys
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.events import Measured
 from autochunk.tuner.tune import tune
 from autochunk.workload import Workload
 place, store, shapes, command = json.loads(sys.argv[1])
 def tell(event):
-    if event.kind == "measured":
+    if isinstance(event, Measured):
         print(event.workload.key, event.measurement.plan, sep="; ", flush=True)
-tune([Workload.parse(shape) for shape in shapes], effort="standard", worker_command=command, storage=place, store=ProfileStore(store), on_event=tell)
+tune(
+    [Workload.parse(shape) for shape in shapes],
+    effort="standard",
+    worker_command=command,
+    storage=place,
+    store=ProfileStore(store),
+    on_event=tell,
+)
 """
 
 
-def test_workers_share_and_one_is_killed(
-    place: str, scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_workers_share_and_one_is_killed(place: str, scripted: Scripted, tmp_path: Path) -> None:
     """Three processes share one storage, and one of them is killed half-way.
 
     Every plan is measured, none twice, and the two others end with the same profiles.
@@ -344,8 +346,9 @@ def test_workers_share_and_one_is_killed(
     shapes = ["b=2,t=2048,h=4,k=8", "b=2,t=1024,h=4,k=8", "b=2,t=1500,h=4,k=8"]
     keys = sorted(Workload.parse(shape).key for shape in shapes)
     stores = [ProfileStore(tmp_path / f"store{number}") for number in range(3)]
+    command = scripted(delay=0.02)
     workers = [
-        start_python(_WORKER, json.dumps([place, str(store.path), shapes, scripted(delay=0.02)]))
+        start_python(_WORKER, json.dumps([place, str(store.path), shapes, command]))
         for store in stores
     ]
     assert workers[0].stdout is not None
@@ -362,9 +365,7 @@ def test_workers_share_and_one_is_killed(
     assert all(profile.complete for profile in profiles)
     measured = Counter(line.strip() for line in lines)
     assert max(measured.values()) == 1
-    assert set(measured) == {
-        f"{profile.workload}; {m.plan}" for profile in profiles for m in profile.measurements
-    }
-    assert {(p.workload, p.created) for p in Storage(place).profiles()[0]} == {
-        (p.workload, p.created) for p in profiles
-    }
+    plans = {f"{profile.workload}; {m.plan}" for profile in profiles for m in profile.measurements}
+    assert set(measured) == plans
+    kept, _ = Storage(place).profiles()
+    assert {(p.workload, p.created) for p in kept} == {(p.workload, p.created) for p in profiles}

@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import Scripted, make_device, start_python
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError, StoreError
 from autochunk.plan import Plan, candidate_plans
-from autochunk.store.database import ProfileStore
 from autochunk.store.profile import Effort, sliced_shape
+from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.events import (
+    DeviceFound,
+    Event,
+    Failed,
+    Finished,
+    Measured,
+    OutOfTime,
+    Skipped,
+    Started,
+)
 from autochunk.tuner.presets import PRESETS
 from autochunk.tuner.study import Storage
-from autochunk.tuner.tune import Event, standard_workloads, tune
+from autochunk.tuner.tune import standard_workloads, tune
 from autochunk.workload import MODES, Workload, workloads_of
 
 WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8", "t=700,h=4,k=8")]
 
 
-def kinds(events: list[Event]) -> list[str]:
-    return [event.kind for event in events if event.kind not in ("measured", "device")]
+def kinds(events: list[Event]) -> list[type[Event]]:
+    return [type(event) for event in events if not isinstance(event, Measured | DeviceFound)]
+
+
+def plans_of(events: list[Event]) -> list[tuple[Workload, Plan]]:
+    """What was measured."""
+    return [(e.workload, e.measurement.plan) for e in events if isinstance(e, Measured)]
 
 
 def measured(command: tuple[str, ...], workloads: list[Workload], **options: Any) -> list[Event]:
     events: list[Event] = []
-    tune(
-        workloads,
-        effort=options.pop("effort", "quick"),
-        worker_command=command,
-        on_event=events.append,
-        **options,
-    )
+    options = {"effort": "quick", **options}
+    tune(workloads, worker_command=command, on_event=events.append, **options)
     return events
 
 
 def test_a_real_tune_is_read_back_by_auto(small: Workload) -> None:
     """The main road on this machine: tune, store, resolve; nothing unfinished stays behind."""
-    from autochunk.store.resolve import resolve
+    from autochunk.resolution.resolve import resolve
 
     (profile,) = tune([small], effort="quick")
     resolution = resolve(small)
@@ -60,134 +67,108 @@ def test_a_real_tune_is_read_back_by_auto(small: Workload) -> None:
     assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
 
 
-def test_what_is_tuned_is_not_tuned_again(scripted: Callable[..., Any]) -> None:
+def test_what_is_tuned_is_not_tuned_again(scripted: Scripted) -> None:
     """The same effort or a weaker one skips.
 
     A stronger one, --force, and another jaxlib measure again.
     """
     command = scripted()
-    assert kinds(measured(command, WORKLOADS[:1])) == ["start", "finished"]
-    assert kinds(measured(command, WORKLOADS[:1])) == ["skipped"]
-    assert kinds(measured(command, WORKLOADS[:1], effort="standard")) == ["start", "finished"]
-    assert kinds(measured(command, WORKLOADS[:1], effort="quick")) == ["skipped"]
-    assert kinds(measured(command, WORKLOADS[:1], effort="quick", force=True)) == [
-        "start",
-        "finished",
-    ]
-    newer = {
-        "platform": "cpu",
-        "kind": "scripted",
-        "cores": 2,
-        "memory_gib": 8,
-        "jax": "0.13.0",
-        "jaxlib": "0.13.0",
-    }
-    assert kinds(measured(scripted(device=newer), WORKLOADS[:1])) == ["start", "finished"]
+    assert kinds(measured(command, WORKLOADS[:1])) == [Started, Finished]
+    assert kinds(measured(command, WORKLOADS[:1])) == [Skipped]
+    assert kinds(measured(command, WORKLOADS[:1], effort="standard")) == [Started, Finished]
+    assert kinds(measured(command, WORKLOADS[:1], effort="quick")) == [Skipped]
+    assert kinds(measured(command, WORKLOADS[:1], force=True)) == [Started, Finished]
+    newer = make_device(kind="scripted", cores=2, jax="0.13.0", jaxlib="0.13.0")
+    command = scripted(device=newer.model_dump())
+    assert kinds(measured(command, WORKLOADS[:1])) == [Started, Finished]
 
 
 def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(
-    scripted: Callable[..., Any], tmp_path: Path
+    scripted: Scripted, tmp_path: Path
 ) -> None:
     """Failing to load, or every plan failing, is told; the next workload is measured."""
     events = measured(scripted(load=f"once:{tmp_path / 'flag'}:exit 7"), WORKLOADS[:2])
-    assert kinds(events) == ["start", "failed", "start", "finished"]
-    assert "exit status 7" in next(event.detail for event in events if event.kind == "failed")
-    assert kinds(measured(scripted(default={"do": "oom"}), WORKLOADS[2:])) == ["start", "failed"]
+    assert kinds(events) == [Started, Failed, Started, Finished]
+    assert "exit status 7" in next(event.detail for event in events if isinstance(event, Failed))
+    assert kinds(measured(scripted(default={"do": "oom"}), WORKLOADS[2:])) == [Started, Failed]
     assert [profile.workload for profile in ProfileStore().profiles()] == [WORKLOADS[1].key]
 
 
 @pytest.mark.parametrize("options", [{}, {"force": True}, {"gpus": ["0", "1"]}])
-def test_what_failed_is_tried_again(
-    options: dict[str, Any], scripted_gpu: Callable[..., Any]
-) -> None:
+def test_what_failed_is_tried_again(options: dict[str, Any], scripted_gpu: Scripted) -> None:
     """That no plan could be timed is not kept.
 
     The reason may pass, such as another process on the GPU.
     """
-    assert (
-        kinds(measured(scripted_gpu(default={"do": "oom"}), WORKLOADS[:1], **options))[-1]
-        == "failed"
-    )
-    assert kinds(measured(scripted_gpu(), WORKLOADS[:1], **options))[-1] == "finished"
+    failing = scripted_gpu(default={"do": "oom"})
+    assert kinds(measured(failing, WORKLOADS[:1], **options))[-1] == Failed
+    assert kinds(measured(scripted_gpu(), WORKLOADS[:1], **options))[-1] == Finished
 
 
-def test_what_was_measured_before_a_failure_is_stored(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_was_measured_before_a_failure_is_stored(scripted: Scripted, tmp_path: Path) -> None:
     """Where no worker can be started any more, that is told, and what there is answers.
 
     The next call goes on.
     """
-    command = scripted(plans={"dense": {"do": f"once:{tmp_path / 'flag'}:die 9"}})
-    events = measured(
-        ("sh", "-c", f'[ -e {tmp_path / "flag"} ] && exit 3; exec "$@"', "sh", *command),
-        WORKLOADS[:1],
-    )
-    assert kinds(events) == ["start", "failed"]
-    assert re.search("exit status 3.*what was measured before is kept", events[-1].detail)
+    flag = tmp_path / "flag"
+    command = scripted(plans={"dense": {"do": f"once:{flag}:die 9"}})
+    refusing = ("sh", "-c", f'[ -e {flag} ] && exit 3; exec "$@"', "sh", *command)
+    events = measured(refusing, WORKLOADS[:1])
+    assert kinds(events) == [Started, Failed]
     (profile,) = ProfileStore().profiles()
+    assert isinstance(events[-1], Failed)
+    assert re.search("exit status 3.*what was measured before is kept", events[-1].detail)
     assert events[-1].profile == profile
     assert not profile.complete
-    assert kinds(measured(command, WORKLOADS[:1])) == ["start", "finished"]
+    assert kinds(measured(command, WORKLOADS[:1])) == [Started, Finished]
     assert ProfileStore().profiles()[0].complete
 
 
-def test_a_workload_that_fails_is_left_by_all_gpus(scripted_gpu: Callable[..., Any]) -> None:
+def test_a_workload_that_fails_is_left_by_all_gpus(scripted_gpu: Scripted) -> None:
     """It is told once."""
-    assert (
-        kinds(measured(scripted_gpu(load="exit 7"), WORKLOADS[:1], gpus=["0", "1", "2"])).count(
-            "failed"
-        )
-        == 1
-    )
+    events = measured(scripted_gpu(load="exit 7"), WORKLOADS[:1], gpus=["0", "1", "2"])
+    assert kinds(events).count(Failed) == 1
 
 
-def test_gpus_need_a_jax_that_finds_them(scripted: Callable[..., Any]) -> None:
+def test_gpus_need_a_jax_that_finds_them(scripted: Scripted) -> None:
     """Otherwise several processes would measure one CPU at the same time."""
-    with pytest.raises(
-        ProbeError,
-        match=(
-            r"GPUs 0, 1 are to be tuned, and all that jax finds in the measuring process is cpu "
-            r"scripted .*leave out --devices"
-        ),
-    ):
+    said = (
+        r"GPUs 0, 1 are to be tuned, and all that jax finds in the measuring process is cpu "
+        r"scripted .*leave out --devices"
+    )
+    with pytest.raises(ProbeError, match=said):
         measured(scripted(), WORKLOADS, gpus=["0", "1"])
 
 
-def test_gpus_are_started_at_the_same_time(
-    scripted_gpu: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_gpus_are_started_at_the_same_time(scripted_gpu: Scripted, tmp_path: Path) -> None:
     """Here each waits for the other."""
-    meet = (
-        f"touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 "
-        ']; do sleep 0.1; done; exec "$@"'
-    )
-    events = measured(
-        ("sh", "-c", meet, "sh", *scripted_gpu()), WORKLOADS[:1], gpus=["0", "1"], timeout=30.0
-    )
-    assert "finished" in kinds(events)
+    meet = f"""
+touch {tmp_path}/$CUDA_VISIBLE_DEVICES
+until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 ]; do sleep 0.1; done
+exec "$@"
+"""
+    command = ("sh", "-c", meet, "sh", *scripted_gpu())
+    events = measured(command, WORKLOADS[:1], gpus=["0", "1"], timeout=30.0)
+    assert Finished in kinds(events)
 
 
-def test_gpus_that_run_out_of_time_have_begun_all_workloads(
-    scripted_gpu: Callable[..., Any],
-) -> None:
+def test_gpus_that_run_out_of_time_have_begun_all_workloads(scripted_gpu: Scripted) -> None:
     """Each has its share of the time."""
     workloads = [Workload.parse(f"b=2,t={length},h=4,k=8") for length in (2048, 1024, 1500, 1800)]
-    events = measured(
-        scripted_gpu(delay=0.1), workloads, effort="thorough", gpus=["0", "1"], timeout=5.0
-    )
-    assert {event.workload for event in events if event.kind == "start"} == set(workloads)
+    options = {"effort": "thorough", "gpus": ["0", "1"], "timeout": 5.0}
+    events = measured(scripted_gpu(delay=0.1), workloads, **options)
+    assert {event.workload for event in events if isinstance(event, Started)} == set(workloads)
 
 
-def test_a_share_too_short_for_a_plan_is_overrun(scripted: Callable[..., Any]) -> None:
+def test_a_share_too_short_for_a_plan_is_overrun(scripted: Scripted) -> None:
     """Otherwise nothing would ever be measured, however often it is tried."""
     workloads = [Workload.parse(f"t={length},h=4,k=8") for length in range(512, 552)]
     events = measured(scripted(delay=0.2), workloads, timeout=4.0)
-    assert kinds(events)[:2] == ["start", "finished"]
-    assert kinds(events)[-1] == "out_of_time"
+    assert kinds(events)[:2] == [Started, Finished]
+    assert kinds(events)[-1] == OutOfTime
 
 
-def test_several_gpus_share_the_work(scripted_gpu: Callable[..., Any], tmp_path: Path) -> None:
+def test_several_gpus_share_the_work(scripted_gpu: Scripted, tmp_path: Path) -> None:
     """Each plan is measured once, on whichever is free.
 
     Every worker sees the GPU that is its own; nothing unfinished stays behind.
@@ -195,87 +176,59 @@ def test_several_gpus_share_the_work(scripted_gpu: Callable[..., Any], tmp_path:
     log = tmp_path / "log"
     workloads = [Workload.parse(f"t={length},h=4,k=8") for length in (512, 600, 700, 800, 900)]
     events: list[Event] = []
-    profiles = tune(
-        workloads,
-        effort="quick",
-        worker_command=scripted_gpu(log=str(log)),
-        on_event=events.append,
-        gpus=["3", "7"],
-    )
+    options: dict[str, Any] = {"worker_command": scripted_gpu(log=str(log)), "gpus": ["3", "7"]}
+    profiles = tune(workloads, effort="quick", on_event=events.append, **options)
     assert [profile.workload for profile in profiles] == [workload.key for workload in workloads]
     assert all(profile.complete for profile in profiles)
-    measured = [
-        (event.workload, event.measurement.plan)
-        for event in events
-        if event.measurement and event.workload
-    ]
-    assert (
-        len(set(measured))
-        == len(measured)
-        == sum(len(profile.measurements) for profile in profiles)
-    )
+    plans = plans_of(events)
+    assert len(set(plans)) == len(plans) == sum(len(one.measurements) for one in profiles)
     assert {json.loads(line)["gpu"] for line in log.read_text().splitlines()} == {"3", "7"}
     assert not list(ProfileStore().path.with_name("profiles.sqlite.unfinished").iterdir())
 
 
-def test_several_gpus_begin_with_what_takes_longest(scripted_gpu: Callable[..., Any]) -> None:
+def test_several_gpus_begin_with_what_takes_longest(scripted_gpu: Scripted) -> None:
     """Training comes before forward, long before short, so that no long one is left for the end.
 
     Each workload is told of as begun and finished once.
     """
-    workloads = [
-        Workload.parse(f"t={length},h=4,k=8", mode=mode)
-        for length in (512, 700, 600)
-        for mode in MODES
-    ]
+    shapes = [f"t={length},h=4,k=8" for length in (512, 700, 600)]
+    workloads = [Workload.parse(shape, mode=mode) for shape in shapes for mode in MODES]
     events = measured(scripted_gpu(), workloads, effort="quick", gpus=["3", "7"])
-    begun = [
-        (event.workload.mode, event.workload.query_length)
-        for event in events
-        if event.kind == "start" and event.workload
-    ]
+    started = [event.workload for event in events if isinstance(event, Started)]
+    begun = [(workload.mode, workload.query_length) for workload in started]
     assert set(begun[:2]) == {("training", 700), ("training", 600)}
     assert len(begun) == len(set(begun)) + begun.count(begun[-1]) - 1  # the last one may be shared
-    assert kinds(events).count("finished") <= len(workloads) + 1
+    assert kinds(events).count(Finished) <= len(workloads) + 1
 
 
-def test_several_gpus_share_the_last_workload(
-    scripted_gpu: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_several_gpus_share_the_last_workload(scripted_gpu: Scripted, tmp_path: Path) -> None:
     """The GPU that has nothing left to do helps the other with its plans."""
-    log = tmp_path / "log"
-    tune(
-        [Workload.parse("b=2,t=2048,h=4,k=8")],
-        effort="standard",
-        worker_command=scripted_gpu(log=str(log), delay=0.05),
-        gpus=["3", "7"],
-    )
+    log, workloads = tmp_path / "log", [Workload.parse("b=2,t=2048,h=4,k=8")]
+    command = scripted_gpu(log=str(log), delay=0.05)
+    measured(command, workloads, effort="standard", gpus=["3", "7"])
     prepared = [json.loads(line) for line in log.read_text().splitlines() if '"prepare"' in line]
     assert min(sum(request["gpu"] == gpu for request in prepared) for gpu in ("3", "7")) > 3
 
 
-def test_tunes_with_one_store_do_not_take_each_other_s_work_away(
-    scripted_gpu: Callable[..., Any],
-) -> None:
+def test_tunes_with_one_store_do_not_take_each_other_s_work_away(scripted_gpu: Scripted) -> None:
     """One that finishes another workload, or the same, leaves what a second one has begun."""
     first, second = ([Workload.parse(f"b=2,t={length},h=4,k=8")] for length in (2048, 1024))
-    begun = measured(
-        scripted_gpu(delay=0.1), first, effort="thorough", timeout=5.0, gpus=["0", "1"]
-    )
-    measured(scripted_gpu(), second, effort="thorough", gpus=["0", "1"])
-    rest = measured(scripted_gpu(), first, effort="thorough", gpus=["0", "1"])
-    plans = [str(event.measurement.plan) for event in begun + rest if event.measurement]
+    options = {"effort": "thorough", "gpus": ["0", "1"]}
+    begun = measured(scripted_gpu(delay=0.1), first, **options, timeout=5.0)
+    measured(scripted_gpu(), second, **options)
+    rest = measured(scripted_gpu(), first, **options)
+    plans = plans_of(begun + rest)
     assert len(plans) == len(set(plans))
-    assert any(event.measurement for event in begun)
+    assert plans_of(begun)
 
 
-def test_an_interrupted_force_goes_on(scripted: Callable[..., Any]) -> None:
+def test_an_interrupted_force_goes_on(scripted: Scripted) -> None:
     """What was measured anew is not measured a third time."""
     workload = [Workload.parse("b=2,t=2048,h=4,k=8")]
     measured(scripted(), workload, effort="thorough")
     first = measured(scripted(delay=0.1), workload, effort="thorough", force=True, timeout=4.0)
     second = measured(scripted(), workload, effort="thorough", force=True)
-    plans = [str(event.measurement.plan) for event in first + second if event.measurement]
+    plans = plans_of(first + second)
     assert len(plans) == len(set(plans)) == len(ProfileStore().profiles()[0].measurements)
 
 
@@ -287,122 +240,91 @@ def test_the_first_worker_s_start_counts_as_time(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 15
 
 
-def test_out_of_time_before_a_worker_is_up_is_told(
-    scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_out_of_time_before_a_worker_is_up_is_told(scripted: Scripted, tmp_path: Path) -> None:
     """The deadline may come while a worker starts.
 
     Each workload is said to be unmeasured, and nothing fails.
     """
-    slow = tmp_path / "slow.sh"
-    slow.write_text(
-        f'#!/bin/sh\n[ -e {tmp_path}/up ] && exec sleep 30\ntouch {tmp_path}/up\nexec "$@"\n'
-    )
-    events = measured(("sh", str(slow), *scripted(load="exit 1")), WORKLOADS, timeout=4.0)
-    assert kinds(events) == ["start", "out_of_time"] * 3 or kinds(events) == [
-        "start",
-        "failed",
-        *["start", "out_of_time"] * 2,
-    ]
+    up = tmp_path / "up"
+    slow = f'[ -e {up} ] && exec sleep 30; touch {up}; exec "$@"'
+    command = ("sh", "-c", slow, "sh", *scripted(load="exit 1"))
+    events = measured(command, WORKLOADS, timeout=4.0)
+    assert kinds(events)[:1] + kinds(events)[2:] == [Started, *[Started, OutOfTime] * 2]
+    assert kinds(events)[1] in (OutOfTime, Failed)
 
 
 def test_one_gpu_failing_stops_the_others_with_what_they_have(
-    scripted_gpu: Callable[..., Any], tmp_path: Path
+    scripted_gpu: Scripted, tmp_path: Path
 ) -> None:
     """An error that is no workload's own ends all; what was stored before stays."""
 
     def fail(event: Event) -> None:
-        if event.kind == "finished":
+        if isinstance(event, Finished):
             raise KeyboardInterrupt
 
+    options: dict[str, Any] = {"effort": "quick", "gpus": ["0", "1"], "force": True}
     with pytest.raises(KeyboardInterrupt):
-        tune(
-            WORKLOADS,
-            effort="quick",
-            worker_command=scripted_gpu(),
-            on_event=fail,
-            gpus=["0", "1"],
-            force=True,
-        )
+        tune(WORKLOADS, worker_command=scripted_gpu(), on_event=fail, **options)
     assert 1 <= len(ProfileStore().profiles()) < 3
     unfinished = ProfileStore().path.with_name("profiles.sqlite.unfinished").glob("*.journal")
     # a second --force would take them for its own
-    assert [
-        Storage(journal).profiles()[0] for journal in unfinished if Storage(journal).profiles()[0]
-    ] == []
+    assert not any(Storage(journal).profiles()[0] for journal in unfinished)
 
 
 def test_gpus_must_be_alike(tmp_path: Path) -> None:
     """Profiles of different devices are not made under one name."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import json, os, sys\n"
-        "for line in sys.stdin:\n"
-        "    kind = 'GPU ' + os.environ['CUDA_VISIBLE_DEVICES']\n"
-        "    device = {'platform': 'gpu', 'kind': kind, 'cores': 0, 'memory_gib': 8}\n"
-        "    print(json.dumps({'ok': True, 'device': device, 'available_bytes': 10**9}), "
-        "flush=True)\n"
-    )
-    with pytest.raises(
-        ProbeError,
-        match=(
-            "GPUs that are tuned together must be alike; these are gpu GPU 0 memory=8GiB, gpu GPU "
-            "1 memory=8GiB"
-        ),
-    ):
-        tune(WORKLOADS, worker_command=(sys.executable, str(worker)), gpus=["0", "1"])
+    code = """
+import json, os, sys
+for line in sys.stdin:
+    kind = "GPU " + os.environ["CUDA_VISIBLE_DEVICES"]
+    device = {"platform": "gpu", "kind": kind, "cores": 0, "memory_gib": 8}
+    print(json.dumps({"ok": True, "device": device, "available_bytes": 10**9}), flush=True)
+"""
+    these = "gpu GPU 0 memory=8GiB, gpu GPU 1 memory=8GiB"
+    said = f"GPUs that are tuned together must be alike; these are {these}"
+    with pytest.raises(ProbeError, match=said):
+        tune(WORKLOADS, worker_command=(sys.executable, "-c", code), gpus=["0", "1"])
 
 
-def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(
-    scripted: Callable[..., Any],
-) -> None:
+def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted: Scripted) -> None:
     """When time runs out, what there is answers and is marked.
 
     The same call then completes it without measuring anything twice.
     """
     slow, workload = scripted(delay=0.1), Workload.parse("b=2,t=2048,h=4,k=8")
     first = measured(slow, [workload], effort="thorough", timeout=4.0)
-    assert kinds(first) == ["start", "finished"]
+    assert kinds(first) == [Started, Finished]
     (profile,) = ProfileStore().profiles()
     assert not profile.complete
     assert profile.choose() is not None
     second = measured(scripted(), [workload], effort="thorough")
-    plans = [str(e.measurement.plan) for e in first + second if e.measurement]
+    plans = plans_of(first + second)
     assert len(plans) == len(set(plans))
     (profile,) = ProfileStore().profiles()
     assert profile.complete
     assert len(profile.measurements) == len(plans)
 
 
-def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Callable[..., Any]) -> None:
+def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Scripted) -> None:
     """A stronger effort that is cut short leaves the weaker, complete profile, and returns it."""
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
     measured(scripted(), [workload])
     events: list[Event] = []
-    profiles = tune(
-        [workload],
-        worker_command=scripted(delay=0.1),
-        effort="thorough",
-        timeout=3.0,
-        on_event=events.append,
-    )
-    assert kinds(events) == ["start", "out_of_time"]
+    options: dict[str, Any] = {"worker_command": scripted(delay=0.1), "effort": "thorough"}
+    profiles = tune([workload], timeout=3.0, on_event=events.append, **options)
+    assert kinds(events) == [Started, OutOfTime]
     assert profiles == ProfileStore().profiles()
     assert [(profile.complete, profile.effort) for profile in profiles] == [(True, "quick")]
 
 
 def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
     def interrupt(event: Event) -> None:
-        if event.done == after:
+        if isinstance(event, Measured) and event.done == after:
             raise KeyboardInterrupt
 
+    workloads = [Workload.parse("b=2,t=2048,h=4,k=8")]
     with pytest.raises(KeyboardInterrupt):
-        tune(
-            [Workload.parse("b=2,t=2048,h=4,k=8")],
-            worker_command=command,
-            on_event=interrupt,
-            **options,
-        )
+        tune(workloads, worker_command=command, on_event=interrupt, **options)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +337,7 @@ def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
     ],
 )
 def test_of_two_unfinished_profiles_the_better_stays(
-    options: dict[str, Any], after: int, stored: tuple[str, int], scripted: Callable[..., Any]
+    options: dict[str, Any], after: int, stored: tuple[str, int], scripted: Scripted
 ) -> None:
     """That of more effort, then the one that has more plans."""
     interrupted(scripted(), 2, effort="standard")
@@ -424,23 +346,21 @@ def test_of_two_unfinished_profiles_the_better_stays(
     assert (profile.effort, len(profile.measurements)) == stored
 
 
-def test_what_a_budget_left_out_is_measured_without_it(scripted: Callable[..., Any]) -> None:
+def test_what_a_budget_left_out_is_measured_without_it(scripted: Scripted) -> None:
     """An interrupted tune with a budget is not gone on with by one without."""
-    interrupted(
-        scripted(plans={"dense": {"do": "over_budget"}}), 3, effort="quick", memory_budget_mb=1.0
-    )
+    command = scripted(plans={"dense": {"do": "over_budget"}})
+    interrupted(command, 3, effort="quick", memory_budget_mb=1.0)
     assert "over_budget" in {m.status for m in ProfileStore().profiles()[0].measurements}
-    (profile,) = tune(
-        [Workload.parse("b=2,t=2048,h=4,k=8")], effort="quick", worker_command=scripted()
-    )
+    workloads = [Workload.parse("b=2,t=2048,h=4,k=8")]
+    (profile,) = tune(workloads, effort="quick", worker_command=scripted())
     assert {m.status for m in profile.measurements} <= {"ok", "pruned", "skipped"}
 
 
-def test_interrupting_stores_what_was_measured(scripted: Callable[..., Any]) -> None:
+def test_interrupting_stores_what_was_measured(scripted: Scripted) -> None:
     """Ctrl-C stores the profile at hand as unfinished, and goes on to the caller."""
 
     def interrupt(event: Event) -> None:
-        if event.done == 2:
+        if isinstance(event, Measured) and event.done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -462,54 +382,35 @@ for number, shape in enumerate(shapes):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_kill_at_any_moment_loses_nothing(
-    seed: int, scripted: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_kill_at_any_moment_loses_nothing(seed: int, scripted: Scripted, tmp_path: Path) -> None:
     """The same command goes on after kill -9, and the store opens.
 
     What was finished is there and is not measured again, the rest completes.
     """
     log = tmp_path / "log"
     shapes = [workload.shape for workload in WORKLOADS]
-    command = [
-        sys.executable,
-        "-c",
-        _DRIVER,
-        json.dumps([shapes, scripted(delay=0.02, log=str(log))]),
-    ]
-    started = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    driver = start_python(_DRIVER, json.dumps([shapes, scripted(delay=0.02, log=str(log))]))
     time.sleep(random.Random(seed).uniform(0.8, 4.0))
-    started.send_signal(signal.SIGKILL)
-    finished = [
-        line.removeprefix("finished ").strip()
-        for line in started.communicate(timeout=30)[0].splitlines()
-    ]
+    driver.kill()
+    out, _ = driver.communicate(timeout=30)
+    finished = [line.removeprefix("finished ").strip() for line in out.splitlines()]
     stored = {profile.workload for profile in ProfileStore().profiles()}
     assert {Workload.parse(shape).key for shape in finished} <= stored
     log.unlink(missing_ok=True)
     events = measured(scripted(log=str(log)), WORKLOADS)
     assert all(profile.complete for profile in ProfileStore().profiles())
     assert len(ProfileStore().profiles()) == len(WORKLOADS)
-    assert kinds(events)[: len(finished)] == ["skipped"] * len(finished)
+    assert kinds(events)[: len(finished)] == [Skipped] * len(finished)
 
 
 def test_a_store_that_cannot_be_written_is_found_out_first(
-    scripted: Callable[..., Any], tmp_path: Path
+    scripted: Scripted, tmp_path: Path
 ) -> None:
     """Not after hours of measuring."""
     (tmp_path / "file").write_text("in the way")
-    log = tmp_path / "log"
+    log, store = tmp_path / "log", ProfileStore(tmp_path / "file" / "profiles.sqlite")
     with pytest.raises(StoreError, match="AUTOCHUNK_STORE"):
-        measured(
-            scripted(log=str(log)),
-            WORKLOADS,
-            store=ProfileStore(tmp_path / "file" / "profiles.sqlite"),
-        )
+        measured(scripted(log=str(log)), WORKLOADS, store=store)
     assert not log.exists()
 
 
@@ -523,9 +424,7 @@ def test_a_store_that_cannot_be_written_is_found_out_first(
         ({"memory_budget_mb": float("inf")}, "memory_budget_mb must be"),
     ],
 )
-def test_bad_arguments_are_told(
-    options: dict[str, Any], words: str, scripted: Callable[..., Any]
-) -> None:
+def test_bad_arguments_are_told(options: dict[str, Any], words: str, scripted: Scripted) -> None:
     """Before anything starts, with what was required and what came."""
     with pytest.raises(ArgumentError, match=words):
         measured(scripted(), WORKLOADS, **options)
@@ -567,7 +466,7 @@ def test_the_standard_set_is_in_the_dtypes_that_models_use_there(
     assert {(workload.dtype, workload.mode) for workload in named} == {("float64", "forward")}
 
 
-def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> None:
+def test_what_to_tune_may_depend_on_the_device(scripted: Scripted) -> None:
     """A function is told the device that the measuring process found.
 
     So this process need not look for one.
@@ -585,15 +484,13 @@ def test_what_to_tune_may_depend_on_the_device(scripted: Callable[..., Any]) -> 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_shapes(name: str) -> None:
     """Each can be read, and has something to choose between."""
-    assert all(
-        len(candidate_plans(sliced_shape(workload))) > 1
-        for workload in workloads_of([PRESETS[name]])
-    )
+    for workload in workloads_of([PRESETS[name]]):
+        assert len(candidate_plans(sliced_shape(workload))) > 1
 
 
 @pytest.mark.parametrize("name", ["profiles.sqlite", "other.sqlite"])
 def test_a_hint_comes_from_the_nearest_profile(
-    name: str, scripted: Callable[..., Any], store_path: Path
+    name: str, scripted: Scripted, store_path: Path
 ) -> None:
     """A workload like a tuned one begins with the plan that was best there.
 
@@ -603,30 +500,25 @@ def test_a_hint_comes_from_the_nearest_profile(
     command = scripted(plans={best: {"seconds": 0.005}}, default={"seconds": 0.01})
     measured(command, WORKLOADS[:1], store=store)
     events = measured(command, WORKLOADS[1:2], store=store)
-    assert next(e.measurement.plan for e in events if e.measurement) == Plan("xla_rows", 1.05)
+    assert plans_of(events)[0] == (WORKLOADS[1], Plan("xla_rows", 1.05))
 
 
 def test_machines_do_not_begin_with_the_same_workload(
-    scripted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Containers neither, in each of which the process has number 1."""
     begun: set[Any] = set()
 
     def first(event: Event) -> None:
-        if event.kind == "start":
+        if isinstance(event, Started):
             begun.add(event.workload)
             raise KeyboardInterrupt
 
     monkeypatch.setattr("os.getpid", lambda: 1)
+    command, journal = scripted(), str(tmp_path / "journal")
     for pod in range(6):
-        monkeypatch.setattr(
-            "autochunk.tuner.tune.worker_name", lambda pod=pod: f"pod-{pod} boot pid:[1] 1"
-        )
+        name = f"pod-{pod} boot pid:[1] 1"
+        monkeypatch.setattr("autochunk.tuner.sharing.worker_name", lambda name=name: name)
         with pytest.raises(KeyboardInterrupt):
-            tune(
-                WORKLOADS,
-                worker_command=scripted(),
-                storage=str(tmp_path / "journal"),
-                on_event=first,
-            )
+            tune(WORKLOADS, worker_command=command, storage=journal, on_event=first)
     assert len(begun) > 1

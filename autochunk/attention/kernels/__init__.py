@@ -77,8 +77,8 @@ On GPUs (H100 and H200, jax 0.11, f32; a pass over the logits costs as much as a
 from __future__ import annotations
 
 from autochunk.attention.kernels.dense import dense
-from autochunk.attention.kernels.fused import FUSED, Fused, NotTaken, trace
+from autochunk.attention.kernels.fused import NotTaken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.primitives import attention
 
-__all__ = ["FUSED", "Call", "Fused", "Inputs", "NotTaken", "attention", "dense", "trace"]
+__all__ = ["Call", "Inputs", "NotTaken", "attention", "dense", "trace"]

@@ -5,24 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.inputs import Call
+from autochunk.attention.kernels.inputs import Call, Inputs
 
 
-def dense(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    call: Call,
-) -> jax.Array:
+def dense(inputs: Inputs, call: Call) -> jax.Array:
     """Attention in haiku's order of operations, all logits at once, in the input dtype.
 
-    What everything else is measured against.
-
-    Shapes as in ``attention``. Softmax is in the input dtype, masked logits are -1e30, as in
-    ``hk.MultiHeadAttention``; in float16, where that would be -inf, they are its least number.
+    It is what everything else is measured against. Shapes as in ``attention``. Softmax is in the
+    input dtype, masked logits are -1e30, as in ``hk.MultiHeadAttention``; in float16, where that
+    would be -inf, they are its least number.
     """
+    query, key, value, bias, mask = inputs
     *leading, length, heads, groups, size = query.shape
     flat = query.reshape((*leading, length, heads * groups, size))
     if groups > 1:
@@ -31,20 +24,13 @@ def dense(
     if bias is not None:
         logits = logits + _ungrouped(bias, heads, groups).astype(logits.dtype)
     if call.is_causal:
-        causal = jnp.expand_dims(
-            jnp.tril(jnp.ones(logits.shape[-2:], bool)), range(logits.ndim - 2)
-        )
-        mask = (
-            causal[..., None, :, :]
-            if mask is None
-            else jnp.logical_and(mask, causal[..., None, :, :])
-        )
+        causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        causal = jnp.expand_dims(causal, range(logits.ndim - 2))[..., None, :, :]
+        mask = causal if mask is None else jnp.logical_and(mask, causal)
     if mask is not None:
-        logits = jnp.where(
-            _ungrouped(mask, heads, groups),
-            logits,
-            jnp.asarray(max(-1e30, float(jnp.finfo(logits.dtype).min)), logits.dtype),
-        )
+        masked = max(-1e30, float(jnp.finfo(logits.dtype).min))
+        allowed = _ungrouped(mask, heads, groups)
+        logits = jnp.where(allowed, logits, jnp.asarray(masked, logits.dtype))
     out = jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)
     return out.reshape((*query.shape[:-1], value.shape[-1]))
 

@@ -1,10 +1,8 @@
-"""What a call of the kernels consists of.
-
-Its arrays, the names of their axes, and what is static about it.
-"""
+"""What a call consists of: its arrays, the names of their axes, and what is static about it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,28 +10,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autochunk.operands import OPERANDS
 from autochunk.plan import LogitsShape, Plans
 
 
 class Call(NamedTuple):
     """What is static about a call.
 
-    ``kernel`` is the traced fused kernel, if a plan has one. Only JAX looks at it: it looks into
-    tuples among a primitive's parameters for kernels that have to know their devices when they are
-    lowered, as cuDNN's has.
+    ``operands`` names its arrays, in the order of OPERANDS. ``kernel`` is the traced fused kernel,
+    if a plan has one. Only JAX looks at it: it looks into tuples among a primitive's parameters for
+    kernels that have to know their devices when they are lowered, as cuDNN's has.
     """
 
+    operands: tuple[str, ...]
     scale: float
     is_causal: bool
-    has_bias: bool
-    has_mask: bool
     plans: Plans
     kernel: Any = None
 
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Names of the arrays that have tangents and cotangents."""
+        return tuple(name for name in self.operands if OPERANDS[name].differentiable)
 
-def operands_of(*arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Those arrays that are there."""
-    return tuple(array for array in arrays if array is not None)
+    def wanted(self, wanted: Sequence[bool]) -> tuple[str, ...]:
+        """Names of those of ``moving`` that are wanted."""
+        return tuple(itertools.compress(self.moving, wanted))
 
 
 class Inputs(NamedTuple):
@@ -42,26 +44,25 @@ class Inputs(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    bias: jax.Array | None
-    mask: jax.Array | None
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+
+    @property
+    def present(self) -> dict[str, jax.Array]:
+        """Those that are there, by name."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
 
     @property
     def logits(self) -> LogitsShape:
         """Sizes of all their logits; those of half-precision inputs are float32."""
-        rows, heads, groups, _ = self.query.shape[-4:]
+        *leading, rows, heads, groups, _ = self.query.shape
         itemsize = jnp.promote_types(self.query.dtype, jnp.float32).itemsize
-        return LogitsShape(
-            math.prod(self.query.shape[:-4]), heads, groups, rows, self.key.shape[-3], itemsize
-        )
+        batch, keys = math.prod(leading), self.key.shape[-3]
+        return LogitsShape(batch, heads, groups, rows, keys, itemsize)
 
     def map(self, function: Callable[[jax.Array, tuple[str, ...]], jax.Array]) -> Inputs:
         """``function(array, its axes)`` of each array that is there."""
-        return Inputs(
-            *(
-                array if array is None else function(array, axes)
-                for array, axes in zip(self, INPUT_AXES, strict=True)
-            )
-        )  # type: ignore[arg-type]
+        return Inputs(**{name: function(array, AXES[name]) for name, array in self.present.items()})
 
 
 # Trailing axes of each kind of array, by name; an axis that the plan slices is sliced in the array.
@@ -69,7 +70,10 @@ QUERY = ("rows", "heads", "groups", "features")
 KEY = ("keys", "heads", "features")
 LOGITS = ("heads", "groups", "rows", "keys")
 STATS = ("heads", "groups", "rows")
-INPUT_AXES = (QUERY, KEY, KEY, LOGITS, LOGITS)
+# By the dims that an operand has for the caller, whose query heads are [heads, groups] here.
+_KERNEL_AXES = {"thk": QUERY, "snk": KEY, "snv": KEY, "hts": LOGITS}
+AXES = {name: _KERNEL_AXES[operand.dims] for name, operand in OPERANDS.items()}
+INPUT_AXES = tuple(AXES[name] for name in Inputs._fields)
 
 _HEAD_MAJOR = ("heads", "groups", "rows", "keys", "features")
 
@@ -98,9 +102,6 @@ def _permute(array: jax.Array, axes: tuple[str, ...], wanted: tuple[str, ...]) -
 
 def split(operands: Sequence[Any], call: Call) -> tuple[Inputs, list[Any]]:
     """Separates the inputs from what a primitive takes besides."""
-    rest = list(operands)
-    query, key, value = rest[:3]
-    del rest[:3]
-    bias = rest.pop(0) if call.has_bias else None
-    mask = rest.pop(0) if call.has_mask else None
-    return Inputs(query, key, value, bias, mask), rest
+    count = len(call.operands)
+    named = dict(zip(call.operands, operands, strict=False))
+    return Inputs(**named), list(operands[count:])

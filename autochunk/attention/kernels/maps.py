@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,20 +10,19 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels import fused
 from autochunk.attention.kernels.dense import dense
-from autochunk.attention.kernels.grid import Cell, Output, Problem, add, sum_to
+from autochunk.attention.kernels.grid import Cell, Output, add, sum_to
 from autochunk.attention.kernels.inputs import (
+    AXES,
     INPUT_AXES,
-    KEY,
-    LOGITS,
     QUERY,
     STATS,
     Call,
     Inputs,
     caller_major,
-    operands_of,
     split,
 )
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
+from autochunk.attention.kernels.problem import Problem
 from autochunk.plan import Plan, runs_dense
 
 _NO_SOFTMAX_KERNEL = {"cpu"}
@@ -35,7 +33,7 @@ _LONGEST_SOFTMAX = 16384
 
 def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    # a bias of -inf for all keys: that as the maximum would make NaN of the differences
+    # A bias may be -inf for all keys: that as the maximum would make NaN of the differences.
     if may_be_infinite:
         maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
     return maximum
@@ -78,48 +76,35 @@ def forward(
     # Dividing the output costs less than dividing the weights, except where XLA makes one kernel of
     # a plain softmax, which tells no sums.
     fits_kernel = whole_rows and problem.shape.keys <= _LONGEST_SOFTMAX
-    divided = (
-        fits_kernel
-        and not need_stats
-        and bool(platforms)
-        and not set(platforms) & _NO_SOFTMAX_KERNEL
-    )
+    has_kernel = bool(platforms) and not set(platforms) & _NO_SOFTMAX_KERNEL
+    divided = fits_kernel and has_kernel and not need_stats
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken = Inputs(*arrays)
         out, maximum, total = _forward_slice(taken, cell, call, problem, divided)
         if whole_rows:
-            return (
-                (out if divided else out / total[..., None]).astype(inputs.query.dtype),
-                maximum,
-                total,
-            )
+            out = out if divided else out / total[..., None]
+            return out.astype(inputs.query.dtype), maximum, total
         fresh = SliceMath(taken, cell, call, problem, transposed=False).fresh_rows()
         return weigh(out, fresh), maximum, total if fresh is None else total * fresh
 
-    out = problem.output(
-        QUERY, inputs.query.dtype if whole_rows else problem.dtype, inputs.value.shape[-1]
-    )
-    maximum, total = (
+    dtype = inputs.query.dtype if whole_rows else problem.dtype
+    outputs = (
+        problem.output(QUERY, dtype, inputs.value.shape[-1]),
         problem.output(STATS, problem.dtype, fill=float(jnp.finfo(problem.dtype).min)),
         problem.output(STATS, problem.dtype),
     )
-    grid = problem.grid()
-    parts = grid.run(
-        compute, problem.inputs, INPUT_AXES, (out, maximum, total), None if whole_rows else _join
-    )
+    join = None if whole_rows else _join
+    parts = problem.grid().run(compute, problem.inputs, INPUT_AXES, outputs, join)
     if not whole_rows:
         if problem.triangular and inputs.bias is not None:
             # A bias of -inf may leave a row none of the keys that it sees: its sum is zero, and so
             # is its output; the keys above the diagonal are left out.
             parts = (*parts[:2], jnp.where(parts[2] > 0, parts[2], jnp.ones_like(parts[2])))
-        parts = (
-            (parts[0] / caller_major(parts[2][..., None], QUERY)).astype(inputs.query.dtype),
-            *parts[1:],
-        )
-    return [
-        problem.restore(part, trailing) for part, trailing in zip(parts, (4, 3, 3), strict=True)
-    ]
+        out = parts[0] / caller_major(parts[2][..., None], QUERY)
+        parts = (out.astype(inputs.query.dtype), *parts[1:])
+    ranks = (len(QUERY), len(STATS), len(STATS))
+    return [problem.restore(part, rank) for part, rank in zip(parts, ranks, strict=True)]
 
 
 def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -137,12 +122,11 @@ def only_output(
     call.plans.used("forward")
     inputs, _ = split(operands, call)
     if runs_dense(plan, inputs.logits):
-        return [dense(*inputs, call)]
+        return [dense(inputs, call)]
     if fused.runs(plan, platforms):
         return [fused.attend(plan.implementation, inputs, call)]
-    return forward(*operands, call=call, plan=plan.sliced(), platforms=platforms, need_stats=False)[
-        :1
-    ]
+    sliced = plan.sliced()
+    return forward(*operands, call=call, plan=sliced, platforms=platforms, need_stats=False)[:1]
 
 
 def with_stats(
@@ -160,40 +144,34 @@ def with_stats(
 def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
     """The output's tangent, linear in the inputs' tangents.
 
-    Operands are inputs, out, maximum, total, then tangents of query, key, value and bias.
+    Operands are inputs, out, maximum, total, then a tangent of each of ``call.moving``.
     """
     inputs, rest = split(operands, call)
     problem = Problem(inputs, call, call.plans.training.sliced(), differentiable)
-    extra_axes = (QUERY, STATS, STATS, QUERY, KEY, KEY, LOGITS)[: 6 + call.has_bias]
+    extra_axes = (QUERY, STATS, STATS, *(AXES[name] for name in call.moving))
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
-        taken, (out, maximum, total, d_query, d_key, d_value, *d_bias) = (
-            Inputs(*arrays[:5]),
-            arrays[5:],
-        )
+        taken, (out, maximum, total, *tangents) = _of_slice(arrays)
+        moved = Inputs(**dict(zip(call.moving, tangents, strict=True)))
         maths = SliceMath(taken, cell, call, problem, transposed=False)
         weights = maths.weights(maximum)
-        d_logits = maths.product(merge(scaled_query(d_query, call)), taken.key) + maths.product(
-            maths.query, d_key
-        )
-        if not folds_scale(d_query):
+        d_logits = maths.product(merge(scaled_query(moved.query, call)), taken.key)
+        d_logits = d_logits + maths.product(maths.query, moved.key)
+        if not folds_scale(moved.query):
             d_logits = d_logits * jnp.asarray(call.scale, problem.dtype)
-        if d_bias:
-            d_logits = maths.add(d_logits, d_bias[0].astype(problem.dtype))
-        moved = weights * d_logits
-        d_out = maths.spread(maths.over_keys(moved, taken.value))
-        d_out -= weigh(out.astype(problem.dtype), jnp.sum(maths.by_axes(moved), axis=-1))
-        d_out = weigh(d_out, maths.live_rows(maximum)) + maths.spread(
-            maths.over_keys(weights, d_value)
-        )
+        if moved.bias is not None:
+            d_logits = maths.add(d_logits, moved.bias.astype(problem.dtype))
+        d_weights = weights * d_logits
+        d_out = maths.spread(maths.over_keys(d_weights, taken.value))
+        d_out -= weigh(out.astype(problem.dtype), jnp.sum(maths.by_axes(d_weights), axis=-1))
+        d_out = weigh(d_out, maths.live_rows(maximum))
+        d_out = d_out + maths.spread(maths.over_keys(weights, moved.value))
         return (weigh(d_out / total[..., None], maths.fresh_rows()),)
 
     output = problem.output(QUERY, problem.dtype, inputs.value.shape[-1])
-    grid = problem.grid()
-    (d_out,) = grid.run(
-        compute, (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes), (output,), add
-    )
+    arrays, axes = (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes)
+    (d_out,) = problem.grid().run(compute, arrays, axes, (output,), add)
     return [problem.restore(d_out, 4).astype(inputs.query.dtype)]
 
 
@@ -204,27 +182,23 @@ def cotangent(
     differentiable: bool = False,
     platforms: tuple[str, ...] = (),
 ) -> list[jax.Array]:
-    """Cotangents of those of query, key, value and bias that are wanted.
+    """Cotangents of those of ``call.moving`` that are wanted.
 
     Operands are inputs, out, maximum, total, then the output's cotangent.
     """
     inputs, rest = split(operands, call)
-    if fused.runs(call.plans.training, platforms) and not differentiable and not any(wanted[3:]):
+    plan, names = call.plans.training, call.wanted(wanted)
+    by_kernel = fused.runs(plan, platforms) and set(names) <= set(fused.DIFFERENTIATED)
+    if by_kernel and not differentiable:
         out, maximum, _, d_out = rest
-        return list(
-            itertools.compress(
-                fused.cotangent(
-                    call.plans.training.implementation, inputs, call, out, maximum, d_out
-                ),
-                wanted,
-            )
-        )
-    problem = Problem(inputs, call, call.plans.training.sliced(), differentiable)
+        found = fused.cotangent(plan.implementation, inputs, call, out, maximum, d_out)
+        return [found[name] for name in names]
+    problem = Problem(inputs, call, plan.sliced(), differentiable)
     extra_axes = (QUERY, STATS, STATS, QUERY)
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
-        taken, (out, maximum, total, d_out) = Inputs(*arrays[:5]), arrays[5:]
+        taken, (out, maximum, total, d_out) = _of_slice(arrays)
         maths = SliceMath(taken, cell, call, problem, transposed=True)
         weights, d_out = maths.weights(maximum), d_out.astype(problem.dtype)
         # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
@@ -240,34 +214,31 @@ def cotangent(
         d_logits = weights * (d_weights - maths.by_row(offset))
         scale = jnp.asarray(call.scale, problem.dtype)
         query_factor = 1 if folds_scale(taken.query) else scale
-        gradients: tuple[Callable[[], jax.Array], ...] = (
-            lambda: maths.spread(maths.over_keys(d_logits, taken.key)) * scale,
-            lambda: maths.over_rows(d_logits, maths.query, taken.key.shape) * query_factor,
-            lambda: maths.over_rows(
-                weights, merge(scaled).astype(taken.value.dtype), taken.value.shape
-            ),
-            lambda: sum_to(maths.by_axes(d_logits), arrays[3].shape),
-        )
-        return tuple(
-            itertools.compress((gradient() for gradient in gradients[: len(wanted)]), wanted)
-        )
 
-    primals = operands_of(*problem.inputs[:4])
-    outputs = [
-        Output(axes, array.shape, problem.dtype)
-        for array, axes in zip(primals, INPUT_AXES[: len(primals)], strict=True)
-    ]
-    grid = problem.grid()
-    totals = grid.run(
-        compute,
-        (*problem.inputs, *extra),
-        (*INPUT_AXES, *extra_axes),
-        list(itertools.compress(outputs, wanted)),
-        add,
-    )
+        def d_value() -> jax.Array:
+            rows = merge(scaled).astype(taken.value.dtype)
+            return maths.over_rows(weights, rows, taken.value.shape)
+
+        gradients: dict[str, Callable[[], jax.Array]] = {
+            "query": lambda: maths.spread(maths.over_keys(d_logits, taken.key)) * scale,
+            "key": lambda: maths.over_rows(d_logits, maths.query, taken.key.shape) * query_factor,
+            "value": d_value,
+            "bias": lambda: sum_to(maths.by_axes(d_logits), taken.present["bias"].shape),
+        }
+        return tuple(gradients[name]() for name in names)
+
+    whole = problem.inputs.present
+    outputs = [Output(AXES[name], whole[name].shape, problem.dtype) for name in names]
+    arrays, axes = (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes)
+    totals = problem.grid().run(compute, arrays, axes, outputs, add)
+    likes = [inputs.present[name] for name in names]
     return [
         total.reshape(like.shape).astype(like.dtype)
-        for total, like in zip(
-            totals, itertools.compress(operands_of(*inputs[:4]), wanted), strict=True
-        )
+        for total, like in zip(totals, likes, strict=True)
     ]
+
+
+def _of_slice(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+    """The inputs' slices, and those of what else was sliced."""
+    count = len(Inputs._fields)
+    return Inputs(*arrays[:count]), arrays[count:]

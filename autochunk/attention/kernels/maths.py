@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import Cell, Problem, batch_axes
+from autochunk.attention.kernels.grid import Cell, batch_axes
 from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels.problem import Problem
 
 # With fewer rows, transposing the keys costs more than it gains.
 _LONG = 256
@@ -35,7 +36,7 @@ def merge(array: jax.Array) -> jax.Array:
 
 
 def folds_scale(query: jax.Array) -> bool:
-    """Scaling the query costs less than scaling the logits, but rounds once more in half precision."""
+    """Scaling the query costs less than scaling the logits, but rounds half precision once more."""
     return query.dtype.itemsize >= 4
 
 
@@ -78,20 +79,14 @@ class SliceMath:
         # XLA:CPU multiplies by a transposed left side at half the speed, so the narrow arrays are
         # transposed instead; barriers keep XLA from undoing that.
         narrow = jax.lax.optimization_barrier(jnp.swapaxes(keys, -1, -2))
-        return jnp.swapaxes(
-            jax.lax.optimization_barrier(
-                _product("...vs,...st->...vt", narrow, weights, self.dtype)
-            ),
-            -1,
-            -2,
-        )
+        summed = _product("...vs,...st->...vt", narrow, weights, self.dtype)
+        return jnp.swapaxes(jax.lax.optimization_barrier(summed), -1, -2)
 
     def over_rows(self, weights: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Sums over rows, and over dims that ``shape`` [..., T, K] broadcasts."""
         dims = string.ascii_uppercase[: len(shape) - 2]
-        kept = "".join(
-            dim for dim, size, own in zip(dims, weights.shape, shape, strict=False) if size == own
-        )
+        sizes = zip(dims, weights.shape, shape, strict=False)
+        kept = "".join(dim for dim, size, own in sizes if size == own)
         spec = f"{dims}{'st' if self.transposed else 'ts'},{dims}tk->{kept}sk"
         return _product(spec, weights.astype(rows.dtype), rows, self.dtype).reshape(shape)
 
@@ -111,22 +106,20 @@ class SliceMath:
         if allowed is None:
             return logits
         masked = jnp.asarray(masked_logit(self.dtype), self.dtype)
-        # by JAX: the logits of a row that is masked throughout are then constant, as they should be
         if self.differentiable:
-            return jnp.where(
-                self.add(jnp.zeros_like(logits), allowed.astype(self.dtype)) > 0, logits, masked
-            )
+            # JAX's own derivative follows: the logits of a row that is masked throughout are then
+            # constant, as they should be.
+            open_to = self.add(jnp.zeros_like(logits), allowed.astype(self.dtype)) > 0
+            return jnp.where(open_to, logits, masked)
         return self.add(logits, jnp.where(allowed, jnp.zeros((), self.dtype), masked))
 
     def allowed(self) -> jax.Array | None:
         """Where a query may look, broadcast against [..., H, G, T', T]; None means everywhere."""
         allowed = self.inputs.mask
         if self.call.is_causal and not self.cell.below:
-            starts = self.cell.starts
-            row = starts.get("rows", 0) + jax.lax.broadcasted_iota(
-                jnp.int32, (self.rows, self.inputs.key.shape[-2]), 0
-            )
-            column = starts.get("keys", 0) + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
+            starts, sizes = self.cell.starts, (self.rows, self.inputs.key.shape[-2])
+            row = starts.get("rows", 0) + jax.lax.broadcasted_iota(jnp.int32, sizes, 0)
+            column = starts.get("keys", 0) + jax.lax.broadcasted_iota(jnp.int32, sizes, 1)
             causal = jnp.expand_dims(row >= column, range(self.inputs.query.ndim - 2))
             allowed = causal if allowed is None else jnp.logical_and(allowed, causal)
         return allowed
@@ -144,9 +137,8 @@ class SliceMath:
     def by_axes(self, logits: jax.Array) -> jax.Array:
         """Back to the axes [..., H, G, T', T]."""
         if self.transposed:
-            return jnp.moveaxis(
-                logits.reshape((*logits.shape[:-1], self.groups, self.rows)), -3, -1
-            )
+            by_group = logits.reshape((*logits.shape[:-1], self.groups, self.rows))
+            return jnp.moveaxis(by_group, -3, -1)
         return logits.reshape((*logits.shape[:-2], self.groups, self.rows, logits.shape[-1]))
 
     def weights(self, maximum: jax.Array) -> jax.Array:
@@ -159,9 +151,8 @@ class SliceMath:
         fresh = self.cell.fresh.get("keys")
         if fresh is None:
             return weights
-        return weights * _along(fresh, -2 if self.transposed else -1, weights.ndim).astype(
-            weights.dtype
-        )
+        along = _along(fresh, -2 if self.transposed else -1, weights.ndim)
+        return weights * along.astype(weights.dtype)
 
     def live_rows(self, maximum: jax.Array) -> jax.Array | None:
         """Zero for rows [..., G, T'] that are masked throughout.
@@ -182,15 +173,10 @@ class SliceMath:
         None where that is all.
         """
         rank = self.inputs.query.ndim - 1
-        dims = {axis: dim - rank for dim, axis in enumerate(batch_axes(rank - 3))} | {
-            "heads": -3,
-            "rows": -1,
-        }
-        factors = [
-            _along(self.cell.fresh[axis], dim, rank)
-            for axis, dim in dims.items()
-            if axis in self.cell.fresh
-        ]
+        dims = {axis: dim - rank for dim, axis in enumerate(batch_axes(rank - 3))}
+        dims |= {"heads": -3, "rows": -1}
+        fresh = self.cell.fresh
+        factors = [_along(fresh[axis], dim, rank) for axis, dim in dims.items() if axis in fresh]
         return functools.reduce(jnp.logical_and, factors).astype(self.dtype) if factors else None
 
 

@@ -15,30 +15,22 @@ from jax.interpreters import ad, batching, mlir
 
 from autochunk.attention.kernels.dense import dense
 from autochunk.attention.kernels.grid import vary_alike
-from autochunk.attention.kernels.inputs import Call, operands_of, split
+from autochunk.attention.kernels.inputs import Call, Inputs, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
 from autochunk.plan import runs_dense
 
 
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    call: Call,
-) -> jax.Array:
+def attention(inputs: Inputs, call: Call) -> jax.Array:
     """Attention by the call's plans: [..., T', H, G, V] in the query's dtype.
 
     Args:
-      query: [..., T', H, G, K], with at least one leading dim, no dim of size zero.
-      key: [..., T, H, K]; leading dims of size one broadcast.
-      value: [..., T, H, V]; leading dims of size one broadcast.
-      bias: [..., H, G, T', T], added to the scaled logits; dims of size one broadcast.
-      mask: [..., H, G, T', T], boolean, False takes no part; dims of size one broadcast.
-      call: scale, causality and the plans; says whether bias and mask are there.
+      inputs: query [..., T', H, G, K], with at least one leading dim and no dim of size zero; key
+        [..., T, H, K] and value [..., T, H, V], whose leading dims broadcast where they are of size
+        one; bias, added to the scaled logits, and mask, boolean, of which False takes no part:
+        [..., H, G, T', T], of which any dim may be of size one and broadcast.
+      call: scale, causality and the plans; names the arrays that are there.
     """
-    operands = operands_of(query, key, value, bias, mask)
+    operands = tuple(inputs.present.values())
     (out,) = attention_p.bind(*vary_alike(operands, operands), call=call)
     return cast(jax.Array, out)
 
@@ -79,17 +71,12 @@ def _primitive(
     def batch(
         operands: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, **params: Any
     ) -> tuple[list[jax.Array], list[int]]:
-        size = next(
-            operand.shape[dim]
-            for operand, dim in zip(operands, dims, strict=True)
-            if dim is not None
-        )
+        pairs = list(zip(operands, dims, strict=True))
+        size = next(operand.shape[dim] for operand, dim in pairs if dim is not None)
         if size == 0:
-            elements = [_element(operand, dim) for operand, dim in zip(operands, dims, strict=True)]
-            outs = [
-                jnp.zeros((0, *shape), dtype)
-                for shape, dtype in shapes(*elements, call=call, **params)
-            ]
+            elements = itertools.starmap(_element, pairs)
+            wanted = shapes(*elements, call=call, **params)
+            outs = [jnp.zeros((0, *shape), dtype) for shape, dtype in wanted]
             return outs, [0] * len(outs)
         shared = _shared(call, **params)
 
@@ -98,10 +85,7 @@ def _primitive(
                 return jnp.moveaxis(operand, dim, 0)
             return jnp.broadcast_to(operand, (1 if position in shared else size, *operand.shape))
 
-        moved = [
-            move(position, operand, dim)
-            for position, (operand, dim) in enumerate(zip(operands, dims, strict=True))
-        ]
+        moved = [move(position, *pair) for position, pair in enumerate(pairs)]
         outs = primitive.bind(*moved, call=call, **params)
         return outs, [0] * len(outs)
 
@@ -122,9 +106,8 @@ def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
 
     All inputs but the query, unless each element needs its own cotangent.
     """
-    bias = (3,) if call.has_bias else ()
-    shared = {position for position in (1, 2, *bias) if not (wanted and wanted[position])}
-    return shared | ({3 + call.has_bias} if call.has_mask else set())
+    own = {"query", *call.wanted(wanted)}
+    return {position for position, name in enumerate(call.operands) if name not in own}
 
 
 def _output_shape(
@@ -142,9 +125,10 @@ def _stats_shapes(
 
 
 def _cotangent_shapes(
-    *operands: Any, wanted: tuple[bool, ...], **_params: Any
+    *operands: Any, call: Call, wanted: tuple[bool, ...]
 ) -> list[tuple[tuple[int, ...], Any]]:
-    return [(operand.shape, operand.dtype) for operand in itertools.compress(operands, wanted)]
+    named = dict(zip(call.operands, operands, strict=False))
+    return [(named[name].shape, named[name].dtype) for name in call.wanted(wanted)]
 
 
 def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[jax.Array]]) -> None:
@@ -152,9 +136,8 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
 
     def rule(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
         plain = functools.partial(function, differentiable=True, **params)
-        return jax.jvp(
-            plain, tuple(primals), tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
-        )
+        moved = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+        return jax.jvp(plain, tuple(primals), moved)
 
     ad.primitive_jvps[primitive] = rule
 
@@ -163,26 +146,22 @@ def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, cal
     call.plans.used("training")
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
     if runs_dense(call.plans.training, split(primals, call)[0].logits):
-        return jax.jvp(
-            lambda *operands: [dense(*split(operands, call)[0], call)],
-            tuple(primals),
-            tuple(tangents),
-        )
+        unsliced = lambda *operands: [dense(split(operands, call)[0], call)]  # noqa: E731
+        return jax.jvp(unsliced, tuple(primals), tuple(tangents))
     out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
-    moving = tangents[: 3 + call.has_bias]  # a mask does not move
+    named = dict(zip(call.operands, tangents, strict=True))
+    moving = [named[name] for name in call.moving]
     return [out], tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
 
 
 def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> list[Any]:
-    moving = 3 + call.has_bias
+    moving = len(call.moving)
     residuals, tangents = operands[:-moving], operands[-moving:]
     wanted = tuple(ad.is_undefined_primal(tangent) for tangent in tangents)
     none: list[Any] = [None] * len(residuals)
     if type(cotangents[0]) is ad.Zero:
-        return none + [
-            ad.Zero(tangent.aval) if want else None
-            for tangent, want in zip(tangents, wanted, strict=True)
-        ]
+        zeros = [ad.Zero(tangent.aval) for tangent in tangents]
+        return none + [zero if want else None for zero, want in zip(zeros, wanted, strict=True)]
     gradients = iter(cotangent_p.bind(*residuals, cotangents[0], call=call, wanted=wanted))
     return none + [next(gradients) if want else None for want in wanted]
 

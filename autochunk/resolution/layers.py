@@ -1,15 +1,12 @@
-"""Layers: the places that profiles come from, in the order in which they are asked.
+"""Layers: what profiles are read from, each kind asked in one way.
 
-First what ``AUTOCHUNK_PROFILES`` names (bundle files, folders of them, URLs), then the user's own
-store, the site's folder of bundles (of all users of a machine or of a cluster's shared file
-system), and what is shipped with autochunk. Folders are read without locks, and again only when
-they have changed.
+The user's own store is one as it is. Folders of bundles are read without locks, and again only when
+they have changed. Which layers there are, and in which order, is told by ``places.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import itertools
 import os
 import re
 import time
@@ -17,29 +14,27 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import platformdirs
-
 from autochunk.device import Device
 from autochunk.errors import BundleError, StoreError, WorkloadError
-from autochunk.store import bundle, remote
-from autochunk.store.database import STORE_VARIABLE, ProfileStore, default_path
+from autochunk.store import bundle, files, remote
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload, key_items
 
-PROFILES_VARIABLE = "AUTOCHUNK_PROFILES"
-
-# between looks at each file of a folder, of which there may be many, on a slow file system
+# Between looks at each file of a folder, of which there may be many, on a slow file system.
 _LOOK_SECONDS = 1.0
 
 _RETRY_SECONDS = 300.0  # before a URL that failed is tried again
 
-STORE, SITE, SHIPPED = "user store", "site", "shipped"
+SITE, SHIPPED = "site", "shipped"
+"""Labels of folders that nobody named: there may be none."""
 
 
 class Layer(Protocol):
-    """One place that profiles come from. Whatever cannot be read raises StoreError or BundleError."""
+    """What profiles are read from; whatever cannot be read raises StoreError or BundleError."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in answers and warnings."""
 
     def version(self) -> Any:
         """Changes whenever the layer's content may have."""
@@ -52,14 +47,6 @@ class Layer(Protocol):
 
     def keys(self) -> list[tuple[str, str]]:
         """(device key, workload key) of every profile."""
-
-
-class StoreLayer(ProfileStore):
-    """The user's own store."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.name = f"{STORE} {path}"
 
 
 class BundleLayer:
@@ -85,10 +72,8 @@ class BundleLayer:
             # A file that is put in, taken out or replaced as `autochunk export` does it changes the
             # folder's own time; one that is written over does not.
             if _identity(status) != self._seen[0] or time.monotonic() > self._look_again:
-                self._seen = (
-                    _identity(status),
-                    tuple(_identity(os.stat(file)) for file in self._files()),
-                )
+                inside = tuple(_identity(os.stat(file)) for file in self._files())
+                self._seen = (_identity(status), inside)
                 self._look_again = time.monotonic() + _LOOK_SECONDS
             return self._seen
         except OSError:
@@ -115,18 +100,15 @@ class BundleLayer:
             return []  # nobody named it
         if remote.is_url(self.place) or not folder.is_dir():
             return [self.place]
-        return sorted(
-            str(file) for pattern in ("*.json", "*.json.gz") for file in folder.glob(pattern)
-        )
+        found = itertools.chain(folder.glob("*.json"), folder.glob("*.json.gz"))
+        return sorted(map(str, found))
 
     def _indexes(self) -> list[bundle.Index]:
-        failed = isinstance(self._loaded, BundleError)
-        if self._loaded is None or (
-            failed and remote.is_url(self.place) and time.monotonic() > self._retry_at
-        ):
+        failed = isinstance(self._loaded, BundleError) and remote.is_url(self.place)
+        if self._loaded is None or (failed and time.monotonic() > self._retry_at):
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             try:
-                self._loaded = [bundle.scan(bundle.fetch(file), file) for file in self._files()]
+                self._loaded = [bundle.scan(files.fetch(file), file) for file in self._files()]
             except BundleError as error:
                 self._loaded = error
         if isinstance(self._loaded, BundleError):  # said each time: half a layer must not answer
@@ -190,8 +172,9 @@ def readable_profiles(
 
 
 def account(layer: Layer, device: Device, workload: Workload) -> str:
-    """What a layer has, and in which fields the nearest of that differs from a workload on a
-    device. It reads all keys: for people, not for tracing.
+    """What a layer has, and which fields of the nearest differ from a workload on a device.
+
+    It reads all keys: for people, not for tracing.
     """
     try:
         keys = layer.keys()
@@ -206,10 +189,8 @@ def account(layer: Layer, device: Device, workload: Workload) -> str:
     if here:
         text.append(f"the nearest differs in {_least_difference(here, workload.key, key_items)}")
     if elsewhere := [device_key for device_key, other in keys if other == workload.key]:
-        text.append(
-            "this workload on a device that differs in "
-            f"{_least_difference(elsewhere, device.key, _device_items)}"
-        )
+        difference = _least_difference(elsewhere, device.key, _device_items)
+        text.append(f"this workload on a device that differs in {difference}")
     return "; ".join(text)
 
 
@@ -231,92 +212,5 @@ def _least_difference(
 def _device_items(key: str) -> dict[str, str]:
     platform, _, rest = key.partition(" ")
     kind = re.split(r" (?=cores=|memory=)", rest)
-    return {"platform": platform, "kind": kind[0]} | dict(
-        item.partition("=")[::2] for item in kind[1:]
-    )
-
-
-# --- Where they are -------------------------------------------------------------------------------
-
-
-def shipped_profiles() -> Path:
-    """The folder of profiles that come with autochunk.
-
-    Inside the wheel, or beside the package in a checkout.
-    """
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "shipped_profiles"
-    return inside if inside.is_dir() else package.parent / "profiles"
-
-
-def site_profiles() -> Path:
-    """The folder of bundles for all users of a machine, such as ``/usr/local/share/autochunk``.
-
-    ``XDG_DATA_DIRS`` moves it.
-    """
-    return Path(platformdirs.site_data_path("autochunk"))
-
-
-def places(store: Path | None) -> tuple[tuple[str, str], ...]:
-    """(kind, place) of each layer, first asked first; ``store`` stands in for the user's own."""
-    return _places(
-        store,
-        *map(
-            os.environ.get,
-            (PROFILES_VARIABLE, STORE_VARIABLE, "XDG_DATA_HOME", "XDG_DATA_DIRS", "HOME"),
-        ),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _places(
-    store: Path | None, profiles: str | None, *_environment: str | None
-) -> tuple[tuple[str, str], ...]:
-    """The same, from all that it depends on."""
-    own = []
-    # who has no home directory has no store, and says so when one is to be written
-    with contextlib.suppress(StoreError):
-        own = [(STORE, str(store or default_path()))]
-    return (
-        *(
-            (
-                PROFILES_VARIABLE,
-                part if remote.is_url(part) else str(Path(os.path.expanduser(part)).absolute()),
-            )
-            for part in _split(profiles or "")
-        ),
-        *own,
-        (SITE, str(site_profiles())),
-        (SHIPPED, str(shipped_profiles())),
-    )
-
-
-def _split(text: str) -> list[str]:
-    """The places in a list like PATH.
-
-    In a URL the colons after the scheme, before a port and in a user's name separate nothing.
-    """
-    parts: list[str] = []
-    for piece in text.split(os.pathsep):
-        scheme = bool(parts) and piece.startswith("//")
-        in_host = (
-            bool(parts)
-            and "://" in parts[-1]
-            and "/" not in parts[-1].partition("://")[2]
-            and piece[:1] not in ("/", "~", ".", "")
-        )
-        if scheme or in_host:
-            parts[-1] += os.pathsep + piece
-        else:
-            parts.append(piece)
-    return [part for part in parts if part]
-
-
-def make_layer(kind: str, place: str) -> Layer:
-    """The layer of one of ``places``."""
-    return StoreLayer(Path(place)) if kind == STORE else BundleLayer(place, kind)
-
-
-def all_layers(store: Path | None) -> list[Layer]:
-    """Every layer, first asked first, to be read anew."""
-    return [make_layer(kind, place) for kind, place in places(store)]
+    more = dict(item.partition("=")[::2] for item in kind[1:])
+    return {"platform": platform, "kind": kind[0], **more}

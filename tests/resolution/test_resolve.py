@@ -37,11 +37,15 @@ from autochunk.errors import (
     StoreWarning,
 )
 from autochunk.plan import Plan
-from autochunk.store import bundle, layers, resolve
-from autochunk.store.database import ProfileStore
-from autochunk.store.layers import MemoryLayer
-from autochunk.store.profile import DEFAULT, DENSE, Measurement, Profile
-from autochunk.store.resolve import Resolution, use
+from autochunk.resolution import layers, nearest, places, resolve
+from autochunk.resolution.answer import Resolution
+from autochunk.resolution.layers import MemoryLayer
+from autochunk.resolution.settings import use
+from autochunk.store import bundle, files
+from autochunk.store.choice import DEFAULT, DENSE
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
 from autochunk.workload import Workload
 
 DEVICE = make_device()
@@ -53,7 +57,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in place of the shipped profiles, which differ from checkout to checkout."""
     folder = tmp_path / "shipped"
     folder.mkdir()
-    monkeypatch.setattr(layers, "shipped_profiles", lambda: folder)
+    monkeypatch.setattr(places, "shipped_profiles", lambda: folder)
     return folder
 
 
@@ -96,23 +100,21 @@ def test_layers_in_order(
 ) -> None:
     """``use`` comes first, the default last.
 
-    Between them AUTOCHUNK_PROFILES from left to right, the user's store, the site's folder, shipped
-    profiles.
+    Between them are AUTOCHUNK_PROFILES from left to right, the user's store, the site's folder and
+    the shipped profiles.
     """
     assert ask().match == "default"
     ship(shipped / "a.json", limit_of(5.0))
     assert ask().plan == Plan("xla", 5.0)
     assert ask().layer == f"shipped {shipped}"
-    write(layers.site_profiles() / "a.json", limit_of(4.0))
+    write(places.site_profiles() / "a.json", limit_of(4.0))
     assert ask().plan == Plan("xla", 4.0)
-    assert ask().layer == f"site {layers.site_profiles()}"
+    assert ask().layer == f"site {places.site_profiles()}"
     store.put(limit_of(3.0))
     assert ask().plan == Plan("xla", 3.0)
     assert ask().layer == f"user store {store.path}"
-    second, first = (
-        write(tmp_path / "second.json", limit_of(2.0)),
-        write(tmp_path / "first.json", limit_of(1.0)),
-    )
+    second = write(tmp_path / "second.json", limit_of(2.0))
+    first = write(tmp_path / "first.json", limit_of(1.0))
     monkeypatch.setenv("AUTOCHUNK_PROFILES", str(second))
     assert ask().plan == Plan("xla", 2.0)
     assert ask().layer == f"AUTOCHUNK_PROFILES {second}"
@@ -132,17 +134,13 @@ def test_asked_tells_what_each_layer_had(store: ProfileStore, shipped: Path) -> 
     nothing = "nothing for this workload on this device"
     assert resolution.asked == (
         (f"user store {store.path}", nothing),
-        (f"site {layers.site_profiles()}", nothing),
+        (f"site {places.site_profiles()}", nothing),
         (f"shipped {shipped}", "exact match"),
     )
-    assert (resolution.workload, resolution.device, resolution.source) == (
-        WORKLOAD,
-        DEVICE,
-        WORKLOAD.key,
-    )
-    assert {plan for plan, _ in resolution.rejected} == {
-        str(m.plan) for m in CURVE if m.max_chunk_size_mb != 16.0
-    }
+    asked = (resolution.workload, resolution.device, resolution.source)
+    assert asked == (WORKLOAD, DEVICE, WORKLOAD.key)
+    others = {str(m.plan) for m in CURVE if m.max_chunk_size_mb != 16.0}
+    assert {plan for plan, _ in resolution.rejected} == others
     assert resolution.reason == "fastest"
     assert resolution.profile == make_profile()
 
@@ -173,15 +171,10 @@ def test_folder_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_profile_of_another_device_never_answers(store: ProfileStore, shipped: Path) -> None:
     """Neither exactly nor as the nearest."""
-    others = [
-        make_device(**fields)
-        for fields in ({"kind": "Made/Up2"}, {"cores": 5}, {"memory_gib": 80}, {"platform": "gpu"})
-    ]
-    profiles = [
-        make_profile(workload, device)
-        for device in others
-        for workload in (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))
-    ]
+    devices = [make_device(kind="Made/Up2"), make_device(platform="gpu")]
+    devices += [make_device(cores=5), make_device(memory_gib=80)]
+    workloads = (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))
+    profiles = [make_profile(workload, device) for device in devices for workload in workloads]
     store.put_all(profiles)
     ship(shipped / "a.json", *profiles)
     assert ask().match == "default"
@@ -306,18 +299,18 @@ def test_nearest_is_bounded(store: ProfileStore, sizes: dict[str, int], near: bo
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("field", "other"),
     [
-        {"dtype": "bfloat16"},
-        {"mode": "training"},
-        {"causal": True},
-        {"mask": "b1ts"},
-        {"bias": "11ts"},
+        ("dtype", "bfloat16"),
+        ("mode", "training"),
+        ("causal", True),
+        ("mask", "b1ts"),
+        ("bias", "11ts"),
     ],
 )
-def test_nearest_is_of_the_same_kind(store: ProfileStore, change: dict[str, Any]) -> None:
+def test_nearest_is_of_the_same_kind(store: ProfileStore, field: str, other: Any) -> None:
     """Only sizes may differ: another dtype, mode or mask is another computation."""
-    store.put(limit_of(3.0, shape(**change)))
+    store.put(limit_of(3.0, shape(**{field: other})))
     assert ask().match == "default"
 
 
@@ -336,10 +329,9 @@ def test_equally_near_ones_are_decided_by_key(tmp_path: Path) -> None:
         limit_of(2.0, shape(query_length=2048)),
         limit_of(3.0, shape(batch=4)),
     ]
+    orders = (profiles, profiles[::-1], [profiles[1], profiles[0], profiles[2]])
     answers = set()
-    for number, order in enumerate(
-        (profiles, profiles[::-1], [profiles[1], profiles[0], profiles[2]])
-    ):
+    for number, order in enumerate(orders):
         store = ProfileStore(tmp_path / f"{number}.sqlite")
         for profile in order:
             store.put(profile)
@@ -406,52 +398,39 @@ def test_pinned_implementation_of_the_nearest(store: ProfileStore) -> None:
     assert ask(implementation="dense").plan.implementation == "dense"
 
 
-sizes = st.integers(1, 10_000)
-sized = st.builds(
-    lambda b, t, s, h, k: Workload.make(
-        batch=b, query_length=t, key_length=s, num_heads=h, key_size=k
-    ),
-    sizes,
-    sizes,
-    sizes,
-    sizes,
-    sizes,
+SIZES = ("batch", "query_length", "key_length", "num_heads", "key_size")
+sized = st.fixed_dictionaries(dict.fromkeys(SIZES, st.integers(1, 10_000))).map(
+    lambda sizes: Workload.make(**sizes)
 )
 
 
 @given(sized, sized)
 def test_distance_is_symmetric(one: Workload, other: Workload) -> None:
     """As near in one direction as in the other, and nothing is nearer than itself."""
-    there, back = resolve._distance(one.key, other.key), resolve._distance(other.key, one.key)
+    there, back = nearest.distance(one.key, other.key), nearest.distance(other.key, one.key)
     assert (there is None) == (back is None)
     assert there is None or there == pytest.approx(back)
-    assert resolve._distance(one.key, one.key) == 0
+    assert nearest.distance(one.key, one.key) == 0
     assert there is None or (there == 0) == (one == other)
 
 
-@given(
-    st.permutations(
-        [shape(query_length=t, key_length=s) for t in (512, 1024, 2048) for s in (512, 2048)]
-    )
-)
+TUNED = [shape(query_length=t, key_length=s) for t in (512, 1024, 2048) for s in (512, 2048)]
+
+
+@given(st.permutations(TUNED))
 def test_nearest_does_not_depend_on_the_order(workloads: Sequence[Workload]) -> None:
     """The same tuned workloads, listed in any order, have the same nearest."""
-    given, ordered = (
-        MemoryLayer("", [make_profile(one) for one in many])
-        for many in (workloads, sorted(workloads, key=lambda one: one.key))
-    )
-    nearest = [resolve._nearest_workloads(WORKLOAD, [layer], DEVICE) for layer in (given, ordered)]
-    assert [other for _, other in nearest[0]] == [other for _, other in nearest[1]]
+    layers = [MemoryLayer("", [make_profile(one) for one in many]) for many in (workloads, TUNED)]
+    found = [nearest.nearest_workloads(WORKLOAD, [layer], DEVICE) for layer in layers]
+    assert [other for _, other in found[0]] == [other for _, other in found[1]]
 
 
 def test_nearest_is_looked_for_in_all_layers(
     store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A nearer workload in a later layer before a farther one in an earlier layer."""
-    monkeypatch.setenv(
-        "AUTOCHUNK_PROFILES",
-        str(write(tmp_path / "far.json", limit_of(1.0, shape(query_length=4096)))),
-    )
+    far = write(tmp_path / "far.json", limit_of(1.0, shape(query_length=4096)))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(far))
     store.put(limit_of(2.0, shape(query_length=1100)))
     assert ask(shape(query_length=1024)).plan == Plan("xla", 2.0)
 
@@ -459,11 +438,8 @@ def test_nearest_is_looked_for_in_all_layers(
 def test_a_neighbour_that_fits_before_none(store: ProfileStore) -> None:
     """The next nearest answers where no plan of the exact or nearest profile fits the budget."""
     for length, memory in ((1024, 400.0), (1100, 300.0), (1300, 30.0)):
-        store.put(
-            make_profile(
-                shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, memory)]
-            )
-        )
+        measurements = [make_measurement("xla", 1.0, 0.5, memory)]
+        store.put(make_profile(shape(query_length=length), measurements=measurements))
     with use(memory_budget_mb=100):
         assert ask(shape(query_length=1024)).source == shape(query_length=1300).key
 
@@ -475,11 +451,8 @@ def test_what_a_smaller_neighbour_took_shows_nothing(
     store: ProfileStore, length: int, near: bool
 ) -> None:
     """Only its share of a budget counts for a smaller workload's plans: 80 MB each, of 100 MB."""
-    store.put(
-        make_profile(
-            shape(query_length=length), measurements=[make_measurement("xla", 1.0, 0.5, 80.0)]
-        )
-    )
+    measurements = [make_measurement("xla", 1.0, 0.5, 80.0)]
+    store.put(make_profile(shape(query_length=length), measurements=measurements))
     with use(memory_budget_mb=100):
         assert ask(shape(query_length=1024)).match == ("nearest" if near else "default")
 
@@ -500,22 +473,15 @@ def test_a_budget_that_no_measured_plan_fits_is_told(
 
     The smaller slices run, those or a quarter of the budget.
     """
-    store.put(
-        make_profile(
-            WORKLOAD,
-            detect(),
-            [
-                make_measurement("xla_rows", limit, 1.0, 40.0),
-                make_measurement("dense", None, 0.5, 400.0),
-            ],
-        )
+    rows, dense = (
+        make_measurement("xla_rows", limit, 1.0, 40.0),
+        make_measurement("dense", None, 0.5, 400.0),
     )
+    store.put(make_profile(WORKLOAD, detect(), [rows, dense]))
     with use(memory_budget_mb=budget):
         plans = resolve.plans(WORKLOAD, None)
-    with pytest.warns(
-        BudgetWarning,
-        match=r"the memory budget of 5 MB; the one that takes least, xla_rows, .*, takes 40 MB",
-    ):
+    said = r"the memory budget of 5 MB; the one that takes least, xla_rows, .*, takes 40 MB"
+    with pytest.warns(BudgetWarning, match=said):
         plans.used("forward")
     assert plans.forward == expected
     assert store.missed(detect()) == []
@@ -543,7 +509,7 @@ def test_a_changed_store_does_not_fetch_urls_again(
             raise BundleError("down")
         return bundle.dump([make_profile()]).encode()
 
-    monkeypatch.setattr(bundle, "fetch", fetch)
+    monkeypatch.setattr(files, "fetch", fetch)
     monkeypatch.setenv("AUTOCHUNK_PROFILES", "http://down/b.json:http://up:80/a.json")
     with pytest.warns(StoreWarning):
         answer = ask()
@@ -565,9 +531,8 @@ def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
     assert len(caught) == 1
     text = str(caught[0].message)
     assert WORKLOAD.key in text
-    assert (
-        "autochunk tune --shape b=2,t=1024,s=1024,h=8,k=64 --dtype float32 --mode forward" in text
-    )
+    command = "autochunk tune --shape b=2,t=1024,s=1024,h=8,k=64 --dtype float32 --mode forward"
+    assert command in text
     assert text.endswith(WORKLOAD.tune_command)
     assert str(DEFAULT) in text
     with warnings.catch_warnings():
@@ -720,9 +685,8 @@ def test_garbage_key_is_left_out(store: ProfileStore) -> None:
     """Nor does a row under a key that is none."""
     store.put(limit_of(3.0, make_workload("t=4,k=8")))
     with closing(sqlite3.connect(store.path)) as file, file:
-        file.execute(
-            "INSERT INTO profiles VALUES (?, '{}')", (f"{DEVICE.key} | attention:new=grammar",)
-        )
+        key = f"{DEVICE.key} | attention:new=grammar"
+        file.execute("INSERT INTO profiles VALUES (?, '{}')", (key,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoreWarning)
         assert ask().match == "default"
@@ -743,9 +707,7 @@ def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(
         warnings.simplefilter("ignore", StoreWarning)
         for order in ((WORKLOAD, other), (other, WORKLOAD)):
             resolve.forget_all()
-            answers.append(
-                {workload.key: (ask(workload).plan, ask(workload).match) for workload in order}
-            )
+            answers.append({one.key: (ask(one).plan, ask(one).match) for one in order})
     assert answers[0] == answers[1]
 
 
@@ -754,7 +716,7 @@ def test_folder_with_one_unreadable_bundle_answers_the_same_each_time(
 DESCRIBE = """
 import json, sys, warnings
 from factories import make_device, make_workload
-from autochunk.store.resolve import resolve
+from autochunk.resolution.resolve import resolve
 for shape in json.loads(sys.argv[1]):
     r = resolve(make_workload(shape), device=make_device())
     print(str(r.plan), r.match, r.layer, r.reason, r.source, r.asked, r.rejected)
@@ -765,15 +727,10 @@ def test_same_answer_in_every_process(
     store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same profiles give the same plan, for the same reason, in every process and order."""
-    monkeypatch.setenv(
-        "AUTOCHUNK_PROFILES", str(write(tmp_path / "named.json", limit_of(2.0, shape(batch=3))))
-    )
-    store.put_all(
-        [
-            make_profile(shape(query_length=t), measurements=CURVE[:k])
-            for t, k in ((512, 1), (700, 2), (1024, 4), (2048, 3))
-        ]
-    )
+    named = write(tmp_path / "named.json", limit_of(2.0, shape(batch=3)))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(named))
+    for t, k in ((512, 1), (700, 2), (1024, 4), (2048, 3)):
+        store.put(make_profile(shape(query_length=t), measurements=CURVE[:k]))
     shapes = [shape(query_length=t).shape for t in (1024, 1000, 300, 9000, 1434)]
     outputs = [
         run_python(DESCRIBE, json.dumps(order), PYTHONHASHSEED=seed)
@@ -787,10 +744,12 @@ def test_same_answer_in_every_process(
 def test_changed_store_is_seen(store: ProfileStore) -> None:
     """What another process stores, replaces or deletes counts from the next question on."""
     assert ask().match == "default"
-    run_python(
-        "from factories import *; from autochunk import ProfileStore; "
-        "ProfileStore().put(make_profile(measurements=one_plan(3.0)))",
-    )
+    code = """
+import autochunk
+from factories import make_profile, one_plan
+autochunk.ProfileStore().put(make_profile(measurements=one_plan(3.0)))
+"""
+    run_python(code)
     assert ask().plan == Plan("xla", 3.0)
     store.put(limit_of(5.0))
     assert ask().plan == Plan("xla", 5.0)
@@ -968,12 +927,9 @@ def test_use_does_not_reach_other_threads(store: ProfileStore) -> None:
         thread.start()
         thread.join(30)
     answers["copied"] = inside.run(lambda: ask().plan)
-    answers["after"] = ask().plan
-    assert answers == {
-        "thread": Plan("xla", 16.0),
-        "copied": Plan("xla", 7),
-        "after": Plan("xla", 16.0),
-    }
+    outside = ask().plan
+    assert answers == {"thread": Plan("xla", 16.0), "copied": Plan("xla", 7)}
+    assert outside == Plan("xla", 16.0)
 
 
 def test_use_as_a_decorator(store: ProfileStore) -> None:
@@ -993,7 +949,7 @@ def test_use_as_a_decorator(store: ProfileStore) -> None:
 def test_layers_raise_their_own_errors_only(tmp_path: Path) -> None:
     """The store's errors are StoreError, which resolving catches."""
     with pytest.raises(StoreError):
-        layers.StoreLayer(tmp_path).get(DEVICE, WORKLOAD)
+        ProfileStore(tmp_path).get(DEVICE, WORKLOAD)
 
 
 def test_measurements_of_the_future_do_not_answer(store: ProfileStore) -> None:

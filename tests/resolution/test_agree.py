@@ -17,7 +17,7 @@ from factories import make_profile, make_workload, one_plan, run_python, start_p
 
 import autochunk
 from autochunk.plan import Plan
-from autochunk.store.database import ProfileStore
+from autochunk.store.profiles import ProfileStore
 
 WORKLOAD = make_workload("b=4,t=64,s=64,h=2,k=8")
 
@@ -29,18 +29,20 @@ process, count, address, before, after = json.loads(sys.argv[1])
 import jax, jax.numpy as jnp, numpy as np
 jax.distributed.initialize(address, count, process, initialization_timeout=60)
 import autochunk
-from autochunk.store import agree
+from autochunk.resolution import agree
 agree.LIMIT_SECONDS = 5.0
 warnings.simplefilter("ignore")
 exec(before)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
-x = jax.make_array_from_callback((4, 64, 2, 8), sharding, lambda index: np.ones((4, 64, 2, 8), np.float32)[index])
+ones = np.ones((4, 64, 2, 8), np.float32)
+x = jax.make_array_from_callback(ones.shape, sharding, lambda index: ones[index])
 total = jax.jit(lambda x: jnp.sum(autochunk.dot_product_attention(x, x, x)))(x)
 exec(after)
 workload = autochunk.Workload.parse("b=4,t=64,s=64,h=2,k=8")
 answer = autochunk.resolve(workload)
-print(json.dumps({"plan": str(answer.plan), "layer": answer.layer, "sum": float(total)}), flush=True)
+said = {"plan": str(answer.plan), "layer": answer.layer, "sum": float(total)}
+print(json.dumps(said), flush=True)
 """
 
 
@@ -54,20 +56,13 @@ def start(
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        **environment,
-    }
-    return [
-        start_python(
-            _PROCESS,
-            json.dumps([number, count, address, before.get(number, ""), after.get(number, "")]),
-            AUTOCHUNK_STORE=str(store),
-            **settings,
-        )
-        for number, store in enumerate(stores)
-    ]
+    flags = "--xla_force_host_platform_device_count=1"
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    processes = []
+    for number, store in enumerate(stores):
+        given = json.dumps([number, count, address, before.get(number, ""), after.get(number, "")])
+        processes.append(start_python(_PROCESS, given, AUTOCHUNK_STORE=str(store), **environment))
+    return processes
 
 
 def finish(
@@ -79,16 +74,14 @@ def finish(
     finally:
         for process in processes:
             process.kill()
-    return [
-        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
-    ]
+    codes = [process.returncode for process in processes]
+    return [(code, *output) for code, output in zip(codes, outputs, strict=True)]
 
 
 def answers(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
     ended = finish(processes)
-    assert all(code == 0 for code, _, _ in ended), "\n".join(
-        complaints[-2000:] for _, _, complaints in ended
-    )
+    complaints = "\n".join(err[-2000:] for _, _, err in ended)
+    assert all(code == 0 for code, _, _ in ended), complaints
     return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
 
 
@@ -129,12 +122,11 @@ def test_one_plan_everywhere(limits: tuple[float | None, ...], tmp_path: Path) -
 
 def test_a_store_that_changes_later_changes_nothing(tmp_path: Path) -> None:
     """On whichever process: what was agreed upon at the start holds while the program runs."""
-    change = (
-        "from factories import make_profile, one_plan; from autochunk.store.database import "
-        "ProfileStore; "
-        "ProfileStore().put(make_profile(autochunk.Workload.parse('b=4,t=64,s=64,h=2,k=8'), "
-        "autochunk.detect(), one_plan(0.003)))"
-    )
+    change = f"""
+from factories import make_profile, one_plan
+profile = make_profile({WORKLOAD.key!r}, autochunk.detect(), one_plan(0.003))
+autochunk.ProfileStore().put(profile)
+"""
     found = answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {}, {0: change, 1: change}))
     assert {answer["plan"] for answer in found} == {"xla, 0.01 MB"}
 
@@ -143,53 +135,36 @@ def test_many_profiles_travel(tmp_path: Path) -> None:
     """More than one message of the runtime holds."""
     device = autochunk.detect()
     paths = stores_of(tmp_path, (0.01, None))
-    # Noise does not compress.
-    noise = [
-        make_profile(
-            make_workload(f"t={length},h=2,k=8"),
-            device,
-            one_plan(0.5),
-            autochunk=os.urandom(4000).hex(),
-        )
-        for length in range(1, 301)
-    ]
-    ProfileStore(paths[0]).put_all(noise)
+    profiles = []
+    for length in range(1, 301):
+        noise = os.urandom(4000).hex()  # it does not compress
+        workload = make_workload(f"t={length},h=2,k=8")
+        profiles.append(make_profile(workload, device, one_plan(0.5), autochunk=noise))
+    ProfileStore(paths[0]).put_all(profiles)
     assert {answer["plan"] for answer in answers(start(2, paths, {}, {}))} == {"xla, 0.01 MB"}
 
 
 def test_waiting_for_process_0_has_an_end(tmp_path: Path) -> None:
     """Process 0 never comes to an "auto": the others say so, by number, instead of hanging."""
-    processes = start(
-        2, stores_of(tmp_path, (0.01, 0.02)), {0: "import time; jax.devices(); time.sleep(60)"}, {}
-    )
-    complaints = error_of(processes)
+    sleep = "import time; jax.devices(); time.sleep(60)"
+    complaints = error_of(start(2, stores_of(tmp_path, (0.01, 0.02)), {0: sleep}, {}))
     assert "AgreementError: process 1 of 2 waited 5 s for the profiles of process 0" in complaints
 
 
 def test_versions_must_be_the_same(tmp_path: Path) -> None:
     """Two versions may choose differently from the same profiles."""
-    processes = start(
-        2, stores_of(tmp_path, (0.01, 0.02)), {1: "autochunk.__version__ = '9.9'"}, {}
-    )
-    complaints = error_of(processes)
-    assert (
-        f"AgreementError: process 1 of 2 runs autochunk 9.9, process 0 runs {autochunk.__version__}"
-        in complaints
-    )
+    other = "autochunk.__version__ = '9.9'"
+    complaints = error_of(start(2, stores_of(tmp_path, (0.01, 0.02)), {1: other}, {}))
+    said = f"process 1 of 2 runs autochunk 9.9, process 0 runs {autochunk.__version__}"
+    assert f"AgreementError: {said}" in complaints
 
 
 def test_a_damaged_layer_of_process_0_is_left_out_everywhere(tmp_path: Path) -> None:
     """As in a program of one process."""
-    (tmp_path / "bad.json").write_text("{")
-    found = answers(
-        start(
-            2,
-            stores_of(tmp_path, (0.01, 0.02)),
-            {},
-            {},
-            AUTOCHUNK_PROFILES=str(tmp_path / "bad.json"),
-        )
-    )
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    stores = stores_of(tmp_path, (0.01, 0.02))
+    found = answers(start(2, stores, {}, {}, AUTOCHUNK_PROFILES=str(bad)))
     assert {answer["plan"] for answer in found} == {"xla, 0.01 MB"}
 
 
@@ -198,40 +173,32 @@ def test_a_row_that_cannot_be_read_costs_itself_only(tmp_path: Path) -> None:
     paths = stores_of(tmp_path, (0.01, None))
     with contextlib.closing(sqlite3.connect(paths[0])) as file, file:
         key = f"{autochunk.detect().key} | {make_workload('t=3,k=8').key}"
-        file.execute(
-            "INSERT INTO profiles (key, value) VALUES (?, ?)", (key, '{"schema_version": 7}')
-        )
+        row = (key, '{"schema_version": 7}')
+        file.execute("INSERT INTO profiles (key, value) VALUES (?, ?)", row)
     assert {answer["plan"] for answer in answers(start(2, paths, {}, {}))} == {"xla, 0.01 MB"}
 
 
 @pytest.mark.parametrize(
-    ("code", "plan"),
+    ("settings", "plan"),
     [
         # Stores of their own by use(): agreed upon as the first such store of the program.
-        (
-            "import contextlib; stack = contextlib.ExitStack(); "
-            "stack.enter_context(autochunk.use(store=__import__('os').environ['AUTOCHUNK_STORE']))",
-            "xla, 0.01 MB",
-        ),
-        (
-            "import contextlib; stack = contextlib.ExitStack(); "
-            "stack.enter_context(autochunk.use(max_chunk_size_mb=64))",
-            "xla, 64 MB",
-        ),
+        ("store=os.environ['AUTOCHUNK_STORE']", "xla, 0.01 MB"),
+        ("max_chunk_size_mb=64", "xla, 64 MB"),
     ],
 )
-def test_use_in_a_program_of_several(code: str, plan: str, tmp_path: Path) -> None:
+def test_use_in_a_program_of_several(settings: str, plan: str, tmp_path: Path) -> None:
     """A store by each process's own path, or a plan pinned."""
-    assert {
-        answer["plan"]
-        for answer in answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {0: code, 1: code}, {}))
-    } == {plan}
+    use = f"import os; used = autochunk.use({settings}); used.__enter__()"
+    found = answers(start(2, stores_of(tmp_path, (0.01, 0.02)), {0: use, 1: use}, {}))
+    assert {answer["plan"] for answer in found} == {plan}
 
 
 def test_one_process_pays_nothing() -> None:
     """Without jax.distributed nothing of the runtime is touched."""
-    code = (
-        "import autochunk, sys; autochunk.resolve(autochunk.Workload.parse('t=64,h=2,k=8')); from "
-        "jax._src import distributed; "
-    )
-    assert run_python(f"{code}print(distributed.global_state.client)").strip() == "None"
+    code = """
+import autochunk
+autochunk.resolve(autochunk.Workload.parse("t=64,h=2,k=8"))
+from jax._src import distributed
+print(distributed.global_state.client)
+"""
+    assert run_python(code).strip() == "None"

@@ -11,13 +11,16 @@ import pytest
 from factories import make_device, make_profile, make_workload
 from rich.console import Console
 
-from autochunk import report
 from autochunk.errors import BundleError
-from autochunk.store import bundle, layers
-from autochunk.store.database import ProfileStore
-from autochunk.store.layers import BundleLayer, Layer, MemoryLayer, StoreLayer, account, places
-from autochunk.store.profile import DENSE, Profile, slower_by
-from autochunk.store.resolve import resolve
+from autochunk.report.records import profile_row
+from autochunk.report.tables import profile_table
+from autochunk.resolution import layers, places
+from autochunk.resolution.layers import BundleLayer, Layer, MemoryLayer, account
+from autochunk.resolution.resolve import resolve
+from autochunk.store import bundle, files
+from autochunk.store.choice import DENSE, slower_by
+from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
 
 DEVICE, WORKLOAD = make_device(), make_workload()
 
@@ -27,7 +30,7 @@ def make(kind: str, folder: Path, *profiles: Profile) -> Layer:
     text = bundle.dump(profiles)
     if kind == "store":
         ProfileStore(folder / "store.sqlite").put_all(profiles)
-        return StoreLayer(folder / "store.sqlite")
+        return ProfileStore(folder / "store.sqlite")
     if kind == "memory":
         return MemoryLayer("memory", profiles)
     if kind == "url":
@@ -36,33 +39,21 @@ def make(kind: str, folder: Path, *profiles: Profile) -> Layer:
         return BundleLayer(f"memory:/{folder}/bundle.json", "url")
     (folder / "bundle.json").write_text(text)
     (folder / "bundle.json.gz").write_bytes(gzip.compress(text.encode()))
-    return BundleLayer(
-        str(
-            {"folder": folder, "file": folder / "bundle.json", "gzip": folder / "bundle.json.gz"}[
-                kind
-            ]
-        ),
-        kind,
-    )
+    names = {"folder": "", "file": "bundle.json", "gzip": "bundle.json.gz"}
+    return BundleLayer(str(folder / names[kind]), kind)
 
 
 @pytest.mark.parametrize("kind", ["store", "file", "gzip", "folder", "url", "memory"])
 def test_every_kind_of_layer_answers_alike(kind: str, tmp_path: Path) -> None:
     """The exact profile, the workloads of a device, and all keys."""
-    here, there = (
-        make_profile(),
-        make_profile(
-            "attention:" + make_workload("t=64,k=8").key.removeprefix("attention:"),
-            make_device(kind="Another/Kind"),
-        ),
-    )
+    here = make_profile()
+    there = make_profile(make_workload("t=64,k=8"), make_device(kind="Another/Kind"))
     layer = make(kind, tmp_path, here, there)
     assert layer.get(DEVICE, WORKLOAD) == here
     assert layer.get(there.device, WORKLOAD) is None
     assert layer.workloads(DEVICE) == [WORKLOAD.key]
-    assert layer.keys() == sorted(
-        (profile.device.key, profile.workload) for profile in (here, there)
-    )
+    keys = [(profile.device.key, profile.workload) for profile in (here, there)]
+    assert layer.keys() == sorted(keys)
 
 
 def test_an_url_s_colon_separates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +70,7 @@ def test_an_url_s_colon_separates_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         "j",
     ]
     monkeypatch.setenv("AUTOCHUNK_PROFILES", os.pathsep.join(parts))
-    named = [place for kind, place in places(None) if kind == "AUTOCHUNK_PROFILES"]
+    named = [place for kind, place in places.places(None) if kind == "AUTOCHUNK_PROFILES"]
     assert named == [*parts[:7], str(Path.home() / "e"), str(Path.cwd() / "j")]
 
 
@@ -89,7 +80,7 @@ def test_without_a_home_there_is_no_store(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
     monkeypatch.setenv("AUTOCHUNK_PROFILES", "~/bundles")
-    assert [kind for kind, _ in layers.places(None)] == ["AUTOCHUNK_PROFILES", "site", "shipped"]
+    assert [kind for kind, _ in places.places(None)] == ["AUTOCHUNK_PROFILES", "site", "shipped"]
 
 
 def test_a_site_without_a_folder_is_empty_and_one_that_comes_is_seen(
@@ -97,10 +88,10 @@ def test_a_site_without_a_folder_is_empty_and_one_that_comes_is_seen(
 ) -> None:
     """Few sites have one; its making changes the layer's version."""
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path))
-    layer = layers.make_layer(layers.SITE, str(layers.site_profiles()))
+    layer = places.make_layer(layers.SITE, str(places.site_profiles()))
     assert layer.keys() == []
     before = layer.version()
-    layers.site_profiles().mkdir()
+    places.site_profiles().mkdir()
     assert layer.version() != before
 
 
@@ -122,16 +113,18 @@ def test_a_layer_with_a_damaged_bundle_says_so_every_time(tmp_path: Path) -> Non
             layer.get(DEVICE, WORKLOAD)
 
 
+LONGER = make_profile(make_workload("b=2,t=2048,s=1024,h=8,k=64"))
+SHORT = make_profile(make_workload("t=1,k=8"))
+H100 = make_device(platform="gpu", kind="NVIDIA H100", cores=0, memory_gib=80)
+
+
 @pytest.mark.parametrize(
     ("profiles", "words"),
     [
         ([], "empty"),
         ([make_profile()], "1 profiles, 1 of them of this device, and of this workload"),
         (
-            [
-                make_profile(make_workload("b=2,t=2048,s=1024,h=8,k=64")),
-                make_profile(make_workload("t=1,k=8")),
-            ],
+            [LONGER, SHORT],
             "2 profiles, 2 of them of this device; the nearest differs in t (2048, asked was 1024)",
         ),
         (
@@ -140,11 +133,7 @@ def test_a_layer_with_a_damaged_bundle_says_so_every_time(tmp_path: Path) -> Non
             "cores (2, asked was 4)",
         ),
         (
-            [
-                make_profile(
-                    device=make_device(platform="gpu", kind="NVIDIA H100", cores=0, memory_gib=80)
-                )
-            ],
+            [make_profile(device=H100)],
             "this workload on a device that differs in platform (gpu, asked was cpu), kind "
             "(NVIDIA H100, asked was Made/Up), memory (80GiB, asked was 8GiB)",
         ),
@@ -160,12 +149,11 @@ def test_account_names_the_fields_that_differ(
 def test_account_of_a_damaged_layer(tmp_path: Path) -> None:
     """Says what is wrong instead of failing."""
     (tmp_path / "bad.json").write_text("[")
-    assert account(BundleLayer(str(tmp_path / "bad.json"), "file"), DEVICE, WORKLOAD).startswith(
-        "cannot be read: "
-    )
+    layer = BundleLayer(str(tmp_path / "bad.json"), "file")
+    assert account(layer, DEVICE, WORKLOAD).startswith("cannot be read: ")
 
 
-FOLDER = layers.shipped_profiles()
+FOLDER = places.shipped_profiles()
 SHIPPED = sorted(FOLDER.glob("*.json*"))
 
 
@@ -175,17 +163,10 @@ def test_profiles_are_shipped() -> None:
     table = (FOLDER / "README.md").read_text().splitlines()
     for file in SHIPPED:
         console = Console(width=1000, record=True, file=io.StringIO())
-        console.print(
-            report.profile_table(
-                [report.profile_row(profile) for profile in bundle.read(file).profiles],
-                markdown=True,
-            )
-        )
-        assert [
-            line
-            for line in map(str.rstrip, console.export_text().splitlines())
-            if line and line not in table
-        ] == []
+        rows = [profile_row(profile) for profile in bundle.read(file).profiles]
+        console.print(profile_table(rows, markdown=True))
+        lines = map(str.rstrip, console.export_text().splitlines())
+        assert [line for line in lines if line and line not in table] == []
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
@@ -194,19 +175,14 @@ def test_shipped_bundles_are_sound(file: Path, monkeypatch: pytest.MonkeyPatch) 
 
     Whoever has that device gets each profile's own choice, never slower than dense.
     """
-    monkeypatch.setattr(layers, "shipped_profiles", lambda: FOLDER)
+    monkeypatch.setattr(places, "shipped_profiles", lambda: FOLDER)
     found = bundle.read(file)
-    assert (
-        bundle.dump(found.profiles, found.provenance.note if found.provenance else "")
-        == bundle.fetch(file).decode()
-    )
+    note = found.provenance.note if found.provenance else ""
+    assert bundle.dump(found.profiles, note) == files.fetch(file).decode()
     assert len({profile.device.key for profile in found.profiles}) == 1
     for profile in found.profiles:
-        answer, choice, dense = (
-            resolve(profile.parsed_workload(), device=profile.device),
-            profile.choose(),
-            profile.baseline(DENSE),
-        )
+        answer = resolve(profile.parsed_workload(), device=profile.device)
+        choice, dense = profile.choose(), profile.baseline(DENSE)
         assert choice is not None
         assert answer.layer == f"shipped {FOLDER}"
         assert (answer.match, answer.plan, answer.stale) == ("exact", choice.plan, ())

@@ -1,0 +1,99 @@
+"""Problem: what one lowering works on, and the slices that its plan comes to there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.grid import Grid, Output, batch_axes
+from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import Plan, Slices, balanced, causal_block, cuts_blocks, slice_logits
+
+
+class Problem:
+    """One lowering: inputs with their leading dims made fit for slicing, and the slices."""
+
+    def __init__(self, inputs: Inputs, call: Call, plan: Plan, differentiable: bool) -> None:
+        self.leading = inputs.query.shape[:-4]
+        self.dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
+        self.shape = inputs.logits
+        self.triangular = cuts_blocks(call.is_causal, inputs.mask is not None)
+        cut = causal_block(self.shape) if self.triangular else self.shape
+        self.slices: Slices = slice_logits(plan, cut)
+        self.differentiable = differentiable
+        # Flattening leading dims that are sharded would make XLA gather them; only slicing over
+        # them needs it.
+        batch_first = IMPLEMENTATIONS[plan.implementation].slicing[:1] == ("batch",)
+        self.flatten = self.slices.batch < self.shape.batch or batch_first
+        leading = [array.shape[: len(self.leading)] for array in inputs.present.values()]
+        self.runs = _flattenable_runs(leading)
+        self.inputs = inputs.map(self.fit)
+
+    def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Flattens the leading dims, if they are to be sliced.
+
+        Into one, or, where an array broadcasts over some of them, into as few as will do.
+        """
+        leading, rest = array.shape[: -len(axes)], array.shape[-len(axes) :]
+        return array.reshape((*self._flat(leading), *rest)) if self.flatten else array
+
+    def _flat(self, leading: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(math.prod(leading[dim] for dim in run) for run in self.runs)
+
+    def output(
+        self, axes: tuple[str, ...], dtype: Any, features: int = 1, fill: float = 0.0
+    ) -> Output:
+        """A whole output of these axes, its leading dims as those of the inputs here."""
+        sizes = {**self.shape._asdict(), "features": features}
+        leading = self._flat(self.leading) if self.flatten else self.leading
+        return Output(axes, (*leading, *(sizes[axis] for axis in axes)), dtype, fill)
+
+    def grid(self) -> Grid:
+        """The slices."""
+        sizes = {axis: getattr(self.slices, axis) for axis in ("heads", "rows", "keys")}
+        lengths = {axis: getattr(self.shape, axis) for axis in sizes}
+        if self.flatten:
+            flat = self._flat(self.leading)
+            names = batch_axes(len(flat))
+            along = _sizes_along_dims(self.slices.batch, flat)
+            sizes = dict(zip(names, along, strict=True)) | sizes
+            lengths |= dict(zip(names, flat, strict=True))
+        return Grid(sizes, lengths, self.triangular, self.differentiable)
+
+    def restore(self, array: jax.Array, trailing: int) -> jax.Array:
+        """An output with the leading dims that the caller knows."""
+        return array.reshape(self.leading + array.shape[-trailing:]) if self.flatten else array
+
+
+def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Runs of neighbouring leading dims over which each array is either whole or broadcast.
+
+    Those can be flattened without a copy.
+    """
+    runs: list[list[int]] = []
+    before = None
+    for dim, sizes in enumerate(zip(*shapes, strict=True)):
+        own = [size > 1 for size in sizes]
+        if runs and (before in (None, own) or not any(own)):
+            runs[-1].append(dim)
+        else:
+            runs.append([dim])
+        before = own if any(own) else before
+    return runs
+
+
+def _sizes_along_dims(batch: int, flat: Sequence[int]) -> list[int]:
+    """A slice's size along each flattened leading dim, for at most ``batch`` elements at once.
+
+    The last dims are sliced last.
+    """
+    sizes: list[int] = []
+    for length in reversed(flat):
+        sizes.insert(0, balanced(length, min(length, batch)))
+        batch = batch // length if sizes[0] == length else 1
+    return sizes

@@ -1,0 +1,41 @@
+"""The ``autochunk`` command: reads arguments, calls the library, prints; no logic of its own.
+
+Commands are in files by what they are about; ``options`` has what several of them take, and
+``printing`` how they print. Their docstrings are their help, which click rewraps by paragraphs: so
+a first paragraph may be longer than a line here (noqa: D205 where it is).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+import autochunk
+from autochunk.cli.looking import doctor, explain, show
+from autochunk.cli.measuring import bench, tune
+from autochunk.cli.moving import export, forget, import_
+from autochunk.errors import AutochunkError
+
+
+class _Commands(click.Group):
+    """Turns autochunk's own errors into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AutochunkError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(autochunk.__version__, package_name="autochunk")
+def main() -> None:
+    """Attention that never holds more logits than it should, tuned once for each machine."""
+    # What only looks at a GPU must not take three quarters of its memory, as jax does unless told.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+for _command in (tune, bench, show, explain, doctor, export, import_, forget):
+    main.add_command(_command)

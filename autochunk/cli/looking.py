@@ -1,0 +1,98 @@
+"""Commands that look, and change nothing: ``show``, ``explain`` and ``doctor``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
+from autochunk.cli.printing import make_console, print_json, print_profiles
+from autochunk.device import detect
+from autochunk.report.records import finding_record, profile_row, resolution_record
+from autochunk.report.text import finding_text, resolution_text
+from autochunk.resolution.layers import account
+from autochunk.resolution.places import all_layers
+from autochunk.resolution.resolve import resolve
+from autochunk.resolution.settings import use
+from autochunk.store import bundle
+from autochunk.store.profiles import ProfileStore
+
+
+@click.command()
+@click.argument("place", metavar="[FILE|URL|-]", required=False)
+@stale_option
+@click.option("--markdown", is_flag=True, help="Print Markdown tables.")
+@store_option
+@json_option
+def show(place: str | None, stale: bool, markdown: bool, store: Path | None, as_json: bool) -> None:
+    """List the profiles in the store, or in a bundle."""
+    if place is not None and store is not None:
+        raise click.UsageError("name a bundle or --store, not both")
+    profile_store = ProfileStore(store)
+    now = detect()
+    profiles = profile_store.profiles() if place is None else bundle.read(place).profiles
+    rows = [profile_row(profile, now) for profile in profiles]
+    rows = [row for row in rows if row["stale"] or not stale]
+    if rows or as_json:
+        print_profiles(rows, as_json, markdown)
+    elif stale:
+        click.echo(f"No stale profiles in {place or profile_store.path}.")
+    else:
+        click.echo(f"No profiles in {place or profile_store.path}. `autochunk tune` makes some.")
+
+
+@click.command()
+@shape_options
+@click.option("--implementation", help='As in the op; leaves "auto" less to choose.')
+@click.option("--memory-budget-mb", type=float, metavar="MB", help="As in autochunk.use.")
+@store_option
+@json_option
+def explain(
+    wanted: Wanted,
+    implementation: str | None,
+    memory_budget_mb: float | None,
+    store: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what "auto" would do for a shape, and why."""
+    with use(memory_budget_mb=memory_budget_mb, store=store):
+        resolutions = [resolve(workload, implementation) for workload in wanted.named()]
+    if as_json:
+        print_json([resolution_record(resolution) for resolution in resolutions])
+        return
+    layers = all_layers(store)
+    for resolution in resolutions:
+        accounts = [
+            (layer.name, account(layer, resolution.device, resolution.workload)) for layer in layers
+        ]
+        make_console().print(resolution_text(resolution, accounts), "")
+
+
+@click.command()
+@click.option(
+    "--verify",
+    "count",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Time N profiles of this machine again, first those tuned here, the oldest first.",
+)
+@store_option
+@json_option
+def doctor(count: int, store: Path | None, as_json: bool) -> None:
+    """Look over the whole set-up, and say how to cure what is wrong with it. Exit status 1 if
+    anything is.
+    """  # noqa: D205
+    from autochunk.doctor import examine
+
+    findings = []
+    for finding in examine(store, verify_count=count):
+        findings.append(finding)
+        if not as_json:
+            make_console().print(finding_text(finding))
+    if as_json:
+        print_json([finding_record(finding) for finding in findings])
+    if any(finding.level == "problem" for finding in findings):
+        sys.exit(1)

@@ -1,0 +1,154 @@
+"""Options that several commands share; those that belong together reach a command as one object."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from autochunk.store import merge
+from autochunk.store.profile import Profile
+from autochunk.tuner.presets import PRESETS
+from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, of_kind, workloads_of
+
+_EXAMPLE = "b=1,t=4096,s=4096,h=8,k=64"
+
+_Command = Callable[..., None]
+_Decorator = Callable[[_Command], _Command]
+
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Profile store file; the default is the user's own, or AUTOCHUNK_STORE.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+stale_option = click.option(
+    "--stale",
+    is_flag=True,
+    help="Only those of this machine that were measured with other versions.",
+)
+
+
+def _as_one(name: str, kind: type[Any], *options: _Decorator) -> _Decorator:
+    """Adds options to a command, which gets them as its argument ``name``, a dataclass ``kind``."""
+
+    def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            mine = {field.name for field in fields(kind)} & values.keys()
+            one = kind(**{field: values.pop(field) for field in mine})
+            command(**values, **{name: one})
+
+        for option in reversed(options):  # as if each were a decorator, the first on top
+            option(run)
+        return run
+
+    return decorate
+
+
+# --- Workloads, to be measured or explained -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The workloads that are wanted, by their shapes, dtypes and modes."""
+
+    shapes: tuple[str, ...]
+    dtypes: tuple[DType, ...]
+    mode: Mode | Literal["both"]
+    presets: tuple[str, ...] = ()
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Both, or the one."""
+        return MODES if self.mode == "both" else (self.mode,)
+
+    def named(self) -> list[Workload]:
+        """Those of --shape and --preset."""
+        shapes = (*self.shapes, *(PRESETS[preset] for preset in self.presets))
+        return workloads_of(shapes, self.dtypes or ("float32",), self.modes)
+
+    def among(self, workloads: Iterable[Workload]) -> list[Workload]:
+        """Those of other workloads that --dtype and --mode let through."""
+        return of_kind(workloads, self.dtypes, self.modes)
+
+
+def _shape(required: bool) -> _Decorator:
+    return click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        required=required,
+        metavar="SHAPE",
+        help=f"A workload such as {_EXAMPLE}: batch, T', T, heads, key size; also v=, kv_heads=, "
+        "causal=yes, mask=b1ts, bias=1hts. s is t and b is 1 when left out. Repeatable.",
+    )
+
+
+_dtype = click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(DTYPES),
+    help="Repeatable. The default for a shape or preset is float32.",
+)
+_mode = click.option(
+    "--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True
+)
+_preset = click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    type=click.Choice(list(PRESETS)),
+    help="A named shape, of a family of models. Repeatable.",
+)
+
+shape_options = _as_one("wanted", Wanted, _shape(required=True), _dtype, _mode)
+shape_or_preset_options = _as_one("wanted", Wanted, _shape(required=False), _dtype, _mode, _preset)
+
+
+# --- Profiles, to be chosen among those that are stored -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a profile must be like to be chosen."""
+
+    device: str | None
+    shapes: tuple[str, ...]
+    dtype: str | None
+    mode: str | None
+
+    def __bool__(self) -> bool:
+        """Whether any is given."""
+        return any(astuple(self))
+
+    def select(self, profiles: Iterable[Profile]) -> list[Profile]:
+        """Those of the profiles that every filter lets through."""
+        return merge.select(
+            profiles, device=self.device, shapes=self.shapes, dtype=self.dtype, mode=self.mode
+        )
+
+
+filter_options = _as_one(
+    "filters",
+    Filters,
+    click.option(
+        "--device",
+        metavar="TEXT",
+        help="Only of devices whose name has this in it, as `autochunk show` prints them.",
+    ),
+    click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="SHAPE",
+        help="Only of workloads with these items, such as t=4096,h=8. Repeatable.",
+    ),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Only of this dtype."),
+    click.option("--mode", type=click.Choice(MODES), help="Only of this mode."),
+)

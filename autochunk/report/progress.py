@@ -1,0 +1,148 @@
+"""A tune while it runs: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
+from autochunk.tuner.events import (
+    Awaited,
+    DeviceFound,
+    Event,
+    Failed,
+    Finished,
+    Measured,
+    OutOfTime,
+    Skipped,
+    Started,
+    Subject,
+)
+from autochunk.workload import Workload
+
+_GOES_ON = "the same command goes on from here"
+
+_Ending = Finished | Awaited | Skipped | Failed | OutOfTime
+
+
+class TuneProgress:
+    """Shows the events of a tune: a live display in a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._start = time.monotonic()
+        self._lock = threading.Lock()  # several GPUs tell of their workloads at the same time
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[best]}"),
+            console=console,
+        )
+        self._live = (
+            Live(self._progress, console=console, transient=True) if console.is_terminal else None
+        )
+        self._best: dict[Workload, Measurement] = {}
+        self._tasks: dict[Workload, TaskID] = {}
+
+    def __enter__(self) -> TuneProgress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event, in whichever thread."""
+        with self._lock:
+            match event:
+                case DeviceFound():
+                    self._say(f"device: {event.device.key}")
+                case Started():
+                    self._started(event)
+                case Measured():
+                    self._measured(event)
+                case _:
+                    self._ended(event)
+
+    def _started(self, event: Started) -> None:
+        if not self._live:
+            self._say(f"{_label(event)} ...")
+        elif event.workload not in self._tasks:  # two workers may begin with one workload
+            task = self._progress.add_task(_label(event), total=None, best="")
+            self._tasks[event.workload] = task
+
+    def _measured(self, event: Measured) -> None:
+        measurement = event.measurement
+        best = self._best.get(event.workload)
+        if measurement.status == "ok" and (best is None or measurement.ratio < best.ratio):
+            best = self._best[event.workload] = measurement
+        task = self._tasks.get(event.workload)
+        if task is not None:
+            text = f"best {best.plan}, {_milliseconds(best)}" if best else ""
+            self._progress.update(task, completed=event.done, total=event.total, best=text)
+        else:
+            result = _milliseconds(measurement) if measurement.timed else measurement.status
+            self._say(f"  [{event.number}] {event.done}/{event.total} {measurement.plan}: {result}")
+
+    def _ended(self, event: _Ending) -> None:
+        if event.workload in self._tasks:
+            self._progress.remove_task(self._tasks.pop(event.workload))
+        self._say(f"{_label(event)}: {_ending(event)}")
+
+    def _say(self, line: str) -> None:
+        if self._live:
+            self.console.print(line, highlight=False, markup=False)
+        else:
+            line = f"{time.monotonic() - self._start:6.1f} s  {line}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _label(event: Subject) -> str:
+    workload = event.workload
+    return f"[{event.number}/{event.count}] {workload.shape} {workload.dtype} {workload.mode}"
+
+
+def _milliseconds(measurement: Measurement) -> str:
+    return f"{measurement.seconds_median * 1e3:.1f} ms"
+
+
+def _ending(event: _Ending) -> str:
+    """What became of a workload; not measured is only what nothing is stored of."""
+    match event:
+        case Finished():
+            return _result(event.profile)
+        case Awaited():
+            return "other workers are still at it"
+        case Skipped(profile=profile):
+            return f"tuned before ({profile.effort}, {profile.created}); --force measures again"
+        case Failed():
+            return f"{'failed' if event.profile else 'not measured'}: {event.detail}"
+        case OutOfTime(profile=profile):
+            if profile is None:
+                return f"not measured: out of time; {_GOES_ON}"
+            kept = f"the profile from before stays ({profile.effort})"
+            return f"out of time, and {kept}; {_GOES_ON}"
+
+
+def _result(profile: Profile) -> str:
+    choice = profile.choose()
+    plan = str(choice.plan) if choice else "no plan could be measured"
+    if profile.complete:
+        return plan
+    return f"{plan} (unfinished: out of time; {_GOES_ON})"

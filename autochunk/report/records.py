@@ -1,0 +1,126 @@
+"""Results as plain data: what ``--json`` prints, and what the tables are drawn from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from autochunk.device import Device
+from autochunk.resolution.answer import Resolution
+from autochunk.store.choice import DEFAULT, DENSE
+from autochunk.store.measurement import Measurement
+from autochunk.store.merge import ImportPlan
+from autochunk.store.profile import Profile
+
+if TYPE_CHECKING:
+    from autochunk.doctor import Finding
+    from autochunk.tuner.bench import Contender  # which loads jax
+
+
+def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
+    """One profile as a flat record.
+
+    ``speedup_*`` are times of the baseline over that of the chosen plan; ``memory_vs_dense`` is the
+    chosen plan's working memory over dense's; ``spread`` is half the interquartile range of the
+    time ratio to dense, relative to it. None where a baseline could not be measured. ``stale`` is
+    filled where the profile is of the device ``now``.
+    """
+    workload = profile.parsed_workload()
+    choice = profile.choose()
+    return {
+        "workload": profile.workload,
+        "shape": workload.shape,
+        "dtype": workload.dtype,
+        "mode": workload.mode,
+        "device": profile.device.key,
+        **_chosen(profile, choice.measurement if choice else None),
+        "plans_measured": len(profile.measurements),
+        "effort": profile.effort,
+        "complete": profile.complete,
+        "created": profile.created,
+        "stale": profile.device.stale_reasons(now) if now else [],
+        "reason": choice.reason if choice else "no plan could be measured",
+    }
+
+
+def _chosen(profile: Profile, best: Measurement | None) -> dict[str, Any]:
+    dense, default = profile.baseline(DENSE), profile.baseline(DEFAULT)
+    return {
+        "plan": str(best.plan) if best else None,
+        "implementation": best.implementation if best else None,
+        "max_chunk_size_mb": best.max_chunk_size_mb if best else None,
+        "seconds": best.seconds_median if best else None,
+        "speedup_vs_dense": _speedup(dense, best),
+        "speedup_vs_default": _speedup(default, best),
+        "temp_bytes": best.temp_bytes if best else None,
+        "memory_vs_dense": _memory_share(dense, best),
+        "spread": _spread(dense, best),
+        "repeats": len(best.ratios) if best else 0,
+    }
+
+
+def _speedup(baseline: Measurement | None, best: Measurement | None) -> float | None:
+    if baseline is None or best is None or not best.ratio:
+        return None
+    return 1.0 if baseline.plan == best.plan else baseline.ratio / best.ratio
+
+
+def _memory_share(dense: Measurement | None, best: Measurement | None) -> float | None:
+    if best is None or best.temp_bytes is None or dense is None or not dense.temp_bytes:
+        return None
+    return best.temp_bytes / dense.temp_bytes
+
+
+def _spread(dense: Measurement | None, best: Measurement | None) -> float | None:
+    if best is None or dense is None:
+        return best.spread if best else None
+    return math.hypot(best.spread, dense.spread)
+
+
+def resolution_record(resolution: Resolution) -> dict[str, Any]:
+    """A Resolution as plain data."""
+    return {
+        "workload": resolution.workload.key,
+        "device": resolution.device.key,
+        "implementation": resolution.plan.implementation,
+        "max_chunk_size_mb": resolution.plan.max_chunk_size_mb,
+        "match": resolution.match,
+        "layer": resolution.layer,
+        "reason": resolution.reason,
+        "source": resolution.source,
+        "stale": list(resolution.stale),
+        "asked": [{"layer": layer, "answer": answer} for layer, answer in resolution.asked],
+        "rejected": [{"plan": plan, "why": why} for plan, why in resolution.rejected],
+    }
+
+
+def import_records(plan: ImportPlan) -> list[dict[str, Any]]:
+    """What an import does, as plain data."""
+    return [
+        {
+            "device": entry.profile.device.key,
+            "workload": entry.profile.workload,
+            "relation": entry.relation,
+            "taken": entry.taken,
+            "reason": entry.reason,
+        }
+        for entry in plan.entries
+    ]
+
+
+def bench_record(contender: Contender) -> dict[str, Any]:
+    """A bench contender as plain data; ``ratio`` is time relative to haiku's dense attention."""
+    return {
+        "name": contender.name,
+        "seconds": contender.seconds_median,
+        "ratio": contender.ratio,
+        "spread": contender.spread,
+        "temp_bytes": contender.temp_bytes,
+        "detail": contender.detail,
+    }
+
+
+def finding_record(finding: Finding) -> dict[str, Any]:
+    """A doctor's finding as plain data."""
+    return asdict(finding)

@@ -1,0 +1,85 @@
+"""What is told in lines of text: why a plan, what an import did, what the doctor found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from autochunk.resolution.answer import Resolution
+from autochunk.store.merge import ImportEntry, ImportPlan, Relation
+
+if TYPE_CHECKING:
+    from autochunk.doctor import Finding
+
+_STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+def resolution_text(resolution: Resolution, accounts: Sequence[tuple[str, str]] = ()) -> Group:
+    """The answer to "why did it pick that?"; ``accounts`` says of each layer what it has."""
+    parts: list[Any] = [
+        Text("\n".join(_answer(resolution))),
+        Text("\nasked, in this order:"),
+        _pairs(resolution.asked or [("use(...)", "answered")]),
+    ]
+    if accounts:
+        parts += [Text("\nwhat each layer has:"), _pairs(accounts)]
+    if resolution.rejected:
+        parts += [Text("\nother plans:"), _pairs(resolution.rejected)]
+    return Group(*parts)
+
+
+def _answer(resolution: Resolution) -> Iterator[str]:
+    plan, measured = resolution.plan, resolution.profile
+    limit = "None" if plan.max_chunk_size_mb is None else f"{plan.max_chunk_size_mb:g}"
+    stale = f", stale: {'; '.join(resolution.stale)}" if resolution.stale else ""
+    yield f"workload  {resolution.workload.key}"
+    yield f"device    {resolution.device.key}"
+    yield f'"auto" is max_chunk_size_mb={limit}, implementation="{plan.implementation}"'
+    yield f"because   {resolution.reason}"
+    yield f"from      {resolution.layer} ({resolution.match}{stale})"
+    if measured is not None:
+        versions = f"jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}"
+        yield f"measured  {measured.created}, effort {measured.effort}, {versions}"
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+    for first, second in pairs:
+        table.add_row(Text("  " + first), Text(second))
+    return table
+
+
+def import_text(plan: ImportPlan, dry_run: bool) -> Group:
+    """What an import did, or would do: the profiles worth telling of, and counts of all kinds."""
+    told = [entry for entry in plan.entries if entry.relation not in ("new", "same")]
+    counts = ", ".join(f"{plan.count(relation)} {relation}" for relation in get_args(Relation))
+    stored = f"{len(plan.taken)} of {len(plan.entries)} profiles"
+    summary = Text(f"{counts}. {stored} {'would be' if dry_run else 'were'} stored.")
+    return Group(_entries(told), summary) if told else Group(summary)
+
+
+def _entries(entries: Iterable[ImportEntry]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for entry in entries:
+        table.add_row(
+            entry.relation,
+            "stored" if entry.taken else "left out",
+            Text(entry.profile.workload),
+            Text(entry.profile.device.key),
+            Text(entry.reason),
+        )
+    return table
+
+
+def finding_text(finding: Finding) -> Text:
+    """One line of ``autochunk doctor``, and its cure under it."""
+    text = Text.assemble(
+        (f"{finding.level:8}", _STYLES[finding.level]),
+        (finding.subject, "bold"),
+        f": {finding.detail}",
+    )
+    return text.append(f"\n        to do: {finding.cure}") if finding.cure else text

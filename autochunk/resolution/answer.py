@@ -1,0 +1,129 @@
+"""What is asked of the layers, and the answers that one profile, or none, gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from autochunk.device import Device
+from autochunk.implementations import is_sliced
+from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.store.profile import Profile
+from autochunk.workload import Workload
+
+Match = Literal["exact", "nearest", "default", "pinned"]
+
+# Without measurements, one slice of logits takes at most this share of a memory budget: weights and
+# their cotangents live beside it.
+_SHARE_OF_BUDGET = 0.25
+
+
+class Request(NamedTuple):
+    """What is asked of the layers."""
+
+    workload: Workload
+    implementation: str | None
+    memory_budget_mb: float | None
+    device: Device
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The answer to "auto", and why.
+
+    Attributes:
+      workload: what was asked for.
+      device: where.
+      plan: the answer.
+      match: "exact", "nearest" (another shape's profile), "default" (nothing known) or "pinned" (by
+        ``use``).
+      layer: where the answer came from.
+      reason: why this plan, in words.
+      source: key of the workload whose profile answered; "" for none.
+      stale: why the profile may no longer hold; empty if it does.
+      asked: each layer that was asked and what it had.
+      rejected: the profile's other plans and what spoke against each.
+      profile: the profile that answered.
+    """
+
+    workload: Workload
+    device: Device
+    plan: Plan
+    match: Match
+    layer: str
+    reason: str
+    source: str = ""
+    stale: tuple[str, ...] = ()
+    asked: tuple[tuple[str, str], ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    profile: Profile | None = field(default=None, repr=False)
+
+
+def from_profile(profile: Profile, request: Request, layer: str) -> Resolution | None:
+    """What a profile, of this workload or another, answers; None if it has no plan that fits."""
+    choice = profile.choose(
+        memory_budget_mb=request.memory_budget_mb, implementation=request.implementation
+    )
+    if choice is None:
+        return None
+    return Resolution(
+        workload=request.workload,
+        device=request.device,
+        plan=choice.plan,
+        match="exact" if profile.workload == request.workload.key else "nearest",
+        layer=layer,
+        reason=choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short",
+        source=profile.workload,
+        stale=tuple(profile.device.stale_reasons(request.device)),
+        rejected=choice.rejected,
+        profile=profile,
+    )
+
+
+def over_budget(profile: Profile, request: Request) -> Resolution | None:
+    """The answer where none of the plans that were measured fits the memory budget.
+
+    The plan that takes least, or smaller slices; None without a budget, or if none was measured.
+    """
+    least = profile.least_memory(request.implementation)
+    if least is None or request.memory_budget_mb is None:
+        return None
+    plan, limit = _default_plan(request), least.max_chunk_size_mb
+    if limit is not None and plan.max_chunk_size_mb is not None and limit <= plan.max_chunk_size_mb:
+        plan = least.plan
+    memory = (least.temp_bytes or 0) / BYTES_PER_MB
+    reason = (
+        f"no measured plan fits the memory budget of {request.memory_budget_mb:g} MB; "
+        f"the one that takes least, {least.plan}, takes {memory:.3g} MB"
+    )
+    return _default(request, plan, reason, profile)
+
+
+def unknown(request: Request) -> Resolution:
+    """The answer where no profile has one."""
+    reason = f"no profile; tune with: {request.workload.tune_command}"
+    return _default(request, _default_plan(request), reason)
+
+
+def _default(
+    request: Request, plan: Plan, reason: str, profile: Profile | None = None
+) -> Resolution:
+    return Resolution(
+        workload=request.workload,
+        device=request.device,
+        plan=plan,
+        match="default",
+        layer="default",
+        reason=reason,
+        source=profile.workload if profile else "",
+        profile=profile,
+    )
+
+
+def _default_plan(request: Request) -> Plan:
+    implementation = request.implementation or "xla"
+    if not is_sliced(implementation):
+        return Plan(implementation, None)
+    budget = request.memory_budget_mb
+    share = DEFAULT_MAX_CHUNK_SIZE_MB if budget is None else budget * _SHARE_OF_BUDGET
+    return Plan(implementation, min(DEFAULT_MAX_CHUNK_SIZE_MB, share))

@@ -1,0 +1,79 @@
+"""What users are told, once, of an answer that could be better, and what is remembered of it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from typing import Any
+
+from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError, StoreWarning
+from autochunk.resolution import agree, settings
+from autochunk.resolution.answer import Resolution
+from autochunk.resolution.layers import Layer
+from autochunk.store.profiles import ProfileStore
+
+# Of these no line tells a user where to look.
+_FRAMEWORKS = frozenset({"autochunk", "jax", "haiku", "flax", "contextlib", "functools"})
+
+_reported: set[Any] = set()
+
+
+def report(resolution: Resolution) -> None:
+    """Tells of an answer that came to run, and records a miss for ``autochunk tune --missed``."""
+    if agree.several_processes() and not agree.is_first():
+        return  # process 0 says it for all
+    subject = (resolution.workload, resolution.device)
+    missed = resolution.match == "default" and resolution.profile is None
+    if (missed or resolution.match == "nearest") and subject not in _reported:
+        _reported.add(subject)
+        _record_miss(resolution)
+    workload, auto = resolution.workload, 'max_chunk_size_mb="auto"'
+    if missed:
+        text = f"{auto} found no profile for {workload.key} and uses {resolution.plan}. "
+        cure = f"To tune it on this machine: {workload.tune_command}"
+        warn_once(MissWarning, subject, text + cure)
+    elif resolution.match == "default":
+        text = f"{auto} uses {resolution.plan} for {workload.key}: {resolution.reason}"
+        warn_once(BudgetWarning, subject, text)
+    if resolution.stale:
+        text = f"{auto} uses a profile of {resolution.source} that may no longer hold: "
+        cure = f"{'; '.join(resolution.stale)}. To measure again: {workload.tune_command}"
+        warn_once(StaleWarning, subject, text + cure)
+
+
+def _record_miss(resolution: Resolution) -> None:
+    # Nothing to be done in a place where nothing can be written: the warning stands.
+    with contextlib.suppress(StoreError):
+        store = ProfileStore(settings.current().store)
+        store.record_miss(resolution.device, resolution.workload)
+
+
+def warn_of_layer(layer: Layer, error: Exception) -> None:
+    """Says that a layer cannot be read."""
+    warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
+
+
+def warn_once(category: type[Warning], subject: Any, text: str) -> None:
+    """Gives a warning, unless one of this category and subject was given."""
+    if (category, subject) in _reported:
+        return
+    _reported.add((category, subject))
+    warnings.warn(text, category, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """How far up from its caller the user's own code is: beyond this package and what traces it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _package(frame.f_globals) in _FRAMEWORKS:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _package(module: dict[str, Any]) -> str:
+    return str(module.get("__name__")).partition(".")[0]
+
+
+def forget() -> None:
+    """Lets everything be told again."""
+    _reported.clear()

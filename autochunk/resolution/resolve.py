@@ -1,0 +1,117 @@
+"""The answer to "auto", and why: who is asked, in which order.
+
+First ``use(...)`` around the call; then the layers in their order, in each the exact workload on
+the exact device; then the nearest tuned workload of this device; then the documented default. It
+happens while JAX traces: nothing is left of it in the compiled program, which keeps its plan until
+it is traced again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autochunk import device as devices
+from autochunk.device import Device
+from autochunk.errors import BundleError, StoreError
+from autochunk.implementations import is_fused
+from autochunk.plan import (
+    BYTES_PER_MB,
+    DEFAULT_MAX_CHUNK_SIZE_MB,
+    Plan,
+    Plans,
+    check_implementation,
+)
+from autochunk.resolution import agree, reporting, settings, snapshot
+from autochunk.resolution.answer import Request, Resolution, from_profile, over_budget, unknown
+from autochunk.resolution.layers import Layer
+from autochunk.resolution.nearest import nearest
+from autochunk.store.profile import Profile
+from autochunk.workload import MODES, Workload
+
+_lock = threading.RLock()
+
+
+def resolve(
+    workload: Workload, implementation: str | None = None, *, device: Device | None = None
+) -> Resolution:
+    """What "auto" means for a workload, on jax's default device unless another is given.
+
+    Same profiles, same answer. In a program of several JAX processes the profiles are those of
+    process 0, and so is the device, unless one is given.
+
+    Raises:
+      ArgumentError: no such implementation.
+      AgreementError: several processes run this program and do not come to one set of profiles.
+    """
+    now = settings.current()
+    implementation = check_implementation(implementation) or now.implementation
+    if plan := now.pinned(implementation):
+        where, why = "autochunk.use", "set by autochunk.use(...)"
+        return Resolution(workload, device or devices.detect(), plan, "pinned", where, why)
+    with _lock:
+        agreed = device is None and agree.several_processes()
+        view = (snapshot.agreed_snapshot if agreed else snapshot.own_snapshot)(now.store)
+        device = device or view.device or devices.detect()
+        request = Request(workload, implementation, now.memory_budget_mb, device)
+        if request not in view.answers:
+            view.answers[request] = _ask_all(request, view.layers)
+        return view.answers[request]
+
+
+def _ask_all(request: Request, layers: Sequence[Layer]) -> Resolution:
+    asked: list[tuple[str, str]] = []
+    too_large: Resolution | None = None
+    for layer in layers:
+        profile = _ask(layer, request, asked)
+        if profile is None:
+            continue
+        if answer := from_profile(profile, request, layer.name):
+            return replace(answer, asked=tuple(asked))
+        asked.append((layer.name, "its profile has no plan that fits"))
+        too_large = too_large or over_budget(profile, request)
+    answer = nearest(layers, request, asked) or too_large or unknown(request)
+    return replace(answer, asked=tuple(asked))
+
+
+def _ask(layer: Layer, request: Request, asked: list[tuple[str, str]]) -> Profile | None:
+    try:
+        profile = layer.get(request.device, request.workload)
+    except (StoreError, BundleError) as error:
+        asked.append((layer.name, f"left out: {error}"))
+        reporting.warn_of_layer(layer, error)
+        return None
+    had = "exact match" if profile else "nothing for this workload on this device"
+    asked.append((layer.name, had))
+    return profile
+
+
+def plans(workload: Workload, implementation: str | None) -> Plans:
+    """The plans of a call, for either mode; the one that comes to run is reported then."""
+    both = {mode: resolve(workload.with_mode(mode), implementation) for mode in MODES}
+    return Plans(
+        forward=_bounded(both["forward"]),
+        training=_bounded(both["training"]),
+        on_use=lambda mode: reporting.report(both[mode]),
+    )
+
+
+def _bounded(resolution: Resolution) -> Plan:
+    """The plan, for a call that ``vmap`` may make larger than what was measured.
+
+    It may have at once the logits that were, or the default's.
+    """
+    plan = resolution.plan
+    limited = plan.max_chunk_size_mb is not None or is_fused(plan.implementation)
+    if limited or resolution.match == "pinned":
+        return plan
+    measured = resolution.workload.logits_bytes / BYTES_PER_MB
+    return replace(plan, max_chunk_size_mb=max(measured, DEFAULT_MAX_CHUNK_SIZE_MB))
+
+
+def forget_all() -> None:
+    """Lets every warning be given again, and reads the layers anew."""
+    with _lock:
+        reporting.forget()
+        snapshot.forget()

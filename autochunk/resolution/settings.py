@@ -1,0 +1,93 @@
+"""Settings for every "auto" that is resolved inside a ``with autochunk.use(...)``."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autochunk.errors import ArgumentError
+from autochunk.implementations import is_sliced
+from autochunk.plan import Plan, check_implementation, check_max_chunk_size_mb, check_positive
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``use`` sets.
+
+    None leaves a setting alone. ``plan`` answers every "auto", ``implementation`` narrows the
+    choice.
+    """
+
+    plan: Plan | None = None
+    implementation: str | None = None
+    memory_budget_mb: float | None = None
+    store: Path | None = None
+
+    def pinned(self, implementation: str | None) -> Plan | None:
+        """The plan that answers a call; its limit also where that asks for other slices."""
+        if self.plan is None or implementation in (None, self.plan.implementation):
+            return self.plan
+        if not is_sliced(implementation):
+            return None
+        return Plan(implementation, self.plan.max_chunk_size_mb)
+
+
+_settings = contextvars.ContextVar("autochunk_settings", default=Settings())  # noqa: B039 (frozen)
+_UNSET: Any = object()
+
+
+def current() -> Settings:
+    """The settings of the innermost ``use`` around the caller, with what it leaves alone."""
+    return _settings.get()
+
+
+@contextlib.contextmanager
+def use(
+    *,
+    max_chunk_size_mb: float | None = _UNSET,
+    implementation: str | None = None,
+    memory_budget_mb: float | None = None,
+    store: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
+    """Settings for every "auto" that is resolved inside, that is, while functions are traced.
+
+    A function compiled before keeps its plan.
+
+    Args:
+      max_chunk_size_mb: answers "auto" with this limit (MB, or None to never slice), whatever the
+        profiles say.
+      implementation: leaves "auto" only this one to choose; with ``max_chunk_size_mb``, what runs
+        (``"xla"`` if left out).
+      memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes).
+        Where none does, what takes least runs, and a BudgetWarning says how much that is.
+      store: a profile store's file, in place of the user's own.
+
+    Raises:
+      ArgumentError: a value is not usable.
+    """
+    changes: dict[str, Any] = {
+        "implementation": check_implementation(implementation),
+        "memory_budget_mb": check_positive("memory_budget_mb", memory_budget_mb, "MB"),
+        "store": None if store is None else Path(store),
+    }
+    if max_chunk_size_mb is not _UNSET:
+        limit = check_max_chunk_size_mb(max_chunk_size_mb)
+        if limit == "auto":
+            raise ArgumentError(
+                'use(max_chunk_size_mb=...) answers "auto", so it must be a number or None; '
+                'got "auto"'
+            )
+        outer = current().implementation
+        slices = outer if outer is not None and is_sliced(outer) else "xla"
+        changes["plan"] = Plan(implementation or slices, limit)
+    given = {name: value for name, value in changes.items() if value is not None}
+    token = _settings.set(replace(current(), **given))
+    try:
+        yield
+    finally:
+        _settings.reset(token)

@@ -1,0 +1,135 @@
+"""How a choice follows from measurements.
+
+It is made when a profile is read, not when it is stored, so that a memory budget, or a better rule
+in a later version, needs no new measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.store.measurement import Measurement, Record
+
+# Times closer than this are equal for a user, however many repeats could tell them apart.
+SAME_TIME = 0.01
+# Times further apart than this are different, however noisy the machine was.
+LARGEST_NOISE = 0.03
+
+# The baselines: what a user would run without autochunk, and without a profile.
+DENSE = Plan("dense", None)
+DEFAULT = Plan("xla", DEFAULT_MAX_CHUNK_SIZE_MB)
+
+
+class Choice(Record):
+    """The plan that measurements recommend, and why.
+
+    Attributes:
+      measurement: what was measured of it.
+      reason: why this one, in words.
+      rejected: the other plans, each with what spoke against it.
+    """
+
+    measurement: Measurement
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan itself."""
+        return self.measurement.plan
+
+
+def choose(
+    measurements: Iterable[Measurement],
+    *,
+    memory_budget_mb: float | None = None,
+    implementation: str | None = None,
+) -> Choice | None:
+    """The best plan by its measurements; None if none can be recommended.
+
+    The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose
+    times cannot be told from the fastest's, the one with least memory; never one slower than
+    dense attention, where dense fits. ``implementation`` narrows the choice to one. A plan that
+    was given up early was slower than another; it may be the best of those that a budget or an
+    implementation leaves, and counts only there.
+    """
+    judged = [(m, _objection(m, memory_budget_mb, implementation)) for m in measurements]
+    fitting = [measurement for measurement, objection in judged if not objection]
+    if not fitting:
+        return None
+    # Ties end with the plan's name, so that the order of the measurements decides nothing.
+    fastest = min(fitting, key=lambda m: (m.ratio, m.noise, str(m.plan)))
+    equal = [m for m in fitting if not slower_by(m, fastest)]
+    dense = next((m for m in fitting if m.plan == DENSE), None)
+    no_slower = [m for m in equal if dense is None or slower_by(m, dense) <= 0]
+    best = min(no_slower, key=_memory_then_time)
+    others = [(m, _comparison(m, best, fastest)) for m in fitting if m is not best]
+    unfit = [(measurement, objection) for measurement, objection in judged if objection]
+    return Choice(
+        measurement=best,
+        reason="fastest"
+        if best is fastest
+        else f"least memory of {len(equal)} plans whose times cannot be told apart",
+        rejected=tuple((str(m.plan), against) for m, against in (*unfit, *others)),
+    )
+
+
+def least_memory(
+    measurements: Iterable[Measurement], implementation: str | None = None
+) -> Measurement | None:
+    """The one, of those that were timed, that takes least working memory; None if there is none.
+
+    ``implementation`` narrows it to one.
+    """
+    timed = [m for m in measurements if not _objection(m, math.inf, implementation)]
+    return min(timed, key=_memory_then_time, default=None)
+
+
+def slower_by(one: Measurement, other: Measurement) -> float:
+    """By what fraction ``one`` is slower (0.1 is 10%); 0 where times cannot be told apart."""
+    difference = one.ratio / other.ratio - 1 if other.ratio else 0.0
+    noise = min(LARGEST_NOISE, max(SAME_TIME, 2 * math.hypot(one.noise, other.noise)))
+    return difference if abs(difference) > noise else 0.0
+
+
+def _memory(measurement: Measurement) -> int:
+    return measurement.temp_bytes or 0
+
+
+def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:
+    return _memory(measurement), measurement.ratio, str(measurement.plan)
+
+
+def _objection(
+    measurement: Measurement, memory_budget_mb: float | None, implementation: str | None
+) -> str:
+    """Why a measurement cannot be chosen at all; empty if it can."""
+    if implementation is not None and measurement.implementation != implementation:
+        return f"implementation={implementation!r} was asked for"
+    if measurement.implementation not in IMPLEMENTATIONS:
+        return "this version of autochunk has no such implementation"
+    narrowed = memory_budget_mb is not None or implementation is not None
+    if measurement.status == "pruned" and not narrowed:
+        return f"given up early, {measurement.detail or 'too slow'}"
+    if not measurement.timed:
+        return ": ".join(filter(None, (measurement.status, measurement.detail)))
+    memory = _memory(measurement)
+    if memory_budget_mb is not None and memory > memory_budget_mb * BYTES_PER_MB:
+        return (
+            f"{memory / 1e6:.0f} MB of working memory is over the budget of {memory_budget_mb:g} MB"
+        )
+    return ""
+
+
+def _comparison(other: Measurement, best: Measurement, fastest: Measurement) -> str:
+    """What speaks against a measurement that could have been chosen."""
+    memory = f"{(_memory(other) - _memory(best)) / 1e6:+.0f} MB of working memory"
+    if slower := slower_by(other, best):
+        return f"{slower:+.0%} time, {memory}"
+    # two plans may each be near a third and not near each other
+    if behind := slower_by(other, fastest):
+        return f"{behind:+.0%} time against the fastest, {memory}"
+    return f"as fast, {memory}"

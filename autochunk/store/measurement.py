@@ -1,0 +1,135 @@
+"""One plan, measured: times, memory and error as they were, or why there are none."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+
+from autochunk.plan import Plan, check_max_chunk_size_mb
+
+Status = Literal[
+    "ok",
+    "oom",
+    "over_budget",
+    "timeout",
+    "crashed",
+    "inaccurate",
+    "unsupported",
+    "pruned",
+    "skipped",
+]
+
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Without FailFast each wrong value of a hostile file is an error that takes memory.
+_Times = Annotated[tuple[_Seconds, ...], FailFast()]
+_Bytes = Annotated[int, Field(ge=0, le=2**60)]
+
+
+class Record(BaseModel):
+    """Data that is kept: it does not change, and a field that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Measurement(Record):
+    """One plan, measured.
+
+    Attributes:
+      implementation, max_chunk_size_mb: the plan.
+      status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others
+        say why there are none ("skipped": larger limits had got slower and slower).
+      detail: what happened, in words, for a status other than "ok".
+      seconds: device time of each repeat.
+      ratios: each repeat over the anchor plan's time in the same round; rounds of one workload
+        share the anchor, so these compare across plans.
+      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and
+        ``measured_bytes``.
+      measured_bytes: working memory that the process or the device's allocator was seen to take,
+        where that could be told.
+      compile_seconds: time to compile.
+      error: largest error of output and gradients relative to the largest reference value, against
+        float64 on sampled rows.
+    """
+
+    implementation: str
+    max_chunk_size_mb: float | None
+    status: Status
+    detail: str = Field(default="", max_length=2000)
+    seconds: _Times = Field(default=(), max_length=1000)
+    ratios: _Times = Field(default=(), max_length=1000)
+    temp_bytes: _Bytes | None = None
+    measured_bytes: _Bytes | None = None
+    compile_seconds: _Seconds | None = None
+    error: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("implementation")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        # A profile may come from a newer version; a plan it cannot run is kept and never chosen.
+        if not value.isidentifier():
+            raise ValueError(f"{value!r} is no implementation's name")
+        return value
+
+    @field_validator("max_chunk_size_mb")
+    @classmethod
+    def _usable(cls, value: float | None) -> float | None:
+        limit = check_max_chunk_size_mb(value)
+        assert limit != "auto"
+        return limit
+
+    @model_validator(mode="after")
+    def _times_and_status(self) -> Measurement:
+        if len(self.ratios) != len(self.seconds):
+            raise ValueError(f"{len(self.seconds)} times but {len(self.ratios)} ratios")
+        if self.status in ("ok", "pruned") and (not self.seconds or self.temp_bytes is None):
+            raise ValueError(f"status {self.status} needs times and temp_bytes")
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was measured."""
+        return Plan(self.implementation, self.max_chunk_size_mb)
+
+    @property
+    def timed(self) -> bool:
+        """Whether there are times to compare."""
+        return self.status in ("ok", "pruned")
+
+    @property
+    def seconds_median(self) -> float:
+        """Median time in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median time relative to the anchor plan."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> float:
+        """The ``relative_spread`` of the ratios; 0 for a single repeat."""
+        return relative_spread(self.ratios) or 0.0
+
+    @property
+    def noise(self) -> float:
+        """Standard error of the median ratio, relative to it.
+
+        Normal approximation: 1.4826 makes a standard deviation of half the interquartile range,
+        1.2533 the median's error of the mean's.
+        """
+        return 1.2533 * 1.4826 * self.spread / math.sqrt(len(self.ratios)) if self.ratios else 0.0
+
+
+def relative_spread(values: Sequence[float]) -> float | None:
+    """Half the interquartile range of positive values, relative to their median.
+
+    None for fewer than two values or a median of zero.
+    """
+    if len(values) < 2:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle if middle else None

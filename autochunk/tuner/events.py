@@ -1,0 +1,85 @@
+"""What a tune tells of its progress, one small class for each thing that can be told.
+
+With time to spare, several workers may come back to a workload that was told of as unfinished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autochunk.device import Device
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
+from autochunk.workload import Workload
+
+
+@dataclass(frozen=True)
+class DeviceFound:
+    """The measuring processes are up, and this is what they measure on."""
+
+    device: Device
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The workload that is told of, which is number ``number`` of ``count``."""
+
+    workload: Workload
+    number: int
+    count: int
+
+    @property
+    def place(self) -> tuple[Workload, int, int]:
+        """What every event about it begins with."""
+        return self.workload, self.number, self.count
+
+
+@dataclass(frozen=True)
+class Started(Subject):
+    """A worker begins with it."""
+
+
+@dataclass(frozen=True)
+class Measured(Subject):
+    """One of its plans is measured, and ``done`` of ``total`` are now."""
+
+    measurement: Measurement
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Finished(Subject):
+    """Its profile is stored; not ``complete`` if time ran out."""
+
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class Awaited(Subject):
+    """Other workers are still at it, and nothing is left for the one that tells."""
+
+
+@dataclass(frozen=True)
+class Skipped(Subject):
+    """Its profile was there already, and is good enough."""
+
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class Failed(Subject):
+    """It could not be measured; ``profile`` has what was measured before, if anything."""
+
+    detail: str
+    profile: Profile | None
+
+
+@dataclass(frozen=True)
+class OutOfTime(Subject):
+    """Time ran out before there was more than the profile that is stored, if any."""
+
+    profile: Profile | None
+
+
+Event = DeviceFound | Started | Measured | Finished | Awaited | Skipped | Failed | OutOfTime

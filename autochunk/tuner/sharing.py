@@ -1,0 +1,170 @@
+"""Who measures what, and for how long: a lone worker, the GPUs of one machine, several machines."""
+
+from __future__ import annotations
+
+import contextvars
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from autochunk.errors import StorageError
+from autochunk.tuner.attempt import attempt
+from autochunk.tuner.events import Subject
+from autochunk.tuner.probe import Probe, seconds_left
+from autochunk.tuner.study import Journals, Storage, Study, worker_name
+from autochunk.tuner.task import Task
+from autochunk.workload import Workload
+
+_POLL_SECONDS = 1.0  # between looks at what other workers have measured
+
+
+def on_this_machine(
+    task: Task, probes: Sequence[Probe], journals: Journals, waiting: Sequence[Subject]
+) -> None:
+    """Measures what is waiting, with one worker or one for each GPU."""
+    if len(probes) > 1:
+        _all_together(task, probes, journals, waiting)
+    else:
+        _in_turn(task, probes[0], journals, waiting)
+
+
+def _in_turn(task: Task, probe: Probe, journals: Journals, waiting: Sequence[Subject]) -> None:
+    """What a lone worker does: one workload after the other, each with its share of the time."""
+    for number, subject in enumerate(waiting):
+        workload = subject.workload
+        todo = [one.workload for one in waiting[number:]]
+        try:
+            study = journals.study(workload)
+            attempt(task, subject, study, probe, _share(task, workload, todo, workers=1))
+        except StorageError:
+            # Another tune with this store may have finished it, and thrown its journal away.
+            profile = task.good_enough(workload)
+            if profile is None:
+                raise
+            task.found[workload] = profile
+        finally:
+            if workload in task.finished:
+                journals.throw_away(workload)
+
+
+def _all_together(
+    task: Task, probes: Sequence[Probe], journals: Journals, waiting: Sequence[Subject]
+) -> None:
+    """What the GPUs of one machine do: they share the workloads, and the plans of the last ones."""
+    try:
+        on_each(probes, _Sharing(task, journals.study, waiting, workers=len(probes)).work)
+    finally:
+        for workload in task.finished:
+            journals.throw_away(workload)
+
+
+def with_other_machines(
+    task: Task, probes: Sequence[Probe], storage: Storage, waiting: Sequence[Subject]
+) -> None:
+    """What each of several machines does: the same, in a storage that all of them reach."""
+
+    def study(workload: Workload) -> Study:
+        return storage.study(task.device, workload, task.effort)
+
+    # Machines that start together should not begin with the same workload.
+    first = zlib.crc32(worker_name().encode())
+    on_each(probes, _Sharing(task, study, waiting, workers=len(probes), first=first).work)
+
+
+class _Sharing:
+    """Several workers, each of which goes to the workload that fewest are at.
+
+    Those that take longest come first, so that none of them is left for the end (Graham 1969,
+    "Bounds on multiprocessing timing anomalies"); the order begins anew at number ``first`` plus
+    the worker's own. Each has its share of the time that ``workers`` have, and the time that is
+    left after all had theirs.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        study: Callable[[Workload], Study],
+        waiting: Sequence[Subject],
+        *,
+        workers: int,
+        first: int = 0,
+    ) -> None:
+        self._task = task
+        self._study = study
+        self._subjects = {subject.workload: subject for subject in waiting}
+        self._workers = workers
+        self._first = first
+
+    def work(self, probe: Probe, number: int) -> None:
+        """What one worker does, until nothing is left to do or to wait for."""
+        task = self._task
+        order = _rotated(_longest_first(self._subjects), self._first + number)
+        studies = {workload: self._study(workload) for workload in order}
+        awaited: set[Workload] = set()
+        while not probe.abandoned and seconds_left(task.deadline) > 0:
+            studies = {one: study for one, study in studies.items() if not task.is_over(one)}
+            if not studies:
+                return
+            workload = self._next(studies, awaited)
+            if workload is None:
+                time.sleep(min(_POLL_SECONDS, max(0.0, seconds_left(task.deadline))))
+                continue
+            share = _share(task, workload, self._subjects, self._workers)
+            if attempt(task, self._subjects[workload], studies[workload], probe, share):
+                awaited.add(workload)
+
+    def _next(self, studies: dict[Workload, Study], awaited: set[Workload]) -> Workload | None:
+        """Where a worker is needed most; not where it has to wait for others."""
+        workers = {workload: study.workers() for workload, study in studies.items()}
+        return min(
+            (one for one in studies if one not in awaited or not workers[one]),
+            key=lambda one: (one in self._task.spent, workers[one], one in self._task.begun),
+            default=None,
+        )
+
+
+def _share(task: Task, workload: Workload, todo: Iterable[Workload], workers: int) -> float:
+    """Seconds that a workload has of one of several workers: as long as each that is still to do.
+
+    If it had its share before, as all others had then, it has all that is left.
+    """
+    left = seconds_left(task.deadline)
+    if workload in task.spent:
+        return left
+    others = set(todo) - task.spent - task.finished - task.failed - {workload}
+    return left * min(1.0, workers / (1 + len(others)))
+
+
+def _longest_first(workloads: Iterable[Workload]) -> list[Workload]:
+    return sorted(
+        workloads, key=lambda one: (one.mode == "training", one.logits_bytes), reverse=True
+    )
+
+
+def _rotated(items: list[Workload], by: int) -> list[Workload]:
+    """The same in turn from another one on, so that workers that start together begin apart."""
+    start = by % max(1, len(items))
+    return items[start:] + items[:start]
+
+
+def on_each(probes: Sequence[Probe], work: Callable[[Probe, int], object]) -> None:
+    """Runs ``work`` on every probe and its number, on several in threads.
+
+    When one fails or Ctrl-C comes, the others keep what they have and stop.
+    """
+    if len(probes) == 1:
+        work(probes[0], 0)
+        return
+    with ThreadPoolExecutor(len(probes)) as threads:
+        running = [
+            threads.submit(contextvars.copy_context().run, work, probe, number)
+            for number, probe in enumerate(probes)
+        ]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:
+            for probe in probes:
+                probe.abandon()
+            raise

@@ -1,0 +1,59 @@
+"""How plans stand by what is measured so far: which may still win, and which need not be tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autochunk.plan import Plan
+from autochunk.store.measurement import Measurement
+from autochunk.tuner.effort import EffortSettings
+
+# Within this of the best, a plan takes part in the joint rounds.
+_CLOSE = 1.08
+
+Measurements = Mapping[Plan, Measurement]
+
+
+def best_ratio(measured: Measurements) -> float:
+    """The ratio to compare with; the anchor's own, if nothing is measured, is one."""
+    return min((m.ratio for m in measured.values() if m.status == "ok"), default=1.0)
+
+
+def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
+    """The plans that could still win, best first.
+
+    The second is one of them even if it was given up, lest nobody meets a first that was lucky.
+    """
+    ranked = sorted((m for m in measured.values() if m.timed), key=lambda m: m.ratio)
+    best = ranked[0].ratio if ranked else 0.0
+    second = [m for m in ranked[1:2] if m.ratio <= settings.hopeless**2 * best]
+    close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
+    plans = [m.plan for m in (*close[:1], *second, *close[1:])]
+    return list(dict.fromkeys(plans))[: settings.finalists]
+
+
+def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
+    """Why a limit need not be tried, if the two next larger ones say so; else nothing."""
+    nearest = _next_larger(plan, measured)
+    if nearest and nearest[0].status == "skipped":
+        return nearest[0].detail
+    slower = [m.ratio / best_ratio(measured) for m in nearest if m.timed]
+    if len(slower) < 2 or not slower[0] > slower[1] > settings.hopeless**2:
+        return ""
+    return (
+        f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB "
+        f"took {slower[1]:.1f}x and {slower[0]:.1f}x the best time"
+    )
+
+
+def _next_larger(plan: Plan, measured: Measurements) -> list[Measurement]:
+    """Of the same implementation the two next larger limits, the smaller one first."""
+    limit = plan.max_chunk_size_mb
+    if limit is None:
+        return []
+    larger = [
+        m
+        for m in measured.values()
+        if m.implementation == plan.implementation and (m.max_chunk_size_mb or 0) > limit
+    ]
+    return sorted(larger, key=lambda m: m.max_chunk_size_mb or 0)[:2]

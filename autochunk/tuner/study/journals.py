@@ -1,0 +1,60 @@
+"""A tune's own journals, which lie beside its store until a workload is finished.
+
+What is interrupted, even by a crash, goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from autochunk.device import Device
+from autochunk.store.profile import Effort
+from autochunk.tuner.study.storage import open_private, study_name
+from autochunk.tuner.study.trials import Study
+from autochunk.workload import Workload
+
+
+@dataclass(frozen=True)
+class Journals:
+    """One file for each workload of a tune.
+
+    What is measured by force has files of its own, so that it goes on there when it was
+    interrupted; and so has each budget, for what does not fit one may fit another.
+
+    Attributes:
+      store: the path of the store that they lie beside.
+      device, effort, memory_budget_mb, force: what is tuned, and how.
+    """
+
+    store: Path
+    device: Device
+    effort: Effort
+    memory_budget_mb: float | None
+    force: bool
+
+    def study(self, workload: Workload) -> Study:
+        """The study of a workload; made if it is not there."""
+        return open_private(self._path(workload)).study(self.device, workload, self.effort)
+
+    def throw_away(self, workload: Workload) -> None:
+        """Throws a finished workload's journal away, unless another process is at it.
+
+        If no plan could be timed too: why that is may pass.
+        """
+        journal = self._path(workload)
+        if journal.exists() and not self.study(workload).workers():
+            for file in (journal, journal.with_name(journal.name + ".lock")):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
+    def _path(self, workload: Workload) -> Path:
+        name = study_name(self.device, workload, self.effort)
+        if self.memory_budget_mb is not None:
+            name += f" | {self.memory_budget_mb:g} MB"
+        if self.force:
+            name += " | forced"
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return self.store.with_name(f"{self.store.name}.unfinished") / f"{digest}.journal"

@@ -1,0 +1,143 @@
+"""Where studies are kept: a journal file, or a database that several machines reach."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+from autochunk.device import Device
+from autochunk.errors import StorageError
+from autochunk.store.merge import rank
+from autochunk.store.profile import Effort, Profile
+from autochunk.tuner.study.failures import first_line, one_error, without_password
+from autochunk.tuner.study.trials import Study, readable
+from autochunk.workload import Workload
+
+_ATTEMPTS = 10  # at opening a database
+# A killed process leaves its lock behind. Nobody holds one for longer than it takes to append a
+# line.
+_LOCK_SECONDS = 2
+
+
+class Storage:
+    """Where studies are kept.
+
+    Args:
+      place: a database's URL as SQLAlchemy reads it (``postgresql://user:password@host/name``), or
+        the path of a journal file.
+      make: whether a journal file that is not there is made.
+
+    Raises:
+      StorageError: it cannot be reached, or is not there and not to be made.
+    """
+
+    def __init__(self, place: str | os.PathLike[str], *, make: bool = True) -> None:
+        self.place = os.fspath(place)
+        _check(self.place, make)
+        try:
+            with one_error(self.place):
+                self._optuna: BaseStorage = _open(self.place)
+        # what Optuna makes of a file that it did not write
+        except (ValueError, LookupError, TypeError, AssertionError) as error:
+            raise StorageError(
+                f"{without_password(self.place)} is no storage that `autochunk tune --storage` "
+                f"made: {first_line(error)}"
+            ) from error
+
+    def study(self, device: Device, workload: Workload, effort: Effort) -> Study:
+        """The study of a workload; made if it is not there."""
+        with one_error(self.place):
+            return Study(self.place, self._optuna, study_name(device, workload, effort))
+
+    def profiles(self) -> tuple[list[Profile], int]:
+        """Of each device and workload the profile of best effort, and the number of other studies.
+
+        Those have no profile yet, or one that only a newer autochunk can read.
+        """
+        with one_error(self.place):
+            summaries = optuna.get_all_study_summaries(
+                storage=self._optuna, include_best_trial=False
+            )
+        found = [readable(summary.user_attrs.get("profile")) for summary in summaries]
+        rising = sorted(filter(None, found), key=lambda profile: rank(profile, "best-effort"))
+        return list({profile.key: profile for profile in rising}.values()), found.count(None)
+
+
+def study_name(device: Device, workload: Workload, effort: Effort) -> str:
+    """What machines must have in common to share a study.
+
+    The device, and the libraries whose programs are timed.
+    """
+    cudnn = f" cudnn={device.cudnn}" if device.cudnn else ""
+    return f"{device.key} jaxlib={device.jaxlib}{cudnn} | {workload.key} | {effort}"
+
+
+def open_private(journal: Path) -> Storage:
+    """The storage in a journal of this machine's own.
+
+    What a crash left torn is cut off; what cannot be read is thrown away: it saves work, no more.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _mend(journal)
+    try:
+        return Storage(journal)
+    except StorageError:
+        journal.unlink(missing_ok=True)
+        return Storage(journal)
+
+
+def _mend(journal: Path) -> None:
+    """Cuts off what follows the last whole line."""
+    lock = _lock(journal)
+    lock.acquire()
+    try:
+        with journal.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _check(place: str, make: bool) -> None:
+    """Raises StorageError for what can be told without opening it."""
+    is_url = "://" in place
+    if is_url and place.count("@") > 1:
+        raise StorageError(
+            "in a storage's URL there is one @, before the host; one in a password is written %40 "
+            "(PGPASSWORD needs no such care)"
+        )
+    if not (is_url or make or Path(place).exists()):
+        raise StorageError(
+            f"there is no storage {place}; name the one that `autochunk tune --storage` was given"
+        )
+
+
+def _open(place: str) -> BaseStorage:
+    return _open_database(place) if "://" in place else _open_journal(Path(place))
+
+
+def _open_journal(journal: Path) -> JournalStorage:
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=_lock(journal)))
+
+
+def _lock(journal: Path) -> JournalFileOpenLock:
+    return JournalFileOpenLock(str(journal), grace_period=_LOCK_SECONDS)
+
+
+def _open_database(url: str) -> RDBStorage:
+    # SQLAlchemy's default for PostgreSQL is psycopg2; psycopg is its successor.
+    for scheme in ("postgresql://", "postgres://"):
+        url = url.replace(scheme, "postgresql+psycopg://", 1) if url.startswith(scheme) else url
+    for _ in range(_ATTEMPTS):
+        # Workers that start together make the tables of a new database at the same time.
+        with contextlib.suppress(IntegrityError, ProgrammingError):
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        time.sleep(0.5)
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})

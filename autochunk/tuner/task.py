@@ -1,0 +1,106 @@
+"""What all workloads of one tune have in common: how hard to look, for how long, what is stored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import autochunk
+from autochunk.device import Device
+from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
+from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.events import Event
+from autochunk.tuner.search import Outcome
+from autochunk.tuner.study import Study
+from autochunk.workload import Workload
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tune on one kind of device, and what has become of each workload.
+
+    Attributes:
+      found: profiles that are stored.
+      begun: some worker has been at it.
+      spent: its share of the time is over; more is for it only when all others have had theirs.
+      finished: nothing is left to be measured.
+      failed: a worker could not go on with it, and no other one is to try.
+      storing: held by whoever compares with what is stored, and stores.
+    """
+
+    effort: Effort
+    store: ProfileStore
+    device: Device
+    deadline: float | None
+    on_event: Callable[[Event], None]
+    found: dict[Workload, Profile] = field(default_factory=dict)
+    begun: set[Workload] = field(default_factory=set)
+    spent: set[Workload] = field(default_factory=set)
+    finished: set[Workload] = field(default_factory=set)
+    failed: set[Workload] = field(default_factory=set)
+    storing: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_over(self, workload: Workload) -> bool:
+        """Whether no worker is to go on with a workload."""
+        return workload in self.finished or workload in self.failed
+
+    def good_enough(self, workload: Workload) -> Profile | None:
+        """The stored profile, if measuring again would tell nothing new."""
+        profile = self.store.get(self.device, workload)
+        if profile is None or not profile.complete or profile.device.stale_reasons(self.device):
+            return None
+        return profile if _rank(profile.effort) >= _rank(self.effort) else None
+
+    def keep(self, outcome: Outcome, study: Study, workload: Workload) -> Profile | None:
+        """Stores what was found, unless that is nothing or less than is stored.
+
+        Returns what is stored then, None if nothing was found.
+        """
+        if not any(measurement.timed for measurement in outcome.measurements):
+            return None
+        with self.storing:
+            # by another worker, which held the joint rounds or ended at the same time
+            made = study.profile if outcome.complete else None
+            profile = made or self._profile(outcome, workload)
+            old = self.store.get(self.device, workload)
+            if old is not None and _stays(old, profile):
+                profile = old
+            else:
+                self.store.put(profile)
+            self.found[workload] = profile
+            if outcome.complete and made is None:
+                study.profile = profile
+        return profile
+
+    def _profile(self, outcome: Outcome, workload: Workload) -> Profile:
+        return Profile(
+            schema_version=SCHEMA_VERSION,
+            workload=workload.key,
+            device=self.device,
+            measurements=outcome.measurements,
+            effort=self.effort,
+            complete=outcome.complete,
+            created=utc_now(),
+            autochunk=autochunk.__version__,
+        )
+
+
+def _stays(old: Profile, new: Profile) -> bool:
+    """Whether what is stored tells more than what is new.
+
+    It is finished, and the new one is not; or of two unfinished ones, it is of more effort, or has
+    more plans timed.
+    """
+    if new.complete:
+        return False
+    stale = old.device.stale_reasons(new.device)
+    return old.complete or (not stale and _extent(old) > _extent(new))
+
+
+def _extent(profile: Profile) -> tuple[int, int]:
+    return _rank(profile.effort), sum(m.timed for m in profile.measurements)
+
+
+def _rank(effort: Effort) -> int:
+    return EFFORTS.index(effort)
