@@ -110,8 +110,9 @@ def default_device() -> Any:
     """
     import jax
 
+    config: Any = jax.config  # some versions annotate what it has, others do not
     try:
-        chosen = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined, unused-ignore]
+        chosen = config.jax_default_device or jax.local_devices()[0]
         return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
     except RuntimeError as error:
         raise DeviceError(f"jax finds no device to compute on: {error}") from error

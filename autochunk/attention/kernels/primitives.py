@@ -52,7 +52,8 @@ def _primitive(
 
     def implement(*operands: jax.Array, **params: Any) -> list[jax.Array]:
         # Lowering is what knows the platform; with jit disabled there is none.
-        run = function if jax.config.jax_disable_jit else compiled  # type: ignore[attr-defined, unused-ignore]
+        config: Any = jax.config  # some versions annotate what it has, others do not
+        run = function if config.jax_disable_jit else compiled
         return cast(list[jax.Array], run(*operands, **params))
 
     primitive.def_impl(implement)
