@@ -147,13 +147,13 @@ def looped(function: Function) -> Function:
 
 
 def hessian_of_a_row(function: Function) -> Function:
-    """Of one row of the query, for the whole one is large."""
+    """Of the query's last row, which sees several keys; the whole query's would be large."""
 
     def run(query: jax.Array, *others: jax.Array) -> Any:
         def of_row(row: jax.Array) -> Any:
-            return scalar(function)(query.at[0, 0, 0].set(row), *others)
+            return scalar(function)(query.at[0, -1, 0].set(row), *others)
 
-        return jax.hessian(of_row)(query[0, 0, 0])
+        return jax.hessian(of_row)(query[0, -1, 0])
 
     return run
 
