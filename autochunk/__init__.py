@@ -11,7 +11,7 @@ holds::
     workload                 one tunable call, and the one text that names it
     implementations          the ways to compute attention, in one table
     plan                     how a call runs: an implementation, a limit, the slices of these
-    device                   where a result was measured
+    host, nvidia, device     this machine, its GPUs; where a result was measured
     store/                   what is remembered
       measurement, choice      one plan measured; how a choice follows from several
       profile                  all measurements of a workload on a device

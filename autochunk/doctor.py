@@ -16,11 +16,14 @@ from typing import Literal
 import autochunk
 from autochunk import device as devices
 from autochunk.device import Device
-from autochunk.errors import BundleError, DeviceError, StoreError
+from autochunk.errors import BundleError, DeviceError, ProbeError, StoreError
 from autochunk.resolution import layers, places
 from autochunk.resolution.layers import Layer
+from autochunk.store.interval import Interval
 from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.page_faults import HEAP_KEPT
+from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.verify import Verification, verify
 
 Level = Literal["ok", "note", "problem"]
@@ -31,6 +34,7 @@ _EXTRAS = {
     "psycopg": 'pip install "autochunk[postgresql]" to tune through PostgreSQL',
 }
 _JAX_INSTALLATION = "https://docs.jax.dev/en/latest/installation.html"
+_COSTLY = 0.10  # what page faults may cost before a cure is worth its trouble
 _ELSEWHERE = "set AUTOCHUNK_STORE to a file in a folder you may write"
 
 
@@ -56,6 +60,7 @@ def examine(
     *,
     verify_count: int = 0,
     verifier: Callable[[Profile], Verification] = verify,
+    page_faults: Callable[[], Interval] | None = None,
 ) -> Iterator[Finding]:
     """Everything there is to find: versions, device, layers, store, profiles. Changes nothing.
 
@@ -63,6 +68,7 @@ def examine(
       store: the user's store; None is the default one.
       verify_count: so many of this device's profiles, the oldest first, are timed again here.
       verifier: times one.
+      page_faults: measures what page faults cost on a CPU; None leaves it.
     """
     yield from _versions()
     try:
@@ -71,6 +77,8 @@ def examine(
         yield Finding("problem", "device", str(error), f"see {_JAX_INSTALLATION}")
         return
     yield from _device(device)
+    if page_faults is not None and device.allocator.startswith("glibc"):
+        yield _page_faults(page_faults)
     every = places.all_layers(store)
     for layer in every:
         yield _layer(layer, device)
@@ -104,6 +112,23 @@ def _device(device: Device) -> Iterator[Finding]:
     if device.platform == "gpu" and not device.cudnn:
         detail = "the version of cuDNN is not known, so that profiles do not go stale with it"
         yield Finding("note", "GPU", detail, "install jax[cuda13] with pip")
+
+
+def _page_faults(measure: Callable[[], Interval]) -> Finding:
+    try:
+        found = measure()
+    except (ProbeError, WorkerFailure) as error:
+        return Finding("note", "page faults", f"what they cost cannot be measured: {error}")
+    low, middle, high = found
+    detail = (
+        f"a short attention call, not sliced, takes {middle:+.0%} time (from {low:+.0%} to "
+        f"{high:+.0%}) against a process that keeps its freed memory"
+    )
+    if low <= _COSTLY:
+        return Finding("ok", "page faults", detail)
+    settings = " ".join(f"{name}={value}" for name, value in HEAP_KEPT.items())
+    cure = f"start programs, `autochunk tune` too, with {settings} (takes 1 GB more memory)"
+    return Finding("note", "page faults", detail, cure)
 
 
 def _nvidia_gpu_here() -> bool:
@@ -226,10 +251,14 @@ def _verified(found: Verification) -> Finding:
     if found.failure:
         detail = f"{found.plan} cannot be timed here any more: {found.failure}"
         return Finding("problem", subject, detail, again)
+    low, middle, high = found.change
     detail = (
-        f"{found.plan} takes {found.now:.2f} of the time of {found.baseline}, {found.then:.2f} "
-        f"when tuned ({found.change:+.0%} ±{found.spread:.0%})"
+        f"{found.plan} takes {1 + found.now.middle:.2f} of the time of {found.baseline}, "
+        f"{1 + found.then.middle:.2f} when tuned ({middle:+.0%}, from {low:+.0%} to {high:+.0%})"
     )
     if found.drifted:
         return Finding("problem", subject, detail, again)
+    if not found.clear:
+        unclear = "times scatter too much to tell; run it again when the machine has less to do"
+        return Finding("note", subject, detail, unclear)
     return Finding("ok", subject, detail)

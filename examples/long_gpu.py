@@ -20,7 +20,7 @@ from typing import Any
 
 def limit_memory(gigabytes: float) -> None:
     """Lets jax take so many 10^9 bytes of the GPU at most; call it before jax's backend starts."""
-    from autochunk.device import visible_gpus
+    from autochunk.nvidia import visible_gpus
 
     fraction = gigabytes * 1e9 / total_bytes(visible_gpus()[0])
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"

@@ -27,7 +27,7 @@ import numpy as np
 
 import autochunk
 from autochunk.attention.arguments import Arguments
-from autochunk.device import available_cpu_bytes
+from autochunk.host import available_cpu_bytes
 from autochunk.tuner.peers import row_loop
 
 KINDS = ("dense", "row loop", "1000 MB", "auto")

@@ -25,7 +25,7 @@ from autochunk.store import bundle, files
 from autochunk.store.profile import utc_now
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.events import Event, Failed, OutOfTime
+from autochunk.tuner.events import Event, Failed, OtherWork, OutOfTime
 from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -56,11 +56,16 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert row["speedup_vs_dense"] > 0
     assert json.loads(call("show", "--json").stdout) == tuned
     assert row["shape"] in call("show").stdout
+    memory = json.loads(call("show", "--memory", "--json").stdout)
+    assert row["plan"] in [plan["plan"] for plan in memory]
+    assert all(plan["predicted_bytes"] > 0 for plan in memory)
+    assert "measured / predicted" in call("show", "--memory").stdout
 
     (answer,) = json.loads(call("explain", "--shape", SHAPE, "--mode", "forward", "--json").stdout)
     assert answer["match"] == "exact"
     for name in ("implementation", "max_chunk_size_mb"):
         assert answer[name] == row[name]
+    assert answer["within"] == row["within"]
     assert "because" in call("explain", "--shape", SHAPE, "--mode", "forward").stdout
 
     file = tmp_path / "profiles.json"
@@ -251,6 +256,7 @@ def test_forget_asks_first_and_names_what_goes() -> None:
             "out of time, and the profile from before stays (standard); the same command goes on "
             "from here",
         ),
+        (OtherWork(0.94, 2), "other programs had 0.9 of 2 cores meanwhile"),
     ],
 )
 def test_progress_says_what_became_of_a_workload(event: Event, words: str) -> None:
@@ -271,7 +277,7 @@ def test_bundles_are_shown(tmp_path: Path) -> None:
     assert call("show", str(file), "--json").stdout == call("show", "--json").stdout
     lines = call("show", str(file), "--markdown").stdout.splitlines()
     assert f"## {profile.device.key}" in lines
-    assert [len(line.split("|")) for line in lines if line.startswith("|")] == [10, 10, 10]
+    assert [len(line.split("|")) for line in lines if line.startswith("|")] == [11, 11, 11]
     assert call("show", str(file), "--store", str(tmp_path / "store")).exit_code == 2
 
 
@@ -363,6 +369,7 @@ def test_doctor_ends_by_what_it_found(tuned: list[dict[str, Any]]) -> None:
     healthy = call("doctor", "--verify", "1")
     assert "versions" in healthy.stdout
     assert tuned[0]["shape"] in healthy.stdout
+    assert "page faults" in healthy.stdout
     ProfileStore().path.chmod(0o666)
     sick = call("doctor", "--json")
     assert sick.exit_code == 1
@@ -418,8 +425,8 @@ def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) 
 
     Ctrl-C, SIGTERM (a scheduler) or SIGHUP (a lost connection); what was measured is stored.
     """
-    line = "-m autochunk.cli tune --shape b=4,t=1024,h=8,k=64 --effort thorough"
-    command = [sys.executable, *line.split()]
+    options = "tune --shape b=4,t=1024,h=8,k=64 --effort thorough"
+    command = [sys.executable, "-m", "autochunk.cli", *options.split()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

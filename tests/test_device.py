@@ -1,6 +1,6 @@
 """The device's fingerprint, and what of a machine's cores and memory a process may use.
 
-Files of ``/proc`` and ``/sys`` come from a dict of texts in place of ``autochunk.device._read``;
+Files of ``/proc`` and ``/sys`` come from a dict of texts in place of ``autochunk.host.read``;
 all parsing is the real one.
 """
 
@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from autochunk import device
-from autochunk.device import Device, available_cpu_bytes, cpu_memory_bytes, detect, usable_cores
+from autochunk import host, nvidia
+from autochunk.device import Device, detect
 from autochunk.errors import DeviceError
+from autochunk.host import available_cpu_bytes, cpu_memory_bytes, usable_cores
 
 GIB = 2**30
 MEMINFO = """\
@@ -40,10 +41,10 @@ ROOT = "/sys/fs/cgroup"
 
 
 class Files(dict[str, str]):
-    """A machine's files by path; others read as "", as in ``autochunk.device._read``."""
+    """A machine's files by path; others read as "", as in ``autochunk.host.read``."""
 
     def read(self, path: str | Path) -> str:
-        """Stands in for ``_read``."""
+        """Stands in for ``read``."""
         return self.get(str(path), "")
 
 
@@ -51,7 +52,7 @@ class Files(dict[str, str]):
 def files(monkeypatch: pytest.MonkeyPatch) -> Files:
     """A Linux machine of 64 cores and 16 GiB, half of them available, without cgroups."""
     machine = Files({"/proc/meminfo": MEMINFO})
-    monkeypatch.setattr(device, "_read", machine.read)
+    monkeypatch.setattr(host, "read", machine.read)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     return machine
 
@@ -144,29 +145,29 @@ def test_visible_gpus(
 
     Names are those that a process of its own is given.
     """
-    monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
+    monkeypatch.setattr(nvidia, "cuda_driver", lambda: FakeDriver(3))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert device.visible_gpus(wanted) == expected
+    assert nvidia.visible_gpus(wanted) == expected
 
 
 @pytest.mark.parametrize("wanted", ["3", "0,0", "", "-1", "one", "0,,1"])
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """What was asked for is named with what there is."""
-    monkeypatch.setattr(device, "_cuda_driver", lambda: FakeDriver(3))
+    monkeypatch.setattr(nvidia, "cuda_driver", lambda: FakeDriver(3))
     said = r'devices must be "all" or different numbers from 0 to 2'
     with pytest.raises(DeviceError, match=said):
-        device.visible_gpus(wanted)
+        nvidia.visible_gpus(wanted)
 
 
 @pytest.mark.parametrize("driver", [None, FakeDriver(0)], ids=["no driver", "no GPU"])
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
     """Without a GPU there is an error that says how to go on, and no memory to tell."""
-    monkeypatch.setattr(device, "_cuda_driver", lambda: driver)
+    monkeypatch.setattr(nvidia, "cuda_driver", lambda: driver)
     with pytest.raises(DeviceError, match="this process sees no NVIDIA GPU; leave --devices out"):
-        device.visible_gpus()
-    assert driver is not None or device.gpu_memory(0) is None
+        nvidia.visible_gpus()
+    assert driver is not None or nvidia.gpu_memory(0) is None
 
 
 def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,13 +176,13 @@ def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build
 GCC version:  gcc version 15.3.0
 """
-    monkeypatch.setattr(device, "_read", lambda _: text)
-    assert device._nvidia_driver() == "580.159.04"
-    monkeypatch.setattr(device, "_read", lambda _: "")
-    assert device._nvidia_driver() == ""
+    monkeypatch.setattr(nvidia, "read", lambda _: text)
+    assert nvidia.driver_version() == "580.159.04"
+    monkeypatch.setattr(nvidia, "read", lambda _: "")
+    assert nvidia.driver_version() == ""
     for said, version in (("cuda 13000", "13.0"), ("cuda 12080", "12.8"), ("rocm 7", "")):
         gpu = SimpleNamespace(client=SimpleNamespace(platform_version=said))
-        assert device._cuda_version(gpu) == version
+        assert nvidia.cuda_version(gpu) == version
 
 
 @pytest.mark.parametrize("field", ["jax", "jaxlib", "driver", "cuda", "cudnn"])
@@ -230,6 +231,22 @@ def test_stale_by_cudnns_minor_version() -> None:
     assert then.stale_reasons(make_device(cudnn="9.19.1.2")) == []
     reasons = then.stale_reasons(make_device(cudnn="9.20.0.48"))
     assert reasons == ["measured with cuDNN 9.19.0.56, this is 9.20.0.48"]
+
+
+@pytest.mark.parametrize("field", ["allocator", "huge_pages"])
+def test_stale_by_how_memory_is_handed_out(field: str) -> None:
+    """Where both are known: profiles of before it was recorded are no staler for it."""
+    then, unknown = make_device(**{field: "one"}), make_device()
+    (reason,) = then.stale_reasons(make_device(**{field: "other"}))
+    assert reason == f"measured with {field.replace('_', ' ')} one, this is other"
+    assert then.stale_reasons(unknown) == unknown.stale_reasons(then) == []
+    assert then.stale_reasons(then) == []
+    assert then.key == make_device(**{field: "other"}).key
+
+
+def test_another_device_is_not_stale() -> None:
+    """It has no profile here that could be."""
+    assert make_device(jaxlib="0.1.0", cores=2).stale_reasons(make_device(jaxlib="0.2.0")) == []
 
 
 @pytest.mark.parametrize("field", ["jax", "driver", "cuda"])
@@ -314,13 +331,13 @@ CPU revision\t: 1
 def test_kind_of_an_x86(files: Files) -> None:
     """Vendor, family, model and stepping, then the instruction sets' hash."""
     files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
-    assert device._cpu_kind().startswith("AuthenticAMD/25/1/1 isa=")
+    assert host.cpu_kind().startswith("AuthenticAMD/25/1/1 isa=")
 
 
 def test_kind_of_an_arm(files: Files) -> None:
     """ARM's own names for the same."""
     files["/proc/cpuinfo"] = ARM
-    assert device._cpu_kind().startswith("0x41/0xd0c/0x3/1 isa=")
+    assert host.cpu_kind().startswith("0x41/0xd0c/0x3/1 isa=")
 
 
 def test_kind_leaves_out_what_changes(files: Files) -> None:
@@ -329,25 +346,25 @@ def test_kind_leaves_out_what_changes(files: Files) -> None:
     The kind does not.
     """
     files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
-    first = device._cpu_kind()
+    first = host.cpu_kind()
     faster = X86.format(n=0, mhz=3456.789, flags="avx  sse")
     files["/proc/cpuinfo"] = f"{faster}\n{X86.format(n=1, mhz=1, flags='sse avx')}"
-    assert device._cpu_kind() == first
+    assert host.cpu_kind() == first
 
 
 def test_kind_tells_instruction_sets_apart(files: Files) -> None:
     """One model behind two hypervisors, one of which hides AVX-512, is two kinds."""
     files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
-    first = device._cpu_kind()
+    first = host.cpu_kind()
     files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx avx512f")
-    assert device._cpu_kind() != first
+    assert host.cpu_kind() != first
 
 
 @pytest.mark.parametrize("text", ["", "\n", "no colon here\n", "\0\0\0"])
 def test_kind_without_cpuinfo(files: Files, text: str) -> None:
     """A system without /proc has a kind all the same."""
     files["/proc/cpuinfo"] = text
-    assert Device(platform="cpu", kind=device._cpu_kind(), cores=1, memory_gib=1)
+    assert Device(platform="cpu", kind=host.cpu_kind(), cores=1, memory_gib=1)
 
 
 # --- Cores ----------------------------------------------------------------------------------------
@@ -365,7 +382,7 @@ def test_cores_follow_the_affinity_of_this_process() -> None:
     code = """
 import os, sys
 os.sched_setaffinity(0, {int(sys.argv[1])})
-from autochunk.device import usable_cores
+from autochunk.host import usable_cores
 print(usable_cores())
 """
     assert run_python(code, min(os.sched_getaffinity(0))).strip() == "1"
@@ -548,7 +565,7 @@ def test_page_cache_is_free(files: Files, names: tuple[str, ...], stat: str) -> 
 def test_cgroup_folders(files: Files, cgroup: str, expected: list[str]) -> None:
     """The controller's folders from the process's own cgroup up to the root."""
     files["/proc/self/cgroup"] = cgroup
-    assert [str(folder) for folder in device._cgroup_folders("memory")] == expected
+    assert [str(folder) for folder in host._cgroup_folders("memory")] == expected
 
 
 @pytest.mark.parametrize("digit", ["\u00b2", "\u2460"])
@@ -569,7 +586,7 @@ def test_garbage_never_raises(cgroup: str, limit: str, meminfo: str) -> None:
     """
     texts = {"/proc/self/cgroup": f"0::/{cgroup}", "/proc/meminfo": meminfo}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_read", lambda path: texts.get(str(path), limit))
+        patch.setattr(nvidia, "read", lambda path: texts.get(str(path), limit))
         assert usable_cores() >= 1
         assert available_cpu_bytes() >= 0
         assert cpu_memory_bytes() >= 0
@@ -577,7 +594,72 @@ def test_garbage_never_raises(cgroup: str, limit: str, meminfo: str) -> None:
 
 def test_read_of_a_missing_file_is_empty(tmp_path: Path) -> None:
     """A file that is not there, or is a folder, or is no text, is no error."""
-    assert device._read(tmp_path / "missing") == ""
-    assert device._read(tmp_path) == ""
+    assert host.read(tmp_path / "missing") == ""
+    assert host.read(tmp_path) == ""
     (tmp_path / "binary").write_bytes(b"\xff\x00ok")
-    assert device._read(tmp_path / "binary").endswith("ok")
+    assert host.read(tmp_path / "binary").endswith("ok")
+
+
+# --- How memory is handed out, and who is at work -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("maps", "environment", "expected"),
+    [
+        ("", {}, "glibc"),
+        ("", {"MALLOC_TOP_PAD_": "1e9", "MALLOC_ARENA_MAX": "2"},
+         "glibc MALLOC_ARENA_MAX=2 MALLOC_TOP_PAD_=1e9"),
+        ("", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=9:glibc.cpu.x=1"},
+         "glibc glibc.malloc.trim_threshold=9"),
+        ("7f00 r-xp 00000000 /usr/lib/libjemalloc.so.2\n", {"MALLOC_TOP_PAD_": "1"}, "jemalloc"),
+        ("7f00 r-xp 00000000 /opt/libtcmalloc_minimal.so.4\n", {}, "tcmalloc"),
+    ],
+)  # fmt: skip
+def test_allocator(
+    files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    maps: str,
+    environment: dict[str, str],
+    expected: str,
+) -> None:
+    """By the library that is loaded in its place, else the C library's with its settings."""
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36", raising=False)
+    files["/proc/self/maps"] = maps
+    assert host.allocator() == expected
+
+
+def test_allocator_of_another_c_library(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not known, and nothing raises."""
+
+    def refuse(_: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "confstr", refuse, raising=False)
+    assert host.allocator() == ""
+    assert files == {"/proc/meminfo": MEMINFO}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("always [madvise] never\n", "madvise"), ("[always] madvise never", "always"), ("", "")],
+)
+def test_huge_pages(files: Files, text: str, expected: str) -> None:
+    """The one in brackets is in force."""
+    files["/sys/kernel/mm/transparent_hugepage/enabled"] = text
+    assert host.huge_pages() == expected
+
+
+def test_busy_seconds_are_of_the_cores_of_this_process(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of others, nor time in which nothing was done; unknown where nothing tells."""
+    assert host.busy_seconds() is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    times = "1 2 3 1000 1000 4 5 6 7 0"
+    files["/proc/stat"] = f"cpu  9 9 9 9\ncpu0 {times}\ncpu1 {times}\ncpu2 {times}\nintr 5\n"
+    assert host.busy_seconds() == pytest.approx(2 * (1 + 2 + 3 + 4 + 5 + 6) / 100)

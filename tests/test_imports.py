@@ -24,7 +24,8 @@ def _name(path: Path) -> str:
 
 MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
-WORDS = {"errors", "operands", "implementations", "plan", "workload", "device"}
+WORDS = {"errors", "operands", "implementations", "plan", "workload"}
+WORDS |= {"host", "nvidia", "device"}
 # Each room and the other rooms it may import. A module belongs to the longest room name that it
 # starts with; "" is the package itself (for its version).
 MAY_IMPORT: dict[str, set[str]] = {
@@ -34,7 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "implementations": set(),
     "plan": {"errors", "implementations"},
     "workload": {"errors", "operands"},
-    "device": {"errors"},
+    "host": set(),
+    "nvidia": {"errors", "host"},
+    "device": {"errors", "host", "nvidia"},
     "store": WORDS | {""},
     "resolution": WORDS | {"", "store"},
     "attention.kernels": {"operands", "implementations", "plan"},

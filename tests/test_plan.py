@@ -188,17 +188,17 @@ def test_smallest_limit(implementation: str) -> None:
         ("xla", LogitsShape(1, 8, 1, 1000, 1000, 4), 16, Slices(1, 4, 1000, 1000)),  # then heads
         ("xla", LogitsShape(1, 1, 1, 1000, 1000, 4), 1, Slices(1, 1, 250, 1000)),  # then rows
         ("xla", LogitsShape(1, 1, 1, 2, 1_000_000, 4), 1, Slices(1, 1, 1, 250_000)),  # then keys
-        # query heads of a group stay together
+        # Query heads of a group stay together.
         ("xla", LogitsShape(1, 2, 4, 1000, 1000, 4), 16, Slices(1, 1, 1000, 1000)),
-        # 3 + 2, not 4 + 1
+        # 3 + 2, not 4 + 1.
         ("xla", LogitsShape(5, 1, 1, 1000, 1000, 4), 16, Slices(3, 1, 1000, 1000)),
-        # rows first
+        # Rows first.
         ("xla_rows", LogitsShape(4, 8, 1, 1000, 1000, 4), 64, Slices(4, 8, 500, 1000)),
-        # ceil(4000 / ceil(4000 / 7)); too few rows to round up to eight
+        # 7 is ceil(4000 / ceil(4000 / 7)): too few rows to round up to eight.
         ("xla_rows", LogitsShape(4, 8, 1, 4000, 1000, 4), 1, Slices(4, 8, 7, 1000)),
-        # 128 rows would be over the limit
+        # 128 rows would be over the limit.
         ("xla_rows", LogitsShape(1, 1, 1, 1000, 1000, 4), 0.5, Slices(1, 1, 125, 1000)),
-        # 125 rounded up to eight
+        # 125, rounded up to a multiple of eight.
         ("xla_rows", LogitsShape(1, 1, 1, 1000, 1000, 4), 0.52, Slices(1, 1, 128, 1000)),
     ],
 )

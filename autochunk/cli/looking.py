@@ -10,7 +10,8 @@ import click
 from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
 from autochunk.cli.printing import make_console, print_json, print_profiles
 from autochunk.device import detect
-from autochunk.report.records import finding_record, profile_row, resolution_record
+from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
+from autochunk.report.tables import memory_table
 from autochunk.report.text import finding_text, resolution_text
 from autochunk.resolution.layers import account
 from autochunk.resolution.places import all_layers
@@ -24,19 +25,33 @@ from autochunk.store.profiles import ProfileStore
 @click.argument("place", metavar="[FILE|URL|-]", required=False)
 @stale_option
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Print working memory as XLA predicts it and as it was seen to be taken, plan by plan.",
+)
 @store_option
 @json_option
-def show(place: str | None, stale: bool, markdown: bool, store: Path | None, as_json: bool) -> None:
+def show(
+    place: str | None,
+    stale: bool,
+    markdown: bool,
+    memory: bool,
+    store: Path | None,
+    as_json: bool,
+) -> None:
     """List the profiles in the store, or in a bundle."""
     if place is not None and store is not None:
         raise click.UsageError("name a bundle or --store, not both")
     profile_store = ProfileStore(store)
     now = detect()
     profiles = profile_store.profiles() if place is None else bundle.read(place).profiles
-    rows = [profile_row(profile, now) for profile in profiles]
-    rows = [row for row in rows if row["stale"] or not stale]
-    if rows or as_json:
-        print_profiles(rows, as_json, markdown)
+    shown = [p for p in profiles if not stale or p.device.stale_reasons(now)]
+    if memory and shown:
+        rows = [row for profile in shown for row in memory_rows(profile)]
+        print_profiles(rows, as_json, markdown, memory_table)
+    elif shown or as_json:
+        print_profiles([profile_row(profile, now) for profile in shown], as_json, markdown)
     elif stale:
         click.echo(f"No stale profiles in {place or profile_store.path}.")
     else:
@@ -86,9 +101,10 @@ def doctor(count: int, store: Path | None, as_json: bool) -> None:
     anything is.
     """  # noqa: D205
     from autochunk.doctor import examine
+    from autochunk.tuner import page_faults
 
     findings = []
-    for finding in examine(store, verify_count=count):
+    for finding in examine(store, verify_count=count, page_faults=page_faults.cost):
         findings.append(finding)
         if not as_json:
             make_console().print(finding_text(finding))

@@ -12,10 +12,11 @@ import click
 
 from autochunk.cli.options import Wanted, json_option, shape_or_preset_options, store_option
 from autochunk.cli.printing import make_console, print_json, print_profiles
-from autochunk.device import Device, detect, visible_gpus
+from autochunk.device import Device, detect
+from autochunk.nvidia import visible_gpus
 from autochunk.report.progress import TuneProgress
 from autochunk.report.records import bench_record, profile_row
-from autochunk.report.tables import bench_table
+from autochunk.report.tables import SCATTERED, bench_table
 from autochunk.resolution.settings import use
 from autochunk.store.profile import EFFORTS, Effort
 from autochunk.store.profiles import ProfileStore
@@ -126,7 +127,16 @@ def tune(
             "Interrupted. What was measured is kept; the same command goes on from here.", err=True
         )
         sys.exit(130)
-    print_profiles([profile_row(profile) for profile in profiles], as_json)
+    rows = [profile_row(profile) for profile in profiles]
+    print_profiles(rows, as_json)
+    if scattered := [row for row in rows if (row["spread"] or 0.0) > SCATTERED]:
+        click.echo(
+            f"The times of {len(scattered)} workloads scatter by more than {SCATTERED:.0%}: small "
+            "differences between plans cannot be seen. It helps to end other work on this machine, "
+            "to keep its clocks from changing, or to give this process cores of its own; then tune "
+            "again with --force.",
+            err=True,
+        )
     if workloads and not profiles:
         sys.exit(1)
 

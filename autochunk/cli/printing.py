@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from autochunk.report.tables import profile_table
 
@@ -25,8 +27,13 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=1, allow_nan=False))
 
 
-def print_profiles(rows: list[dict[str, Any]], as_json: bool, markdown: bool = False) -> None:
-    """Prints profiles, device by device."""
+def print_profiles(
+    rows: list[dict[str, Any]],
+    as_json: bool,
+    markdown: bool = False,
+    draw: Callable[[Sequence[dict[str, Any]], bool], Table] = profile_table,
+) -> None:
+    """Prints profiles, or what ``draw`` makes a table of, device by device."""
     if as_json:
         print_json(rows)
         return
@@ -34,4 +41,4 @@ def print_profiles(rows: list[dict[str, Any]], as_json: bool, markdown: bool = F
     prefix, style = ("## ", None) if markdown else ("", "bold")
     for device in dict.fromkeys(row["device"] for row in rows):
         console.print(f"\n{prefix}{device}", style=style, markup=False)
-        console.print(profile_table([row for row in rows if row["device"] == device], markdown))
+        console.print(draw([row for row in rows if row["device"] == device], markdown))

@@ -25,6 +25,7 @@ from autochunk.tuner.events import (
     Failed,
     Finished,
     Measured,
+    OtherWork,
     OutOfTime,
     Skipped,
     Started,
@@ -73,6 +74,11 @@ class TuneProgress:
             match event:
                 case DeviceFound():
                     self._say(f"device: {event.device.key}")
+                case OtherWork():
+                    self._say(
+                        f"other programs had {event.cores:.1f} of {event.of} cores meanwhile: what "
+                        "is close may have been told apart wrongly, or not at all"
+                    )
                 case Started():
                     self._started(event)
                 case Measured():

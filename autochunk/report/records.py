@@ -23,8 +23,9 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
 
     ``speedup_*`` are times of the baseline over that of the chosen plan; ``memory_vs_dense`` is the
     chosen plan's working memory over dense's; ``spread`` is half the interquartile range of the
-    time ratio to dense, relative to it. None where a baseline could not be measured. ``stale`` is
-    filled where the profile is of the device ``now``.
+    time ratio to dense, relative to it; ``within`` is how much faster another plan may be at most.
+    None where a baseline could not be measured, or too little was to tell. ``stale`` is filled
+    where the profile is of the device ``now``.
     """
     workload = profile.parsed_workload()
     choice = profile.choose()
@@ -35,6 +36,7 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
         "mode": workload.mode,
         "device": profile.device.key,
         **_chosen(profile, choice.measurement if choice else None),
+        "within": choice.within if choice else None,
         "plans_measured": len(profile.measurements),
         "effort": profile.effort,
         "complete": profile.complete,
@@ -42,6 +44,32 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
         "stale": profile.device.stale_reasons(now) if now else [],
         "reason": choice.reason if choice else "no plan could be measured",
     }
+
+
+def memory_rows(profile: Profile) -> list[dict[str, Any]]:
+    """Working memory of each plan that was timed: predicted by XLA, and seen to be taken.
+
+    ``measured_vs_predicted`` is the second over the first; None where one of them is not known.
+    """
+    workload = profile.parsed_workload()
+    about = {"shape": workload.shape, "dtype": workload.dtype, "mode": workload.mode}
+    return [
+        {
+            "workload": profile.workload,
+            "device": profile.device.key,
+            **about,
+            "plan": str(m.plan),
+            "predicted_bytes": m.predicted_bytes,
+            "measured_bytes": m.measured_bytes,
+            "measured_vs_predicted": _over(m.measured_bytes, m.predicted_bytes),
+        }
+        for m in profile.measurements
+        if m.timed
+    ]
+
+
+def _over(one: int | None, other: int | None) -> float | None:
+    return one / other if one is not None and other else None
 
 
 def _chosen(profile: Profile, best: Measurement | None) -> dict[str, Any]:
@@ -67,9 +95,9 @@ def _speedup(baseline: Measurement | None, best: Measurement | None) -> float | 
 
 
 def _memory_share(dense: Measurement | None, best: Measurement | None) -> float | None:
-    if best is None or best.temp_bytes is None or dense is None or not dense.temp_bytes:
+    if best is None or dense is None:
         return None
-    return best.temp_bytes / dense.temp_bytes
+    return _over(best.temp_bytes, dense.temp_bytes)
 
 
 def _spread(dense: Measurement | None, best: Measurement | None) -> float | None:
@@ -88,6 +116,7 @@ def resolution_record(resolution: Resolution) -> dict[str, Any]:
         "match": resolution.match,
         "layer": resolution.layer,
         "reason": resolution.reason,
+        "within": resolution.within,
         "source": resolution.source,
         "stale": list(resolution.stale),
         "asked": [{"layer": layer, "answer": answer} for layer, answer in resolution.asked],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rich.box import MARKDOWN
 from rich.table import Table
 from rich.text import Text
+
+SCATTERED = 0.10
+"""A spread from which on times say little: the warning threshold of the pyperf package."""
 
 _PROFILE_COLUMNS = (
     "workload",
@@ -17,6 +21,7 @@ _PROFILE_COLUMNS = (
     "vs 1000 MB",
     "memory vs dense",
     "spread",
+    "within",
     "notes",
 )
 
@@ -25,18 +30,36 @@ def profile_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tab
     """The table that ends ``autochunk tune`` and that ``autochunk show`` prints."""
     table = Table(box=MARKDOWN if markdown else None, pad_edge=markdown, header_style="bold")
     for title in _PROFILE_COLUMNS:
-        table.add_column(title, overflow="fold", no_wrap=title in ("mode", "spread"))
+        table.add_column(title, overflow="fold", no_wrap=title in ("mode", "spread", "within"))
     for row in rows:
-        dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
         table.add_row(
-            row["shape"] + dtype,
+            _workload(row),
             row["mode"],
             row["plan"] or "none",
             _faster(row["speedup_vs_dense"]),
             _faster(row["speedup_vs_default"]),
             _memory(row["temp_bytes"], row["memory_vs_dense"]),
             _percent(row["spread"]),
+            _within(row["within"]),
             _notes(row),
+        )
+    return table
+
+
+def memory_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Table:
+    """The table of ``autochunk show --memory``."""
+    table = Table(box=MARKDOWN if markdown else None, pad_edge=markdown, header_style="bold")
+    for title in ("workload", "mode", "plan", "predicted", "measured", "measured / predicted"):
+        table.add_column(title, overflow="fold", no_wrap=title == "mode")
+    for row in rows:
+        share = row["measured_vs_predicted"]
+        table.add_row(
+            _workload(row),
+            row["mode"],
+            row["plan"],
+            _memory(row["predicted_bytes"]),
+            _memory(row["measured_bytes"]),
+            "-" if share is None else f"{share:.2f}",
         )
     return table
 
@@ -59,6 +82,11 @@ def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def _workload(row: dict[str, Any]) -> str:
+    shape: str = row["shape"]
+    return shape if row["dtype"] == "float32" else f"{shape} {row['dtype']}"
+
+
 def _faster(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
@@ -76,10 +104,16 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"±{value:.1%}"
 
 
+def _within(value: float | None) -> str:
+    return "-" if value is None else f"{math.ceil(100 * value)}%"
+
+
 def _notes(row: dict[str, Any]) -> str:
     notes = [] if row["complete"] else ["unfinished"]
     if row["stale"]:
         notes.append("stale: " + "; ".join(row["stale"]))
+    if (row["spread"] or 0.0) > SCATTERED:
+        notes.append("scattered times")
     if row["plan"] is None:
         notes.append(row["reason"])
     return "; ".join(notes)

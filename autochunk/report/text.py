@@ -41,6 +41,8 @@ def _answer(resolution: Resolution) -> Iterator[str]:
     yield f'"auto" is max_chunk_size_mb={limit}, implementation="{plan.implementation}"'
     yield f"because   {resolution.reason}"
     yield f"from      {resolution.layer} ({resolution.match}{stale})"
+    if resolution.within is not None:
+        yield f"sure      no other plan measured is more than {resolution.within:.1%} faster"
     if measured is not None:
         versions = f"jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}"
         yield f"measured  {measured.created}, effort {measured.effort}, {versions}"

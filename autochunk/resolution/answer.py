@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from autochunk.device import Device
 from autochunk.implementations import is_sliced
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.store.choice import Choice
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
@@ -44,6 +45,8 @@ class Resolution:
       asked: each layer that was asked and what it had.
       rejected: the profile's other plans and what spoke against each.
       profile: the profile that answered.
+      within: how much faster another plan that was measured could be at most, by its profile; None
+        where that cannot be told. It says nothing of another workload's profile.
     """
 
     workload: Workload
@@ -57,6 +60,12 @@ class Resolution:
     asked: tuple[tuple[str, str], ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
     profile: Profile | None = field(default=None, repr=False)
+    choice: Choice | None = field(default=None, repr=False)
+
+    @property
+    def within(self) -> float | None:
+        """See the attributes; worked out when it is asked for."""
+        return self.choice.within if self.choice and self.match == "exact" else None
 
 
 def from_profile(profile: Profile, request: Request, layer: str) -> Resolution | None:
@@ -77,6 +86,7 @@ def from_profile(profile: Profile, request: Request, layer: str) -> Resolution |
         stale=tuple(profile.device.stale_reasons(request.device)),
         rejected=choice.rejected,
         profile=profile,
+        choice=choice,
     )
 
 

@@ -11,12 +11,17 @@ from collections.abc import Iterable
 
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
-from autochunk.store.measurement import Measurement, Record
+from autochunk.store.interval import Interval, paired, unpaired
+from autochunk.store.measurement import LEAST_JOINT, Measurement, Record
 
 # Times closer than this are equal for a user, however many repeats could tell them apart.
 SAME_TIME = 0.01
-# Times further apart than this are different, however noisy the machine was.
+# Times further apart than this are different, however noisy the machine was: a choice for its
+# memory may not cost more time.
 LARGEST_NOISE = 0.03
+
+# A choice that may be wrong by this factor is none that anything is known of.
+_NO_TELLING = 1.0
 
 # The baselines: what a user would run without autochunk, and without a profile.
 DENSE = Plan("dense", None)
@@ -30,16 +35,30 @@ class Choice(Record):
       measurement: what was measured of it.
       reason: why this one, in words.
       rejected: the other plans, each with what spoke against it.
+      among: what was measured of all plans that could have been chosen.
     """
 
     measurement: Measurement
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    among: tuple[Measurement, ...] = ()
 
     @property
     def plan(self) -> Plan:
         """The plan itself."""
         return self.measurement.plan
+
+    @property
+    def within(self) -> float | None:
+        """How much faster another of those plans could be at most: 0.02 is "within 2%".
+
+        By the intervals of the comparisons with those that were timed to the end; None where these
+        are too few rounds to tell.
+        """
+        best = self.measurement
+        others = [m for m in self.among if m.status == "ok" and m is not best]
+        largest = max((compare(best, other).high for other in others), default=0.0)
+        return max(0.0, largest) if largest < _NO_TELLING else None
 
 
 def choose(
@@ -61,7 +80,7 @@ def choose(
     if not fitting:
         return None
     # Ties end with the plan's name, so that the order of the measurements decides nothing.
-    fastest = min(fitting, key=lambda m: (m.ratio, m.noise, str(m.plan)))
+    fastest = min(fitting, key=lambda m: (m.ratio, m.spread, str(m.plan)))
     equal = [m for m in fitting if not slower_by(m, fastest)]
     dense = next((m for m in fitting if m.plan == DENSE), None)
     no_slower = [m for m in equal if dense is None or slower_by(m, dense) <= 0]
@@ -74,6 +93,7 @@ def choose(
         if best is fastest
         else f"least memory of {len(equal)} plans whose times cannot be told apart",
         rejected=tuple((str(m.plan), against) for m, against in (*unfit, *others)),
+        among=tuple(fitting),
     )
 
 
@@ -88,11 +108,26 @@ def least_memory(
     return min(timed, key=_memory_then_time, default=None)
 
 
+def compare(one: Measurement, other: Measurement) -> Interval:
+    """By what fraction ``one`` is slower than ``other``, as far as their rounds can tell.
+
+    From the joint rounds that both were in, if there are enough of them; else from all.
+    """
+    common = min(one.joint, other.joint)
+    if common >= LEAST_JOINT:
+        return paired(one.joint_ratios[:common], other.joint_ratios[:common])
+    return unpaired(one.ratios, other.ratios)
+
+
 def slower_by(one: Measurement, other: Measurement) -> float:
     """By what fraction ``one`` is slower (0.1 is 10%); 0 where times cannot be told apart."""
     difference = one.ratio / other.ratio - 1 if other.ratio else 0.0
-    noise = min(LARGEST_NOISE, max(SAME_TIME, 2 * math.hypot(one.noise, other.noise)))
-    return difference if abs(difference) > noise else 0.0
+    if abs(difference) <= SAME_TIME:
+        return 0.0
+    # Beyond that no interval need be asked, which takes a while.
+    if abs(difference) > LARGEST_NOISE or compare(one, other).decided:
+        return difference
+    return 0.0
 
 
 def _memory(measurement: Measurement) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -24,6 +23,9 @@ Status = Literal[
 ]
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LEAST_JOINT = 6
+"""Fewer joint rounds than this say less than those together that a plan had alone."""
+
 # Without FailFast each wrong value of a hostile file is an error that takes memory.
 _Times = Annotated[tuple[_Seconds, ...], FailFast()]
 _Bytes = Annotated[int, Field(ge=0, le=2**60)]
@@ -46,8 +48,11 @@ class Measurement(Record):
       seconds: device time of each repeat.
       ratios: each repeat over the anchor plan's time in the same round; rounds of one workload
         share the anchor, so these compare across plans.
-      temp_bytes: working memory beyond arguments and results: the larger of XLA's figure and
+      joint: how many of the repeats, the last ones, are of joint rounds, in which all plans that
+        still could win were timed. Two plans' joint rounds are the same ones from the first on.
+      temp_bytes: working memory beyond arguments and results: the larger of ``predicted_bytes`` and
         ``measured_bytes``.
+      predicted_bytes: working memory by XLA's own account; None in profiles of before it was kept.
       measured_bytes: working memory that the process or the device's allocator was seen to take,
         where that could be told.
       compile_seconds: time to compile.
@@ -61,7 +66,9 @@ class Measurement(Record):
     detail: str = Field(default="", max_length=2000)
     seconds: _Times = Field(default=(), max_length=1000)
     ratios: _Times = Field(default=(), max_length=1000)
+    joint: Annotated[int, Field(ge=0)] = 0
     temp_bytes: _Bytes | None = None
+    predicted_bytes: _Bytes | None = None
     measured_bytes: _Bytes | None = None
     compile_seconds: _Seconds | None = None
     error: Annotated[float, Field(ge=0)] | None = None
@@ -85,6 +92,8 @@ class Measurement(Record):
     def _times_and_status(self) -> Measurement:
         if len(self.ratios) != len(self.seconds):
             raise ValueError(f"{len(self.seconds)} times but {len(self.ratios)} ratios")
+        if self.joint > len(self.ratios):
+            raise ValueError(f"{self.joint} joint rounds but {len(self.ratios)} ratios")
         if self.status in ("ok", "pruned") and (not self.seconds or self.temp_bytes is None):
             raise ValueError(f"status {self.status} needs times and temp_bytes")
         return self
@@ -105,23 +114,25 @@ class Measurement(Record):
         return statistics.median(self.seconds)
 
     @property
+    def joint_ratios(self) -> tuple[float, ...]:
+        """Those of joint rounds."""
+        return self.ratios[len(self.ratios) - self.joint :]
+
+    @property
     def ratio(self) -> float:
-        """Median time relative to the anchor plan."""
-        return statistics.median(self.ratios)
+        """Median time relative to the anchor plan; of joint rounds, if there are enough of them."""
+        return statistics.median(self._best_ratios)
 
     @property
     def spread(self) -> float:
         """The ``relative_spread`` of the ratios; 0 for a single repeat."""
-        return relative_spread(self.ratios) or 0.0
+        spread = relative_spread(self._best_ratios)
+        # The anchor beside itself, in one timing, tells nothing of how times scatter.
+        return spread or relative_spread(self.ratios[: len(self.ratios) - self.joint]) or 0.0
 
     @property
-    def noise(self) -> float:
-        """Standard error of the median ratio, relative to it.
-
-        Normal approximation: 1.4826 makes a standard deviation of half the interquartile range,
-        1.2533 the median's error of the mean's.
-        """
-        return 1.2533 * 1.4826 * self.spread / math.sqrt(len(self.ratios)) if self.ratios else 0.0
+    def _best_ratios(self) -> tuple[float, ...]:
+        return self.joint_ratios if self.joint >= LEAST_JOINT else self.ratios
 
 
 def relative_spread(values: Sequence[float]) -> float | None:

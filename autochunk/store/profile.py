@@ -20,7 +20,8 @@ from autochunk.store import choice
 from autochunk.store.measurement import Measurement, Record
 from autochunk.workload import Workload
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
+"""Version 2 has more fields than version 1, all of them with defaults."""
 
 Effort = Literal["quick", "standard", "thorough"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
@@ -40,7 +41,7 @@ class Profile(Record):
       autochunk: the version that measured.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     workload: str
     device: Device
     measurements: Annotated[tuple[Measurement, ...], FailFast()] = Field(max_length=10_000)
@@ -48,6 +49,11 @@ class Profile(Record):
     complete: bool
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     autochunk: str
+
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _brought_up_to_date(cls, value: object) -> object:
+        return SCHEMA_VERSION if type(value) is int and value == 1 else value
 
     @field_validator("workload")
     @classmethod

@@ -24,8 +24,9 @@ class EffortSettings:
       least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines,
         which users compare with, always get the fewest.
       seconds: time for the rounds of one plan, beyond the fewest.
-      finalists, joint_rounds: how many plans meet in the joint rounds, and how many of those there
-        are.
+      finalists: how many plans meet in the joint rounds.
+      least_joint, joint_rounds: fewest and most joint rounds; they end when the choice is clear.
+      joint_seconds: time for them, beyond the fewest.
     """
 
     timeout: float | None
@@ -38,7 +39,9 @@ class EffortSettings:
     rounds: int
     seconds: float
     finalists: int
+    least_joint: int
     joint_rounds: int
+    joint_seconds: float
 
 
 EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
@@ -53,7 +56,9 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         rounds=5,
         seconds=1.0,
         finalists=3,
-        joint_rounds=3,
+        least_joint=3,
+        joint_rounds=12,
+        joint_seconds=2.0,
     ),
     "standard": EffortSettings(
         timeout=570.0,
@@ -73,7 +78,9 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         rounds=10,
         seconds=4.0,
         finalists=4,
-        joint_rounds=8,
+        least_joint=6,
+        joint_rounds=30,
+        joint_seconds=15.0,
     ),
     "thorough": EffortSettings(
         timeout=None,
@@ -86,6 +93,8 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         rounds=20,
         seconds=10.0,
         finalists=6,
-        joint_rounds=20,
+        least_joint=10,
+        joint_rounds=60,
+        joint_seconds=60.0,
     ),
 }

@@ -21,6 +21,14 @@ class DeviceFound:
 
 
 @dataclass(frozen=True)
+class OtherWork:
+    """All is measured, and meanwhile other programs had so many cores of those there are."""
+
+    cores: float
+    of: int
+
+
+@dataclass(frozen=True)
 class Subject:
     """The workload that is told of, which is number ``number`` of ``count``."""
 
@@ -82,4 +90,6 @@ class OutOfTime(Subject):
     profile: Profile | None
 
 
-Event = DeviceFound | Started | Measured | Finished | Awaited | Skipped | Failed | OutOfTime
+Event = (
+    DeviceFound | OtherWork | Started | Measured | Finished | Awaited | Skipped | Failed | OutOfTime
+)

@@ -33,6 +33,7 @@ class Prepared:
     status: Status
     detail: str = ""
     temp_bytes: int | None = None
+    predicted_bytes: int | None = None
     measured_bytes: int | None = None
     compile_seconds: float | None = None
     error: float | None = None

@@ -6,7 +6,8 @@ alternating order: drift of the machine hits both alike, and the ratios of diffe
 by different workers too, compare. A plan that is clearly hopeless goes after a round or two, one
 that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
 ``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at
-all. Those plans that are left and close meet once more in joint rounds.
+all. Those plans that are left and close meet once more in joint rounds, until it is clear which of
+them to choose.
 
 Who measures what is the study's business: an interrupted search goes on where it stopped, and
 several workers share one.
@@ -15,6 +16,7 @@ several workers share one.
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +31,7 @@ from autochunk.tuner.candidates import all_plans, equivalent, in_order, likely
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure
-from autochunk.tuner.standing import beneath_the_hopeless, best_plans, best_ratio
+from autochunk.tuner.standing import beneath_the_hopeless, best_plans, best_ratio, undecided
 from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
 
@@ -129,6 +131,7 @@ class _Search:
         self.anchor: Plan | None = None
         self._loaded = False
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
+        self._random = random.Random(workload.key)  # noqa: S311 (nothing secret)
 
     def run(self) -> bool:
         """Returns whether everything is measured; if not, other workers are at it."""
@@ -276,34 +279,43 @@ class _Search:
     # The end
 
     def _joint_rounds(self) -> list[Measurement]:
-        """Times the plans that are close more often, all in each round.
+        """Times the plans that are close in common rounds, until it is clear which to choose.
 
-        Returns their measurements with those rounds added.
+        Each round has them in a new random order: a plan that follows one that takes much memory
+        may be slower for it. Those that are clearly slower leave, and do not come back. Returns
+        their measurements with those rounds added.
         """
         finalists = best_plans(self.measured, self.settings)
         if len(finalists) < 2 or self.anchor is None:
             return []
-        everyone = list(dict.fromkeys([self.anchor, *finalists]))
+        start, settings = time.monotonic(), self.settings
+        playing = [self.anchor, *finalists]
         rounds: list[dict[Plan, float]] = []
+        found = [self.measured[plan] for plan in finalists]
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
-            for step in range(self.settings.joint_rounds):
-                first = step % len(everyone)
-                order = everyone[first:] + everyone[:first]
+            while playing and len(rounds) < settings.joint_rounds:
+                order = list(dict.fromkeys(playing))
+                self._random.shuffle(order)
                 rounds.append(dict(zip(order, self.probe.time(order), strict=True)))
-        return [self._with_rounds(plan, rounds, self.anchor) for plan in finalists]
+                found = [self._with_rounds(plan, rounds, self.anchor) for plan in finalists]
+                if len(rounds) >= settings.least_joint:
+                    late = time.monotonic() - start > settings.joint_seconds
+                    open_plans = [] if late else undecided(found)
+                    playing = [self.anchor, *open_plans] if open_plans else []
+        return found
 
     def _with_rounds(
         self, plan: Plan, rounds: list[dict[Plan, float]], anchor: Plan
     ) -> Measurement:
         """A plan's measurement with joint rounds: no longer one that was given up early."""
         old = self.measured[plan]
-        # The anchor beside itself would be a ratio of exactly one, and look surer than it is.
-        if plan == anchor or not rounds:
+        pairs = [(times[plan], times[plan] / times[anchor]) for times in rounds if plan in times]
+        if not pairs:
             return old
-        seconds = [times[plan] for times in rounds]
-        ratios = [times[plan] / times[anchor] for times in rounds]
-        changes = {"seconds": (*old.seconds, *seconds), "ratios": (*old.ratios, *ratios)}
-        return old.model_copy(update={"status": "ok", "detail": "", **changes})
+        seconds, ratios = zip(*pairs, strict=True)
+        times = {"seconds": (*old.seconds, *seconds), "ratios": (*old.ratios, *ratios)}
+        changes = {"status": "ok", "detail": "", "joint": old.joint + len(pairs), **times}
+        return old.model_copy(update=changes)
 
 
 def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measurement:
@@ -313,6 +325,7 @@ def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measureme
         "status": prepared.status,
         "detail": prepared.detail[:2000],
         "temp_bytes": prepared.temp_bytes,
+        "predicted_bytes": prepared.predicted_bytes,
         "measured_bytes": prepared.measured_bytes,
         "compile_seconds": prepared.compile_seconds,
         "error": prepared.error,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from autochunk.plan import Plan
+from autochunk.store.choice import choose, compare
 from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import EffortSettings
 
 # Within this of the best, a plan takes part in the joint rounds.
 _CLOSE = 1.08
+SURE = 0.02
+"""A choice is clear when no other plan can be faster by more than this."""
 
 Measurements = Mapping[Plan, Measurement]
 
@@ -30,6 +33,17 @@ def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
     plans = [m.plan for m in (*close[:1], *second, *close[1:])]
     return list(dict.fromkeys(plans))[: settings.finalists]
+
+
+def undecided(measured: Iterable[Measurement]) -> list[Plan]:
+    """The plan that would be chosen and those that may be faster by more than SURE, if any are."""
+    measured = list(measured)
+    chosen = choose(measured)
+    if chosen is None:
+        return []
+    best = chosen.measurement
+    others = [m.plan for m in measured if m is not best and compare(best, m).high > SURE]
+    return [best.plan, *others] if others else []
 
 
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from autochunk import host
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError
 from autochunk.plan import BYTES_PER_MB, check_positive
@@ -14,6 +15,7 @@ from autochunk.store.profiles import ProfileStore
 from autochunk.tuner import events, sharing
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event, Subject
+from autochunk.tuner.load import NOTABLE_CORES, OtherWork
 from autochunk.tuner.presets import PRESETS, standard_dtypes
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.process import WORKER
@@ -73,6 +75,7 @@ def tune(
     store.check_writable()
     limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
     deadline = None if limit is None else time.monotonic() + limit
+    others = OtherWork()
     with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
         device = _same_device(probes, gpus)
         on_event(events.DeviceFound(device))
@@ -90,6 +93,9 @@ def tune(
         for subject in waiting:
             if subject.workload not in task.begun:
                 on_event(events.OutOfTime(*subject.place, None))
+    cores = others.cores() or 0.0
+    if waiting and device.platform == "cpu" and cores > NOTABLE_CORES:
+        on_event(events.OtherWork(cores, host.usable_cores()))
     return [task.found[workload] for workload in todo if workload in task.found]
 
 

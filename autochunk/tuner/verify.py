@@ -5,20 +5,24 @@ Its chosen plan is timed here and now, beside the baseline that it was compared 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autochunk.errors import ArgumentError, ProbeError
 from autochunk.plan import Plan
-from autochunk.store.choice import DEFAULT, DENSE
-from autochunk.store.measurement import Measurement, relative_spread
+from autochunk.store.choice import DEFAULT, DENSE, LARGEST_NOISE, compare
+from autochunk.store.interval import Interval, change, paired
+from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.probe import Probe
 from autochunk.tuner.process import WORKER, WorkerFailure
 
-DRIFT = 0.10
-"""A ratio of two times has drifted if it changed by more, and by more than twice its spread."""
+DRIFT = LARGEST_NOISE
+"""A choice has drifted if it surely became slower by more than this beside its baseline."""
+
+_EQUAL = Interval(0.0, 0.0, 0.0)
+_ROUNDS = 7
+_MOST_ROUNDS = 28  # while it is not clear whether it has drifted
 
 
 @dataclass(frozen=True)
@@ -29,33 +33,34 @@ class Verification:
       profile: what was verified.
       plan: its chosen plan.
       baseline: the plan it was timed beside; the plan itself where nothing else was measured.
-      then, now: time of the plan over the baseline's.
-      spread: half the interquartile range of ``now``'s rounds, relative to it.
+      then, now: by what fraction the plan is slower than the baseline.
       failure: why it could not be timed; empty if it was.
     """
 
     profile: Profile
     plan: Plan
     baseline: Plan
-    then: float = 1.0
-    now: float = 1.0
-    spread: float = 0.0
+    then: Interval = _EQUAL
+    now: Interval = _EQUAL
     failure: str = ""
 
     @property
-    def change(self) -> float:
+    def change(self) -> Interval:
         """By what fraction the plan became slower beside the baseline (0.1 is 10%, < 0 faster)."""
-        return self.now / self.then - 1
+        return change(self.then, self.now)
 
     @property
     def drifted(self) -> bool:
-        """Whether it became slower beyond noise: tuning again may find a better plan."""
-        return self.change > max(DRIFT, 2 * self.spread)
+        """Whether it surely became slower: tuning again may find a better plan."""
+        return self.change.low > DRIFT
+
+    @property
+    def clear(self) -> bool:
+        """Whether the rounds were enough to tell."""
+        return self.drifted or self.change.high <= DRIFT
 
 
-def verify(
-    profile: Profile, *, rounds: int = 7, worker_command: Sequence[str] = WORKER
-) -> Verification:
+def verify(profile: Profile, *, worker_command: Sequence[str] = WORKER) -> Verification:
     """Times a profile's chosen plan and its baseline in turn, in a process of their own.
 
     Raises:
@@ -68,22 +73,29 @@ def verify(
         )
     best, baseline = choice.measurement, _baseline(profile, choice.measurement)
     timed = Verification(profile, best.plan, baseline.plan)
+    if not best.ratio or not baseline.ratio:
+        failure = "the profile has times of zero, which nothing can be compared with"
+        return replace(timed, failure=failure)
     try:
         with Probe(worker_command) as probe:
             probe.load(profile.parsed_workload())
-            ratios = [_ratio(probe, best.plan, baseline.plan, step) for step in range(rounds)]
+            if best.plan == baseline.plan:
+                probe.time([best.plan])
+                return timed
+            return _timed(probe, replace(timed, then=compare(best, baseline)))
     except (ProbeError, WorkerFailure) as error:
         return replace(timed, failure=str(error))
-    if not best.ratio or not baseline.ratio:
-        return replace(
-            timed, failure="the profile has times of zero, which nothing can be compared with"
-        )
-    return replace(
-        timed,
-        then=best.ratio / baseline.ratio,
-        now=statistics.median(ratios),
-        spread=relative_spread(ratios) or 0.0,
-    )
+
+
+def _timed(probe: Probe, found: Verification) -> Verification:
+    own: list[float] = []
+    others: list[float] = []
+    while len(own) < _ROUNDS or (len(own) < _MOST_ROUNDS and not found.clear):
+        seconds, beside = probe.time_beside(found.plan, found.baseline, len(own))
+        own.append(seconds)
+        others.append(beside)
+        found = replace(found, now=paired(own, others))
+    return found
 
 
 def _baseline(profile: Profile, best: Measurement) -> Measurement:
@@ -99,12 +111,3 @@ def _baseline(profile: Profile, best: Measurement) -> Measurement:
 
 def _without(best: Measurement, measurements: list[Measurement]) -> list[Measurement]:
     return [measurement for measurement in measurements if measurement.plan != best.plan]
-
-
-def _ratio(probe: Probe, plan: Plan, baseline: Plan, step: int) -> float:
-    """The plan's time over the baseline's in one round."""
-    if plan == baseline:
-        probe.time([plan])
-        return 1.0
-    own, others = probe.time_beside(plan, baseline, step)
-    return own / others

@@ -10,8 +10,8 @@ the folder ``programs`` for the next worker; ``time`` is one round, in the order
     {"do": "load", "workload": key, "programs": folder}
         {"argument_bytes": n, "dense_error": x}
     {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
-        {"status": ..., "detail": ..., "temp_bytes": n, "measured_bytes": n, "compile_seconds": x,
-         "error": x}
+        {"status": ..., "detail": ..., "temp_bytes": n, "predicted_bytes": n, "measured_bytes": n,
+         "compile_seconds": x, "error": x}
     {"do": "time", "plans": [[name, mb], ...]}
         {"seconds": [x, ...]}
     {"do": "drop", "plan": [name, mb]}
@@ -85,7 +85,11 @@ class Session:
             compiled = jax.jit(inputs.function(chosen)).lower(*inputs.passed).compile()
             compile_seconds = time.perf_counter() - start
             temp, out = program_bytes(compiled)
-            result = {"compile_seconds": compile_seconds, "temp_bytes": temp}
+            result = {
+                "compile_seconds": compile_seconds,
+                "temp_bytes": temp,
+                "predicted_bytes": temp,
+            }
             needed = max(temp, self._least_working_bytes(chosen)) + out
             if needed > budget_bytes:
                 allowed = f"{budget_bytes / 1e6:.0f} MB may be used"

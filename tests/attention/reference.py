@@ -196,7 +196,7 @@ def _assert_close(path: Any, received: Any, expected: Any, tolerance: float) -> 
     )
     if expected.size:
         error, largest = np.max(np.abs(received - expected)), np.max(np.abs(expected))
-        # NaN fails, too
+        # NaN fails, too.
         assert error <= tolerance * max(1.0, largest), (
             f"{jax.tree_util.keystr(path)}: error {error:.3g}, largest {largest:.3g}"
         )

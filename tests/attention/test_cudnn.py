@@ -63,7 +63,7 @@ def test_output_and_gradients(dtype: Any, shape: dict[str, Any], is_causal: bool
         return {"output": out, **dict(zip(NAMES, pull(cotangent), strict=True))}
 
     lowered = both.lower(arrays["cotangent"], *(arrays[name] for name in NAMES))
-    # of odd lengths cuDNN has no gradient: our slices have
+    # Of odd lengths cuDNN has no gradient: our slices have.
     even = shape["rows"] % 2 == shape["keys"] % 2 == 0
     assert ("__cudnn$fmha" in lowered.as_text()) == even
     ours = both(arrays["cotangent"], *(arrays[name] for name in NAMES))

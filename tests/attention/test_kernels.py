@@ -211,7 +211,7 @@ def test_memory_under_vmap(implementation: str, mode: str) -> None:
     limit = 2.0  # a quarter of one element's logits, a thirty-second of all
     dense, sliced = taken("dense", None), taken(implementation, limit)
     assert dense >= 8 * 4e6
-    # operands and gradients of the whole batch are 0.5 MB to 2.1 MB each
+    # Operands and gradients of the whole batch are 0.5 MB to 2.1 MB each.
     assert sliced <= 3 * limit * 1e6 + 8e6
 
 
@@ -230,7 +230,7 @@ def test_vmapped_arrays_keep_the_limit(implementation: str) -> None:
     assert largest_array(text) <= 3 * LIMIT * 1e6
     query, key, value = draw((8, 1, 4, 2, 2), 6), draw((1, 512, 2, 2), 7), draw((1, 512, 2, 2), 8)
     text = compiled_text(quick_jit(gradient(one)), query, key, value)
-    # keys and values, 8192 bytes each, are not copied for each query
+    # Keys and values, 8192 bytes each, are not copied for each query.
     assert largest_array(text) <= 3 * LIMIT * 1e6
 
 
@@ -287,7 +287,7 @@ def test_which_plan_runs(
 )
 def test_slices_are_those_of_the_plan_that_runs(change: Callable[..., Any], expected: int) -> None:
     """The loops of the compiled program make the forward plan's slices, or the training plan's."""
-    # a batch element's head; a row of all of them
+    # A batch element's head; a row of all of them.
     plans = Plans(Plan("xla", 1.2e-4), Plan("xla_rows", 1e-4))
     call = _call(plans)
     query = draw((2, 5, 2, 1, 3))

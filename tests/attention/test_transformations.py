@@ -365,7 +365,7 @@ def test_ahead_of_time() -> None:
 def test_export() -> None:
     """Exported, serialised and read back it runs, and has gradients where these were asked for."""
     read = jax.export.export(jax.jit(attend))(*four())
-    # JAX needs it to serialise, and does not require it
+    # JAX needs it to serialise, and does not require it.
     if importlib.util.find_spec("flatbuffers"):
         read = jax.export.deserialize(read.serialize(vjp_order=1))
     assert_close(

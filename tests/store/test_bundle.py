@@ -458,12 +458,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 @pytest.mark.parametrize(
     "place",
     [
-        "",
-        "provenance",
-        "profiles.0",
-        "profiles.0.profile",
-        "profiles.0.profile.device",
-        "profiles.0.profile.measurements.0",
+        *("", "provenance", "profiles.0", "profiles.0.profile"),
+        *("profiles.0.profile.device", "profiles.0.profile.measurements.0"),
     ],
 )
 def test_an_object_of_many_fields_is_refused_unvalidated(place: str) -> None:

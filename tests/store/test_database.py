@@ -281,13 +281,8 @@ def test_without_the_variable(value: str | None, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "name",
     [
-        "a b.sqlite",
-        "what?.sqlite",
-        "50%20.sqlite",
-        "#1.sqlite",
-        "ünï.sqlite",
-        "quo'te\".sqlite",
-        "no_suffix",
+        *("a b.sqlite", "what?.sqlite", "50%20.sqlite", "#1.sqlite"),
+        *("ünï.sqlite", "quo'te\".sqlite", "no_suffix"),
     ],
 )
 def test_odd_paths(tmp_path: Path, name: str) -> None:

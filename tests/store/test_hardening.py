@@ -142,7 +142,7 @@ def test_eight_writers_lose_and_double_nothing(store_path: Path) -> None:
     writers = [start_writer(store_path, 1 + number * PROFILES, PROFILES) for number in range(8)]
     seen = [0]
     while any(writer.poll() is None for writer in writers):
-        # a row that is not whole would be a warning, which is an error here
+        # A row that is not whole would be a warning, which is an error here.
         seen.append(len(ProfileStore(store_path).profiles()))
     for writer in writers:
         out, err = writer.communicate(timeout=600)
@@ -169,7 +169,7 @@ def test_kill_at_random_moments(store_path: Path) -> None:
         assert len(stored - acknowledged) <= number + 1  # stored, and killed before it could say so
     assert rescue.damage(store_path, 1, "integrity_check") == ""
     ProfileStore(store_path).put(profile_of(10_000_000))
-    # the last journal is used again, and then goes
+    # The last journal is used again, and then goes.
     assert list(store_path.parent.iterdir()) == [store_path]
 
 

@@ -16,8 +16,16 @@ from pydantic import ValidationError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan
 from autochunk.store.bundle import Bundle
-from autochunk.store.choice import DEFAULT, DENSE, LARGEST_NOISE, SAME_TIME, Choice, slower_by
-from autochunk.store.measurement import Measurement
+from autochunk.store.choice import (
+    DEFAULT,
+    DENSE,
+    LARGEST_NOISE,
+    SAME_TIME,
+    Choice,
+    compare,
+    slower_by,
+)
+from autochunk.store.measurement import LEAST_JOINT, Measurement
 from autochunk.store.profile import EFFORTS, Profile, sliced_shape
 
 NO_TIMES = ("oom", "over_budget", "timeout", "crashed", "inaccurate")
@@ -88,24 +96,75 @@ def test_status_without_times(status: str) -> None:
 
 
 def test_statistics_of_a_measurement() -> None:
-    """Median time and ratio, the spread as half the interquartile range, and the noise.
-
-    The noise shrinks with the number of repeats.
-    """
+    """Median time and ratio, and the spread as half the interquartile range."""
     measurement = make_measurement(ratio=0.5, noise=0.1)
     assert measurement.ratio == 0.5
     assert measurement.seconds_median == pytest.approx(0.05)
     assert measurement.spread == pytest.approx(0.1)
-    assert measurement.noise == pytest.approx(1.2533 * 1.4826 * 0.1 / math.sqrt(5))
-    more = make_measurement(seconds=measurement.seconds * 4, ratios=measurement.ratios * 4)
-    assert more.noise < measurement.noise
+
+
+def test_joint_rounds_count_where_there_are_enough() -> None:
+    """A ratio is that of joint rounds, if there are enough of them; of few, that of all."""
+    alone, together = (1.0,) * 9, (0.5, 0.6, 0.7) * 2
+    for joint, expected in ((LEAST_JOINT, 0.6), (LEAST_JOINT - 1, 1.0)):
+        ratios = alone + together[:joint]
+        found = make_measurement(seconds=ratios, ratios=ratios, joint=joint)
+        assert found.joint_ratios == together[:joint]
+        assert found.ratio == pytest.approx(expected)
+
+
+def test_the_anchor_has_the_spread_of_its_own_rounds() -> None:
+    """Beside itself in joint rounds its ratio is one each time, which tells nothing."""
+    alone = make_measurement(noise=0.1)
+    ratios = (*alone.ratios, *(1.0,) * LEAST_JOINT)
+    anchor = make_measurement(seconds=ratios, ratios=ratios, joint=LEAST_JOINT)
+    assert anchor.spread == alone.spread > 0
+
+
+def test_comparisons_pair_joint_rounds() -> None:
+    """What hits all plans of a round alike makes a difference no less sure.
+
+    Without joint rounds the same times tell nothing, and plans that were in fewer of them are
+    compared by those that both were in.
+    """
+    drift = (1.0, 1.3, 0.8, 1.6, 0.9, 1.1, 2.0)
+    slower = tuple(1.02 * one for one in drift)
+    joint = [
+        make_measurement(seconds=one, ratios=one, joint=len(one)) for one in (slower, drift[:6])
+    ]
+    assert compare(*joint).decided
+    assert compare(*joint).middle == pytest.approx(0.02)
+    alone = [make_measurement(seconds=one, ratios=one) for one in (slower, drift)]
+    assert not compare(*alone).decided
+
+
+def test_within_is_the_worst_that_may_be() -> None:
+    """Of all plans that were timed to the end the one that may be fastest, by its interval."""
+    best = make_measurement("xla", 8.0, 1.0, noise=0.01)
+    noisy, pruned = (
+        make_measurement("xla", 4.0, 1.02, noise=0.03),
+        make_measurement("xla", 2.0, 0.9, noise=0.3, status="pruned"),
+    )
+    for others, expected in (((), 0.0), ((noisy,), compare(best, noisy).high)):
+        choice = make_profile(measurements=[best, pruned, *others]).choose()
+        assert choice is not None
+        assert choice.plan == best.plan
+        assert choice.within == pytest.approx(expected)
+    assert expected > 0.02
+
+
+def test_too_few_rounds_tell_nothing() -> None:
+    """Where another plan may be twice as fast, how sure a choice is cannot be said."""
+    once = [make_measurement("xla", mb, 1.0, seconds=(1.0,), ratios=(1.0,)) for mb in (8.0, 4.0)]
+    choice = make_profile(measurements=once).choose()
+    assert choice is not None
+    assert choice.within is None
 
 
 @pytest.mark.parametrize("ratios", [(1.0,), (0.0, 0.0), (0.5, 0.5, 0.5)])
 def test_no_spread(ratios: tuple[float, ...]) -> None:
-    """One repeat, or equal ones, or none that took time, have no spread and no noise."""
-    measurement = make_measurement(seconds=ratios, ratios=ratios)
-    assert (measurement.spread, measurement.noise) == (0.0, 0.0)
+    """One repeat, or equal ones, or none that took time, have no spread."""
+    assert make_measurement(seconds=ratios, ratios=ratios).spread == 0.0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +181,7 @@ def test_no_spread(ratios: tuple[float, ...]) -> None:
     ],
 )
 def test_slower_by(one: float, other: float, noise: float, expected: float) -> None:
-    """Times are told apart where they differ by more than their noise, which counts as 1% to 3%."""
+    """Times are told apart where their interval does, from 1% on, and from 3% on always."""
     measured = [make_measurement(ratio=ratio, noise=noise) for ratio in (one, other)]
     assert slower_by(*measured) == pytest.approx(expected, abs=1e-12)
 
@@ -146,8 +205,9 @@ def test_slower_by(one: float, other: float, noise: float, expected: float) -> N
         {"created": "2026-01-02T03:04:05Z\n"},
         {"effort": "some"},
         {"complete": None},
-        {"schema_version": 2},
+        {"schema_version": 3},
         {"schema_version": 0},
+        {"schema_version": True},
         {"device": None},
         {"owner": "me"},
         {"measurements": (None,)},

@@ -163,14 +163,8 @@ def refused(url: str, timeout: float = 10.0) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "bundle.json",
-        "bundle.json?signed=yes",
-        "compressed.json.gz",
-        "encoded",
-        "redirect",
-        "understated",
-        "overstated",
-        "unsized",
+        *("bundle.json", "bundle.json?signed=yes", "compressed.json.gz", "encoded"),
+        *("redirect", "understated", "overstated", "unsized"),
     ],
 )
 def test_read_over_http(server: str, name: str) -> None:

@@ -57,7 +57,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not programs:
         pytest.skip("no PostgreSQL server is installed (Debian's package postgresql)")
     user: dict[str, Any] = {}
-    # a socket's path is short, and others' folders are not for its user to enter
+    # A socket's path is short, and others' folders are not for its user to enter.
     folder = Path(tempfile.mkdtemp(prefix="postgresql", dir="/tmp"))
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = {"user": "postgres", "group": "postgres", "extra_groups": []}

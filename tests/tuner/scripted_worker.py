@@ -5,13 +5,14 @@ A real one does that too rarely. ``python scripted_worker.py SCRIPT``: SCRIPT is
 (answer well), "die N" (by signal N), "exit N", "hang", "babble", "refuse" (answer with an error) or
 a status to answer with. "do" may begin with "time:" to happen while timing instead of while
 preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then.
-"log" names a file that every request is appended to.
+"log" names a file that every request is appended to; times scatter by a fraction "jitter".
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from autochunk.plan import Plan
 
+NOISE = random.Random(0)
 DEVICE = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8}
 DEVICE |= {"jax": "0.12.0", "jaxlib": "0.12.0", "driver": ""}
 
@@ -81,7 +83,10 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
             if deed.startswith("time:"):
                 perform(deed.removeprefix("time:"))
         time.sleep(script.get("delay", 0))
-        return {"seconds": [act(plan).get("seconds", 0.01) for plan in request["plans"]]}
+        spread = script.get("jitter", 0.0)
+        scatter = [1 + spread * NOISE.uniform(-1, 1) for _ in request["plans"]]
+        seconds = [act(plan).get("seconds", 0.01) for plan in request["plans"]]
+        return {"seconds": [one * by for one, by in zip(seconds, scatter, strict=True)]}
     return {}
 
 

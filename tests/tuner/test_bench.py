@@ -28,7 +28,7 @@ def test_the_baselines_are_right(shape: str, mode: str, monkeypatch: pytest.Monk
 
     A baseline that is wrong is worth no comparison.
     """
-    # so that the loop has several turns
+    # The loop shall have several turns.
     monkeypatch.setattr(peers, "DEFAULT_MAX_CHUNK_SIZE_MB", 5e-4)
     inputs = WorkloadInputs(Workload.parse(shape, mode=mode))
     for attend in (peers.haiku_dense, peers.row_loop):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import pytest
 
-from autochunk.device import detect, gpu_memory, visible_gpus
+from autochunk.device import detect
+from autochunk.nvidia import gpu_memory, visible_gpus
 from autochunk.plan import Plan
 from autochunk.resolution.resolve import resolve
 from autochunk.tuner.probe import Probe

@@ -67,7 +67,7 @@ def test_more_memory_than_there_is_is_out_of_memory() -> None:
     """
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
         pytest.skip("this system promises memory that it has not got")
-    # logits of four times the machine's memory
+    # Logits of four times the machine's memory.
     length = math.isqrt(4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
     with Probe(memory_budget_bytes=2**62) as probe:
         probe.load(Workload.parse(f"t={length},k=1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from factories import Scripted, make_device, make_measurement
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Effort
+from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.search import Interrupted, Outcome, search
 from autochunk.tuner.study import Storage, Study
@@ -282,3 +284,33 @@ def test_finalists_meet_in_joint_rounds(second: float, scripted: Scripted, tmp_p
     run(scripted(plans=plans, default={"seconds": 0.2}, log=str(log)), tmp_path / "study")
     last = json.loads(log.read_text().splitlines()[-1])
     assert sorted(map(tuple, last["plans"])) == [("xla", 16.8), ("xla_rows", 16.8)]
+
+
+def test_joint_rounds_have_a_new_order_each_time(scripted: Scripted, tmp_path: Path) -> None:
+    """The anchor is in all of them, and no plan always follows the same other one."""
+    log = tmp_path / "log"
+    plans = {name: {"seconds": 0.1} for name in ("xla, 16.8 MB", "xla, 8.4 MB", "xla, 4.2 MB")}
+    command = scripted(plans=plans, default={"seconds": 0.2}, log=str(log), jitter=0.02)
+    outcome = run(command, tmp_path / "study", effort="standard")
+    requests = [json.loads(line) for line in log.read_text().splitlines()]
+    timed = [request["plans"] for request in requests if request["do"] == "time"]
+    rounds = timed[-max(m.joint for m in outcome.measurements) :]
+    assert len(rounds) >= EFFORT_SETTINGS["standard"].least_joint
+    assert all(["xla", 33.6] in order for order in rounds)
+    assert len(rounds[0]) >= 4
+    assert {str(order[0]) for order in rounds} != {str(rounds[0][0])}
+    followers = {(str(one), str(next_one)) for order in rounds for one, next_one in pairwise(order)}
+    assert len(followers) > 2 * (len(rounds[0]) - 1)
+
+
+def test_joint_rounds_end_when_the_choice_is_clear(scripted: Scripted, tmp_path: Path) -> None:
+    """Noiseless times are clear after the fewest rounds; those that scatter take more."""
+    counts = []
+    for jitter in (0.0, 0.2):
+        plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": 0.105}}
+        command = scripted(plans=plans, default={"seconds": 0.3}, jitter=jitter)
+        outcome = run(command, tmp_path / f"study {jitter}", effort="standard")
+        counts.append(max(m.joint for m in outcome.measurements))
+    settings = EFFORT_SETTINGS["standard"]
+    assert counts[0] == settings.least_joint
+    assert counts[0] < counts[1] <= settings.joint_rounds

@@ -15,6 +15,7 @@ from factories import Scripted, make_device, start_python
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError, StoreError
+from autochunk.host import usable_cores
 from autochunk.plan import Plan, candidate_plans
 from autochunk.store.profile import Effort, sliced_shape
 from autochunk.store.profiles import ProfileStore
@@ -25,6 +26,7 @@ from autochunk.tuner.events import (
     Failed,
     Finished,
     Measured,
+    OtherWork,
     OutOfTime,
     Skipped,
     Started,
@@ -38,7 +40,8 @@ WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8
 
 
 def kinds(events: list[Event]) -> list[type[Event]]:
-    return [type(event) for event in events if not isinstance(event, Measured | DeviceFound)]
+    left_out = Measured | DeviceFound | OtherWork
+    return [type(event) for event in events if not isinstance(event, left_out)]
 
 
 def plans_of(events: list[Event]) -> list[tuple[Workload, Plan]]:
@@ -47,10 +50,11 @@ def plans_of(events: list[Event]) -> list[tuple[Workload, Plan]]:
 
 
 def measured(command: tuple[str, ...], workloads: list[Workload], **options: Any) -> list[Event]:
+    """What is told, but for how busy this machine is otherwise."""
     events: list[Event] = []
     options = {"effort": "quick", **options}
     tune(workloads, worker_command=command, on_event=events.append, **options)
-    return events
+    return [event for event in events if not isinstance(event, OtherWork)]
 
 
 def test_a_real_tune_is_read_back_by_auto(small: Workload) -> None:
@@ -267,7 +271,7 @@ def test_one_gpu_failing_stops_the_others_with_what_they_have(
         tune(WORKLOADS, worker_command=scripted_gpu(), on_event=fail, **options)
     assert 1 <= len(ProfileStore().profiles()) < 3
     unfinished = ProfileStore().path.with_name("profiles.sqlite.unfinished").glob("*.journal")
-    # a second --force would take them for its own
+    # A second --force would take them for its own.
     assert not any(Storage(journal).profiles()[0] for journal in unfinished)
 
 
@@ -522,3 +526,14 @@ def test_machines_do_not_begin_with_the_same_workload(
         with pytest.raises(KeyboardInterrupt):
             tune(WORKLOADS, worker_command=command, storage=journal, on_event=first)
     assert len(begun) > 1
+
+
+def test_other_work_is_told(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end, where it was more than any system does by itself; not where none was measured."""
+    cores = iter([0.9, 0.01, 0.9, None])
+    monkeypatch.setattr("autochunk.tuner.load.OtherWork.cores", lambda _: next(cores))
+    for told, force in ((True, False), (False, True), (False, False), (False, False)):
+        events: list[Event] = []
+        options = {"effort": "quick", "force": force, "on_event": events.append}
+        tune(WORKLOADS[:1], worker_command=scripted(), **options)  # type: ignore[arg-type]
+        assert (OtherWork(0.9, usable_cores()) == events[-1]) is told

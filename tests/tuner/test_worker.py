@@ -63,7 +63,7 @@ def test_a_wrong_result_is_inaccurate() -> None:
     """A plan whose results differ from the reference cannot win, whatever its speed."""
     session = worker.Session()
     session.load(Workload.parse("b=1,t=16,h=2,k=4", mode="training").key, "")
-    # the key's gradient, as a kernel might get it wrong
+    # The key's gradient, as a kernel might get it wrong.
     session.references[2] = session.references[2] + 1.0
     reply = session.prepare(["xla", None], 10**9)
     assert reply["status"] == "inaccurate"
@@ -131,5 +131,5 @@ os.write(other_end, b'{"do": "hello"}\\n')
 print(worker.stdout.readline().decode(), flush=True)
 os._exit(0)
 """
-    # which reads until the worker, too, has closed the output
+    # It reads until the worker, too, has closed the output.
     assert '"ok": true' in run_python(parent)
