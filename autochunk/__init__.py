@@ -13,7 +13,8 @@ holds::
     plan                     how a call runs: an implementation, a limit, the slices of these
     host, nvidia, device     this machine, its GPUs; where a result was measured
     store/                   what is remembered
-      measurement, choice      one plan measured; how a choice follows from several
+      measurement, interval    one plan measured; how far apart two are
+      choice                   the plan that follows from several
       profile                  all measurements of a workload on a device
       profiles                 the user's own, in an SQLite file (database), which rescue mends
       bundle                   profiles as a file that travels, of a text (json_text) at a place
@@ -38,6 +39,8 @@ holds::
       probe, process, worker   the measuring process, from outside, in between and from inside
       inputs, reference        what is computed there, and what it should give
       measure                  how a program is timed, and its memory taken
+      joint                    rounds of the plans that are close, until one is clear
+      load, page_faults        what disturbs a measurement, or makes it slow
       bench, peers             what tuning bought, and other ways to compute the same
       verify                   whether a profile still holds
     report/                  results as plain data (records), drawn (tables, text, progress)

@@ -77,8 +77,6 @@ def examine(
         yield Finding("problem", "device", str(error), f"see {_JAX_INSTALLATION}")
         return
     yield from _device(device)
-    if page_faults is not None and device.allocator.startswith("glibc"):
-        yield _page_faults(page_faults)
     every = places.all_layers(store)
     for layer in every:
         yield _layer(layer, device)
@@ -88,6 +86,8 @@ def examine(
     if verify_count:  # all profiles are read for it
         for profile in _oldest(every, device)[:verify_count]:
             yield _verified(verifier(profile))
+    if page_faults is not None and device.allocator.startswith("glibc"):
+        yield _page_faults(page_faults)
 
 
 # --- Versions and device --------------------------------------------------------------------------
@@ -119,12 +119,11 @@ def _page_faults(measure: Callable[[], Interval]) -> Finding:
         found = measure()
     except (ProbeError, WorkerFailure) as error:
         return Finding("note", "page faults", f"what they cost cannot be measured: {error}")
-    low, middle, high = found
     detail = (
-        f"a short attention call, not sliced, takes {middle:+.0%} time (from {low:+.0%} to "
-        f"{high:+.0%}) against a process that keeps its freed memory"
+        f"a short attention call, not sliced, takes more time ({found}) than in a process that "
+        "keeps its freed memory"
     )
-    if low <= _COSTLY:
+    if found.low <= _COSTLY:
         return Finding("ok", "page faults", detail)
     settings = " ".join(f"{name}={value}" for name, value in HEAP_KEPT.items())
     cure = f"start programs, `autochunk tune` too, with {settings} (takes 1 GB more memory)"
@@ -251,13 +250,15 @@ def _verified(found: Verification) -> Finding:
     if found.failure:
         detail = f"{found.plan} cannot be timed here any more: {found.failure}"
         return Finding("problem", subject, detail, again)
-    low, middle, high = found.change
     detail = (
         f"{found.plan} takes {1 + found.now.middle:.2f} of the time of {found.baseline}, "
-        f"{1 + found.then.middle:.2f} when tuned ({middle:+.0%}, from {low:+.0%} to {high:+.0%})"
+        f"{1 + found.then.middle:.2f} when tuned ({found.change})"
     )
     if found.drifted:
         return Finding("problem", subject, detail, again)
+    if not found.tellable:
+        few = "too few rounds were stored of it to tell a change by"
+        return Finding("ok", subject, f"{detail}; {few}", f"{again} --effort thorough")
     if not found.clear:
         unclear = "times scatter too much to tell; run it again when the machine has less to do"
         return Finding("note", subject, detail, unclear)

@@ -15,7 +15,7 @@ Callers catch by family; a second base keeps ``except ValueError`` and ``except 
     AutochunkWarning (UserWarning)
     ├── MissWarning                    "auto" found no profile; names the command that makes one
     ├── BudgetWarning                  no plan that was measured fits the memory budget
-    ├── StaleWarning                   "auto" used a profile measured with other versions
+    ├── StaleWarning                   "auto" used a profile that may no longer hold
     └── StoreWarning                   a layer or rows of a store were left out, or a store mended
 """
 
@@ -92,7 +92,7 @@ class BudgetWarning(AutochunkWarning):
 
 
 class StaleWarning(AutochunkWarning):
-    """A profile that was measured with other versions, used by "auto"."""
+    """A profile that was measured with other versions, or another allocator, used by "auto"."""
 
 
 class StoreWarning(AutochunkWarning):

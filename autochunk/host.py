@@ -159,8 +159,11 @@ def read(path: str | Path) -> str:
 
 
 def busy_seconds() -> float | None:
-    """CPU time of all processes since the start, on the cores that this one may use; or None."""
-    if not hasattr(os, "sched_getaffinity"):
+    """CPU time of all processes since the start, on the cores that this one may use.
+
+    None where the system does not tell, or a quota gives this one less than those cores.
+    """
+    if not hasattr(os, "sched_getaffinity") or usable_cores() < len(os.sched_getaffinity(0)):
         return None
     mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     lines = [line.split() for line in read("/proc/stat").splitlines() if line]
@@ -179,9 +182,9 @@ def allocator() -> str:
     With the settings that it was started with: whether a freed buffer is kept decides whether the
     next one costs page faults, which can take longer than filling it.
     """
-    loaded = read("/proc/self/maps")
+    loaded = re.findall(r"/lib([a-z]+)[^/]*$", read("/proc/self/maps"), re.MULTILINE)
     for name in _ALLOCATORS:
-        if f"lib{name}" in loaded:
+        if name in loaded:
             return name
     library = _c_library()
     return " ".join([library, *_malloc_settings()]) if library else ""

@@ -47,9 +47,11 @@ def show(
     now = detect()
     profiles = profile_store.profiles() if place is None else bundle.read(place).profiles
     shown = [p for p in profiles if not stale or p.device.stale_reasons(now)]
-    if memory and shown:
-        rows = [row for profile in shown for row in memory_rows(profile)]
+    rows = [row for profile in shown for row in memory_rows(profile)] if memory else []
+    if rows or (memory and as_json):
         print_profiles(rows, as_json, markdown, memory_table)
+    elif memory and shown:
+        click.echo("None of these profiles has a plan that was timed.")
     elif shown or as_json:
         print_profiles([profile_row(profile, now) for profile in shown], as_json, markdown)
     elif stale:

@@ -42,7 +42,7 @@ def _answer(resolution: Resolution) -> Iterator[str]:
     yield f"because   {resolution.reason}"
     yield f"from      {resolution.layer} ({resolution.match}{stale})"
     if resolution.within is not None:
-        yield f"sure      no other plan measured is more than {resolution.within:.1%} faster"
+        yield f"sure      of plans timed to the end hardly one is {resolution.within:.1%} faster"
     if measured is not None:
         versions = f"jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}"
         yield f"measured  {measured.created}, effort {measured.effort}, {versions}"

@@ -45,8 +45,7 @@ class Resolution:
       asked: each layer that was asked and what it had.
       rejected: the profile's other plans and what spoke against each.
       profile: the profile that answered.
-      within: how much faster another plan that was measured could be at most, by its profile; None
-        where that cannot be told. It says nothing of another workload's profile.
+      choice: what it chose.
     """
 
     workload: Workload
@@ -64,7 +63,10 @@ class Resolution:
 
     @property
     def within(self) -> float | None:
-        """See the attributes; worked out when it is asked for."""
+        """How much faster another plan that was measured could be at most.
+
+        None where that cannot be told, as by another workload's profile.
+        """
         return self.choice.within if self.choice and self.match == "exact" else None
 
 

@@ -7,7 +7,6 @@ they have changed. Which layers there are, and in which order, is told by ``plac
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,17 +66,13 @@ class BundleLayer:
         """
         if self.label == SHIPPED or remote.is_url(self.place):
             return None
-        try:
-            status = os.stat(self.place)
-            # A file that is put in, taken out or replaced as `autochunk export` does it changes the
-            # folder's own time; one that is written over does not.
-            if _identity(status) != self._seen[0] or time.monotonic() > self._look_again:
-                inside = tuple(_identity(os.stat(file)) for file in self._files())
-                self._seen = (_identity(status), inside)
-                self._look_again = time.monotonic() + _LOOK_SECONDS
-            return self._seen
-        except OSError:
-            return None
+        # A file that is put in, taken out or replaced as `autochunk export` does it changes the
+        # folder's own identity; one that is written over does not.
+        own = files.file_identity(self.place)
+        if own is not None and (own != self._seen[0] or time.monotonic() > self._look_again):
+            self._seen = (own, tuple(map(files.file_identity, self._files())))
+            self._look_again = time.monotonic() + _LOOK_SECONDS
+        return self._seen if own is not None else None
 
     def get(self, device: Device, workload: Workload) -> Profile | None:
         """Of several files with one, the last by name."""
@@ -114,11 +109,6 @@ class BundleLayer:
         if isinstance(self._loaded, BundleError):  # said each time: half a layer must not answer
             raise self._loaded
         return self._loaded
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file does; its time and size may be kept by who replaces it."""
-    return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
 
 
 class MemoryLayer:

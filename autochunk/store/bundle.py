@@ -26,7 +26,7 @@ from autochunk.store.json_text import NO_BUNDLE, checked, one_line, refuse_wide
 from autochunk.store.measurement import Record
 from autochunk.store.profile import Profile
 
-BUNDLE_VERSION: Literal[2] = 2
+BUNDLE_VERSION: Literal[3] = 3
 
 # What a terminal or a log shows as one line.
 _ONE_LINE = r"^[^\p{Cc}\u{2028}\u{2029}]*$"
@@ -156,7 +156,7 @@ class _Entry(Record):
 class _File(Record):
     """A file's content, but for what is in its profiles."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     checksum: _Digest
     # None if it was written before bundles said where they come from.
     provenance: Provenance | None
@@ -187,8 +187,16 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Its profiles have fewer fields, each of which has a default."""
+    return {**content, "schema_version": 3}
+
+
 # From each older version to the next; a released one is never taken out.
-_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_version_1,
+    2: _from_version_2,
+}
 
 
 class Index(Mapping[tuple[str, str], Profile]):

@@ -7,12 +7,13 @@ in a later version, needs no new measurement.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
 from autochunk.store.interval import Interval, paired, unpaired
-from autochunk.store.measurement import LEAST_JOINT, Measurement, Record
+from autochunk.store.measurement import ENOUGH_JOINT, Measurement, Record
 
 # Times closer than this are equal for a user, however many repeats could tell them apart.
 SAME_TIME = 0.01
@@ -79,22 +80,31 @@ def choose(
     fitting = [measurement for measurement, objection in judged if not objection]
     if not fitting:
         return None
+    # Those that met in joint rounds were faster than all others, whose ratios are of other rounds.
+    finalists = [m for m in fitting if m.joint >= ENOUGH_JOINT] or fitting
     # Ties end with the plan's name, so that the order of the measurements decides nothing.
-    fastest = min(fitting, key=lambda m: (m.ratio, m.spread, str(m.plan)))
+    fastest = min(finalists, key=lambda m: (m.ratio, m.spread, str(m.plan)))
     equal = [m for m in fitting if not slower_by(m, fastest)]
     dense = next((m for m in fitting if m.plan == DENSE), None)
     no_slower = [m for m in equal if dense is None or slower_by(m, dense) <= 0]
-    best = min(no_slower, key=_memory_then_time)
+    # By the rounds that it had with dense even the fastest may be slower than that.
+    best = min(no_slower, key=_memory_then_time) if no_slower or dense is None else dense
     others = [(m, _comparison(m, best, fastest)) for m in fitting if m is not best]
     unfit = [(measurement, objection) for measurement, objection in judged if objection]
     return Choice(
         measurement=best,
-        reason="fastest"
-        if best is fastest
-        else f"least memory of {len(equal)} plans whose times cannot be told apart",
+        reason=_reason(best, fastest, equal),
         rejected=tuple((str(m.plan), against) for m, against in (*unfit, *others)),
         among=tuple(fitting),
     )
+
+
+def _reason(best: Measurement, fastest: Measurement, equal: list[Measurement]) -> str:
+    if best is fastest:
+        return "fastest"
+    if best in equal:
+        return f"least memory of {len(equal)} plans whose times cannot be told apart"
+    return "no other plan is faster than dense attention"
 
 
 def least_memory(
@@ -111,23 +121,28 @@ def least_memory(
 def compare(one: Measurement, other: Measurement) -> Interval:
     """By what fraction ``one`` is slower than ``other``, as far as their rounds can tell.
 
-    From the joint rounds that both were in, if there are enough of them; else from all.
+    From the joint rounds that both were in, if there are enough of them; else from their own.
     """
-    common = min(one.joint, other.joint)
-    if common >= LEAST_JOINT:
+    if (common := min(one.joint, other.joint)) >= ENOUGH_JOINT:
         return paired(one.joint_ratios[:common], other.joint_ratios[:common])
-    return unpaired(one.ratios, other.ratios)
+    return unpaired(one.own_ratios, other.own_ratios)
 
 
 def slower_by(one: Measurement, other: Measurement) -> float:
     """By what fraction ``one`` is slower (0.1 is 10%); 0 where times cannot be told apart."""
-    difference = one.ratio / other.ratio - 1 if other.ratio else 0.0
+    if (common := min(one.joint, other.joint)) >= ENOUGH_JOINT:
+        ratios, others = one.joint_ratios[:common], other.joint_ratios[:common]
+    else:
+        ratios, others = one.own_ratios, other.own_ratios
+    least = statistics.median(others)
+    difference = statistics.median(ratios) / least - 1 if least else 0.0
+    # An interval takes a while, and is asked only where it decides.
     if abs(difference) <= SAME_TIME:
         return 0.0
-    # Beyond that no interval need be asked, which takes a while.
-    if abs(difference) > LARGEST_NOISE or compare(one, other).decided:
+    if abs(difference) > LARGEST_NOISE:
         return difference
-    return 0.0
+    low, _, high = compare(one, other)
+    return difference if (low > 0 and difference > 0) or (high < 0 and difference < 0) else 0.0
 
 
 def _memory(measurement: Measurement) -> int:

@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
+# Of more rounds than this the last ones are taken: the averages of all pairs are many.
+_MOST_ROUNDS = 100
+_LARGEST = 700.0  # whose exponential is still a number
+
 # Student's t for CONFIDENCE, by the number of rounds; with one, there is no telling.
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
@@ -24,7 +28,8 @@ _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 class Interval(NamedTuple):
     """By what fraction something is more than something else (0.1 is 10%).
 
-    The true value lies from ``low`` to ``high`` with CONFIDENCE; ``middle`` is the best guess.
+    The true value lies from ``low`` (at least -1) to ``high`` (infinite, if nothing is known) with
+    CONFIDENCE; ``middle`` is the best guess.
     """
 
     low: float
@@ -35,6 +40,11 @@ class Interval(NamedTuple):
     def decided(self) -> bool:
         """Whether it says more or less: zero is not in it."""
         return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        if self.high > 1:
+            return f"{self.middle:+.0%}, though anything may be true"
+        return f"{self.middle:+.0%}, from {self.low:+.0%} to {self.high:+.0%}"
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> Interval:
@@ -55,7 +65,7 @@ def change(then: Interval, now: Interval) -> Interval:
 
 
 def _center_of(interval: Interval) -> tuple[float, ...]:
-    return tuple(math.log1p(max(value, -1 + 1e-15)) for value in interval)
+    return tuple(math.log1p(value) if value > -1 else -math.inf for value in interval)
 
 
 def _apart(one: tuple[float, ...], other: tuple[float, ...]) -> Interval:
@@ -76,16 +86,25 @@ def _logarithms(times: Sequence[float]) -> list[float]:
 
 
 def _as_fractions(low: float, middle: float, high: float) -> Interval:
-    return Interval(*(math.expm1(min(value, 700.0)) for value in (low, middle, high)))
+    return Interval(*map(_as_fraction, (low, middle, high)))
+
+
+def _as_fraction(logarithm: float) -> float:
+    return math.expm1(logarithm) if logarithm < _LARGEST else math.inf
 
 
 def _center(values: Sequence[float]) -> tuple[float, float, float]:
     """(low, middle, high) of what values scatter about."""
+    return _center_of_last(tuple(values[-_MOST_ROUNDS:]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _center_of_last(values: tuple[float, ...]) -> tuple[float, float, float]:
     if len(values) < 2:
-        middle = values[0] if values else 0.0
-        return -math.inf, middle, math.inf
+        return -math.inf, values[0] if values else 0.0, math.inf
     averages = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
-    middle = statistics.median(averages)
+    half = len(averages) // 2
+    middle = (averages[half] + averages[-1 - half]) / 2
     if len(values) in _STUDENT:
         error = statistics.stdev(values) / math.sqrt(len(values))
         reach = _STUDENT[len(values)] * error

@@ -23,8 +23,8 @@ Status = Literal[
 ]
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LEAST_JOINT = 6
-"""Fewer joint rounds than this say less than those together that a plan had alone."""
+ENOUGH_JOINT = 6
+"""Fewer joint rounds than this say less than the rounds that a plan had beside the anchor only."""
 
 # Without FailFast each wrong value of a hostile file is an error that takes memory.
 _Times = Annotated[tuple[_Seconds, ...], FailFast()]
@@ -115,24 +115,26 @@ class Measurement(Record):
 
     @property
     def joint_ratios(self) -> tuple[float, ...]:
-        """Those of joint rounds."""
+        """Those of joint rounds; the anchor's own are one."""
         return self.ratios[len(self.ratios) - self.joint :]
+
+    @property
+    def own_ratios(self) -> tuple[float, ...]:
+        """Those of rounds beside the anchor only; where there are none, all."""
+        return self.ratios[: len(self.ratios) - self.joint] or self.ratios
 
     @property
     def ratio(self) -> float:
         """Median time relative to the anchor plan; of joint rounds, if there are enough of them."""
-        return statistics.median(self._best_ratios)
+        enough = self.joint >= ENOUGH_JOINT
+        return statistics.median(self.joint_ratios if enough else self.own_ratios)
 
     @property
     def spread(self) -> float:
         """The ``relative_spread`` of the ratios; 0 for a single repeat."""
-        spread = relative_spread(self._best_ratios)
+        joint = self.joint_ratios if self.joint >= ENOUGH_JOINT else ()
         # The anchor beside itself, in one timing, tells nothing of how times scatter.
-        return spread or relative_spread(self.ratios[: len(self.ratios) - self.joint]) or 0.0
-
-    @property
-    def _best_ratios(self) -> tuple[float, ...]:
-        return self.joint_ratios if self.joint >= LEAST_JOINT else self.ratios
+        return relative_spread(joint) or relative_spread(self.own_ratios) or 0.0
 
 
 def relative_spread(values: Sequence[float]) -> float | None:

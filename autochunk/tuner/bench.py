@@ -1,7 +1,7 @@
-"""``bench``: what tuning bought, in one process and alternating rounds.
+"""``bench``: what tuning bought, in one process and common rounds.
 
-Every contender computes the same attention from the same arrays; each round times all of them in
-turn, and ratios are taken within a round, so that drift of the machine hits all alike.
+Every contender computes the same attention from the same arrays; each round times all of them in a
+new random order, and ratios are taken within a round, so that drift of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -192,9 +193,9 @@ _PEERS: dict[str, Callable[[WorkloadInputs], Contender]] = {"torch": _torch, "to
 
 def _time_all(contenders: list[Contender], rounds: int) -> None:
     dense = next((contender for contender in contenders if contender.name == HAIKU_DENSE), None)
-    for step in range(rounds):
-        shift = step % max(1, len(contenders))
-        for contender in contenders[shift:] + contenders[:shift]:
+    for _ in range(rounds):
+        order = random.sample(contenders, len(contenders))
+        for contender in order:
             assert contender.run is not None
             contender.seconds.append(contender.run())
         if dense is not None:

@@ -11,7 +11,7 @@ NOTABLE_CORES = 0.2
 """Less than this share of a core is what any system does by itself."""
 
 
-class OtherWork:
+class LoadOfOthers:
     """The CPU time that other programs had since this was made, on the cores of this process."""
 
     def __init__(self) -> None:

@@ -5,12 +5,13 @@ The measuring process (``worker.py``) and ``bench`` both measure by it.
 A time is that of a call that is made again and again: one timing repeats it for SHORTEST_TIMING at
 least, so that a short call finds caches and allocator as its own last repeat left them, and a long
 one as the plan before it did. In a model other work stands between two calls. Which plan comes
-before is therefore left to chance, anew in each round. Tried, on a busy machine (AMD EPYC, 2 cores,
-jax 0.12), against the same plans inside a Transformer layer's step, with three workloads (2 x 1024
-positions forward and training, 16 x 256 training): the mean deviation of the plans' ratios, in
-parts of the call's time, was 0.064 with random orders, 0.095 with one order rotated, 0.092 with
-each plan beside one other, 0.097 with products as of an MLP before each timing and 0.095 before
-each call, and 0.117 with an untimed call before each timing. Nothing is therefore put between.
+before is therefore left to chance, anew in each of the joint rounds that decide. Tried, on a busy
+machine (AMD EPYC, 2 cores, jax 0.12), against the same plans inside a Transformer layer's step,
+with three workloads (2 x 1024 positions forward and training, 16 x 256 training): the mean
+deviation of the plans' ratios, in parts of the call's time, was 0.064 with random orders, 0.095
+with one order rotated, 0.092 with each plan beside one other, 0.097 with products as of an MLP
+before each timing and 0.095 before each call, and 0.117 with an untimed call before each timing.
+Nothing is therefore put between.
 
 The output's cotangent is zero but for the rows that are checked, which takes no less time to
 multiply by. Threads and cores are those that any program of this process's gets.

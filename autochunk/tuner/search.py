@@ -16,7 +16,6 @@ several workers share one.
 from __future__ import annotations
 
 import contextlib
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,9 +28,10 @@ from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Effort, sliced_shape
 from autochunk.tuner.candidates import all_plans, equivalent, in_order, likely
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
+from autochunk.tuner.joint import JointRounds
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure
-from autochunk.tuner.standing import beneath_the_hopeless, best_plans, best_ratio, undecided
+from autochunk.tuner.standing import beneath_the_hopeless, best_plans, best_ratio
 from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
 
@@ -131,7 +131,6 @@ class _Search:
         self.anchor: Plan | None = None
         self._loaded = False
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
-        self._random = random.Random(workload.key)  # noqa: S311 (nothing secret)
 
     def run(self) -> bool:
         """Returns whether everything is measured; if not, other workers are at it."""
@@ -146,7 +145,12 @@ class _Search:
             with claim:
                 self._load()
                 self._follow_anchor()
-                claim.done(self._joint_rounds(), self.anchor)
+                finalists = best_plans(self.measured, self.settings)
+                if self.anchor is not None and len(finalists) > 1:
+                    together = JointRounds(self.probe, self.settings, self.measured, self.anchor)
+                    claim.done(together.run(finalists), self.anchor)
+                else:
+                    claim.done([], self.anchor)
             self.measured = self.study.measured()
         return not self.study.workers()
 
@@ -275,47 +279,6 @@ class _Search:
         if self.study.anchor != self.anchor:
             self.anchor = self.study.anchor
             self.measured = self.study.measured()  # ratios to another anchor do not compare
-
-    # The end
-
-    def _joint_rounds(self) -> list[Measurement]:
-        """Times the plans that are close in common rounds, until it is clear which to choose.
-
-        Each round has them in a new random order: a plan that follows one that takes much memory
-        may be slower for it. Those that are clearly slower leave, and do not come back. Returns
-        their measurements with those rounds added.
-        """
-        finalists = best_plans(self.measured, self.settings)
-        if len(finalists) < 2 or self.anchor is None:
-            return []
-        start, settings = time.monotonic(), self.settings
-        playing = [self.anchor, *finalists]
-        rounds: list[dict[Plan, float]] = []
-        found = [self.measured[plan] for plan in finalists]
-        with contextlib.suppress(WorkerFailure):  # what was measured before stands
-            while playing and len(rounds) < settings.joint_rounds:
-                order = list(dict.fromkeys(playing))
-                self._random.shuffle(order)
-                rounds.append(dict(zip(order, self.probe.time(order), strict=True)))
-                found = [self._with_rounds(plan, rounds, self.anchor) for plan in finalists]
-                if len(rounds) >= settings.least_joint:
-                    late = time.monotonic() - start > settings.joint_seconds
-                    open_plans = [] if late else undecided(found)
-                    playing = [self.anchor, *open_plans] if open_plans else []
-        return found
-
-    def _with_rounds(
-        self, plan: Plan, rounds: list[dict[Plan, float]], anchor: Plan
-    ) -> Measurement:
-        """A plan's measurement with joint rounds: no longer one that was given up early."""
-        old = self.measured[plan]
-        pairs = [(times[plan], times[plan] / times[anchor]) for times in rounds if plan in times]
-        if not pairs:
-            return old
-        seconds, ratios = zip(*pairs, strict=True)
-        times = {"seconds": (*old.seconds, *seconds), "ratios": (*old.ratios, *ratios)}
-        changes = {"status": "ok", "detail": "", "joint": old.joint + len(pairs), **times}
-        return old.model_copy(update=changes)
 
 
 def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measurement:

@@ -15,7 +15,7 @@ from autochunk.store.profiles import ProfileStore
 from autochunk.tuner import events, sharing
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event, Subject
-from autochunk.tuner.load import NOTABLE_CORES, OtherWork
+from autochunk.tuner.load import NOTABLE_CORES, LoadOfOthers
 from autochunk.tuner.presets import PRESETS, standard_dtypes
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.process import WORKER
@@ -75,7 +75,7 @@ def tune(
     store.check_writable()
     limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
     deadline = None if limit is None else time.monotonic() + limit
-    others = OtherWork()
+    others = LoadOfOthers()
     with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
         device = _same_device(probes, gpus)
         on_event(events.DeviceFound(device))
@@ -181,7 +181,7 @@ def standard_workloads(
 
 
 def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
-    """What was measured on a device with other versions, or was not finished.
+    """What may no longer hold of a device, or was not finished.
 
     Unfinished, too, because a tune of what is stale that was interrupted may have left that in its
     place.

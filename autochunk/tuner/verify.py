@@ -21,8 +21,9 @@ DRIFT = LARGEST_NOISE
 """A choice has drifted if it surely became slower by more than this beside its baseline."""
 
 _EQUAL = Interval(0.0, 0.0, 0.0)
-_ROUNDS = 7
-_MOST_ROUNDS = 28  # while it is not clear whether it has drifted
+# After which it is looked whether it has drifted. Not after each: who looks often enough sees what
+# is not there.
+_LOOKS = (7, 14, 28)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Verification:
         """Whether the rounds were enough to tell."""
         return self.drifted or self.change.high <= DRIFT
 
+    @property
+    def tellable(self) -> bool:
+        """Whether any number of rounds could be enough, by what was stored of the baseline."""
+        exact = Interval(*[self.now.middle] * 3)
+        return replace(self, now=exact).clear
+
 
 def verify(profile: Profile, *, worker_command: Sequence[str] = WORKER) -> Verification:
     """Times a profile's chosen plan and its baseline in turn, in a process of their own.
@@ -90,11 +97,14 @@ def verify(profile: Profile, *, worker_command: Sequence[str] = WORKER) -> Verif
 def _timed(probe: Probe, found: Verification) -> Verification:
     own: list[float] = []
     others: list[float] = []
-    while len(own) < _ROUNDS or (len(own) < _MOST_ROUNDS and not found.clear):
-        seconds, beside = probe.time_beside(found.plan, found.baseline, len(own))
-        own.append(seconds)
-        others.append(beside)
+    for look in _LOOKS:
+        while len(own) < look:
+            seconds, beside = probe.time_beside(found.plan, found.baseline, len(own))
+            own.append(seconds)
+            others.append(beside)
         found = replace(found, now=paired(own, others))
+        if found.clear or not found.tellable:
+            break
     return found
 
 

@@ -394,7 +394,7 @@ def test_rows_that_are_not_whole_are_not_rescued(store: ProfileStore) -> None:
 
     A newer version's profile comes along.
     """
-    newer = json.dumps({"schema_version": 2, "what": "ever"})
+    newer = json.dumps({"schema_version": 7, "what": "ever"})
     with closing(sqlite3.connect(store.path)) as file, file:
         file.execute("UPDATE profiles SET value = 'no json' WHERE key LIKE '%t=100,%'")
         other = "(SELECT value FROM profiles WHERE key LIKE '%t=102,%')"
@@ -577,7 +577,7 @@ def test_forget_unreadable(store: ProfileStore) -> None:
         *[("b | nonsense", "no json"), ("c", "{}"), ("d", b"\xff"), ("e", None), ("f", 2.5)],
         *[("g | other", profile_of(1).model_dump_json()), (b"\xff", "3"), (None, "x")],
     ]
-    newer = json.dumps({"schema_version": 2, "profile": "of the future"})
+    newer = json.dumps({"schema_version": 7, "profile": "of the future"})
     rows = [*bad, (f"{HERE.key} | newer", newer)]
     with closing(sqlite3.connect(store.path)) as file, file:
         file.executemany("INSERT INTO profiles VALUES (?, ?)", rows)

@@ -25,7 +25,7 @@ from autochunk.store.choice import (
     compare,
     slower_by,
 )
-from autochunk.store.measurement import LEAST_JOINT, Measurement
+from autochunk.store.measurement import ENOUGH_JOINT, Measurement
 from autochunk.store.profile import EFFORTS, Profile, sliced_shape
 
 NO_TIMES = ("oom", "over_budget", "timeout", "crashed", "inaccurate")
@@ -106,7 +106,7 @@ def test_statistics_of_a_measurement() -> None:
 def test_joint_rounds_count_where_there_are_enough() -> None:
     """A ratio is that of joint rounds, if there are enough of them; of few, that of all."""
     alone, together = (1.0,) * 9, (0.5, 0.6, 0.7) * 2
-    for joint, expected in ((LEAST_JOINT, 0.6), (LEAST_JOINT - 1, 1.0)):
+    for joint, expected in ((ENOUGH_JOINT, 0.6), (ENOUGH_JOINT - 1, 1.0)):
         ratios = alone + together[:joint]
         found = make_measurement(seconds=ratios, ratios=ratios, joint=joint)
         assert found.joint_ratios == together[:joint]
@@ -116,8 +116,8 @@ def test_joint_rounds_count_where_there_are_enough() -> None:
 def test_the_anchor_has_the_spread_of_its_own_rounds() -> None:
     """Beside itself in joint rounds its ratio is one each time, which tells nothing."""
     alone = make_measurement(noise=0.1)
-    ratios = (*alone.ratios, *(1.0,) * LEAST_JOINT)
-    anchor = make_measurement(seconds=ratios, ratios=ratios, joint=LEAST_JOINT)
+    ratios = (*alone.ratios, *(1.0,) * ENOUGH_JOINT)
+    anchor = make_measurement(seconds=ratios, ratios=ratios, joint=ENOUGH_JOINT)
     assert anchor.spread == alone.spread > 0
 
 

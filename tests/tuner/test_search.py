@@ -299,6 +299,9 @@ def test_joint_rounds_have_a_new_order_each_time(scripted: Scripted, tmp_path: P
     assert all(["xla", 33.6] in order for order in rounds)
     assert len(rounds[0]) >= 4
     assert {str(order[0]) for order in rounds} != {str(rounds[0][0])}
+    for plan in map(str, rounds[0]):
+        there = [plan in map(str, order) for order in rounds]
+        assert there == sorted(there, reverse=True), "what has left came back"
     followers = {(str(one), str(next_one)) for order in rounds for one, next_one in pairwise(order)}
     assert len(followers) > 2 * (len(rounds[0]) - 1)
 

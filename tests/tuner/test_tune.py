@@ -531,7 +531,7 @@ def test_machines_do_not_begin_with_the_same_workload(
 def test_other_work_is_told(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end, where it was more than any system does by itself; not where none was measured."""
     cores = iter([0.9, 0.01, 0.9, None])
-    monkeypatch.setattr("autochunk.tuner.load.OtherWork.cores", lambda _: next(cores))
+    monkeypatch.setattr("autochunk.tuner.load.LoadOfOthers.cores", lambda _: next(cores))
     for told, force in ((True, False), (False, True), (False, False), (False, False)):
         events: list[Event] = []
         options = {"effort": "quick", "force": force, "on_event": events.append}

@@ -73,10 +73,11 @@ class Storage:
 def study_name(device: Device, workload: Workload, effort: Effort) -> str:
     """What machines must have in common to share a study.
 
-    The device, and the libraries whose programs are timed.
+    The device, the libraries whose programs are timed, and how memory is handed out to them.
     """
-    cudnn = f" cudnn={device.cudnn}" if device.cudnn else ""
-    return f"{device.key} jaxlib={device.jaxlib}{cudnn} | {workload.key} | {effort}"
+    soft = ("cudnn", "allocator", "huge_pages")
+    given = "".join(f" {name}={value}" for name in soft if (value := getattr(device, name)))
+    return f"{device.key} jaxlib={device.jaxlib}{given} | {workload.key} | {effort}"
 
 
 def open_private(journal: Path) -> Storage:
