@@ -607,14 +607,13 @@ def test_read_of_a_missing_file_is_empty(tmp_path: Path) -> None:
     ("maps", "environment", "expected"),
     [
         ("", {}, "glibc"),
-        ("", {"MALLOC_TOP_PAD_": "1e9", "MALLOC_ARENA_MAX": "2"},
-         "glibc MALLOC_ARENA_MAX=2 MALLOC_TOP_PAD_=1e9"),
-        ("", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=9:glibc.cpu.x=1"},
-         "glibc glibc.malloc.trim_threshold=9"),
-        ("7f00 r-xp 00000000 /usr/lib/libjemalloc.so.2\n", {"MALLOC_TOP_PAD_": "1"}, "jemalloc"),
-        ("7f00 r-xp 00000000 /opt/libtcmalloc_minimal.so.4\n", {}, "tcmalloc"),
+        ("", {"MALLOC_TOP_PAD_": "9", "MALLOC_A": "2"}, "glibc MALLOC_A=2 MALLOC_TOP_PAD_=9"),
+        ("", {"GLIBC_TUNABLES": "glibc.malloc.x=9:glibc.cpu.x=1"}, "glibc glibc.malloc.x=9"),
+        ("7f00 r-xp 0 /usr/lib/libjemalloc.so.2\n", {"MALLOC_TOP_PAD_": "1"}, "jemalloc"),
+        ("7f00 r-xp 0 /opt/libtcmalloc_minimal.so.4\n", {}, "tcmalloc"),
+        ("7f00 r-xp 0 /opt/libjemalloc/other.so\n", {}, "glibc"),
     ],
-)  # fmt: skip
+)
 def test_allocator(
     files: Files,
     monkeypatch: pytest.MonkeyPatch,
