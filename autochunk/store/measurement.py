@@ -51,7 +51,7 @@ class Measurement(Record):
       joint: how many of the repeats, the last ones, are of joint rounds, in which all plans that
         still could win were timed. Two plans' joint rounds are the same ones from the first on.
       temp_bytes: working memory beyond arguments and results: the larger of ``predicted_bytes`` and
-        ``measured_bytes``.
+        ``measured_bytes``, as far as a GPU's allocator can tell.
       predicted_bytes: working memory by XLA's own account; None in profiles of before it was kept.
       measured_bytes: working memory that the process or the device's allocator was seen to take,
         where that could be told.

@@ -31,6 +31,7 @@ from autochunk.tuner.measure import (
     available_bytes,
     measure_growth,
     program_bytes,
+    working_bytes,
 )
 from autochunk.tuner.peers import NotCompared, haiku_dense, jax_nn, row_loop
 from autochunk.tuner.probe import SHARE_OF_FREE_MEMORY
@@ -161,7 +162,7 @@ def _compile(name: str, attend: Attend, detail: str, inputs: WorkloadInputs) -> 
     except Exception as error:
         contender.detail = _refusal(error)
         return contender
-    contender.temp_bytes = temp if grown is None else max(temp, grown - out)
+    contender.temp_bytes = temp if grown is None else working_bytes(temp, grown - out)
     contender.run = lambda: timed.seconds(inputs.passed)
     return contender
 

@@ -36,7 +36,13 @@ from autochunk import device as devices
 from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
 from autochunk.tuner.inputs import WorkloadInputs
-from autochunk.tuner.measure import Timed, available_bytes, measure_growth, program_bytes
+from autochunk.tuner.measure import (
+    Timed,
+    available_bytes,
+    measure_growth,
+    program_bytes,
+    working_bytes,
+)
 from autochunk.tuner.reference import dense_on_sample, reference, relative_error
 from autochunk.workload import Workload
 
@@ -108,7 +114,8 @@ class Session:
             return result | {"status": "oom", "detail": str(error)[:500]}
         if grown is not None:
             measured = max(0, grown - out)
-            result |= {"measured_bytes": measured, "temp_bytes": max(temp, measured)}
+            working = working_bytes(temp, measured)
+            result |= {"measured_bytes": measured, "temp_bytes": working}
         result["error"] = min(deviation, 1e30)
         if not deviation <= self.error_limit:
             errs = f"errs by {deviation:.2g} of the largest value"

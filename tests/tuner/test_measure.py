@@ -89,3 +89,13 @@ def test_the_default_device_is_what_is_measured(monkeypatch: pytest.MonkeyPatch)
     with jax.default_device(jax.devices("cpu")[0]):
         _, grown = measure.measure_growth(lambda: np.ones(2**24))
     assert grown is None or grown >= 8 * 2**24
+
+
+def test_a_gpus_allocator_may_hand_out_more_than_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to 128 MiB, where it would not split a piece; on a CPU what was taken counts in full."""
+    assert measure.working_bytes(143, 268) == measure.working_bytes(268, 143) == 268
+    monkeypatch.setattr(measure, "_platform", lambda: "gpu")
+    assert measure.working_bytes(143 * 10**6, 268 * 10**6) == 143 * 10**6
+    assert measure.working_bytes(143 * 10**6, 500 * 10**6) == 500 * 10**6 - 2**27
