@@ -261,10 +261,10 @@ def test_forget_asks_first_and_names_what_goes() -> None:
 )
 def test_progress_says_what_became_of_a_workload(event: Event, words: str) -> None:
     """Not measured is only what nothing is stored of."""
-    console = Console(file=io.StringIO(), width=200)
-    with TuneProgress(console) as progress:
+    printed = io.StringIO()
+    with TuneProgress(Console(file=printed, width=200)) as progress:
         progress(event)
-    assert words in console.file.getvalue()  # type: ignore[attr-defined]
+    assert words in printed.getvalue()
 
 
 def test_bundles_are_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import make_measurement, make_profile, make_workload
@@ -25,8 +26,8 @@ from autochunk.workload import Workload
 SMALL = Workload.parse("b=2,t=64,h=2,k=8")
 
 
-def problems(**options: object) -> list[Finding]:
-    findings = list(examine(**options))  # type: ignore[arg-type]
+def problems(**options: Any) -> list[Finding]:
+    findings = list(examine(**options))
     assert all(finding.cure for finding in findings if finding.level != "ok")
     return [finding for finding in findings if finding.level == "problem"]
 

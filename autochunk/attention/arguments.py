@@ -56,7 +56,8 @@ class Arguments:
         Raises:
           ArgumentError: something is no array, or its shape or dtype does not fit.
         """
-        given = {name: _array(name, array) for name, array in arrays.items() if array is not None}
+        there = (name for name, array in arrays.items() if array is not None or name not in TERMS)
+        given = {name: _array(name, arrays[name]) for name in there}
         heads = Inputs(**{name: given[name] for name in OPERANDS if name not in TERMS})
         _check_shapes(*heads[:3])
         logits = _logits_shape(heads.query, heads.key)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import bundle, files, json_text
-from autochunk.store.bundle import Provenance
+from autochunk.store.bundle import Bundle, Provenance
 from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 
@@ -139,7 +139,9 @@ def test_numbers_survive_to_the_last_bit(seconds: float, memory: int) -> None:
     """A digest holds for every number that a profile may have."""
     measurement = make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)
     profile = make_profile(measurements=[measurement])
-    assert check(bundle.dump([profile])).profiles == (profile,)  # type: ignore[union-attr]
+    loaded = check(bundle.dump([profile]))
+    assert isinstance(loaded, Bundle)
+    assert loaded.profiles == (profile,)
 
 
 @pytest.mark.parametrize("note", ["two\nlines", "\x1b[31m", "x" * 1001, "a\u2028b", "\ud800"])

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import (
@@ -459,13 +460,13 @@ def test_writer_whose_file_is_replaced_goes_on_with_the_new_one(
     """Who opened the file before it was set aside must not write into the old one."""
     other, calls = fill(tmp_path / "other.sqlite", 3), 0
 
-    def write(table: object) -> None:
+    def write(table: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
             os.link(store.path, tmp_path / "aside")
             os.replace(other.path, store.path)
-        table.update({"here | there": "written"})  # type: ignore[attr-defined]
+        table.update({"here | there": "written"})
 
     store._database._write("profiles", write)
     assert calls == 2

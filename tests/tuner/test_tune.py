@@ -534,6 +534,6 @@ def test_other_work_is_told(scripted: Scripted, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("autochunk.tuner.load.LoadOfOthers.cores", lambda _: next(cores))
     for told, force in ((True, False), (False, True), (False, False), (False, False)):
         events: list[Event] = []
-        options = {"effort": "quick", "force": force, "on_event": events.append}
-        tune(WORKLOADS[:1], worker_command=scripted(), **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"effort": "quick", "force": force, "on_event": events.append}
+        tune(WORKLOADS[:1], worker_command=scripted(), **options)
         assert (OtherWork(0.9, usable_cores()) == events[-1]) is told
