@@ -245,10 +245,11 @@ def assert_alike(
     ours: Function,
     theirs: Function,
     tolerance: float = 2e-5,
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> None:
     """Both functions give the same, transformed; one program, for one is compiled faster."""
     both = quick_jit(lambda *arrays: (transform(ours)(*arrays), transform(theirs)(*arrays)))
-    received, expected = both(*four())
+    received, expected = both(*(np.asarray(array, dtype) for array in four()))
     assert_close(received, expected, tolerance)
 
 
@@ -262,7 +263,12 @@ def test_transformations(name: str, plan: str) -> None:
         dot_product_attention, **masked, max_chunk_size_mb=limit, implementation=implementation
     )
     theirs = functools.partial(plain, **masked)
-    assert_alike(transform, ours, theirs, 1e-4 if name in HIGHER else 2e-5)
+    if name not in HIGHER:
+        assert_alike(transform, ours, theirs)
+        return
+    # In float32 rounding grows with each order, by how much depends on the processor.
+    with jax.enable_x64(True):
+        assert_alike(transform, ours, theirs, 1e-10, np.float64)
 
 
 @pytest.mark.parametrize("name", ["vmap(grad)", "grad(vmap) bias", "jvp(grad)", "grad(grad)"])
