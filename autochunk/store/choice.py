@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
@@ -123,17 +123,20 @@ def compare(one: Measurement, other: Measurement) -> Interval:
 
     From the joint rounds that both were in, if there are enough of them; else from their own.
     """
+    together, ratios, others = _rounds(one, other)
+    return paired(ratios, others) if together else unpaired(ratios, others)
+
+
+def _rounds(one: Measurement, other: Measurement) -> tuple[bool, Sequence[float], Sequence[float]]:
+    """Whether the rounds to compare by are joint ones, and the ratios of either in them."""
     if (common := min(one.joint, other.joint)) >= ENOUGH_JOINT:
-        return paired(one.joint_ratios[:common], other.joint_ratios[:common])
-    return unpaired(one.own_ratios, other.own_ratios)
+        return True, one.joint_ratios[:common], other.joint_ratios[:common]
+    return False, one.own_ratios, other.own_ratios
 
 
 def slower_by(one: Measurement, other: Measurement) -> float:
     """By what fraction ``one`` is slower (0.1 is 10%); 0 where times cannot be told apart."""
-    if (common := min(one.joint, other.joint)) >= ENOUGH_JOINT:
-        ratios, others = one.joint_ratios[:common], other.joint_ratios[:common]
-    else:
-        ratios, others = one.own_ratios, other.own_ratios
+    _, ratios, others = _rounds(one, other)
     least = statistics.median(others)
     difference = statistics.median(ratios) / least - 1 if least else 0.0
     # An interval takes a while, and is asked only where it decides.
