@@ -11,7 +11,8 @@ holds::
     workload                 one tunable call, and the one text that names it
     implementations          the ways to compute attention, in one table
     plan                     how a call runs: an implementation, a limit, the slices of these
-    host, nvidia, device     this machine, its GPUs; where a result was measured
+    host, nvidia, nvml       this machine, its GPUs, what disturbs those
+    device                   where a result was measured
     store/                   what is remembered
       measurement, interval    one plan measured; how far apart two are
       choice                   the plan that follows from several
@@ -39,9 +40,12 @@ holds::
       probe, process, worker   the measuring process, from outside, in between and from inside
       inputs, reference        what is computed there, and what it should give
       measure                  how a program is timed, and its memory taken
-      joint                    rounds of the plans that are close, until one is clear
+      joint, unsure            rounds of the plans that are close, until one is clear; once more
+                               with time that is left
       load, page_faults        what disturbs a measurement, or makes it slow
       bench, peers             what tuning bought, and other ways to compute the same
+      rivals, layer            plans beside the chosen one: alone, in a Transformer layer's step
+      memory                   what plans take, each in a process of its own
       verify                   whether a profile still holds
     report/                  results as plain data (records), drawn (tables, text, progress)
     doctor                   looks over the whole set-up

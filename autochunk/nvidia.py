@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import os
 import re
+import uuid
 from typing import Any
 
 from autochunk.errors import DeviceError
@@ -76,6 +77,20 @@ def visible_gpus(wanted: str = "all") -> list[str]:
             f'"0,1"; got {wanted!r}'
         )
     return [names[int(number)] for number in numbers]
+
+
+def gpu_uuids() -> dict[str, str]:
+    """UUIDs of the GPUs that this process sees, by the names that ``visible_gpus`` gives them."""
+    with contextlib.suppress(DeviceError):
+        return {name: _uuid(index) for index, name in enumerate(visible_gpus())}
+    return {}
+
+
+def _uuid(index: int) -> str:
+    driver, device, raw = cuda_driver(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetUuid(raw, device):
+        return ""
+    return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from factories import make_device, make_profile, make_workload
+from factories import make_device, make_measurement, make_profile, make_workload, one_plan
 from rich.console import Console
 
 from autochunk.cli import main
@@ -25,7 +25,7 @@ from autochunk.store import bundle, files
 from autochunk.store.profile import utc_now
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.events import Event, Failed, OtherWork, OutOfTime
+from autochunk.tuner.events import Event, Failed, OtherWork, OutOfTime, SharedGpu, SlowedGpu
 from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -200,6 +200,38 @@ def test_bench_without_a_shape_heeds_dtype_and_mode() -> None:
     assert "no such profile" in call("bench", "--dtype", "float16").stderr
 
 
+def test_bench_of_plans(tmp_path: Path) -> None:
+    """Beside the chosen one those of the profile and of a bundle; only what is tuned here."""
+    workload = make_workload("t=8,k=2")
+    ProfileStore().put(make_profile(workload, detect()))
+    file = tmp_path / "other.json"
+    limits = (make_profile(workload, measurements=one_plan(1e-4)), make_profile())
+    file.write_text(bundle.dump(limits))
+    options = ["--rounds", "2", "--shape", "t=8,h=1,k=2", "--mode", "forward"]
+    (record,) = json.loads(call("bench", "--against", str(file), *options, "--json").stdout)
+    plans = [one["plan"] for one in record["plans"]]
+    assert plans[0] == record["chosen"] == "xla, 16 MB"
+    assert plans[-1] == "xla, 0.0001 MB"
+    assert len(plans) == 5
+    printed = call("bench", "--in-layer", *options).stdout
+    assert "rank correlation with the profile" in printed
+    assert "chosen" in printed
+    refused = call("bench", "--plans", "--shape", "t=9,k=2", "--mode", "forward")
+    assert "Run `autochunk tune` with the same --shape" in refused.stderr
+
+
+def test_bench_of_memory() -> None:
+    """Each plan that was timed, in a process of its own."""
+    plans = (make_measurement("dense", None), make_measurement("xla", 0.05))
+    ProfileStore().put(make_profile(make_workload("t=512,h=4,k=8"), detect(), plans))
+    rows = json.loads(call("bench", "--memory", "--json").stdout)
+    assert [row["plan"] for row in rows] == ["dense", "xla, 0.05 MB"]
+    dense, sliced = rows
+    assert dense["predicted_bytes"] > 4 * sliced["predicted_bytes"]
+    if dense["measured_bytes"] is not None:  # where the system tells
+        assert dense["measured_bytes"] > 2 * sliced["measured_bytes"]
+
+
 def test_export_chooses_and_notes(tmp_path: Path) -> None:
     """By device and workload; says how many were left out."""
     here, there = make_profile(), make_profile(device=make_device(kind="Another/Kind"))
@@ -256,7 +288,10 @@ def test_forget_asks_first_and_names_what_goes() -> None:
             "out of time, and the profile from before stays (standard); the same command goes on "
             "from here",
         ),
-        (OtherWork(0.94, 2), "other programs had 0.9 of 2 cores meanwhile"),
+        (OtherWork(0.94, 2), "other programs had 0.9 of 2 cores meanwhile: what is close"),
+        (SharedGpu(1), "another program had the GPU in use as well: what is close"),
+        (SharedGpu(2), "2 programs had the GPU in use as well"),
+        (SlowedGpu("power cap", 0.31), "held down for 31% of the time (power cap)"),
     ],
 )
 def test_progress_says_what_became_of_a_workload(event: Event, words: str) -> None:

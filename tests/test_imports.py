@@ -25,7 +25,7 @@ def _name(path: Path) -> str:
 MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
 WORDS = {"errors", "operands", "implementations", "plan", "workload"}
-WORDS |= {"host", "nvidia", "device"}
+WORDS |= {"host", "nvidia", "nvml", "device"}
 # Each room and the other rooms it may import. A module belongs to the longest room name that it
 # starts with; "" is the package itself (for its version).
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workload": {"errors", "operands"},
     "host": set(),
     "nvidia": {"errors", "host"},
+    "nvml": set(),
     "device": {"errors", "host", "nvidia"},
     "store": WORDS | {""},
     "resolution": WORDS | {"", "store"},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,11 +15,13 @@ from autochunk.cli.options import Wanted, json_option, shape_or_preset_options, 
 from autochunk.cli.printing import make_console, print_json, print_profiles
 from autochunk.device import Device, detect
 from autochunk.nvidia import visible_gpus
+from autochunk.plan import Plan
 from autochunk.report.progress import TuneProgress
-from autochunk.report.records import bench_record, profile_row
-from autochunk.report.tables import SCATTERED, bench_table
+from autochunk.report.records import bench_record, memory_row, profile_row, rivals_record
+from autochunk.report.tables import SCATTERED, bench_table, memory_table, rivals_table
 from autochunk.resolution.settings import use
-from autochunk.store.profile import EFFORTS, Effort
+from autochunk.store import bundle
+from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.workload import Workload
@@ -176,33 +179,125 @@ def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
     show_default=True,
     help="How often each contender is timed.",
 )
+@click.option(
+    "--plans",
+    is_flag=True,
+    help="Instead, time every plan that the profile has times of beside the one it chooses.",
+)
+@click.option(
+    "--against",
+    metavar="FILE|URL",
+    help="As --plans, with the plans that this bundle chooses for the same workloads.",
+)
+@click.option(
+    "--in-layer",
+    is_flag=True,
+    help="As --plans, in a Transformer layer's step around the attention.",
+)
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="As --plans, but the working memory of each plan, in a process of its own.",
+)
 @store_option
 @json_option
-def bench(wanted: Wanted, rounds: int, store: Path | None, as_json: bool) -> None:
+def bench(
+    wanted: Wanted,
+    rounds: int,
+    plans: bool,
+    against: str | None,
+    in_layer: bool,
+    memory: bool,
+    store: Path | None,
+    as_json: bool,
+) -> None:
     """Say what tuning bought: "auto" against haiku's dense attention, the 1000 MB default and
     others, in one run.
 
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
     """  # noqa: D205
-    from autochunk.tuner.bench import bench as run
-
-    workloads = wanted.named() or wanted.among(_tuned_here(store))
+    profiles = {one.parsed_workload(): one for one in ProfileStore(store).profiles(detect())}
+    workloads = wanted.named() or wanted.among(profiles)
     if not workloads:
         raise click.UsageError(
             "the store has no such profile of this machine; name a --shape or a --preset, or run "
             "`autochunk tune`"
         )
+    if plans or in_layer or memory or against is not None:
+        others = _choices(against)
+        untuned = [workload.key for workload in workloads if workload not in profiles]
+        if untuned:
+            raise click.UsageError(
+                f"plans are compared with the one that a profile of this machine chooses; there is "
+                f"none of {untuned[0]}. Run `autochunk tune` with the same --shape"
+            )
+        compared = [(profiles[workload], others.get(workload, ())) for workload in workloads]
+        if memory:
+            records = _memory(compared, as_json)
+        else:
+            records = _rivals(compared, rounds, in_layer, as_json)
+    else:
+        records = _contenders(workloads, rounds, store, as_json)
+    if as_json:
+        print_json(records)
+
+
+def _contenders(
+    workloads: Sequence[Workload], rounds: int, store: Path | None, as_json: bool
+) -> list[dict[str, Any]]:
+    """The records of ``bench``; its tables are printed as they come."""
+    from autochunk.tuner.bench import bench as run
+
     results = []
     for workload in workloads:
         with use(store=store):
             records = [bench_record(contender) for contender in run(workload, rounds=rounds)]
         results.append({"workload": workload.key, "contenders": records})
         if not as_json:
-            title = f"\n{workload.shape} {workload.dtype} {workload.mode}"
-            make_console().print(bench_table(records, title))
-    if as_json:
-        print_json(results)
+            make_console().print(bench_table(records, _title(workload)))
+    return results
 
 
-def _tuned_here(store: Path | None) -> list[Workload]:
-    return [profile.parsed_workload() for profile in ProfileStore(store).profiles(detect())]
+def _rivals(
+    compared: Iterable[tuple[Profile, Sequence[Plan]]], rounds: int, in_layer: bool, as_json: bool
+) -> list[dict[str, Any]]:
+    """The records of ``bench --plans``; its tables are printed as they come."""
+    from autochunk.tuner.rivals import rivals as run
+
+    results = []
+    for profile, plans in compared:
+        record = rivals_record(profile, run(profile, plans, rounds=rounds, in_layer=in_layer))
+        results.append(record)
+        if not as_json:
+            make_console().print(rivals_table(record, _title(profile.parsed_workload()), in_layer))
+    return results
+
+
+def _memory(
+    compared: Iterable[tuple[Profile, Sequence[Plan]]], as_json: bool
+) -> list[dict[str, Any]]:
+    """The records of ``bench --memory``; its tables are printed as they come."""
+    from autochunk.tuner.memory import memory_of
+
+    results = []
+    for profile, more in compared:
+        plans = dict.fromkeys([*(m.plan for m in profile.measurements if m.timed), *more])
+        found = memory_of(profile.parsed_workload(), plans)
+        rows = [memory_row(profile, plan, prepared) for plan, prepared in found]
+        results.extend(rows)
+        if not as_json:
+            make_console().print(memory_table(rows))
+    return results
+
+
+def _choices(place: str | None) -> dict[Workload, list[Plan]]:
+    """What the profiles of a bundle choose, of whichever devices, by workload."""
+    chosen: dict[Workload, list[Plan]] = {}
+    for profile in bundle.read(place).profiles if place is not None else ():
+        if choice := profile.choose():
+            chosen.setdefault(profile.parsed_workload(), []).append(choice.plan)
+    return chosen
+
+
+def _title(workload: Workload) -> str:
+    return f"\n{workload.shape} {workload.dtype} {workload.mode}"

@@ -21,13 +21,16 @@ from autochunk.store.profile import Profile
 from autochunk.tuner.events import (
     Awaited,
     DeviceFound,
+    Disturbance,
     Event,
     Failed,
     Finished,
     Measured,
     OtherWork,
     OutOfTime,
+    SharedGpu,
     Skipped,
+    SlowedGpu,
     Started,
     Subject,
 )
@@ -74,10 +77,10 @@ class TuneProgress:
             match event:
                 case DeviceFound():
                     self._say(f"device: {event.device.key}")
-                case OtherWork():
+                case OtherWork() | SharedGpu() | SlowedGpu():
                     self._say(
-                        f"other programs had {event.cores:.1f} of {event.of} cores meanwhile: what "
-                        "is close may have been told apart wrongly, or not at all"
+                        f"{_disturbance(event)}: what is close may have been told apart wrongly, "
+                        "or not at all"
                     )
                 case Started():
                     self._started(event)
@@ -117,6 +120,20 @@ class TuneProgress:
         else:
             line = f"{time.monotonic() - self._start:6.1f} s  {line}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _disturbance(event: Disturbance) -> str:
+    match event:
+        case OtherWork():
+            return f"other programs had {event.cores:.1f} of {event.of} cores meanwhile"
+        case SharedGpu():
+            programs = "another program" if event.programs == 1 else f"{event.programs} programs"
+            return f"{programs} had the GPU in use as well"
+        case SlowedGpu():
+            return (
+                f"the GPU's clocks were held down for {event.share:.0%} of the time "
+                f"({event.reason})"
+            )
 
 
 def _label(event: Subject) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from autochunk.device import Device
+from autochunk.plan import Plan
 from autochunk.resolution.answer import Resolution
 from autochunk.store.choice import DEFAULT, DENSE
+from autochunk.store.interval import Interval
 from autochunk.store.measurement import Measurement
 from autochunk.store.merge import ImportPlan
 from autochunk.store.profile import Profile
@@ -16,6 +19,8 @@ from autochunk.store.profile import Profile
 if TYPE_CHECKING:
     from autochunk.doctor import Finding
     from autochunk.tuner.bench import Contender  # which loads jax
+    from autochunk.tuner.probe import Prepared
+    from autochunk.tuner.rivals import Rival
 
 
 def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
@@ -47,25 +52,27 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
 
 
 def memory_rows(profile: Profile) -> list[dict[str, Any]]:
-    """Working memory of each plan that was timed: predicted by XLA, and seen to be taken.
+    """Working memory of each plan that was timed, as ``memory_row``s."""
+    return [memory_row(profile, m.plan, m) for m in profile.measurements if m.timed]
+
+
+def memory_row(profile: Profile, plan: Plan, found: Measurement | Prepared) -> dict[str, Any]:
+    """Working memory of a plan: predicted by XLA, and seen to be taken.
 
     ``measured_vs_predicted`` is the second over the first; None where one of them is not known.
     """
     workload = profile.parsed_workload()
-    about = {"shape": workload.shape, "dtype": workload.dtype, "mode": workload.mode}
-    return [
-        {
-            "workload": profile.workload,
-            "device": profile.device.key,
-            **about,
-            "plan": str(m.plan),
-            "predicted_bytes": m.predicted_bytes,
-            "measured_bytes": m.measured_bytes,
-            "measured_vs_predicted": _over(m.measured_bytes, m.predicted_bytes),
-        }
-        for m in profile.measurements
-        if m.timed
-    ]
+    return {
+        "workload": profile.workload,
+        "device": profile.device.key,
+        "shape": workload.shape,
+        "dtype": workload.dtype,
+        "mode": workload.mode,
+        "plan": str(plan),
+        "predicted_bytes": found.predicted_bytes,
+        "measured_bytes": found.measured_bytes,
+        "measured_vs_predicted": _over(found.measured_bytes, found.predicted_bytes),
+    }
 
 
 def _over(one: int | None, other: int | None) -> float | None:
@@ -148,6 +155,40 @@ def bench_record(contender: Contender) -> dict[str, Any]:
         "temp_bytes": contender.temp_bytes,
         "detail": contender.detail,
     }
+
+
+def rivals_record(profile: Profile, found: Sequence[Rival]) -> dict[str, Any]:
+    """A profile's plans beside the chosen one, as plain data.
+
+    ``stored`` and ``slower`` are [low, best guess, high] of the fraction by which a plan is slower
+    than the chosen one, when it was tuned and now; ``faster`` are the plans that surely are now;
+    ``rank_correlation`` and ``contradiction`` as in ``Agreement``.
+    """
+    from autochunk.tuner.rivals import agreement
+
+    return {
+        "workload": profile.workload,
+        "device": profile.device.key,
+        "chosen": str(found[0].plan),
+        "plans": [
+            {
+                "plan": str(rival.plan),
+                "seconds": rival.seconds,
+                "stored": _bounds(rival.stored),
+                "slower": _bounds(rival.slower),
+                "temp_bytes": rival.temp_bytes,
+                "detail": rival.detail,
+            }
+            for rival in found
+        ],
+        "faster": [str(one.plan) for one in found if one.slower and one.slower.high < 0],
+        **asdict(agreement(found)),
+    }
+
+
+def _bounds(interval: Interval | None) -> list[float | None] | None:
+    """JSON has no infinity."""
+    return None if interval is None else [x if math.isfinite(x) else None for x in interval]
 
 
 def finding_record(finding: Finding) -> dict[str, Any]:

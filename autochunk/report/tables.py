@@ -82,6 +82,38 @@ def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def rivals_table(record: dict[str, Any], title: str, in_layer: bool = False) -> Table:
+    """The table of ``autochunk bench --plans``, fastest first."""
+    correlation, contradiction = record["rank_correlation"], record["contradiction"]
+    told = f"largest contradiction {contradiction:.1%}"
+    if correlation is not None:
+        told = f"rank correlation with the profile {correlation:.2f}, {told}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.caption, table.caption_justify = told, "left"
+    time = "step" if in_layer else "time"
+    for name in ("plan", time, "slower when tuned", "slower now", "memory", ""):
+        table.add_column(name)
+    for one in sorted(record["plans"], key=lambda one: (one["slower"] or [0, math.inf])[1]):
+        chosen = one["plan"] == record["chosen"]
+        table.add_row(
+            one["plan"],
+            "-" if one["seconds"] is None else f"{one['seconds'] * 1e3:.2f} ms",
+            "" if chosen else _bounds(one["stored"]),
+            "" if chosen else _bounds(one["slower"]),
+            _memory(one["temp_bytes"]),
+            Text("chosen" if chosen else one["detail"]),
+        )
+    return table
+
+
+def _bounds(bounds: list[float | None] | None) -> str:
+    """An interval of fractions: "+7% (+5% to +9%)"."""
+    if bounds is None or bounds[1] is None:
+        return "-"
+    low, high = (f"{one:+.1%}" if one is not None else "?" for one in (bounds[0], bounds[2]))
+    return f"{bounds[1]:+.1%} ({low} to {high})"
+
+
 def _workload(row: dict[str, Any]) -> str:
     shape: str = row["shape"]
     return shape if row["dtype"] == "float32" else f"{shape} {row['dtype']}"

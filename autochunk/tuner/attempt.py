@@ -58,7 +58,15 @@ def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
 
     hints = _hints(task, subject)
     try:
-        return search(probe, subject.workload, task.effort, study, hints=hints, on_measurement=tell)
+        return search(
+            probe,
+            subject.workload,
+            task.effort,
+            study,
+            hints=hints,
+            seconds=share,
+            on_measurement=tell,
+        )
     except Interrupted as interruption:
         task.keep(interruption.outcome, study, subject.workload)
         raise

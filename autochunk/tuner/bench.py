@@ -147,23 +147,32 @@ def _refusal(error: Exception) -> str:
 
 
 def _compile(name: str, attend: Attend, detail: str, inputs: WorkloadInputs) -> Contender:
+    return prepare(name, make_function(inputs.workload, attend), inputs.passed, detail)
+
+
+def prepare(
+    name: str, function: Callable[..., Any], passed: tuple[Any, ...], detail: str = ""
+) -> Contender:
+    """A contender that computes a function of what is passed, compiled and run once.
+
+    One that does not fit, or fails in whatever words it has, has no ``run`` and says why.
+    """
     contender = Contender(name, detail=detail)
     try:
-        function = make_function(inputs.workload, attend)
-        compiled = jax.jit(function).lower(*inputs.passed).compile()
+        compiled = jax.jit(function).lower(*passed).compile()
         temp, out = program_bytes(compiled)
         allowed = available_bytes() * SHARE_OF_FREE_MEMORY
         if temp + out > allowed:
             needs = f"needs {(temp + out) / 1e6:.0f} MB, {allowed / 1e6:.0f} MB may be used"
             return dataclasses.replace(contender, detail=needs)
         start = time.perf_counter()
-        _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*inputs.passed)))
-        timed = Timed.of(compiled, function, inputs.passed, time.perf_counter() - start)
+        _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*passed)))
+        timed = Timed.of(compiled, function, passed, time.perf_counter() - start)
     except Exception as error:
         contender.detail = _refusal(error)
         return contender
     contender.temp_bytes = temp if grown is None else working_bytes(temp, grown - out)
-    contender.run = lambda: timed.seconds(inputs.passed)
+    contender.run = lambda: timed.seconds(passed)
     return contender
 
 

@@ -29,6 +29,21 @@ class OtherWork:
 
 
 @dataclass(frozen=True)
+class SharedGpu:
+    """All is measured, and before or after it so many programs of others were on a GPU."""
+
+    programs: int
+
+
+@dataclass(frozen=True)
+class SlowedGpu:
+    """All is measured, and a GPU's clocks were held down for a share of the time that it worked."""
+
+    reason: str
+    share: float
+
+
+@dataclass(frozen=True)
 class Subject:
     """The workload that is told of, which is number ``number`` of ``count``."""
 
@@ -90,6 +105,16 @@ class OutOfTime(Subject):
     profile: Profile | None
 
 
+Disturbance = OtherWork | SharedGpu | SlowedGpu
+
 Event = (
-    DeviceFound | OtherWork | Started | Measured | Finished | Awaited | Skipped | Failed | OutOfTime
+    DeviceFound
+    | Disturbance
+    | Started
+    | Measured
+    | Finished
+    | Awaited
+    | Skipped
+    | Failed
+    | OutOfTime
 )

@@ -78,5 +78,5 @@ class JointRounds:
             return old
         seconds = (*old.seconds, *(times[plan] for times in own))
         ratios = (*old.ratios, *(times[plan] / times[self.anchor] for times in own))
-        changes = {"seconds": seconds, "ratios": ratios, "joint": len(own)}
+        changes = {"seconds": seconds, "ratios": ratios, "joint": old.joint + len(own)}
         return old.model_copy(update={"status": "ok", "detail": "", **changes})

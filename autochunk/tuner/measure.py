@@ -40,8 +40,9 @@ from autochunk import host, nvidia
 SHORTEST_TIMING = 0.02
 # Longer computations hide what it takes to start them.
 _LONGEST_REPEATED = 0.002
-# Of a run that is over sooner, a few MB that it did not need would count.
+# Of a run that is over sooner, what a first run brings in would count: code, and threads' stacks.
 _SHORT_RUN = 0.5
+_FIRST_RUN_BYTES = 8 * 2**20
 # XLA's allocator for accelerators ("BFC") hands out a larger piece whole where it would split off
 # less than this: 143 MB were seen to count as 268.
 _UNSPLIT_BYTES = 128 * 2**20
@@ -183,9 +184,10 @@ def measure_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
     start = time.perf_counter()
     result, grown = _resident_growth(run)
     if grown is not None and time.perf_counter() - start < _SHORT_RUN:
-        del result  # a program's first run also brings in code, and threads their stacks
+        del result
         result, again = _resident_growth(run)
-        grown = min(grown, again or grown)
+        # If it is less by more, memory was used again that the first run had not returned.
+        grown = again if again is not None and 0 <= grown - again < _FIRST_RUN_BYTES else grown
     return result, grown
 
 

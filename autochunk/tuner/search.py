@@ -7,7 +7,7 @@ by different workers too, compare. A plan that is clearly hopeless goes after a 
 that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
 ``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at
 all. Those plans that are left and close meet once more in joint rounds, until it is clear which of
-them to choose.
+them to choose; where time is short, before all plans were tried.
 
 Who measures what is the study's business: an interrupted search goes on where it stopped, and
 several workers share one.
@@ -16,6 +16,7 @@ several workers share one.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -34,6 +35,9 @@ from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import beneath_the_hopeless, best_plans, best_ratio
 from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
+
+# Of the time for a workload: the rest is for joint rounds of the best.
+_SHARE_OF_PLANS = 0.75
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,13 @@ def search(
     study: Study,
     *,
     hints: Iterable[Plan] = (),
+    seconds: float = math.inf,
     on_measurement: Callable[[Measurement, int, int], None] = lambda *_: None,
 ) -> Outcome:
     """Measures those of a workload's plans that nobody else does.
 
-    It ends when none is left, when the probe's deadline comes, or when no worker can go on: see
-    ``Outcome``.
+    It ends when none is left, when the time is over or the probe's deadline comes, or when no
+    worker can go on: see ``Outcome``.
 
     Args:
       probe: measures; is turned to the workload here.
@@ -81,6 +86,8 @@ def search(
       effort: "quick", "standard" or "thorough".
       study: keeps what is measured, for going on after an interruption and for other workers.
       hints: plans to measure first, such as the best of a similar workload.
+      seconds: after most of this time no further plan is begun, and the best so far meet in joint
+        rounds: what is measured by then is to be worth a choice.
       on_measurement: told of each measurement, with how many are done and how many there are.
 
     Raises:
@@ -94,12 +101,11 @@ def search(
     settings = EFFORT_SETTINGS[effort]
     running = _Search(probe, platform, workload, settings, study, hints, on_measurement)
     try:
-        complete = running.run()
+        return running.run(time.monotonic() + _SHARE_OF_PLANS * seconds)
     except (OutOfTime, ProbeError) as error:
         return _cut_short(running.latest(), error)
     except KeyboardInterrupt as error:
         raise Interrupted(_cut_short(running.latest(), error)) from None
-    return Outcome(tuple(running.measured.values()), complete, awaited=not complete)
 
 
 def _cut_short(measured: dict[Plan, Measurement], error: BaseException) -> Outcome:
@@ -132,27 +138,38 @@ class _Search:
         self._loaded = False
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
 
-    def run(self) -> bool:
-        """Returns whether everything is measured; if not, other workers are at it."""
+    def run(self, end: float) -> Outcome:
+        """Begins no plan after ``end``, by ``time.monotonic()``, if there are some to compare."""
         while claim := self.study.claim(self.plans):
             with claim:
                 self._load()
                 self._take(claim)
-        if self.study.workers():
-            return False
-        self.measured = self.study.measured()  # after the others have ended
-        if claim := self.study.claim_joint_rounds():
-            with claim:
-                self._load()
-                self._follow_anchor()
-                finalists = best_plans(self.measured, self.settings)
-                if self.anchor is not None and len(finalists) > 1:
-                    together = JointRounds(self.probe, self.settings, self.measured, self.anchor)
-                    claim.done(together.run(finalists), self.anchor)
-                else:
-                    claim.done([], self.anchor)
-            self.measured = self.study.measured()
-        return not self.study.workers()
+            if time.monotonic() > end and self._lacking():
+                for measurement in self._joint_rounds():
+                    self.measured[measurement.plan] = measurement
+                return Outcome(tuple(self.measured.values()), complete=False)
+        if not self.study.workers():
+            self.measured = self.study.measured()  # after the others have ended
+            if claim := self.study.claim_joint_rounds():
+                with claim:
+                    self._load()
+                    self._follow_anchor()
+                    claim.done(self._joint_rounds(), self.anchor)
+                self.measured = self.study.measured()
+        others = bool(self.study.workers())
+        return Outcome(tuple(self.measured.values()), complete=not others, awaited=others)
+
+    def _lacking(self) -> bool:
+        """Whether plans are left to measure, and some are that can be compared."""
+        timed = sum(measurement.timed for measurement in self.measured.values())
+        return timed > 1 and any(plan not in self.measured for plan in self.plans)
+
+    def _joint_rounds(self) -> list[Measurement]:
+        """What the best plans' joint rounds make of them; nothing without several."""
+        finalists = best_plans(self.measured, self.settings)
+        if self.anchor is None or len(finalists) < 2:
+            return []
+        return JointRounds(self.probe, self.settings, self.measured, self.anchor).run(finalists)
 
     def latest(self) -> dict[Plan, Measurement]:
         """All that is measured, by others since the last claim too.

@@ -14,6 +14,7 @@ from autochunk.tuner.events import Subject
 from autochunk.tuner.probe import Probe, seconds_left
 from autochunk.tuner.study import Journals, Storage, Study, worker_name
 from autochunk.tuner.task import Task
+from autochunk.tuner.unsure import SHARE_OF_TIME, repeat_unsure
 from autochunk.workload import Workload
 
 _POLL_SECONDS = 1.0  # between looks at what other workers have measured
@@ -22,11 +23,18 @@ _POLL_SECONDS = 1.0  # between looks at what other workers have measured
 def on_this_machine(
     task: Task, probes: Sequence[Probe], journals: Journals, waiting: Sequence[Subject]
 ) -> None:
-    """Measures what is waiting, with one worker or one for each GPU."""
+    """Measures what is waiting, with one worker or one for each GPU; then what is unsure again."""
+    start = time.monotonic()
     if len(probes) > 1:
         _all_together(task, probes, journals, waiting)
     else:
         _in_turn(task, probes[0], journals, waiting)
+    more = SHARE_OF_TIME * (time.monotonic() - start)
+
+    def again(probe: Probe, number: int) -> None:
+        repeat_unsure(task, waiting[number :: len(probes)], probe, more)
+
+    on_each(probes, again)
 
 
 def _in_turn(task: Task, probe: Probe, journals: Journals, waiting: Sequence[Subject]) -> None:

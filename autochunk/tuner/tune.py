@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from autochunk import host
+from autochunk import host, nvidia
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError
 from autochunk.plan import BYTES_PER_MB, check_positive
@@ -15,7 +15,7 @@ from autochunk.store.profiles import ProfileStore
 from autochunk.tuner import events, sharing
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event, Subject
-from autochunk.tuner.load import NOTABLE_CORES, LoadOfOthers
+from autochunk.tuner.load import NOTABLE_CORES, NOTABLE_SHARE, GpuWatch, LoadOfOthers
 from autochunk.tuner.presets import PRESETS, standard_dtypes
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.process import WORKER
@@ -76,7 +76,10 @@ def tune(
     limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
     deadline = None if limit is None else time.monotonic() + limit
     others = LoadOfOthers()
-    with _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes:
+    with (
+        GpuWatch(_watched(gpus)) as watch,
+        _probes(worker_command, gpus, effort, memory_budget_mb, deadline) as probes,
+    ):
         device = _same_device(probes, gpus)
         on_event(events.DeviceFound(device))
         if workloads is None:
@@ -93,9 +96,9 @@ def tune(
         for subject in waiting:
             if subject.workload not in task.begun:
                 on_event(events.OutOfTime(*subject.place, None))
-    cores = others.cores() or 0.0
-    if waiting and device.platform == "cpu" and cores > NOTABLE_CORES:
-        on_event(events.OtherWork(cores, host.usable_cores()))
+    if waiting:
+        for event in _disturbances(device, others, watch):
+            on_event(event)
     return [task.found[workload] for workload in todo if workload in task.found]
 
 
@@ -135,6 +138,28 @@ def _probes(
             probe.deadline = deadline
             probes.append(stack.enter_context(probe))
         yield probes
+
+
+def _watched(gpus: Sequence[str]) -> list[str]:
+    """UUIDs of the GPUs that measuring processes will use: jax's default is the first."""
+    uuids = nvidia.gpu_uuids()
+    return [uuids[gpu] for gpu in gpus if gpu in uuids] or list(uuids.values())[:1]
+
+
+def _disturbances(
+    device: Device, others: LoadOfOthers, watch: GpuWatch
+) -> Iterator[events.Disturbance]:
+    """What may have made the times wrong."""
+    if device.platform == "cpu":
+        cores = others.cores() or 0.0
+        if cores > NOTABLE_CORES:
+            yield events.OtherWork(cores, host.usable_cores())
+    elif device.platform == "gpu":
+        if watch.programs:
+            yield events.SharedGpu(watch.programs)
+        for reason, share in watch.slowed().items():
+            if share > NOTABLE_SHARE:
+                yield events.SlowedGpu(reason, share)
 
 
 def _same_device(probes: Sequence[Probe], gpus: Sequence[str]) -> Device:

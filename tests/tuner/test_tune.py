@@ -28,9 +28,12 @@ from autochunk.tuner.events import (
     Measured,
     OtherWork,
     OutOfTime,
+    SharedGpu,
     Skipped,
+    SlowedGpu,
     Started,
 )
+from autochunk.tuner.load import GpuWatch
 from autochunk.tuner.presets import PRESETS
 from autochunk.tuner.study import Storage
 from autochunk.tuner.tune import standard_workloads, tune
@@ -537,3 +540,41 @@ def test_other_work_is_told(scripted: Scripted, monkeypatch: pytest.MonkeyPatch)
         options: dict[str, Any] = {"effort": "quick", "force": force, "on_event": events.append}
         tune(WORKLOADS[:1], worker_command=scripted(), **options)
         assert (OtherWork(0.9, usable_cores()) == events[-1]) is told
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_what_disturbs_a_gpu_is_told(
+    platform: str, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other programs on it, and clocks that were held down for long; where one is measured."""
+    monkeypatch.setattr("autochunk.tuner.load.LoadOfOthers.cores", lambda _: None)
+    monkeypatch.setattr(GpuWatch, "_count_programs", lambda watch: setattr(watch, "programs", 2))
+    held = {"power cap": 0.6, "thermal slowdown": 0.05}
+    monkeypatch.setattr(GpuWatch, "slowed", lambda _: held)
+    device = make_device(platform=platform, kind="scripted")
+    events: list[Event] = []
+    command = scripted(device=device.model_dump())
+    tune(WORKLOADS[:1], worker_command=command, effort="quick", on_event=events.append)
+    told = [event for event in events if isinstance(event, SharedGpu | SlowedGpu)]
+    expected = [SharedGpu(2), SlowedGpu("power cap", 0.6)]
+    assert told == (expected if platform == "gpu" else [])
+
+
+def test_what_is_unsure_is_timed_again(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With time that is left, once each, the widest first; the joint rounds become more."""
+    monkeypatch.setattr("autochunk.tuner.sharing.SHARE_OF_TIME", 5.0)
+    events: list[Event] = []
+    # They scatter so much that no number of rounds is enough.
+    plans = dict.fromkeys(["dense", "xla, do not chunk"], {"seconds": 0.01})
+    command = scripted(plans=plans, jitter=0.2, default={"seconds": 0.05})
+    profiles = tune(WORKLOADS[:2], worker_command=command, on_event=events.append)
+    steps = [(type(event), event.workload) for event in events if isinstance(event, Started)]
+    assert len(steps) == 4
+    assert {workload for _, workload in steps[2:]} == set(WORKLOADS[:2])
+    stored = {profile.key: profile for profile in ProfileStore().profiles()}
+    most = EFFORT_SETTINGS["standard"].joint_rounds
+    for profile in profiles:
+        assert stored[profile.key] == profile
+        assert profile.complete
+        joint = max(measurement.joint for measurement in profile.measurements)
+        assert most < joint <= 2 * most

@@ -1,0 +1,158 @@
+"""``bench --plans``: the chosen plan beside each other one, two at a time, here and now.
+
+What it finds may contradict the profile, whose figures it is compared with: alone, as the tuner
+measures, or within the step of a Transformer layer, where a model's other work stands between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import scipy.stats
+
+from autochunk.errors import ArgumentError
+from autochunk.plan import Plan
+from autochunk.store.choice import compare
+from autochunk.store.interval import Interval, paired
+from autochunk.store.profile import Profile
+from autochunk.tuner.bench import Contender, prepare
+from autochunk.tuner.inputs import WorkloadInputs
+from autochunk.tuner.layer import Layer
+
+# Slower than the chosen plan by this in the first rounds, a plan gets no more of them.
+_HOPELESS = 1.25
+_FIRST_ROUNDS = 3
+
+_EQUAL = Interval(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A plan beside the chosen one.
+
+    Attributes:
+      plan: which.
+      seconds: median time of a call, or of a layer's step; None if it was not timed.
+      stored: by what fraction it was slower than the chosen plan when the profile was measured;
+        None of a plan that the profile has no times of.
+      slower: by what fraction of the attention's time it is slower now.
+      temp_bytes: working memory of what was timed.
+      detail: why it was not timed; empty if it was.
+    """
+
+    plan: Plan
+    seconds: float | None = None
+    stored: Interval | None = None
+    slower: Interval | None = None
+    temp_bytes: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a profile's figures order the plans by what they take now.
+
+    Attributes:
+      rank_correlation: Spearman's; None of fewer than three plans, or where there is no order.
+      contradiction: of two plans of which one was faster then and the other is faster now, the
+        smaller one of these fractions, where that is largest; 0 if there are no such two.
+    """
+
+    rank_correlation: float | None
+    contradiction: float
+
+
+def rivals(
+    profile: Profile,
+    plans: Iterable[Plan] = (),
+    *,
+    rounds: int = 10,
+    in_layer: bool = False,
+    on_plan: Callable[[Plan], None] = lambda _: None,
+) -> list[Rival]:
+    """Times every plan that a profile has times of, and others, beside the one that it chooses.
+
+    Args:
+      profile: of a workload on this machine.
+      plans: more to time.
+      rounds: how often each pair is timed, the first one left to chance; of a plan that is far
+        slower a few are enough.
+      in_layer: in a Transformer layer's step (see ``Layer``) instead of alone.
+      on_plan: told of each plan as it is prepared.
+
+    Returns:
+      The chosen plan, then the others.
+
+    Raises:
+      ArgumentError: the profile chooses no plan, or that one does not run here.
+    """
+    choice = profile.choose()
+    if choice is None:
+        raise ArgumentError(f"the profile of {profile.workload} chooses no plan to compare with")
+    measured = {m.plan: m for m in profile.measurements if m.timed}
+    others = [plan for plan in dict.fromkeys([*measured, *plans]) if plan != choice.plan]
+    # Without it jax computes in float32, with a warning at most.
+    with jax.enable_x64(profile.parsed_workload().dtype == "float64"):
+        inputs = WorkloadInputs(profile.parsed_workload())
+        around = Layer(inputs) if in_layer else inputs
+        on_plan(choice.plan)
+        chosen = _program(around, choice.plan)
+        if chosen.run is None:
+            raise ArgumentError(f"{choice.plan} of {profile.workload}: {chosen.detail}")
+        whole = chosen.run()
+        # Of a step's time a difference of the attention is a smaller part.
+        alone = _program(inputs, choice.plan).run if in_layer else None
+        of_step = whole / alone() if alone is not None else 1.0
+        found = [Rival(choice.plan, whole, _EQUAL, _EQUAL, chosen.temp_bytes)]
+        for plan in others:
+            on_plan(plan)
+            program = _program(around, plan)
+            stored = compare(measured[plan], choice.measurement) if plan in measured else None
+            slower = None
+            if program.run is not None:
+                of_attention = (of_step * part for part in _alternating(program, chosen, rounds))
+                slower = Interval(*of_attention)
+            figures = program.seconds_median, stored, slower, program.temp_bytes
+            found.append(Rival(plan, *figures, program.detail))
+    return found
+
+
+def _program(around: WorkloadInputs | Layer, plan: Plan) -> Contender:
+    return prepare(str(plan), around.function(plan), around.passed)
+
+
+def _alternating(one: Contender, other: Contender, rounds: int) -> Interval:
+    """By what fraction one is slower than another, whose times of other rounds go."""
+    other.seconds = []
+    for number in range(rounds):
+        for contender in random.sample([one, other], 2):
+            assert contender.run is not None
+            contender.seconds.append(contender.run())
+        slower = paired(one.seconds, other.seconds)
+        if number + 1 == _FIRST_ROUNDS and slower.middle > _HOPELESS - 1:
+            break
+    return slower
+
+
+def agreement(found: Sequence[Rival]) -> Agreement:
+    """How well the stored figures agree with those of now."""
+    both = [
+        (rival.stored.middle, rival.slower.middle)
+        for rival in found
+        if rival.stored is not None and rival.slower is not None
+    ]
+    then, now = zip(*both, strict=True)
+    ordered = len(both) > 2 and len(set(then)) > 1 and len(set(now)) > 1
+    contradictions = (
+        min(abs(a[0] - b[0]), abs(a[1] - b[1]))
+        for a, b in itertools.combinations(both, 2)
+        if (a[0] - b[0]) * (a[1] - b[1]) < 0
+    )
+    return Agreement(
+        rank_correlation=float(scipy.stats.spearmanr(then, now).statistic) if ordered else None,
+        contradiction=max(contradictions, default=0.0),
+    )
