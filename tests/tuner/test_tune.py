@@ -563,9 +563,10 @@ def test_what_disturbs_a_gpu_is_told(
 def test_what_is_unsure_is_timed_again(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     """With time that is left, once each, the widest first; the joint rounds become more."""
     monkeypatch.setattr("autochunk.tuner.sharing.SHARE_OF_TIME", 5.0)
+    for module in ("standing", "unsure"):  # so that no number of rounds is enough
+        monkeypatch.setattr(f"autochunk.tuner.{module}.SURE", -1.0)
     events: list[Event] = []
-    # They scatter so much that no number of rounds is enough.
-    plans = dict.fromkeys(["dense", "xla, do not chunk"], {"seconds": 0.01})
+    plans = {name: {"seconds": 0.01} for name in ("dense", "xla, do not chunk")}
     command = scripted(plans=plans, jitter=0.2, default={"seconds": 0.05})
     profiles = tune(WORKLOADS[:2], worker_command=command, on_event=events.append)
     steps = [(type(event), event.workload) for event in events if isinstance(event, Started)]
