@@ -35,7 +35,7 @@ class JointRounds:
         self._rounds: list[dict[Plan, float]] = []
 
     def run(self, finalists: Sequence[Plan]) -> list[Measurement]:
-        """The finalists' measurements with joint rounds added.
+        """The finalists' and the anchor's measurements with joint rounds added.
 
         Raises:
           OutOfTime: time ran out before there were enough rounds to tell anything.
@@ -52,7 +52,7 @@ class JointRounds:
                     look = math.ceil(1.5 * look)
                     late = time.monotonic() - start > self.settings.joint_seconds
                     playing = [] if late else self._in_question(playing, finalists)
-        return [self._measurement(plan) for plan in finalists]
+        return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
 
     def _add_round(self, playing: Sequence[Plan]) -> bool:
         """Times plans once more; returns False if time ran out, with enough rounds before."""

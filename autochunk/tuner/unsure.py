@@ -76,6 +76,6 @@ def _in_question(profile: Profile) -> list[Plan]:
 
 
 def _anchor(profile: Profile) -> Plan | None:
-    """The plan that all others were timed beside: it is as fast as itself in every round."""
-    found = (m.plan for m in profile.measurements if m.timed and set(m.ratios) == {1.0})
+    """The plan that all others were timed beside: in joint rounds it is as fast as itself."""
+    found = (m.plan for m in profile.measurements if set(m.joint_ratios) == {1.0})
     return next(found, None)
