@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_DType = Literal["query", "floating", "boolean", "integer", "bits"]
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -18,14 +20,16 @@ class Operand:
     Attributes:
       dims: what follows its leading dims [...], in letters: ``h`` query heads, ``n`` key/value
         heads, ``t`` query rows, ``s`` keys, ``k`` key features, ``v`` value features.
-      dtype: "query" (the query's), "floating" or "boolean".
+      item: what the text of a Workload calls it, where a call may be without it.
+      dtype: "query" (the query's), "floating", "boolean", "integer" or "bits" (random ones).
       optional: whether a call may be without it; any of its dims, the leading ones too, may then be
         of size one and broadcast.
       differentiable: whether training computes its gradient.
     """
 
     dims: str
-    dtype: Literal["query", "floating", "boolean"] = "query"
+    item: str = ""
+    dtype: _DType = "query"
     optional: bool = False
     differentiable: bool = True
 
@@ -35,13 +39,24 @@ class Operand:
         return f"b{self.dims}"
 
 
+def _term(dims: str, item: str, dtype: _DType) -> Operand:
+    return Operand(dims, item, dtype, optional=True, differentiable=dtype == "floating")
+
+
 # In the order in which they are passed on.
 OPERANDS: dict[str, Operand] = {
     "query": Operand("thk"),
     "key": Operand("snk"),
     "value": Operand("snv"),
-    "bias": Operand("hts", "floating", optional=True),
-    "mask": Operand("hts", "boolean", optional=True, differentiable=False),
+    "bias": _term("hts", "bias", "floating"),
+    "mask": _term("hts", "mask", "boolean"),
+    "query_seq_lengths": _term("", "q_lengths", "integer"),
+    "key_value_seq_lengths": _term("", "kv_lengths", "integer"),
+    "query_segment_ids": _term("t", "q_segments", "integer"),
+    "key_value_segment_ids": _term("s", "kv_segments", "integer"),
+    "query_offset": _term("", "offset", "integer"),
+    "alibi_slopes": _term("h", "alibi", "floating"),
+    "dropout_bits": _term("ht", "dropout", "bits"),
 }
 
 TERMS: dict[str, Operand] = {name: one for name, one in OPERANDS.items() if one.optional}

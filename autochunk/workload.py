@@ -43,6 +43,17 @@ _ITEMS = {
     "bias": "bias",
     "mode": "mode",
 }
+# Later ones, which a key has only where a call has them: keys from before stay as they are.
+_LATER = {
+    **{one.item: name for name, one in TERMS.items() if one.item not in _ITEMS},
+    "window": "window",
+    "soft_cap": "soft_cap",
+    "residual": "residual",
+    "precision": "precision",
+}
+_ALL_ITEMS = {**_ITEMS, **_LATER}
+_FLAGS = ("causal", "soft_cap", "residual")
+_TEXTS = ("dtype", "mode", "window", "precision", *(one.item for one in TERMS.values()))
 _BOOLEANS = {"yes": True, "no": False, "true": True, "false": False, "1": True, "0": False}
 _PREFIX = "attention:"
 
@@ -54,7 +65,11 @@ class Workload(BaseModel):
     (``t`` in texts), ``key_length`` is T (``s``), ``num_heads`` is H and ``num_kv_heads`` divides
     it. ``mask`` and ``bias`` are ``"none"`` or four letters for the dims [batch, heads, query, key]
     with ``1`` where the array broadcasts: ``"b1ts"`` is a mask per batch element, shared by the
-    heads. ``causal`` is the op's ``is_causal``.
+    heads. The other arrays that a call may have are named in the same way by their own dims
+    (``"b"``, ``"bt"``, ``"bs"``, ``"bh"``, ``"bht"``), and ``"yes"`` is the whole pattern.
+    ``causal`` is the op's ``is_causal``, ``window`` its ``local_window_size`` as ``"left:right"``,
+    ``residual`` its ``return_residual``; ``soft_cap`` says whether there is one. ``precision`` is
+    that of ``jax.lax``, such as ``"highest"``.
 
     Raises:
       WorkloadError: from ``make`` and ``parse``; says which item is wrong.
@@ -75,6 +90,17 @@ class Workload(BaseModel):
     mask: str = "none"
     bias: str = "none"
     mode: Mode = "forward"
+    query_seq_lengths: str = "none"
+    key_value_seq_lengths: str = "none"
+    query_segment_ids: str = "none"
+    key_value_segment_ids: str = "none"
+    query_offset: str = "none"
+    alibi_slopes: str = "none"
+    dropout_bits: str = "none"
+    window: str = "none"
+    soft_cap: bool = False
+    residual: bool = False
+    precision: Annotated[str, Field(pattern="^[a-z0-9_-]{1,60}$")] = "default"
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +117,7 @@ class Workload(BaseModel):
         sizes = {"b": 1, "h": 1} | {item: data[field] for item, field in _sizes_in(data)}
         for name in TERMS:
             data[name] = _canonical_pattern(name, data.get(name, "none"), sizes)
+        data["window"] = _canonical_window(data.get("window", "none"))
         return data
 
     @model_validator(mode="after")
@@ -99,6 +126,8 @@ class Workload(BaseModel):
             raise ValueError(
                 f"h={self.num_heads} is not a multiple of kv_heads={self.num_kv_heads}"
             )
+        if (self.query_segment_ids == "none") != (self.key_value_segment_ids == "none"):
+            raise ValueError("q_segments= and kv_segments= must be given together")
         return self
 
     @classmethod
@@ -129,15 +158,15 @@ class Workload(BaseModel):
         given: set[str] = set()
         for item in text.removeprefix(_PREFIX).split(","):
             name, equals, value = item.strip().partition("=")
-            if not equals or name not in _ITEMS:
+            if not equals or name not in _ALL_ITEMS:
                 raise WorkloadError(
                     f"{text!r}: {item.strip()!r} is not an item of a shape; items are NAME=VALUE "
-                    f"between commas, NAME one of {', '.join(_ITEMS)}"
+                    f"between commas, NAME one of {', '.join(_ALL_ITEMS)}"
                 )
             if name in given:
                 raise WorkloadError(f"{text!r}: {name}= is given twice")
             given.add(name)
-            fields[_ITEMS[name]] = _read_value(text, name, value)
+            fields[_ALL_ITEMS[name]] = _read_value(text, name, value)
         missing = [name for name in ("t", "k") if _ITEMS[name] not in fields]
         if missing:
             raise WorkloadError(
@@ -152,9 +181,14 @@ class Workload(BaseModel):
     @property
     def key(self) -> str:
         """The canonical text of this workload; ``Workload.parse`` reads it back."""
+        later = {item: field for item, field in _LATER.items() if self._has(field)}
         return _PREFIX + ",".join(
-            f"{item}={_text(getattr(self, field))}" for item, field in _ITEMS.items()
+            f"{item}={_text(getattr(self, field))}" for item, field in {**_ITEMS, **later}.items()
         )
+
+    def _has(self, field: str) -> bool:
+        """Whether a field is not as it is by default."""
+        return bool(getattr(self, field) != type(self).model_fields[field].default)
 
     @property
     def shape(self) -> str:
@@ -163,13 +197,15 @@ class Workload(BaseModel):
             "kv_heads": self.num_heads,
             "v": self.key_size,
             "causal": False,
-            **dict.fromkeys(TERMS, "none"),
+            "mask": "none",
+            "bias": "none",
             "dtype": self.dtype,
             "mode": self.mode,
         }
+        later = {item: field for item, field in _LATER.items() if self._has(field)}
         return ",".join(
             f"{item}={_text(getattr(self, field))}"
-            for item, field in _ITEMS.items()
+            for item, field in {**_ITEMS, **later}.items()
             if getattr(self, field) != implied.get(item)
         )
 
@@ -189,6 +225,21 @@ class Workload(BaseModel):
     def with_mode(self, mode: Mode) -> Workload:
         """The same call in another mode."""
         return self if mode == self.mode else self.model_copy(update={"mode": mode})
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many positions to its left and right a query sees; None is all."""
+        left, right = None, None
+        if self.window != "none":
+            left, right = map(int, self.window.split(":"))
+        return left, (0 if right is None else min(right, 0)) if self.causal else right
+
+    @property
+    def covering(self) -> list[str]:
+        """Names of the arrays by which blocks are known to have no visible key, or only such."""
+        names = [name for name in TERMS if name.endswith(("_seq_lengths", "_segment_ids"))]
+        own = [name for name in names if getattr(self, name) != "none"]
+        return [*own, "mask"] if self.mask != "none" and self.mask[2] == "1" else own
 
     @property
     def logits_itemsize(self) -> int:
@@ -239,13 +290,41 @@ def _canonical_pattern(name: str, pattern: Any, sizes: Mapping[str, Any]) -> Any
     """Writes ``1`` for dims of size one, which cannot be told from broadcast ones."""
     if pattern == "none" or not isinstance(pattern, str):
         return pattern
-    letters = TERMS[name].letters
+    letters, item = TERMS[name].letters, TERMS[name].item
+    pattern = letters if pattern == "yes" else pattern
     if not re.fullmatch("".join(f"[{letter}1]" for letter in letters), pattern):
+        if len(letters) == 4:
+            raise ValueError(
+                f"{item}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the "
+                "array broadcasts over batch, heads, t or s)"
+            )
         raise ValueError(
-            f"{name}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the "
-            "array broadcasts over batch, heads, t or s)"
+            f"{item}={pattern!r} is neither 'none' nor 'yes' nor a pattern like {letters} ('1' "
+            "where the array broadcasts)"
         )
     return "".join("1" if sizes.get(letter) == 1 else letter for letter in pattern)
+
+
+def _canonical_window(window: Any) -> Any:
+    """Writes both sides: "256" is "256:256"."""
+    if window == "none" or not isinstance(window, str):
+        return window
+    if not re.fullmatch("[0-9]{1,12}(:[0-9]{1,12})?", window):
+        raise ValueError(
+            f"window={window!r} is neither 'none' nor positions to both sides like 256 or 255:0"
+        )
+    sides = [str(int(side)) for side in window.split(":")]
+    return ":".join(sides if len(sides) == 2 else sides * 2)
+
+
+def _text(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+LATER_DEFAULTS = {
+    item: _text(Workload.model_fields[field].default) for item, field in _LATER.items()
+}
+"""What keys that lack one of the later items mean by it, as texts."""
 
 
 def key_items(text: str) -> dict[str, str]:
@@ -269,23 +348,19 @@ def split_key(key: str) -> tuple[tuple[int, ...], str]:
 
 def _read_value(text: str, name: str, value: str) -> Any:
     value = value.strip()
-    if name == "causal":
+    if name in _FLAGS:
         if value.lower() not in _BOOLEANS:
-            raise WorkloadError(f"{text!r}: causal={value!r} is neither yes nor no")
+            raise WorkloadError(f"{text!r}: {name}={value!r} is neither yes nor no")
         return _BOOLEANS[value.lower()]
-    if name in ("dtype", "mode", *TERMS):
+    if name in _TEXTS:
         return value
     if not re.fullmatch("[0-9]{1,15}", value):
         raise WorkloadError(f"{text!r}: {name}={value!r} is not a whole number of at least 1")
     return int(value)
 
 
-def _text(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
 def _explain(error: ValidationError) -> str:
-    names = {field: item for item, field in _ITEMS.items()}
+    names = {field: item for item, field in _ALL_ITEMS.items()}
     details = []
     for problem in error.errors(include_url=False):
         location = ".".join(str(part) for part in problem["loc"])

@@ -22,8 +22,9 @@ from autochunk.plan import (
     Plan,
     Plans,
     Slices,
+    block_form,
+    block_shape,
     candidate_plans,
-    causal_block,
     check_implementation,
     check_max_chunk_size_mb,
     same_slices,
@@ -439,14 +440,30 @@ def test_plans_tell_which_one_ran() -> None:
     assert hash(plans) == hash(silent)
 
 
-@given(shapes)
-def test_causal_blocks_cover_and_are_no_shorter_than_they_should_be(shape: LogitsShape) -> None:
-    """At most eight by eight blocks, as equal as can be, none shorter than 256 unless the whole is.
+REACHES = [(None, 0), (None, 5), (3, None), (255, 0), (2000, 2000)]
+COVERING = [[], ["mask"], ["key_value_seq_lengths"], ["query_segment_ids"]]
+
+
+@given(shapes, st.sampled_from(REACHES), st.sampled_from(COVERING))
+def test_blocks_cover_and_are_no_shorter_than_they_should_be(
+    shape: LogitsShape, reach: tuple[int | None, int | None], names: list[str]
+) -> None:
+    """As equal as can be, no more than there may be, none shorter than 256 unless the whole is.
 
     Other axes stay as they were.
     """
-    block = causal_block(shape)
+    form = block_form(reach, names)
+    assert form is not None
+    assert form.shortest >= 256
+    block = block_shape(shape, form)
     assert block._replace(rows=shape.rows, keys=shape.keys) == shape
     for whole, part in ((shape.rows, block.rows), (shape.keys, block.keys)):
-        assert part <= whole <= 8 * part
-        assert part == whole or part >= 256
+        assert part <= whole <= form.most * part
+        assert part == whole or part >= form.shortest
+
+
+def test_where_all_is_seen_there_are_no_blocks() -> None:
+    """What is cut into slices is then the whole."""
+    assert block_form((None, None), []) is None
+    shape = LogitsShape(2, 3, 1, 4096, 4096, 4)
+    assert block_shape(shape, None) == shape

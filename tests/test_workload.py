@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -369,3 +370,65 @@ def test_workload_survives_pickling_and_json(workload: Workload) -> None:
     """A workload goes to other processes unchanged."""
     assert pickle.loads(pickle.dumps(workload)) == workload
     assert Workload.model_validate_json(workload.model_dump_json()) == workload
+
+
+LATER = {
+    "kv_lengths=yes": "kv_lengths=b",
+    "q_lengths=1": "q_lengths=1",
+    "window=256": "window=256:256",
+    "window=255:0": "window=255:0",
+    "q_segments=yes,kv_segments=1s": "q_segments=bt,kv_segments=1s",
+    "offset=b": "offset=b",
+    "alibi=1h": "alibi=1h",
+    "dropout=yes": "dropout=bht",
+    "soft_cap=yes": "soft_cap=yes",
+    "residual=yes": "residual=yes",
+    "precision=highest": "precision=highest",
+}
+
+
+@pytest.mark.parametrize(("given", "written"), LATER.items())
+def test_later_items_are_in_the_keys_that_need_them(given: str, written: str) -> None:
+    """They come last, so that the keys of calls without them are what they always were."""
+    plain = Workload.parse("b=2,t=8,h=2,k=4")
+    workload = Workload.parse(f"b=2,t=8,h=2,k=4,{given}")
+    assert workload.key == f"{plain.key},{written}"
+    assert workload.shape.endswith(written)
+    assert Workload.parse(workload.key) == workload
+    assert Workload.parse(workload.shape) == workload
+    assert workload != plain
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ("kv_lengths=t", "neither 'none' nor 'yes' nor a pattern like b"),
+        ("window=-3", "positions to both sides like 256"),
+        ("window=1:2:3", "window='1:2:3'"),
+        ("q_segments=yes", "must be given together"),
+        ("soft_cap=50", "soft_cap='50' is neither yes nor no"),
+        ("precision=", "precision"),
+    ],
+)
+def test_wrong_later_items(item: str, said: str) -> None:
+    """Errors name the item."""
+    with pytest.raises(WorkloadError, match=re.escape(said)):
+        Workload.parse(f"t=8,k=4,{item}")
+
+
+@pytest.mark.parametrize(
+    ("items", "reach", "covering"),
+    [
+        ("", (None, None), []),
+        ("causal=yes", (None, 0), []),
+        ("window=3:5", (3, 5), []),
+        ("causal=yes,window=3:5", (3, 0), []),
+        ("mask=11ts", (None, None), []),
+        ("mask=b11s,kv_lengths=b", (None, None), ["key_value_seq_lengths", "mask"]),
+    ],
+)
+def test_what_blocks_are_known_by(items: str, reach: object, covering: list[str]) -> None:
+    """As the kernels know it of a call."""
+    workload = Workload.parse(",".join(filter(None, ["b=2,t=8,h=2,k=4", items])))
+    assert workload.reach == reach
+    assert workload.covering == covering

@@ -9,22 +9,39 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels import Call, Inputs
+from autochunk.attention.kernels.inputs import AXES, head_major
+from autochunk.attention.kernels.terms import Span, Terms
 from autochunk.errors import ArgumentError
 from autochunk.operands import OPERANDS, TERMS, pattern_of
-from autochunk.plan import Plans
+from autochunk.plan import Plan, Plans
 from autochunk.workload import DTYPES, Workload
+
+# What is static about a call, as in ``kernels.Call``.
+_SETTINGS = (
+    "scale",
+    "is_causal",
+    "window",
+    "offset",
+    "soft_cap",
+    "dropout_rate",
+    "residual",
+    "precision",
+    "half_logits",
+)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(OPERANDS),
-    meta_fields=["scale", "is_causal"],
+    meta_fields=[*_SETTINGS],
 )
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -37,8 +54,16 @@ class Arguments:
       key: [..., T, N, K].
       value: [..., T, N, V].
       bias, mask: of the rank of the logits [..., H, T', T]; dims of size one broadcast.
+      query_seq_lengths, key_value_seq_lengths, query_offset: [...], sizes of one broadcast.
+      query_segment_ids: [..., T'].
+      key_value_segment_ids: [..., T].
+      alibi_slopes: [..., H].
+      dropout_bits: [..., H, T'], random ones of each row.
       scale: factor on the logits; None is 1 / sqrt(K).
       is_causal: whether query i sees keys 0 to i only.
+      window: how many positions to its left and right a query sees; None is all.
+      offset: added to the queries' positions, besides ``query_offset``.
+      soft_cap, dropout_rate, residual, precision, half_logits: as in ``kernels.Call``.
     """
 
     query: jax.Array
@@ -46,26 +71,75 @@ class Arguments:
     value: jax.Array
     bias: jax.Array | None = None
     mask: jax.Array | None = None
+    query_seq_lengths: jax.Array | None = None
+    key_value_seq_lengths: jax.Array | None = None
+    query_segment_ids: jax.Array | None = None
+    key_value_segment_ids: jax.Array | None = None
+    query_offset: jax.Array | None = None
+    alibi_slopes: jax.Array | None = None
+    dropout_bits: jax.Array | None = None
     scale: float | None = None
     is_causal: bool = False
+    window: tuple[int, int] | None = None
+    offset: int = 0
+    soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    residual: bool = False
+    precision: Any = None
+    half_logits: bool = False
 
     @classmethod
-    def checked(cls, *, scale: Any, is_causal: Any, **arrays: Any) -> Arguments:
-        """From what a caller gave, by name.
+    def checked(
+        cls,
+        *,
+        scale: Any = None,
+        is_causal: Any = False,
+        local_window_size: Any = None,
+        query_offset: Any = None,
+        logits_soft_cap: Any = None,
+        dropout_rate: Any = 0.0,
+        dropout_rng: Any = None,
+        broadcast_dropout: bool = True,
+        precision: Any = None,
+        return_residual: bool = False,
+        half_logits: bool = False,
+        **arrays: Any,
+    ) -> Arguments:
+        """From what a caller of the op gave, by name.
 
         Raises:
-          ArgumentError: something is no array, or its shape or dtype does not fit.
+          ArgumentError: something is no array, or its shape or dtype does not fit, or a setting is
+            not usable.
         """
         there = (name for name, array in arrays.items() if array is not None or name not in TERMS)
-        given = {name: _array(name, arrays[name]) for name in there}
+        given: dict[str, Any] = {name: _array(name, arrays[name]) for name in there}
         heads = Inputs(**{name: given[name] for name in OPERANDS if name not in TERMS})
         _check_shapes(*heads[:3])
-        logits = _logits_shape(heads.query, heads.key)
+        settings: dict[str, Any] = {
+            "scale": None if scale is None else _number("scale", scale),
+            "is_causal": bool(is_causal),
+            "window": _window(local_window_size),
+            "soft_cap": None if logits_soft_cap is None else _positive_cap(logits_soft_cap),
+            "dropout_rate": _rate(dropout_rate),
+            "residual": bool(return_residual),
+            "precision": _precision(precision),
+            "half_logits": half_logits,
+        }
+        positioned = is_causal or local_window_size is not None or "alibi_slopes" in given
+        if query_offset is not None and positioned:
+            if isinstance(query_offset, numbers.Integral):
+                settings["offset"] = int(query_offset)
+            else:
+                given["query_offset"] = _array("query_offset", query_offset)
+        sizes = _sizes(*heads[:2])
+        if settings["dropout_rate"]:
+            given["dropout_bits"] = _dropout_bits(
+                dropout_rng, heads.query.shape[:-3], sizes, bool(broadcast_dropout)
+            )
+        _check_pairs(given)
         for name in [name for name in TERMS if name in given]:
-            given[name] = _check_term(name, given[name], logits)
-        if scale is not None:
-            scale = _check_scale(scale)
-        return cls(**given, scale=scale, is_causal=bool(is_causal))
+            given[name] = _check_term(name, given[name], heads.query.shape[:-3], sizes)
+        return cls(**given, **settings)
 
     @property
     def present(self) -> dict[str, jax.Array]:
@@ -113,6 +187,8 @@ class Arguments:
           WorkloadError: a size is zero.
         """
         patterns = {name: self._pattern(name) for name in self.terms}
+        if self.offset:
+            patterns["query_offset"] = "1"
         return Workload.make(
             batch=math.prod(self.query.shape[:-3]),
             query_length=self.query.shape[-3],
@@ -123,6 +199,10 @@ class Arguments:
             value_size=self.value.shape[-1],
             dtype=str(self.query.dtype),
             causal=self.is_causal,
+            window="none" if self.window is None else "{}:{}".format(*self.window),
+            soft_cap=self.soft_cap is not None,
+            residual=self.residual,
+            precision=_precision_name(self.precision),
             **patterns,
         )
 
@@ -132,8 +212,26 @@ class Arguments:
 
     def call(self, plans: Plans) -> Call:
         """What is static about it, for the kernels."""
-        scale = 1.0 / math.sqrt(self.query.shape[-1] or 1) if self.scale is None else self.scale
-        return Call(tuple(self.present), scale, self.is_causal, plans)
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        if self.scale is None:
+            settings["scale"] = 1.0 / math.sqrt(self.query.shape[-1] or 1)
+        return Call(tuple(self.present), plans=plans, **settings)
+
+    def explicit(self) -> Arguments:
+        """The same call with all that a row sees in its mask, and all that is added in its bias.
+
+        For libraries that take nothing else; what caps, drops or is returned besides stays.
+        """
+        inputs, rows, keys = self.inputs(), self.query.shape[-3], self.key.shape[-3]
+        small = {name: head_major(one, AXES[name]) for name, one in inputs.terms.items()}
+        call = self.call(Plans(Plan(), Plan()))
+        terms = Terms(small, Span(0, rows), Span(0, keys), call, inputs.query.ndim - 4)
+        wide = jnp.promote_types(self.query.dtype, jnp.float32)
+        added, seen = list(terms.added(wide)), terms.visible()
+        bias = functools.reduce(jnp.add, added) if added else None
+        given: dict[str, Any] = {name: None for name in self.terms if name != "dropout_bits"}
+        given |= {name: _ungrouped(one) for name, one in (("bias", bias), ("mask", seen))}
+        return self.replace(**given, is_causal=False, window=None, offset=0)
 
     def inputs(self) -> Inputs:
         """The arrays as the kernels want them: heads [H] as [N, H / N], one leading dim or more."""
@@ -142,7 +240,7 @@ class Arguments:
         *_, rows, heads, size = self.query.shape
         query = self.query.reshape((*leading, rows, kv_heads, heads // kv_heads, size))
         key, value = (one.reshape((*leading, *one.shape[-3:])) for one in (self.key, self.value))
-        terms = {name: _grouped_term(one, kv_heads) for name, one in self.terms.items()}
+        terms = {name: _grouped_term(name, one, kv_heads) for name, one in self.terms.items()}
         return Inputs(query, key, value, **terms)
 
 
@@ -194,34 +292,135 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def _check_term(name: str, term: jax.Array, logits_shape: tuple[int, ...]) -> jax.Array:
-    """Bias or mask with the logits' rank."""
-    if name == "mask" and term.dtype != jnp.bool_:
-        raise ArgumentError(f"mask must be boolean (pass terms to add as bias); got {term.dtype}")
-    if name == "bias" and not jnp.issubdtype(term.dtype, jnp.floating):
-        raise ArgumentError(f"bias must be floating point; got {term.dtype}")
-    padded = (1,) * (len(logits_shape) - term.ndim) + term.shape
-    if len(padded) != len(logits_shape) or any(
-        size not in (1, whole) for size, whole in zip(padded, logits_shape, strict=True)
+def _sizes(query: jax.Array, key: jax.Array) -> dict[str, int]:
+    """Sizes of the dims that terms have, by letter."""
+    return {"h": query.shape[-2], "t": query.shape[-3], "s": key.shape[-3]}
+
+
+_KINDS = {
+    "floating": jnp.floating,
+    "boolean": jnp.bool_,
+    "integer": jnp.integer,
+    "bits": jnp.uint32,
+}
+_HINTS = {"mask": " (pass terms to add as bias)"}
+_DIMS = {"h": "H", "t": "T'", "s": "T"}
+
+
+def _check_term(
+    name: str, term: jax.Array, leading: tuple[int, ...], sizes: dict[str, int]
+) -> jax.Array:
+    """A term with all its dims."""
+    operand = TERMS[name]
+    if not jnp.issubdtype(term.dtype, _KINDS[operand.dtype]):
+        kind = "floating point" if operand.dtype == "floating" else operand.dtype
+        raise ArgumentError(f"{name} must be {kind}{_HINTS.get(name, '')}; got {term.dtype}")
+    wanted = (*leading, *(sizes[letter] for letter in operand.dims))
+    padded = (1,) * (len(wanted) - term.ndim) + term.shape
+    if len(padded) != len(wanted) or any(
+        size not in (1, whole) for size, whole in zip(padded, wanted, strict=True)
     ):
-        raise ArgumentError(
-            f"{name} must broadcast to [..., H, T', T] = {logits_shape}; got shape {term.shape}"
-        )
+        dims = ", ".join(["...", *(_DIMS[letter] for letter in operand.dims)])
+        raise ArgumentError(f"{name} must broadcast to [{dims}] = {wanted}; got shape {term.shape}")
     return term.reshape(padded)
 
 
-def _check_scale(scale: Any) -> float:
-    try:
-        return float(scale)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+def _check_pairs(given: Mapping[str, Any]) -> None:
+    both = {"query_segment_ids", "key_value_segment_ids"}
+    if len(both & given.keys()) == 1:
+        (missing,) = both - given.keys()
         raise ArgumentError(
-            f"scale must be a number known while tracing, or None; got {scale!r}. Multiply the "
-            "query by a traced scale instead"
+            f"query_segment_ids and key_value_segment_ids must be given together; {missing} is "
+            "missing (it may be the same array, where queries and keys are of one sequence)"
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        cure = " Multiply the query by a traced scale instead" if name == "scale" else ""
+        raise ArgumentError(
+            f"{name} must be a number known while tracing, or None; got {value!r}.{cure}"
         ) from None
 
 
-def _grouped_term(term: jax.Array, kv_heads: int) -> jax.Array:
-    """[..., H, T', T] to [..., N, H / N, T', T], with at least one leading dim."""
-    *leading, heads, rows, keys = term.shape
-    groups = (1, 1) if heads == 1 else (kv_heads, heads // kv_heads)
-    return term.reshape((*(leading or (1,)), *groups, rows, keys))
+def _positive_cap(value: Any) -> float:
+    cap = _number("logits_soft_cap", value)
+    if not 0 < cap < math.inf:
+        raise ArgumentError(f"logits_soft_cap must be positive and finite, or None; got {value!r}")
+    return cap
+
+
+def _rate(value: Any) -> float:
+    rate = _number("dropout_rate", value)
+    if not 0 <= rate < 1:
+        raise ArgumentError(f"dropout_rate must be at least 0 and less than 1; got {value!r}")
+    return rate
+
+
+def _window(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = (value, value) if isinstance(value, numbers.Integral) else value
+    usable = isinstance(sides, Sequence) and len(sides) == 2
+    if not usable or not all(isinstance(x, numbers.Integral) and int(x) >= 0 for x in sides):
+        raise ArgumentError(
+            "local_window_size must be a number of positions of at least 0, or two (left, right); "
+            f"got {value!r}"
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def _precision(value: Any) -> Any:
+    """What is asked for, else what is in force where the call is traced."""
+    config: Any = jax.config  # some versions annotate what it has, others do not
+    wanted = config.jax_default_matmul_precision if value is None else value
+    try:
+        hash(wanted)
+    except TypeError:
+        raise ArgumentError(f"precision must be one of jax.lax's; got {value!r}") from None
+    return None if wanted in ("default", jax.lax.Precision.DEFAULT) else wanted
+
+
+def _precision_name(precision: Any) -> str:
+    """A precision as a Workload names it, such as "highest"."""
+    if precision is None:
+        return "default"
+    if isinstance(precision, tuple):
+        return "-".join(map(_precision_name, precision))
+    return str(getattr(precision, "name", precision)).lower()
+
+
+def _dropout_bits(
+    rng: Any, leading: tuple[int, ...], sizes: dict[str, int], broadcast: bool
+) -> jax.Array:
+    """Random bits of each row, from which those of its keys follow."""
+    if rng is None:
+        raise ArgumentError("dropout_rate needs dropout_rng, a key such as jax.random.key(0)")
+    own = (1,) * (len(leading) + 1) if broadcast else (*leading, sizes["h"])
+    try:
+        return jax.random.bits(rng, (*own, sizes["t"]), jnp.uint32)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"dropout_rng must be one key such as jax.random.key(0); got {rng!r} ({error})"
+        ) from None
+
+
+def _grouped_term(name: str, term: jax.Array, kv_heads: int) -> jax.Array:
+    """A term with H as [N, H / N], and at least one leading dim."""
+    dims = TERMS[name].dims
+    own = term.ndim - len(dims)
+    sizes: list[int] = []
+    for letter, size in zip(dims, term.shape[own:], strict=True):
+        groups = (1, 1) if size == 1 else (kv_heads, size // kv_heads)
+        sizes.extend(groups if letter == "h" else (size,))
+    return term.reshape((*(term.shape[:own] or (1,)), *sizes))
+
+
+def _ungrouped(term: jax.Array | None) -> jax.Array | None:
+    """[..., N, H / N, T', T] to [..., H, T', T], where it differs by head as a whole."""
+    if term is None:
+        return None
+    *leading, heads, groups, rows, keys = term.shape
+    return term.reshape((*leading, heads * groups, rows, keys))

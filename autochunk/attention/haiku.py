@@ -12,7 +12,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.op import dot_product_attention
+from autochunk.attention.arguments import Arguments
+from autochunk.attention.op import attend
 from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
 
@@ -85,14 +86,15 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         query_heads, key_heads, value_heads = _broadcast_and_promote(
             query_heads, key_heads, value_heads
         )
-        attended = dot_product_attention(
-            query_heads,
-            key_heads,
-            value_heads,
+        arguments = Arguments.checked(
+            query=query_heads,
+            key=key_heads,
+            value=value_heads,
             mask=None if mask is None else mask.astype(jnp.bool_),
-            max_chunk_size_mb=self.max_chunk_size_mb,
-            implementation=self.implementation,
-        )  # [..., T', H, V]
+            # Where a plan is haiku's order of operations, so is its precision.
+            half_logits=True,
+        )
+        attended = attend(arguments, self.max_chunk_size_mb, self.implementation)  # [..., T', H, V]
         flat = attended.reshape((*leading, length, self.num_heads * self.value_size))
         inits = {"w_init": self.w_init, "b_init": self.b_init}
         project = hk.Linear(self.model_size, with_bias=self.with_bias, **inits)

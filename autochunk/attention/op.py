@@ -7,7 +7,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.extend.backend
@@ -28,6 +28,62 @@ from autochunk.resolution.resolve import plans as resolved_plans
 from autochunk.workload import MODES
 
 
+@overload
+def dot_product_attention(
+    query: jax.typing.ArrayLike,
+    key: jax.typing.ArrayLike,
+    value: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = ...,
+    mask: jax.typing.ArrayLike | None = ...,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: jax.typing.ArrayLike | None = ...,
+    key_value_seq_lengths: jax.typing.ArrayLike | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    query_segment_ids: jax.typing.ArrayLike | None = ...,
+    key_value_segment_ids: jax.typing.ArrayLike | None = ...,
+    query_offset: int | jax.typing.ArrayLike | None = ...,
+    logits_soft_cap: float | None = ...,
+    alibi_slopes: jax.typing.ArrayLike | None = ...,
+    dropout_rate: float = ...,
+    dropout_rng: jax.Array | None = ...,
+    broadcast_dropout: bool = ...,
+    precision: Any = ...,
+    return_residual: Literal[False] = ...,
+    max_chunk_size_mb: float | Literal["auto"] | None = ...,
+    implementation: str | None = ...,
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: jax.typing.ArrayLike,
+    key: jax.typing.ArrayLike,
+    value: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = ...,
+    mask: jax.typing.ArrayLike | None = ...,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: jax.typing.ArrayLike | None = ...,
+    key_value_seq_lengths: jax.typing.ArrayLike | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    query_segment_ids: jax.typing.ArrayLike | None = ...,
+    key_value_segment_ids: jax.typing.ArrayLike | None = ...,
+    query_offset: int | jax.typing.ArrayLike | None = ...,
+    logits_soft_cap: float | None = ...,
+    alibi_slopes: jax.typing.ArrayLike | None = ...,
+    dropout_rate: float = ...,
+    dropout_rng: jax.Array | None = ...,
+    broadcast_dropout: bool = ...,
+    precision: Any = ...,
+    return_residual: Literal[True],
+    max_chunk_size_mb: float | Literal["auto"] | None = ...,
+    implementation: str | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
 def dot_product_attention(
     query: jax.typing.ArrayLike,
     key: jax.typing.ArrayLike,
@@ -37,9 +93,22 @@ def dot_product_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    query_seq_lengths: jax.typing.ArrayLike | None = None,
+    key_value_seq_lengths: jax.typing.ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: jax.typing.ArrayLike | None = None,
+    key_value_segment_ids: jax.typing.ArrayLike | None = None,
+    query_offset: int | jax.typing.ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: jax.typing.ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    precision: Any = None,
+    return_residual: bool = False,
     max_chunk_size_mb: float | Literal["auto"] | None = "auto",
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(query @ key^T * scale + bias) @ value for every head, never with all logits at once.
 
     Arguments and meaning as in ``jax.nn.dot_product_attention``, with any number of leading dims
@@ -51,11 +120,26 @@ def dot_product_attention(
       key: [..., T, N, K], of the query's dtype.
       value: [..., T, N, V], of the query's dtype.
       bias: added to the scaled logits; broadcasts to [..., H, T', T].
-      mask: boolean, False takes no part; broadcasts to [..., H, T', T]. A row that is False
-        throughout gives the mean of all values. Keys and values that take no part must still be
-        finite.
+      mask: boolean, False takes no part; broadcasts to [..., H, T', T].
       scale: factor on the logits; None is 1 / sqrt(K).
-      is_causal: query i sees keys 0 to i only.
+      is_causal: the query at position i sees keys 0 to i only.
+      query_seq_lengths: integers that broadcast to [...]; output of the rows from there on is zero.
+      key_value_seq_lengths: integers that broadcast to [...]; keys from there on take no part.
+      local_window_size: (left, right), or one number for both: the query at position i sees keys
+        i - left to i + right.
+      query_segment_ids: integers that broadcast to [..., T']; only equal ids see each other.
+      key_value_segment_ids: integers that broadcast to [..., T], given together with those.
+      query_offset: integer, or integers that broadcast to [...]: query i is at position i + offset.
+      logits_soft_cap: logits, with all that is added, become cap * tanh(logits / cap).
+      alibi_slopes: floating point, broadcasts to [..., H]; -slope * |position - key| is added to
+        the logits (Press et al. 2022, "Train short, test long").
+      dropout_rate: share of the weights that are dropped; the others make up for it.
+      dropout_rng: key of the random numbers. Which weights are dropped depends on it and on their
+        indices alone, not on how the attention is computed.
+      broadcast_dropout: the same weights are dropped for all leading dims and heads.
+      precision: of the products, as in ``jax.lax.dot``; None is what is in force where the call is
+        traced (``jax.default_matmul_precision``).
+      return_residual: return the log-sum-exp of each row's logits too.
       max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None for no limit (causal
         attention of 512 positions and more is cut into blocks even so), or "auto" to take what
         ``autochunk tune`` found best on this device for these shapes. Under ``vmap`` "auto" goes by
@@ -67,7 +151,10 @@ def dot_product_attention(
         devices, unless inside ``shard_map``, "xla" is "xla_rows".
 
     Returns:
-      [..., T', H, V] in the query's dtype.
+      [..., T', H, V] in the query's dtype; with ``return_residual`` a tuple of that and the
+      log-sum-exp [..., T', H], in the key's dtype. What the mask or any other argument excludes
+      has no part in it or in its gradients, whatever it is. A row for which that is every key
+      gives the mean of all values, and a log-sum-exp of -0.7 times the largest float32.
 
     Raises:
       ArgumentError: shapes or dtypes do not fit, a setting is not one of those above, or the
@@ -83,14 +170,48 @@ def dot_product_attention(
         mask=mask,
         scale=scale,
         is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        query_offset=query_offset,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+        return_residual=return_residual,
     )
-    if 0 in arguments.logits_shape or 0 in arguments.output_shape:
-        return jnp.zeros(arguments.output_shape, arguments.query.dtype)
-    if (implementation, max_chunk_size_mb) != ("dense", None):
-        arguments.check_known()
-    inputs = arguments.inputs()
-    call = arguments.call(_plans(arguments, max_chunk_size_mb, implementation))
-    return _attend(inputs, _taken(call, inputs, implementation)).reshape(arguments.output_shape)
+    found: jax.Array | tuple[jax.Array, jax.Array]
+    found = attend(arguments, max_chunk_size_mb, implementation)
+    return found
+
+
+@kernels.promoting
+def attend(
+    arguments: Arguments,
+    max_chunk_size_mb: float | Literal["auto"] | None,
+    implementation: str | None,
+) -> Any:
+    """What ``dot_product_attention`` returns, of arguments that are checked."""
+    out_shape, query = arguments.output_shape, arguments.query
+    if 0 in arguments.logits_shape or 0 in out_shape:
+        outs = [jnp.zeros(out_shape, query.dtype)]
+        if arguments.residual:
+            wide = jnp.promote_types(query.dtype, jnp.float32)
+            lse = kernels.log_sum_exp(*jnp.zeros((2, *query.shape[:-1]), wide))
+            outs.append(lse.astype(arguments.key.dtype))
+    else:
+        if (implementation, max_chunk_size_mb) != ("dense", None):
+            arguments.check_known()
+        inputs = arguments.inputs()
+        call = arguments.call(_plans(arguments, max_chunk_size_mb, implementation))
+        out, *stats = _attend(inputs, _taken(call, inputs, implementation))
+        by_row = [jnp.moveaxis(one, -1, -3).reshape(query.shape[:-1]) for one in stats]
+        outs = [out.reshape(out_shape), *(one.astype(arguments.key.dtype) for one in by_row)]
+    return tuple(outs) if arguments.residual else outs[0]
 
 
 _alone = contextvars.ContextVar("alone", default=False)
@@ -154,7 +275,7 @@ def _platform() -> str:
     return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
 
 
-def _attend(inputs: kernels.Inputs, call: kernels.Call) -> jax.Array:
+def _attend(inputs: kernels.Inputs, call: kernels.Call) -> list[jax.Array]:
     """The kernels' output, where mesh axes are explicit sharded as the query.
 
     Their inside is then left to XLA's own propagation.
@@ -162,10 +283,12 @@ def _attend(inputs: kernels.Inputs, call: kernels.Call) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
         return kernels.attention(inputs, call)
-    spec = jax.sharding.PartitionSpec(*jax.typeof(inputs.query).sharding.spec[:-1], None)
+    *leading, rows, heads, groups, _ = jax.typeof(inputs.query).sharding.spec
+    specs = [jax.sharding.PartitionSpec(*leading, rows, heads, groups, None)]
+    if call.residual:
+        specs.append(jax.sharding.PartitionSpec(*leading, heads, groups, rows))
     attention = functools.partial(kernels.attention, call=call)
-    attend = jax.sharding.auto_axes(attention, out_sharding=spec)
-    return cast(jax.Array, attend(inputs))
+    return cast(list[jax.Array], jax.sharding.auto_axes(attention, out_sharding=specs)(inputs))
 
 
 def _plans(

@@ -187,7 +187,8 @@ def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
 @click.option(
     "--against",
     metavar="FILE|URL",
-    help="As --plans, with the plans that this bundle chooses for the same workloads.",
+    help="Instead, time the plans that this bundle chooses for the same workloads beside those; "
+    "with --plans both.",
 )
 @click.option(
     "--in-layer",
@@ -224,6 +225,8 @@ def bench(
             "`autochunk tune`"
         )
     if plans or in_layer or memory or against is not None:
+        from autochunk.tuner.rivals import timed_plans
+
         others = _choices(against)
         untuned = [workload.key for workload in workloads if workload not in profiles]
         if untuned:
@@ -231,7 +234,14 @@ def bench(
                 f"plans are compared with the one that a profile of this machine chooses; there is "
                 f"none of {untuned[0]}. Run `autochunk tune` with the same --shape"
             )
-        compared = [(profiles[workload], others.get(workload, ())) for workload in workloads]
+        every = plans or against is None
+        compared = [
+            (
+                profiles[workload],
+                [*(timed_plans(profiles[workload]) if every else ()), *others.get(workload, ())],
+            )
+            for workload in workloads
+        ]
         if memory:
             records = _memory(compared, as_json)
         else:
@@ -280,9 +290,8 @@ def _memory(
     from autochunk.tuner.memory import memory_of
 
     results = []
-    for profile, more in compared:
-        plans = dict.fromkeys([*(m.plan for m in profile.measurements if m.timed), *more])
-        found = memory_of(profile.parsed_workload(), plans)
+    for profile, plans in compared:
+        found = memory_of(profile.parsed_workload(), dict.fromkeys(plans))
         rows = [memory_row(profile, plan, prepared) for plan, prepared in found]
         results.extend(rows)
         if not as_json:

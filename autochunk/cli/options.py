@@ -85,7 +85,9 @@ def _shape(required: bool) -> _Decorator:
         required=required,
         metavar="SHAPE",
         help=f"A workload such as {_EXAMPLE}: batch, T', T, heads, key size; also v=, kv_heads=, "
-        "causal=yes, mask=b1ts, bias=1hts. s is t and b is 1 when left out. Repeatable.",
+        "causal=yes, mask=b1ts, bias=1hts, window=255:0, precision=highest, and q_lengths=, "
+        "kv_lengths=, q_segments=, kv_segments=, offset=, alibi=, dropout=, soft_cap=, residual=, "
+        "each yes. s is t and b is 1 when left out. Repeatable.",
     )
 
 

@@ -10,7 +10,7 @@ from autochunk.errors import ArgumentError, WorkloadError
 from autochunk.store.bundle import Bundle, refuse_twice
 from autochunk.store.profile import EFFORTS, Profile
 from autochunk.store.profiles import ProfileStore
-from autochunk.workload import Workload, key_items
+from autochunk.workload import LATER_DEFAULTS, Workload, key_items
 
 # --- Choosing what travels ------------------------------------------------------------------------
 
@@ -42,12 +42,16 @@ def select(
         profile
         for profile in profiles
         if (device or "").lower() in profile.device.key.lower()
-        and any(items.items() <= key_items(profile.workload).items() for items in wanted)
+        and any(items.items() <= _all_items(profile.workload).items() for items in wanted)
     ]
 
 
+def _all_items(key: str) -> dict[str, str]:
+    return LATER_DEFAULTS | key_items(key)
+
+
 def _shape_items(shape: str) -> dict[str, str]:
-    items, known = key_items(shape), key_items(Workload.make(query_length=1, key_size=1).key)
+    items, known = key_items(shape), _all_items(Workload.make(query_length=1, key_size=1).key)
     if not items.keys() <= known.keys() or not all(items.values()):
         raise WorkloadError(
             f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of "
@@ -57,7 +61,7 @@ def _shape_items(shape: str) -> dict[str, str]:
     # pattern would take for broadcast.
     others: dict[str, int] = dict.fromkeys(("batch", "query_length", "key_length", "key_size"), 2)
     others["num_heads"] = int(items["kv_heads"]) if items.get("kv_heads", "").isdecimal() else 2
-    spelt = key_items(
+    spelt = _all_items(
         Workload.parse(",".join("=".join(item) for item in items.items()), **others).key
     )
     return {name: spelt[name] for name in items}

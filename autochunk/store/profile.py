@@ -15,7 +15,7 @@ from pydantic import FailFast, Field, field_validator
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
 from autochunk.implementations import IMPLEMENTATIONS
-from autochunk.plan import LogitsShape, Plan, causal_block, cuts_blocks, same_slices
+from autochunk.plan import LogitsShape, Plan, block_form, block_shape, same_slices
 from autochunk.store import choice
 from autochunk.store.measurement import Measurement, Record
 from autochunk.workload import Workload
@@ -130,7 +130,7 @@ def _same_slices(one: Plan, other: Plan, shape: LogitsShape) -> bool:
 
 
 def sliced_shape(workload: Workload) -> LogitsShape:
-    """The sizes of what is cut into slices: the logits', or of causal attention one block's."""
+    """The sizes of what is cut into slices: the logits', or of attention in blocks one block's."""
     shape = LogitsShape(
         batch=workload.batch,
         heads=workload.num_kv_heads,
@@ -139,4 +139,4 @@ def sliced_shape(workload: Workload) -> LogitsShape:
         keys=workload.key_length,
         itemsize=workload.logits_itemsize,
     )
-    return causal_block(shape) if cuts_blocks(workload.causal, workload.mask != "none") else shape
+    return block_shape(shape, block_form(workload.reach, workload.covering))

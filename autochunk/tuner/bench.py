@@ -127,7 +127,7 @@ def _jax_contenders(workload: Workload) -> Iterator[tuple[str, Attend, str]]:
         yield f"jax.nn {implementation}", attend, ""
 
 
-def _auto(arguments: Arguments) -> jax.Array:
+def _auto(arguments: Arguments) -> Any:
     return by_op(arguments, "auto")
 
 

@@ -62,7 +62,8 @@ class Layer:
 
         def attend(arguments: Arguments) -> jax.Array:
             with on_one_device():
-                return by_op(arguments, plan.max_chunk_size_mb, plan.implementation)
+                out: jax.Array = by_op(arguments, plan.max_chunk_size_mb, plan.implementation)
+            return out
 
         def forward(moving: _Arrays, fixed: _Arrays) -> jax.Array:
             given = moving | fixed
@@ -74,7 +75,7 @@ class Layer:
                 for name, source in sources.items()
             }
             terms = {name: given[name] for name in self._arguments.terms}
-            out = attend(self._arguments.replace(**heads, **terms))
+            out = attend(self._arguments.replace(**heads, **terms, residual=False))
             x = given["x"] + out.reshape(*out.shape[:2], -1) @ given["out"]
             return x + jax.nn.gelu(_normalized(x) @ given["up"]) @ given["down"]
 

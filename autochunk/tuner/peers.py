@@ -19,13 +19,20 @@ from autochunk.device import default_device
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.tuner.inputs import WorkloadInputs
 
+_COMMON = {"query", "key", "value", "bias", "mask"}
+
 
 class NotCompared(Exception):
     """A library that is not asked for this workload here; the text says why."""
 
 
 def haiku_dense(arguments: Arguments) -> jax.Array:
-    """Attention as ``hk.MultiHeadAttention`` computes it; a bias is added to the logits."""
+    """Attention as ``hk.MultiHeadAttention`` computes it; a bias is added to the logits.
+
+    What such a model would need as an array of the logits' size is one.
+    """
+    _refuse_more(arguments)
+    arguments = arguments.explicit()
     query, mask = arguments.query, arguments.mask
     groups = query.shape[-2] // arguments.key.shape[-2]
     key, value = (jnp.repeat(x, groups, axis=-2) for x in (arguments.key, arguments.value))
@@ -33,9 +40,6 @@ def haiku_dense(arguments: Arguments) -> jax.Array:
     logits = logits / np.sqrt(query.shape[-1]).astype(query.dtype)
     if arguments.bias is not None:
         logits = logits + arguments.bias
-    if arguments.is_causal:
-        triangle = jnp.tril(jnp.ones((1,) * (logits.ndim - 2) + logits.shape[-2:], bool))
-        mask = triangle if mask is None else jnp.logical_and(mask, triangle)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(-1e30, logits.dtype))
     return jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)
@@ -46,13 +50,11 @@ def row_loop(arguments: Arguments) -> jax.Array:
 
     Query rows in a Python loop, 1000 MB of logits at a time.
     """
-    query, key, mask = arguments.query, arguments.key, arguments.mask
+    _refuse_more(arguments)
+    query, key = arguments.query, arguments.key
     length, logits_bytes = query.shape[-3], 4 * query[..., 0].size * key.shape[-3]
     count = 1 + math.ceil(logits_bytes / (DEFAULT_MAX_CHUNK_SIZE_MB * BYTES_PER_MB))
-    if arguments.is_causal:
-        triangle = jnp.tril(jnp.ones((1, 1, length, key.shape[-3]), bool))
-        mask = triangle if mask is None else mask & triangle
-    whole = arguments.replace(mask=mask, is_causal=False)
+    whole = arguments.explicit()
     bounds = np.linspace(0, length, count).astype(int)
     outs = [haiku_dense(_rows(whole, *ends)) for ends in itertools.pairwise(bounds)]
     return jnp.concatenate(outs, axis=-3)
@@ -70,16 +72,34 @@ def _rows(whole: Arguments, first: int, end: int) -> Arguments:
 def jax_nn(arguments: Arguments, implementation: Any) -> jax.Array:
     """JAX's own attention."""
     attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
-    settings = {"is_causal": arguments.is_causal, "implementation": implementation}
-    out: jax.Array = attention(**arguments.present, **settings)
+    known = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
+    if not arguments.present.keys() <= known or arguments.offset:
+        _refuse_more(arguments)
+        arguments = arguments.explicit()
+    elif arguments.soft_cap is not None:
+        _refuse_more(arguments)
+    settings = {"is_causal": arguments.is_causal, "local_window_size": arguments.window}
+    more = {"return_residual": arguments.residual, "implementation": implementation}
+    with jax.default_matmul_precision(arguments.precision):
+        out: jax.Array = attention(**arguments.present, **settings, **more)
     return out
+
+
+def _refuse_more(arguments: Arguments) -> None:
+    """Raises NotCompared for what is neither seen, nor added, nor known elsewhere."""
+    if arguments.soft_cap is not None or arguments.residual or arguments.dropout_bits is not None:
+        raise NotCompared("it has neither caps, nor this dropout, nor residuals")
 
 
 def tokamax(arguments: Arguments) -> Any:
     """Tokamax's attention, by whichever of its kernels it chooses."""
     import tokamax as library
 
-    return library.dot_product_attention(**arguments.present, is_causal=arguments.is_causal)
+    _refuse_more(arguments)
+    given = arguments.explicit() if arguments.present.keys() - _COMMON else arguments
+    window = None if given.window is None else tuple(given.window)
+    settings = {"is_causal": given.is_causal, "local_window_size": window}
+    return library.dot_product_attention(**given.present, **settings)
 
 
 def torch(inputs: WorkloadInputs) -> Callable[[], Any]:
@@ -89,8 +109,9 @@ def torch(inputs: WorkloadInputs) -> Callable[[], Any]:
       NotCompared: another device, or a bias.
     """
     arguments, mode = inputs.arguments, inputs.workload.mode
-    if default_device().platform != "cpu" or arguments.bias is not None:
-        raise NotCompared("compared on CPU and without a bias only")
+    plain = arguments.present.keys() <= _COMMON - {"bias"} and arguments.window is None
+    if default_device().platform != "cpu" or not plain or arguments.soft_cap or arguments.residual:
+        raise NotCompared("compared on CPU, with causality and a mask only")
     import torch as library
 
     arrays = (arguments.query, arguments.key, arguments.value)

@@ -6,40 +6,102 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from autochunk.attention.arguments import Arguments
 from autochunk.tuner.inputs import WorkloadInputs, as_float, by_op, make_function
 
 
 def reference(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
-    """Output, and in training the gradients, on the sampled rows, by numpy."""
+    """Output, residual if asked for, and in training the gradients, on the sampled rows, by numpy.
+
+    The residual's cotangent is zero.
+    """
     w, (arguments, cotangent) = inputs.workload, inputs.sampled()
-    groups, bias, mask = w.num_heads // w.num_kv_heads, arguments.bias, arguments.mask
+    groups, bias = w.num_heads // w.num_kv_heads, arguments.bias
     q, g = _heads_first(arguments.query), _heads_first(cotangent)  # [B, H, rows, K]
     k, v = (np.repeat(_heads_first(x), groups, axis=1) for x in (arguments.key, arguments.value))
     scale = 1 / math.sqrt(w.key_size)
     logits = q @ np.swapaxes(k, -1, -2) * scale  # [B, H, rows, T]
     if bias is not None:
         logits += _float64(bias)
-    if mask is not None:
-        logits = np.where(np.asarray(mask), logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    out = weights @ v
+    distance = np.abs(np.asarray(inputs.positions()) - np.arange(w.key_length))
+    if arguments.alibi_slopes is not None:
+        logits = logits - _float64(arguments.alibi_slopes)[..., None, None] * distance
+    through_cap = np.ones(())
+    if arguments.soft_cap is not None:
+        logits = arguments.soft_cap * np.tanh(logits / arguments.soft_cap)
+        through_cap = 1 - np.square(logits / arguments.soft_cap)
+    seen, inside = _seen(arguments, logits.shape)
+    live = seen.any(-1, keepdims=True)
+    logits = np.where(live, np.where(seen, logits, -np.inf), 0.0)
+    highest = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - highest)
+    total = weights.sum(-1, keepdims=True)
+    weights /= total
+    # A row that sees nothing is the mean of all values, with nothing dropped.
+    kept = np.where(live, _kept(arguments, w.key_length), 1.0)
+    out, g = (weights * kept) @ v * inside, g * inside
+    results = [np.moveaxis(out, 1, 2)]
+    if w.residual:
+        lse = np.where(live, highest + np.log(total), -0.7 * np.finfo(np.float32).max)
+        results.append(np.moveaxis(lse[..., 0], 1, 2))
     if w.mode == "forward":
-        return [np.moveaxis(out, 1, 2)]
-    d_weights = g @ np.swapaxes(v, -1, -2)
-    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+        return results
+    d_weights = g @ np.swapaxes(v, -1, -2) * kept
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * live
+    d_logits = d_logits * through_cap
     d_query = d_logits @ k * scale
-    d_key, d_value = np.swapaxes(d_logits, -1, -2) @ q * scale, np.swapaxes(weights, -1, -2) @ g
+    d_key = np.swapaxes(d_logits, -1, -2) @ q * scale
+    d_value = np.swapaxes(weights * kept, -1, -2) @ g
     # Query heads that share a key head add up there.
     shared = [one.reshape((w.batch, -1, groups, *one.shape[2:])).sum(2) for one in (d_key, d_value)]
-    results = [np.moveaxis(one, 1, 2) for one in (out, d_query, *shared)]
+    results += [np.moveaxis(one, 1, 2) for one in (d_query, *shared)]
     if bias is not None:
-        sizes = zip(bias.shape, d_logits.shape, strict=True)
-        broadcast = tuple(dim for dim, (own, size) in enumerate(sizes) if own == 1 < size)
-        results.append(d_logits.sum(broadcast, keepdims=True))
+        results.append(_sum_to(d_logits, bias.shape))
+    if arguments.alibi_slopes is not None:
+        shape = (*arguments.alibi_slopes.shape, 1, 1)
+        results.append(_sum_to(-d_logits * distance, shape)[..., 0, 0])
     return results
+
+
+def _seen(arguments: Arguments, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Which keys a row sees, and which rows are within their sequence: [B, H, rows, T or 1]."""
+    seen = np.ones(shape, bool)
+    inside: Any = np.ones((1, 1, 1, 1))
+    if arguments.mask is not None:
+        seen &= np.asarray(arguments.mask)
+    if arguments.key_value_seq_lengths is not None:
+        lengths = np.asarray(arguments.key_value_seq_lengths)[:, None, None, None]
+        seen &= np.arange(shape[-1]) < lengths
+    if arguments.query_seq_lengths is not None:
+        lengths = np.asarray(arguments.query_seq_lengths)[:, None, None, None]
+        inside = np.arange(shape[-2])[:, None] < lengths
+        seen &= inside
+    if arguments.query_segment_ids is not None:
+        own = np.asarray(arguments.query_segment_ids)[:, None, :, None]
+        seen &= own == np.asarray(arguments.key_value_segment_ids)[:, None, None, :]
+    return seen, inside
+
+
+def _kept(arguments: Arguments, keys: int) -> Any:
+    """Dropout's factors [B, H, rows, T]; one without it."""
+    if arguments.dropout_bits is None:
+        return 1.0
+    bits = np.asarray(arguments.dropout_bits)[..., None]
+    with np.errstate(over="ignore"):
+        mixed = bits ^ (np.arange(keys, dtype=np.uint32) * np.uint32(0x9E3779B9))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
+    rate = arguments.dropout_rate
+    return np.where(mixed >= np.uint32(round(rate * 2**32)), 1 / (1 - rate), 0.0)
+
+
+def _sum_to(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    sizes = zip(shape, array.shape, strict=True)
+    broadcast = tuple(dim for dim, (own, size) in enumerate(sizes) if own == 1 < size)
+    return np.asarray(array.sum(broadcast, keepdims=True))
 
 
 def _float64(array: jax.Array) -> np.ndarray[Any, Any]:
@@ -54,7 +116,16 @@ def _heads_first(array: jax.Array) -> np.ndarray[Any, Any]:
 def dense_on_sample(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
     """The same by haiku's dense attention in the workload's dtype: how much error is usual."""
     arguments, cotangent = inputs.sampled()
-    function = make_function(inputs.workload, lambda given: by_op(given, None, "dense"))
+
+    def attend(given: Arguments) -> Any:
+        if given.alibi_slopes is not None:  # whose distances are not those of the sampled rows
+            distance = jnp.abs(inputs.positions() - inputs.key_indices())
+            added = -given.alibi_slopes[..., None, None] * distance
+            bias = added if given.bias is None else given.bias + added
+            given = given.replace(alibi_slopes=None, bias=bias)
+        return by_op(given, None, "dense")
+
+    function = make_function(inputs.workload, attend)
     training = inputs.workload.mode == "training"
     results = jax.jit(function)(arguments, *([cotangent] if training else []))
     return [as_float(result) for result in results]

@@ -68,17 +68,17 @@ class Agreement:
 
 def rivals(
     profile: Profile,
-    plans: Iterable[Plan] = (),
+    plans: Iterable[Plan],
     *,
     rounds: int = 10,
     in_layer: bool = False,
     on_plan: Callable[[Plan], None] = lambda _: None,
 ) -> list[Rival]:
-    """Times every plan that a profile has times of, and others, beside the one that it chooses.
+    """Times plans beside the one that a profile chooses.
 
     Args:
       profile: of a workload on this machine.
-      plans: more to time.
+      plans: the others; see ``timed_plans``.
       rounds: how often each pair is timed, the first one left to chance; of a plan that is far
         slower a few are enough.
       in_layer: in a Transformer layer's step (see ``Layer``) instead of alone.
@@ -94,7 +94,7 @@ def rivals(
     if choice is None:
         raise ArgumentError(f"the profile of {profile.workload} chooses no plan to compare with")
     measured = {m.plan: m for m in profile.measurements if m.timed}
-    others = [plan for plan in dict.fromkeys([*measured, *plans]) if plan != choice.plan]
+    others = [plan for plan in dict.fromkeys(plans) if plan != choice.plan]
     # Without it jax computes in float32, with a warning at most.
     with jax.enable_x64(profile.parsed_workload().dtype == "float64"):
         inputs = WorkloadInputs(profile.parsed_workload())
@@ -119,6 +119,11 @@ def rivals(
             figures = program.seconds_median, stored, slower, program.temp_bytes
             found.append(Rival(plan, *figures, program.detail))
     return found
+
+
+def timed_plans(profile: Profile) -> list[Plan]:
+    """Those that a profile has times of."""
+    return [measurement.plan for measurement in profile.measurements if measurement.timed]
 
 
 def _program(around: WorkloadInputs | Layer, plan: Plan) -> Contender:

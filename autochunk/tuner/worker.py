@@ -192,6 +192,8 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Keeps the real standard output for replies; what else is printed goes to standard error."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Set for debugging a model, it would have every plan run operation by operation.
+    jax.config.update("jax_disable_jit", False)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, replies)

@@ -30,6 +30,9 @@ quick_jit = functools.partial(
 )
 
 
+MOST = float(jnp.finfo(jnp.float32).max)
+
+
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
     """Normal numbers, the same for the same arguments."""
     drawn: np.ndarray[Any, Any] = np.random.default_rng([seed, *shape]).normal(size=shape)
@@ -137,7 +140,13 @@ def _sum_to(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[A
     return np.asarray(array.sum(axis=broadcast, keepdims=True))
 
 
-def plain(
+def plain(*arrays: Any, **settings: Any) -> Any:
+    """Attention in plain JAX; arguments as of ``_plain``."""
+    with jax.numpy_rank_promotion("allow"):
+        return _plain(*arrays, **settings)
+
+
+def _plain(
     query: Array,
     key: Array,
     value: Array,
@@ -145,20 +154,54 @@ def plain(
     mask: Array | None = None,
     *,
     is_causal: bool = False,
-) -> jax.Array:
-    """Attention in plain JAX."""
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: tuple[int, int] | None = None,
+    query_segment_ids: Array | None = None,
+    key_value_segment_ids: Array | None = None,
+    query_offset: Array | int = 0,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    return_residual: bool = False,
+) -> Any:
     groups = query.shape[-2] // key.shape[-2]
     keys, values = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
     logits = jnp.einsum("...thk,...shk->...hts", query, keys) / math.sqrt(query.shape[-1])
+    rows, columns = logits.shape[-2:]
+    row = jnp.arange(rows)[:, None] + jnp.asarray(query_offset)[..., None, None, None]
+    ahead = jnp.arange(columns) - row  # [..., 1, T', T]
     if bias is not None:
         logits += jnp.expand_dims(bias, range(logits.ndim - bias.ndim))
-    allowed = jnp.ones(logits.shape, bool)
+    if alibi_slopes is not None:
+        logits += -jnp.asarray(alibi_slopes)[..., None, None] * jnp.abs(ahead)
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    allowed, inside = jnp.ones(logits.shape, bool), jnp.ones((), bool)
     if mask is not None:
         allowed &= jnp.expand_dims(mask, range(logits.ndim - mask.ndim))
     if is_causal:
-        allowed = jnp.tril(allowed)
-    weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30))
-    return jnp.einsum("...hts,...shv->...thv", weights, values)
+        allowed &= ahead <= 0
+    if local_window_size is not None:
+        allowed &= (ahead >= -local_window_size[0]) & (ahead <= local_window_size[1])
+    if key_value_seq_lengths is not None:
+        lengths = jnp.asarray(key_value_seq_lengths)[..., None, None, None]
+        allowed &= jnp.arange(columns) < lengths
+    if query_seq_lengths is not None:
+        lengths = jnp.asarray(query_seq_lengths)[..., None, None, None]
+        inside = jnp.arange(rows)[:, None] < lengths
+        allowed &= inside
+    if query_segment_ids is not None:
+        own = jnp.asarray(query_segment_ids)[..., None, :, None]
+        allowed &= own == jnp.asarray(key_value_segment_ids)[..., None, None, :]
+    live = jnp.any(allowed & (logits > -jnp.inf), -1, keepdims=True)
+    weights = jax.nn.softmax(jnp.where(live, jnp.where(allowed, logits, -jnp.inf), 0.0))
+    weights = jnp.where(inside, weights, 0.0)
+    out = jnp.einsum("...hts,...shv->...thv", weights, values)
+    if not return_residual:
+        return out
+    seen = jnp.where(allowed, logits, -1e30)
+    lse = jnp.where(live[..., 0], jax.scipy.special.logsumexp(seen, -1), -0.7 * MOST)
+    return out, jnp.moveaxis(lse, -1, -2)
 
 
 def compiled_text(jitted: jax.stages.Wrapped, *arrays: Any) -> str:

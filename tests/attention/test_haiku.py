@@ -341,3 +341,22 @@ def test_haikus_own_transformations(wrap: Any) -> None:
             for one in (ours, theirs)
         )
     assert_close(received, expected, 1e-4)
+
+
+@pytest.mark.parametrize("limit", [None, 1e-4])
+def test_strict_promotion_of_dtypes(limit: float | None) -> None:
+    """A model that forbids implicit promotion runs in half precision, as with haiku's module."""
+
+    def apply(x: jax.Array) -> jax.Array:
+        init = hk.initializers.VarianceScaling()
+        module = MultiHeadAttention(2, 4, w_init=init, max_chunk_size_mb=limit)
+        out: jax.Array = module(x, x, x, jnp.tril(jnp.ones((1, 1, 6, 6), bool)))
+        return out
+
+    model: hk.Transformed = hk.without_apply_rng(hk.transform(apply))
+    x = jnp.ones((1, 6, 8), jnp.bfloat16)
+    parameters = model.init(jax.random.key(0), x)
+    half = jax.tree.map(lambda one: one.astype(jnp.bfloat16), parameters)
+    with jax.numpy_dtype_promotion("strict"):
+        out, pull = jax.vjp(lambda parameters: model.apply(parameters, x), half)
+        assert {one.dtype for one in jax.tree.leaves((out, pull(out)))} == {jnp.dtype(jnp.bfloat16)}

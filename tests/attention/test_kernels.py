@@ -275,7 +275,7 @@ def test_which_plan_runs(
 
     def function(query: jax.Array) -> jax.Array:
         key = query[..., 0, :]
-        return kernels.attention(kernels.Inputs(query, key, key), call)
+        return kernels.attention(kernels.Inputs(query, key, key), call)[0]
 
     alone = expected == "forward" and change is not jax.vmap
     jax.jit(change(function)).lower(draw((2, 5, 2, 1, 3) if alone else (2, 2, 5, 2, 1, 3), 1))
@@ -294,7 +294,7 @@ def test_slices_are_those_of_the_plan_that_runs(change: Callable[..., Any], expe
     key = jnp.asarray(draw((2, 6, 2, 3)))
 
     def function(query: jax.Array) -> jax.Array:
-        return jnp.sum(kernels.attention(kernels.Inputs(query, key, key), call))
+        return jnp.sum(kernels.attention(kernels.Inputs(query, key, key), call)[0])
 
     text = quick_jit(change(function)).lower(query).as_text()
     assert Counter(re.findall(r"stablehlo.while", text)).total() >= 1
@@ -380,15 +380,18 @@ def product_dtypes(function: Callable[..., Any], *arrays: Any) -> set[Any]:
     return {product.outvars[0].aval.dtype for product in products}
 
 
-def test_dense_is_haikus() -> None:
-    """``dense`` keeps haiku's dtype for the logits, that of the inputs."""
+@pytest.mark.parametrize("half_logits", [True, False])
+def test_dense_may_be_haikus(half_logits: bool) -> None:
+    """``dense`` has float32 logits, or keeps haiku's dtype for them, that of the inputs."""
 
     def dense(half: jax.Array) -> jax.Array:
         inputs = kernels.Inputs(half[..., None, :], half, half)
-        return kernels.dense(inputs, _call(Plan("dense")))
+        call = _call(Plan("dense"))._replace(half_logits=half_logits)
+        return kernels.dense(inputs, call)[0]
 
     half = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.bfloat16)
-    assert product_dtypes(dense, half) == {jnp.dtype(jnp.bfloat16)}
+    dtypes = product_dtypes(dense, half)
+    assert (jnp.dtype(jnp.float32) in dtypes) is not half_logits
 
 
 def test_half_precision_has_float32_logits() -> None:
@@ -413,10 +416,7 @@ def test_causal_blocks(rows: int, keys: int, implementation: str, limit: float |
 
 
 def test_causal_blocks_above_the_diagonal_are_not_computed() -> None:
-    """Of n by n blocks the n on the diagonal are computed, then those below.
-
-    With a mask all are: a row may see nothing, and be the mean of all values.
-    """
+    """Of n by n blocks the n on the diagonal are computed, then those below, with a mask too."""
     query, key = draw((1, 1024, 1, 1, 4)), draw((1, 1024, 1, 4))
     call = _call(Plan(), is_causal=True)
 
@@ -427,4 +427,4 @@ def test_causal_blocks_above_the_diagonal_are_not_computed() -> None:
 
     assert trips(call) == [4, 4 * 3 // 2]
     masked = _call(Plan(), has_mask=True, is_causal=True)
-    assert trips(masked, np.ones((1, 1, 1, 1, 1024), bool)) == []
+    assert trips(masked, np.ones((1, 1, 1, 1024, 1024), bool)) == [4, 4 * 3 // 2]

@@ -15,7 +15,7 @@ from autochunk.plan import Plan
 from autochunk.store.interval import Interval
 from autochunk.tuner.inputs import WorkloadInputs
 from autochunk.tuner.layer import Layer
-from autochunk.tuner.rivals import Rival, agreement, rivals
+from autochunk.tuner.rivals import Rival, agreement, rivals, timed_plans
 from autochunk.workload import Workload
 
 SHAPES = [
@@ -61,7 +61,9 @@ def test_every_timed_plan_is_compared(in_layer: bool) -> None:
     profile = make_profile(Workload.parse("t=32,h=2,k=8"), measurements=(*CURVE, failed))
     more = [Plan("xla", 2e-3), Plan("no_such", None), Plan("xla", 16.0)]
     seen: list[Plan] = []
-    found = rivals(profile, more, rounds=4, in_layer=in_layer, on_plan=seen.append)
+    found = rivals(
+        profile, [*timed_plans(profile), *more], rounds=4, in_layer=in_layer, on_plan=seen.append
+    )
     plans = [Plan("xla", 16.0), Plan("dense", None), Plan("xla", None), Plan("xla_rows", 4.0)]
     assert [rival.plan for rival in found] == seen == [*plans, *more[:2]]
     assert found[0].slower == found[0].stored == Interval(0, 0, 0)
@@ -82,11 +84,11 @@ def test_a_profile_must_choose_a_plan_that_runs() -> None:
     """Otherwise there is nothing to compare with."""
     none = make_profile(measurements=(make_measurement(status="oom"),))
     with pytest.raises(ArgumentError, match="chooses no plan"):
-        rivals(none)
+        rivals(none, [])
     workload = Workload.parse("t=8,h=2,k=4")
     foreign = make_profile(workload, measurements=(make_measurement("cudnn", None),))
     with pytest.raises(ArgumentError, match="cudnn of attention:b=1"):
-        rivals(foreign)
+        rivals(foreign, [])
 
 
 def rival(stored: float | None, slower: float | None) -> Rival:

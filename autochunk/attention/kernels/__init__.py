@@ -17,11 +17,16 @@ Backward: the row maximum and the sum of exponentials are saved and the weights 
 limit is taken in pieces with a running maximum and sum (Rabe and Staats 2021,
 https://arxiv.org/abs/2112.05682).
 
-Causal attention without a mask is cut into blocks, of which those above the diagonal are left out.
+Attention that is causal, in windows, of sequences with lengths or of several in one is cut into
+blocks, of which those without a visible key are left out.
 
-To read it: ``inputs`` (what a call is), ``maths`` (one slice), ``grid`` (all slices), ``maps``
-(forward, tangent and cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and
-``fused``, which run without slices.
+What is excluded has no weight, whatever it is; what is summed with infinite or NaN values of it is
+computed again without them (see ``SliceMath``). A row that sees no key is the mean of all values.
+
+To read it: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` (one
+slice), ``grid`` (all slices), ``problem`` (how they are cut), ``maps`` (forward, tangent and
+cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and ``fused``, which run
+without slices.
 
 What was tried. Figures are speed: "A against B 2x" says that A takes half the time of B, in the
 same run.
@@ -76,9 +81,9 @@ On GPUs (H100 and H200, jax 0.11, f32; a pass over the logits costs as much as a
 
 from __future__ import annotations
 
-from autochunk.attention.kernels.dense import dense
+from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
-from autochunk.attention.kernels.primitives import attention
+from autochunk.attention.kernels.primitives import attention, promoting
 
-__all__ = ["Call", "Inputs", "NotTaken", "attention", "dense", "trace"]
+__all__ = ["Call", "Inputs", "NotTaken", "attention", "dense", "log_sum_exp", "promoting", "trace"]

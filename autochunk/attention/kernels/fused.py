@@ -51,9 +51,11 @@ DIFFERENTIATED = ("query", "key", "value")
 
 def cudnn(inputs: Inputs, *, scale: float, is_causal: bool) -> jax.Array:
     """NVIDIA's, as JAX calls it."""
-    return jax.nn.dot_product_attention(
-        *inputs, scale=scale, is_causal=is_causal, implementation="cudnn"
+    attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
+    out: jax.Array = attention(
+        *inputs[:5], scale=scale, is_causal=is_causal, implementation="cudnn"
     )
+    return out
 
 
 class NotTaken(Exception):
@@ -81,6 +83,8 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
     implementation = IMPLEMENTATIONS[name]
     if not implementation.runs_on(platform):
         raise NotTaken(f"it runs on {', '.join(implementation.platforms)}, not on {platform}")
+    if refused := _not_yet(inputs, call):
+        raise NotTaken(f"it is not used with {' and '.join(refused)}")
     if training and inputs.bias is not None:
         raise NotTaken("it has no gradient for every form of bias")
     if training and inputs.mask is not None:
@@ -90,6 +94,18 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
     if isinstance(traced, NotTaken):
         raise traced
     return traced
+
+
+def _not_yet(inputs: Inputs, call: Call) -> list[str]:
+    """What a call has that kernels are not given."""
+    settings = {
+        "local_window_size": call.window is not None,
+        "logits_soft_cap": call.soft_cap is not None,
+        "return_residual": call.residual,
+        "a precision": call.precision is not None,
+    }
+    arrays = [name for name in inputs.terms if name not in ("bias", "mask")]
+    return arrays + [name for name, there in settings.items() if there]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.inputs import caller_major, head_major, in_head_major
+from autochunk.attention.kernels.inputs import Inputs, caller_major, head_major, in_head_major
 from autochunk.plan import slice_count
 
 
@@ -26,13 +26,29 @@ class Output(NamedTuple):
 class Cell(NamedTuple):
     """Where one slice lies.
 
-    Its first index along each axis, which of its elements no earlier slice had, and whether it is
-    known to be below the diagonal.
+    Its first index along each axis, which of its elements no earlier slice had, and whether every
+    row of it is known to see every key.
     """
 
     starts: dict[str, Any]
     fresh: dict[str, jax.Array]
-    below: bool = False
+    is_open: bool = False
+
+
+class Cover(Protocol):
+    """What is known of blocks of rows and keys: see ``Terms.block``."""
+
+    names: tuple[str, ...]
+    """The inputs that it depends on; without them it is known while tracing."""
+
+    def block(
+        self, starts: dict[str, Any], sizes: dict[str, int], arrays: dict[str, jax.Array]
+    ) -> tuple[Any, Any]:
+        """Whether a block is closed, and whether it is open, with the slices of those inputs.
+
+        Without them, what is known while tracing.
+        """
+        ...
 
 
 Join = Callable[[tuple[jax.Array, ...], tuple[jax.Array, ...]], tuple[jax.Array, ...]]
@@ -52,10 +68,14 @@ class Grid:
     """
 
     def __init__(
-        self, sizes: dict[str, int], lengths: dict[str, int], triangular: bool, differentiable: bool
+        self,
+        sizes: dict[str, int],
+        lengths: dict[str, int],
+        cover: Cover | None,
+        differentiable: bool,
     ) -> None:
         self.sizes, self.lengths = sizes, lengths
-        self.triangular, self.differentiable = triangular, differentiable
+        self.cover, self.differentiable = cover, differentiable
         self.counts = {axis: slice_count(lengths[axis], size) for axis, size in sizes.items()}
         self.cells = math.prod(self.counts.values())
 
@@ -76,16 +96,16 @@ class Grid:
         # Keys, values and their cotangents are taken and put once for each batch element and head,
         # not for each slice of its rows: unless an output, such as the cotangent of a broadcast
         # bias, is shared by all, and would be joined whole each time.
-        groups = Grid(outer, self.lengths, triangular=False, differentiable=False)
+        groups = Grid(outer, self.lengths, cover=None, differentiable=False)
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
         if self.differentiable or shared or self._cells(outer) == 1 or self._cells(inner) == 1:
             return self._scan(compute, arrays, axes, outputs, join)
-        within = Grid(inner, self.lengths, self.triangular, differentiable=False)
+        within = Grid(inner, self.lengths, self.cover, differentiable=False)
 
         def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
             def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
                 starts, fresh = cell.starts | place.starts, cell.fresh | place.fresh
-                return compute(Cell(starts, fresh, place.below), *slices)
+                return compute(Cell(starts, fresh, place.is_open), *slices)
 
             parts = [groups.part(output) for output in outputs]
             return within._scan(one, arrays, [in_head_major(names) for names in axes], parts, join)
@@ -119,8 +139,8 @@ class Grid:
         join: Join | None,
     ) -> tuple[jax.Array, ...]:
 
-        def part(below: bool, index: Any, arrays: Sequence[Any]) -> tuple[jax.Array, ...]:
-            cell = self.cell(index)._replace(below=below)
+        def part(is_open: bool, index: Any, arrays: Sequence[Any]) -> tuple[jax.Array, ...]:
+            cell = self.cell(index)._replace(is_open=is_open)
             pairs = zip(arrays, axes, strict=True)
             taken = [None if one is None else self.take(one, names, cell) for one, names in pairs]
             return compute(cell, *taken)
@@ -134,41 +154,71 @@ class Grid:
             part = jax.checkpoint(part, prevent_cse=False, static_argnums=0)
 
         def step(
-            below: bool, totals: tuple[jax.Array, ...], index: jax.Array
-        ) -> tuple[tuple[jax.Array, ...], None]:
-            pieces = part(below, index, arrays)
+            is_open: bool, totals: tuple[jax.Array, ...], index: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            pieces = part(is_open, index, arrays)
             cell = self.cell(index)
             if join is not None:
                 wholes = zip(totals, outputs, strict=True)
                 old = tuple(self.take(total, output.axes, cell) for total, output in wholes)
                 pieces = join(old, pieces)
             places = zip(totals, pieces, outputs, strict=True)
-            return tuple(self._put(old, new, out.axes, cell) for old, new, out in places), None
+            return tuple(self._put(old, new, out.axes, cell) for old, new, out in places)
 
         empty = [jnp.full(output.shape, output.fill, output.dtype) for output in outputs]
         totals = tuple(vary_alike(empty, arrays))
-        for below, numbers in self._passes():
-            indices = jnp.asarray(numbers, jnp.int32)
-            totals, _ = jax.lax.scan(functools.partial(step, below), totals, indices)
+        for is_open, numbers, count in self._passes(arrays, axes):
+            totals = _repeat(functools.partial(step, is_open), totals, numbers, count)
         return totals
 
-    def _passes(self) -> list[tuple[bool, list[int]]]:
-        """The slices to compute, in passes: whether they are below the diagonal, and their numbers.
+    def _passes(
+        self, arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str, ...]]
+    ) -> list[tuple[bool, jax.Array, jax.Array | None]]:
+        """The slices to compute, in passes: whether they are open, their numbers, how many of them.
 
-        Without a diagonal all at once; else those that it crosses, then those below it, which need
-        no mask. Those above have no logits.
+        None is all. Closed ones are left out; of those that are open nothing need be excluded.
         """
-        if not self.triangular:
-            return [(False, list(range(self.cells)))]
-        crossed, below = [], []
+        crossed, opened = self._by_tracing()
+        if self.cover is None or not self.cover.names or self.differentiable:
+            static = ((False, crossed), (True, opened))
+            return [(kind, jnp.asarray(some, jnp.int32), None) for kind, some in static if some]
+        numbers = jnp.asarray([*crossed, *opened], jnp.int32)
+        if not numbers.size:
+            return []
+        named = dict(zip(Inputs._fields, zip(arrays, axes, strict=True), strict=False))
+        mine = {name: named[name] for name in self.cover.names}
+        cover = self.cover
+
+        def look(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+            cell = self.cell(number)
+            slices = {
+                name: self.take(array, names, cell)
+                for name, (array, names) in mine.items()
+                if array is not None
+            }
+            closed, is_open = cover.block(cell.starts, self.sizes, slices)
+            return jnp.asarray(closed), jnp.asarray(is_open)
+
+        closed, is_open = jax.vmap(look)(numbers)
+        passes: list[tuple[bool, jax.Array, jax.Array | None]] = []
+        for kind, wanted in ((False, ~closed & ~is_open), (True, ~closed & is_open)):
+            first = jnp.argsort(~wanted, stable=True)
+            passes.append((kind, numbers[first], jnp.sum(wanted, dtype=jnp.int32)))
+        return passes
+
+    def _by_tracing(self) -> tuple[list[int], list[int]]:
+        """Numbers of the slices that may be crossed, and of the open ones, by what is static."""
+        if self.cover is None:
+            return list(range(self.cells)), []
+        crossed: list[int] = []
+        opened: list[int] = []
         for number in range(self.cells):
             positions = self._positions(number)
-            first_row, first_key = (self._start(axis, positions[axis]) for axis in ("rows", "keys"))
-            if first_key + self.sizes["keys"] <= first_row + 1:
-                below.append(number)
-            elif first_key < first_row + self.sizes["rows"]:
-                crossed.append(number)
-        return [(kind, numbers) for kind, numbers in ((False, crossed), (True, below)) if numbers]
+            starts = {axis: self._start(axis, positions[axis]) for axis in ("rows", "keys")}
+            closed, is_open = self.cover.block(starts, self.sizes, {})
+            if not closed:
+                (opened if is_open else crossed).append(number)
+        return crossed, opened
 
     def _start(self, axis: str, position: Any) -> Any:
         """First index of a slice along an axis, traced if ``position`` is."""
@@ -223,6 +273,19 @@ class Grid:
         for dim, axis in self._sliced(array.shape, axes):
             starts[dim] = cell.starts[axis]
         return starts
+
+
+def _repeat(
+    step: Callable[..., tuple[jax.Array, ...]],
+    totals: tuple[jax.Array, ...],
+    numbers: jax.Array,
+    count: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """``step(totals, number)`` for the first ``count`` numbers, all if that is None."""
+    if count is None:
+        return jax.lax.scan(lambda old, number: (step(old, number), None), totals, numbers)[0]
+    repeated = jax.lax.fori_loop(0, count, lambda n, old: step(old, numbers[n]), totals)
+    return cast(tuple[jax.Array, ...], repeated)
 
 
 def batch_axes(count: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autochunk.operands import OPERANDS
+from autochunk.operands import OPERANDS, TERMS
 from autochunk.plan import LogitsShape, Plans
 
 
@@ -19,7 +19,11 @@ class Call(NamedTuple):
 
     ``operands`` names its arrays, in the order of OPERANDS. ``kernel`` is the traced fused kernel,
     if a plan has one. Only JAX looks at it: it looks into tuples among a primitive's parameters for
-    kernels that have to know their devices when they are lowered, as cuDNN's has.
+    kernels that have to know their devices when they are lowered, as cuDNN's has. ``window`` is how
+    many positions to the left and to the right of its own a query sees, ``offset`` how far its own
+    is from its index, besides ``query_offset``; ``half_logits`` says that
+    dense attention shall have the inputs' dtype throughout, as haiku's has. The others are those of
+    the op.
     """
 
     operands: tuple[str, ...]
@@ -27,6 +31,19 @@ class Call(NamedTuple):
     is_causal: bool
     plans: Plans
     kernel: Any = None
+    window: tuple[int, int] | None = None
+    offset: int = 0
+    soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    residual: bool = False
+    precision: Any = None
+    half_logits: bool = False
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many positions to its left and right a query sees; None is all."""
+        left, right = self.window or (None, None)
+        return left, (0 if right is None else min(right, 0)) if self.is_causal else right
 
     @property
     def moving(self) -> tuple[str, ...]:
@@ -46,11 +63,23 @@ class Inputs(NamedTuple):
     value: jax.Array
     bias: jax.Array | None = None
     mask: jax.Array | None = None
+    query_seq_lengths: jax.Array | None = None
+    key_value_seq_lengths: jax.Array | None = None
+    query_segment_ids: jax.Array | None = None
+    key_value_segment_ids: jax.Array | None = None
+    query_offset: jax.Array | None = None
+    alibi_slopes: jax.Array | None = None
+    dropout_bits: jax.Array | None = None
 
     @property
     def present(self) -> dict[str, jax.Array]:
         """Those that are there, by name."""
         return {name: array for name, array in self._asdict().items() if array is not None}
+
+    @property
+    def terms(self) -> dict[str, jax.Array]:
+        """Those that a call may be without."""
+        return {name: array for name, array in self.present.items() if name in TERMS}
 
     @property
     def logits(self) -> LogitsShape:
@@ -71,7 +100,17 @@ KEY = ("keys", "heads", "features")
 LOGITS = ("heads", "groups", "rows", "keys")
 STATS = ("heads", "groups", "rows")
 # By the dims that an operand has for the caller, whose query heads are [heads, groups] here.
-_KERNEL_AXES = {"thk": QUERY, "snk": KEY, "snv": KEY, "hts": LOGITS}
+_KERNEL_AXES: dict[str, tuple[str, ...]] = {
+    "thk": QUERY,
+    "snk": KEY,
+    "snv": KEY,
+    "hts": LOGITS,
+    "ht": STATS,
+    "h": ("heads", "groups"),
+    "t": ("rows",),
+    "s": ("keys",),
+    "": (),
+}
 AXES = {name: _KERNEL_AXES[operand.dims] for name, operand in OPERANDS.items()}
 INPUT_AXES = tuple(AXES[name] for name in Inputs._fields)
 

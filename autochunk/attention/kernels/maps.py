@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels import fused
-from autochunk.attention.kernels.dense import dense
+from autochunk.attention.kernels.dense import (
+    dense,
+    log_sum_exp,
+    mean_value,
+    within_lengths,
+)
 from autochunk.attention.kernels.grid import Cell, Output, add, sum_to
 from autochunk.attention.kernels.inputs import (
     AXES,
@@ -33,7 +38,8 @@ _LONGEST_SOFTMAX = 16384
 
 def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    # A bias may be -inf for all keys: that as the maximum would make NaN of the differences.
+    # A row may see no key, or have a bias of -inf for all: that as the maximum would make NaN of
+    # the differences.
     if may_be_infinite:
         maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
     return maximum
@@ -48,17 +54,22 @@ def _forward_slice(
     """
     maths = SliceMath(inputs, cell, call, problem, transposed=False)
     logits = maths.logits()
-    maximum = _row_maximum(logits, inputs.bias is not None)
+    maximum = _row_maximum(logits, problem.excludes or problem.may_see_nothing)
     weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
     total = jnp.sum(weights, axis=-1)
     if divided:
-        weights = weights / total[..., None]
+        weights = weights / _divisor(total, problem)[..., None]
     stats = (*maximum.shape[:-1], maths.groups, maths.rows)
     return (
-        maths.spread(maths.over_keys(weights, inputs.value)),
+        maths.spread(maths.over_keys(maths.dropped(weights), inputs.value)),
         maximum.reshape(stats),
         total.reshape(stats),
     )
+
+
+def _divisor(total: jax.Array, problem: Problem) -> jax.Array:
+    """Sums of exponentials to divide by: one for rows that see nothing, whose sum is zero."""
+    return jnp.where(total == 0, jnp.ones_like(total), total) if problem.may_see_nothing else total
 
 
 def forward(
@@ -69,7 +80,7 @@ def forward(
     platforms: tuple[str, ...] = (),
     need_stats: bool = True,
 ) -> list[jax.Array]:
-    """[out, row maximum, row sum of exponentials]"""
+    """[out, row maximum, row sum of exponentials]; the sum of a row that sees nothing is zero."""
     inputs, _ = split(operands, call)
     problem = Problem(inputs, call, plan, differentiable)
     whole_rows = problem.slices.keys == problem.shape.keys
@@ -83,7 +94,7 @@ def forward(
         taken = Inputs(*arrays)
         out, maximum, total = _forward_slice(taken, cell, call, problem, divided)
         if whole_rows:
-            out = out if divided else out / total[..., None]
+            out = out if divided else out / _divisor(total, problem)[..., None]
             return out.astype(inputs.query.dtype), maximum, total
         fresh = SliceMath(taken, cell, call, problem, transposed=False).fresh_rows()
         return weigh(out, fresh), maximum, total if fresh is None else total * fresh
@@ -95,16 +106,22 @@ def forward(
         problem.output(STATS, problem.dtype),
     )
     join = None if whole_rows else _join
-    parts = problem.grid().run(compute, problem.inputs, INPUT_AXES, outputs, join)
+    out, maximum, total = problem.grid().run(compute, problem.inputs, INPUT_AXES, outputs, join)
     if not whole_rows:
-        if problem.triangular and inputs.bias is not None:
-            # A bias of -inf may leave a row none of the keys that it sees: its sum is zero, and so
-            # is its output; the keys above the diagonal are left out.
-            parts = (*parts[:2], jnp.where(parts[2] > 0, parts[2], jnp.ones_like(parts[2])))
-        out = parts[0] / caller_major(parts[2][..., None], QUERY)
-        parts = (out.astype(inputs.query.dtype), *parts[1:])
-    ranks = (len(QUERY), len(STATS), len(STATS))
-    return [problem.restore(part, rank) for part, rank in zip(parts, ranks, strict=True)]
+        out = out / caller_major(_divisor(total, problem)[..., None], QUERY)
+        out = out.astype(inputs.query.dtype)
+    out, maximum, total = (
+        problem.restore(part, rank)
+        for part, rank in ((out, len(QUERY)), (maximum, len(STATS)), (total, len(STATS)))
+    )
+    if problem.may_see_nothing:
+        out = jnp.where(_sees_nothing(total), mean_value(inputs.value), out)
+    return [within_lengths(out, inputs), maximum, total]
+
+
+def _sees_nothing(total: jax.Array) -> jax.Array:
+    """Rows that see no key, by their sums of exponentials: [..., T', H, G, 1]."""
+    return caller_major((total == 0)[..., None], QUERY)
 
 
 def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -117,16 +134,22 @@ def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.A
 def only_output(
     *operands: jax.Array, call: Call, platforms: tuple[str, ...] = ()
 ) -> list[jax.Array]:
-    """[out] by the plan for calls that are not differentiated."""
+    """[out], or [out, log-sum-exp], by the plan for calls that are not differentiated."""
     plan = call.plans.forward
     call.plans.used("forward")
     inputs, _ = split(operands, call)
     if runs_dense(plan, inputs.logits):
-        return [dense(inputs, call)]
+        return dense(inputs, call)
     if fused.runs(plan, platforms):
         return [fused.attend(plan.implementation, inputs, call)]
-    sliced = plan.sliced()
-    return forward(*operands, call=call, plan=sliced, platforms=platforms, need_stats=False)[:1]
+    out, maximum, total = forward(
+        *operands,
+        call=call,
+        plan=plan.sliced(),
+        platforms=platforms,
+        need_stats=call.residual,
+    )
+    return [out, log_sum_exp(maximum, total)] if call.residual else [out]
 
 
 def with_stats(
@@ -142,7 +165,7 @@ def with_stats(
 
 
 def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
-    """The output's tangent, linear in the inputs' tangents.
+    """Tangents of the output, and of the log-sum-exp if that is asked for, linear in the inputs'.
 
     Operands are inputs, out, maximum, total, then a tangent of each of ``call.moving``.
     """
@@ -155,24 +178,36 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
         taken, (out, maximum, total, *tangents) = _of_slice(arrays)
         moved = Inputs(**dict(zip(call.moving, tangents, strict=True)))
         maths = SliceMath(taken, cell, call, problem, transposed=False)
+        total = _divisor(total, problem)
         weights = maths.weights(maximum)
         d_logits = maths.product(merge(scaled_query(moved.query, call)), taken.key)
         d_logits = d_logits + maths.product(maths.query, moved.key)
         if not folds_scale(moved.query):
             d_logits = d_logits * jnp.asarray(call.scale, problem.dtype)
-        if moved.bias is not None:
-            d_logits = maths.add(d_logits, moved.bias.astype(problem.dtype))
-        d_weights = weights * d_logits
-        d_out = maths.spread(maths.over_keys(d_weights, taken.value))
-        d_out -= weigh(out.astype(problem.dtype), jnp.sum(maths.by_axes(d_weights), axis=-1))
-        d_out = weigh(d_out, maths.live_rows(maximum))
-        d_out = d_out + maths.spread(maths.over_keys(weights, moved.value))
-        return (weigh(d_out / total[..., None], maths.fresh_rows()),)
+        moved_terms = moved._replace(query_offset=taken.query_offset)
+        for term in maths.terms.of(moved_terms.present).added(problem.dtype):
+            d_logits = maths.combine(jnp.add, d_logits, term)
+        d_weights = weights * maths.through_cap(d_logits)
+        d_sum = jnp.sum(maths.by_axes(d_weights), axis=-1)
+        d_out = maths.spread(maths.over_keys(maths.dropped(d_weights), taken.value))
+        d_out -= weigh(out.astype(problem.dtype), d_sum)
+        d_out = d_out + maths.spread(maths.over_keys(maths.dropped(weights), moved.value))
+        fresh = maths.fresh_rows()
+        d_sum = d_sum / total
+        return weigh(d_out / total[..., None], fresh), d_sum if fresh is None else d_sum * fresh
 
-    output = problem.output(QUERY, problem.dtype, inputs.value.shape[-1])
+    outputs = (
+        problem.output(QUERY, problem.dtype, inputs.value.shape[-1]),
+        problem.output(STATS, problem.dtype),
+    )
     arrays, axes = (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes)
-    (d_out,) = problem.grid().run(compute, arrays, axes, (output,), add)
-    return [problem.restore(d_out, 4).astype(inputs.query.dtype)]
+    d_out, d_lse = problem.grid().run(compute, arrays, axes, outputs, add)
+    d_out, d_lse = problem.restore(d_out, len(QUERY)), problem.restore(d_lse, len(STATS))
+    if problem.may_see_nothing:
+        d_value = dict(zip(call.moving, rest[3:], strict=True))["value"]
+        d_out = jnp.where(_sees_nothing(rest[2]), mean_value(d_value), d_out)
+    d_out = within_lengths(d_out.astype(inputs.query.dtype), inputs)
+    return [d_out, d_lse] if call.residual else [d_out]
 
 
 def cotangent(
@@ -184,7 +219,8 @@ def cotangent(
 ) -> list[jax.Array]:
     """Cotangents of those of ``call.moving`` that are wanted.
 
-    Operands are inputs, out, maximum, total, then the output's cotangent.
+    Operands are inputs, out, maximum, total, then the output's cotangent, and that of the
+    log-sum-exp if that is asked for.
     """
     inputs, rest = split(operands, call)
     plan, names = call.plans.training, call.wanted(wanted)
@@ -194,48 +230,66 @@ def cotangent(
         found = fused.cotangent(plan.implementation, inputs, call, out, maximum, d_out)
         return [found[name] for name in names]
     problem = Problem(inputs, call, plan.sliced(), differentiable)
-    extra_axes = (QUERY, STATS, STATS, QUERY)
+    rest[3] = within_lengths(rest[3], inputs)
+    extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
-        taken, (out, maximum, total, d_out) = _of_slice(arrays)
+        taken, (out, maximum, total, d_out, *d_lse) = _of_slice(arrays)
         maths = SliceMath(taken, cell, call, problem, transposed=True)
+        total = _divisor(total, problem)
         weights, d_out = maths.weights(maximum), d_out.astype(problem.dtype)
         # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
-        # instead of T' * T. In float16 those would be too small.
-        if inputs.query.dtype == jnp.float16:
+        # instead of T' * T. In half precision those would be rounded once more, or too small.
+        if inputs.query.dtype.itemsize < 4:
             weights = weights / maths.by_row(total)
         else:
             d_out = d_out / total[..., None]
-        scaled = weigh(d_out, maths.fresh_rows())
-        live = weigh(scaled, maths.live_rows(maximum))
-        offset = jnp.sum(out.astype(problem.dtype) * live, axis=-1)
-        d_weights = maths.product(merge(live).astype(taken.value.dtype), taken.value)
-        d_logits = weights * (d_weights - maths.by_row(offset))
+            d_lse = [one / total for one in d_lse]
+        fresh = maths.fresh_rows()
+        scaled = weigh(d_out, fresh)
+        offset = jnp.sum(out.astype(problem.dtype) * scaled, axis=-1)
+        for one in d_lse:
+            offset = offset - (one if fresh is None else one * fresh)
+        d_weights = maths.product(merge(scaled).astype(taken.value.dtype), taken.value)
+        d_logits = weights * (maths.dropped(d_weights) - maths.by_row(offset))
+        d_logits = maths.through_cap(d_logits)
         scale = jnp.asarray(call.scale, problem.dtype)
         query_factor = 1 if folds_scale(taken.query) else scale
 
         def d_value() -> jax.Array:
             rows = merge(scaled).astype(taken.value.dtype)
-            return maths.over_rows(weights, rows, taken.value.shape)
+            return maths.over_rows(maths.dropped(weights), rows, taken.value.shape)
 
+        def d_slopes() -> jax.Array:
+            by_distance = maths.by_axes(d_logits) * maths.terms.slope_factor(problem.dtype)
+            shape = (*taken.present["alibi_slopes"].shape, 1, 1)
+            return sum_to(by_distance, shape)[..., 0, 0]
+
+        # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
+        # several times as fast, CPUs do not.
+        is_wide = inputs.query.dtype == jnp.float16 or "cpu" in platforms
+        wide = problem.dtype if is_wide else inputs.query.dtype
+        query, key = maths.query.astype(wide), taken.key.astype(wide)
         gradients: dict[str, Callable[[], jax.Array]] = {
-            "query": lambda: maths.spread(maths.over_keys(d_logits, taken.key)) * scale,
-            "key": lambda: maths.over_rows(d_logits, maths.query, taken.key.shape) * query_factor,
+            "query": lambda: maths.spread(maths.over_keys(d_logits, key)) * scale,
+            "key": lambda: maths.over_rows(d_logits, query, key.shape) * query_factor,
             "value": d_value,
             "bias": lambda: sum_to(maths.by_axes(d_logits), taken.present["bias"].shape),
+            "alibi_slopes": d_slopes,
         }
         return tuple(gradients[name]() for name in names)
 
     whole = problem.inputs.present
     outputs = [Output(AXES[name], whole[name].shape, problem.dtype) for name in names]
     arrays, axes = (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes)
-    totals = problem.grid().run(compute, arrays, axes, outputs, add)
-    likes = [inputs.present[name] for name in names]
-    return [
-        total.reshape(like.shape).astype(like.dtype)
-        for total, like in zip(totals, likes, strict=True)
-    ]
+    totals = dict(zip(names, problem.grid().run(compute, arrays, axes, outputs, add), strict=True))
+    found = {name: total.reshape(inputs.present[name].shape) for name, total in totals.items()}
+    if problem.may_see_nothing and "value" in names:
+        blind = jnp.where(_sees_nothing(rest[2]), rest[3].astype(problem.dtype), 0)
+        shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / problem.shape.keys
+        found["value"] += sum_to(shared, (*inputs.value.shape[:-3], 1, *inputs.value.shape[-2:]))
+    return [found[name].astype(inputs.present[name].dtype) for name in names]
 
 
 def _of_slice(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:

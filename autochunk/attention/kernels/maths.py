@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import string
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,10 @@ import jax.numpy as jnp
 from autochunk.attention.kernels.grid import Cell, batch_axes
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.problem import Problem
+from autochunk.attention.kernels.terms import Span, Terms
 
 # With fewer rows, transposing the keys costs more than it gains.
 _LONG = 256
-
-
-def masked_logit(dtype: Any) -> float:
-    """Added to logits that take no part.
-
-    So large that it absorbs any logit, and a fully masked row comes out uniform; finite, so that no
-    NaN arises.
-    """
-    return -0.7 * float(jnp.finfo(dtype).max)
 
 
 def merge(array: jax.Array) -> jax.Array:
@@ -45,10 +38,6 @@ def scaled_query(query: jax.Array, call: Call) -> jax.Array:
     return query * jnp.asarray(call.scale, query.dtype) if folds_scale(query) else query
 
 
-def _product(spec: str, one: jax.Array, other: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.einsum(spec, one, other, preferred_element_type=dtype)
-
-
 class SliceMath:
     """Logits and weights of one slice, in either orientation.
 
@@ -59,27 +48,40 @@ class SliceMath:
         self, inputs: Inputs, cell: Cell, call: Call, problem: Problem, transposed: bool
     ) -> None:
         self.inputs, self.cell, self.call, self.transposed = inputs, cell, call, transposed
-        self.dtype, self.differentiable = problem.dtype, problem.differentiable
+        self.dtype = problem.dtype
         self.groups, self.rows = inputs.query.shape[-3:-1]
         self.query = merge(scaled_query(inputs.query, call))
+        rows = Span(cell.starts.get("rows", 0), self.rows)
+        keys = Span(cell.starts.get("keys", 0), inputs.key.shape[-2])
+        leading, names = inputs.query.ndim - 4, problem.cover.names
+        self.terms = Terms(inputs.present, rows, keys, call, leading, names)
+        self.visible = self.terms.visible(cell.is_open)
+        self.kept = self.terms.kept(self.dtype)
+
+    def _product(self, spec: str, one: jax.Array, other: jax.Array) -> jax.Array:
+        precision = self.call.precision
+        return jnp.einsum(spec, one, other, precision=precision, preferred_element_type=self.dtype)
 
     def product(self, rows: jax.Array, keys: jax.Array) -> jax.Array:
         """[..., G * T', K] by [..., T, K] to the logits' shape."""
         if self.transposed:
-            return _product("...sk,...tk->...st", keys, rows, self.dtype)
-        return _product("...tk,...sk->...ts", rows, keys, self.dtype)
+            return self._product("...sk,...tk->...st", keys, rows)
+        return self._product("...tk,...sk->...ts", rows, keys)
 
     def over_keys(self, weights: jax.Array, keys: jax.Array) -> jax.Array:
         """Sums over keys: [..., G * T', V]."""
+        return self._excluding(self._over_keys, weights, keys)
+
+    def _over_keys(self, weights: jax.Array, keys: jax.Array) -> jax.Array:
         weights = weights.astype(keys.dtype)
         if not self.transposed:
-            return _product("...ts,...sv->...tv", weights, keys, self.dtype)
+            return self._product("...ts,...sv->...tv", weights, keys)
         if self.groups * self.rows < _LONG:
-            return _product("...st,...sv->...tv", weights, keys, self.dtype)
+            return self._product("...st,...sv->...tv", weights, keys)
         # XLA:CPU multiplies by a transposed left side at half the speed, so the narrow arrays are
         # transposed instead; barriers keep XLA from undoing that.
         narrow = jax.lax.optimization_barrier(jnp.swapaxes(keys, -1, -2))
-        summed = _product("...vs,...st->...vt", narrow, weights, self.dtype)
+        summed = self._product("...vs,...st->...vt", narrow, weights)
         return jnp.swapaxes(jax.lax.optimization_barrier(summed), -1, -2)
 
     def over_rows(self, weights: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -88,7 +90,32 @@ class SliceMath:
         sizes = zip(dims, weights.shape, shape, strict=False)
         kept = "".join(dim for dim, size, own in sizes if size == own)
         spec = f"{dims}{'st' if self.transposed else 'ts'},{dims}tk->{kept}sk"
-        return _product(spec, weights.astype(rows.dtype), rows, self.dtype).reshape(shape)
+
+        def summed(weights: jax.Array, rows: jax.Array) -> jax.Array:
+            return self._product(spec, weights.astype(rows.dtype), rows).reshape(shape)
+
+        return self._excluding(summed, weights, rows)
+
+    def _excluding(
+        self, product: Callable[..., jax.Array], weights: jax.Array, array: jax.Array
+    ) -> jax.Array:
+        """A product in which what is excluded takes no part, though it be infinite or NaN.
+
+        Its weight is zero, and zero times infinity is NaN; what is not excluded makes NaN of all
+        that it is summed with. Whether there is such a thing shows in the result, which is small.
+        """
+        plain, visible = product(weights, array), self.visible
+        if visible is None:
+            return plain
+
+        def exact() -> jax.Array:
+            finite = jnp.isfinite(array)
+            seen = self.where(visible, jnp.ones_like(weights), 0.0)
+            spoilt = product(seen, jnp.where(finite, 0.0, 1.0).astype(array.dtype)) > 0
+            return jnp.where(spoilt, jnp.nan, product(weights, jnp.where(finite, array, 0)))
+
+        right = jnp.all(jnp.isfinite(plain))
+        return cast(jax.Array, jax.lax.cond(right, lambda: plain, exact))
 
     def by_row(self, stat: jax.Array) -> jax.Array:
         """[..., G, T'] to something that broadcasts against the logits."""
@@ -96,43 +123,46 @@ class SliceMath:
         return flat[..., None, :] if self.transposed else flat[..., :, None]
 
     def logits(self) -> jax.Array:
-        """Scaled logits with bias and mask."""
+        """Logits with all that is added, minus infinity where a row does not see a key."""
+        logits = self.capped()
+        return logits if self.visible is None else self.where(self.visible, logits, -jnp.inf)
+
+    def capped(self) -> jax.Array:
+        """Logits with all that is added, capped if they are to be."""
         logits = self.product(self.query, self.inputs.key)
         if not folds_scale(self.inputs.query):
             logits = logits * jnp.asarray(self.call.scale, self.dtype)
-        if self.inputs.bias is not None:
-            logits = self.add(logits, self.inputs.bias.astype(self.dtype))
-        allowed = self.allowed()
-        if allowed is None:
-            return logits
-        masked = jnp.asarray(masked_logit(self.dtype), self.dtype)
-        if self.differentiable:
-            # JAX's own derivative follows: the logits of a row that is masked throughout are then
-            # constant, as they should be.
-            open_to = self.add(jnp.zeros_like(logits), allowed.astype(self.dtype)) > 0
-            return jnp.where(open_to, logits, masked)
-        return self.add(logits, jnp.where(allowed, jnp.zeros((), self.dtype), masked))
+        for term in self.terms.added(self.dtype):
+            logits = self.combine(jnp.add, logits, term)
+        cap = self.call.soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def allowed(self) -> jax.Array | None:
-        """Where a query may look, broadcast against [..., H, G, T', T]; None means everywhere."""
-        allowed = self.inputs.mask
-        if self.call.is_causal and not self.cell.below:
-            starts, sizes = self.cell.starts, (self.rows, self.inputs.key.shape[-2])
-            row = starts.get("rows", 0) + jax.lax.broadcasted_iota(jnp.int32, sizes, 0)
-            column = starts.get("keys", 0) + jax.lax.broadcasted_iota(jnp.int32, sizes, 1)
-            causal = jnp.expand_dims(row >= column, range(self.inputs.query.ndim - 2))
-            allowed = causal if allowed is None else jnp.logical_and(allowed, causal)
-        return allowed
+    def through_cap(self, d_logits: jax.Array) -> jax.Array:
+        """Tangents or cotangents of logits to those of what is capped, zero for excluded ones."""
+        if self.call.soft_cap is not None:
+            d_logits = d_logits * (1 - jnp.square(self.capped() / self.call.soft_cap))
+        return d_logits if self.visible is None else self.where(self.visible, d_logits, 0.0)
 
-    def add(self, logits: jax.Array, term: jax.Array) -> jax.Array:
-        """Adds a term of axes [..., H, G, T', T]; dims of size one broadcast."""
+    def dropped(self, weights: jax.Array) -> jax.Array:
+        """Weights, or their cotangents, after dropout."""
+        return weights if self.kept is None else self.combine(jnp.multiply, weights, self.kept)
+
+    def where(self, condition: jax.Array, logits: jax.Array, otherwise: float) -> jax.Array:
+        """Logits where a condition of axes [..., H, G, T', T] holds."""
+        other = jnp.asarray(otherwise, logits.dtype)
+        return self.combine(lambda one, given: jnp.where(given, one, other), logits, condition)
+
+    def combine(
+        self, function: Callable[..., jax.Array], logits: jax.Array, term: jax.Array
+    ) -> jax.Array:
+        """``function`` of logits and a term of axes [..., H, G, T', T]; ones broadcast."""
         if self.groups == 1:  # without the extra axis XLA sees a plain softmax and may fuse it
             term = term[..., 0, :, :]
-            return logits + (jnp.swapaxes(term, -1, -2) if self.transposed else term)
+            return function(logits, jnp.swapaxes(term, -1, -2) if self.transposed else term)
         if self.transposed:
             spread = logits.reshape((*logits.shape[:-1], self.groups, self.rows))
-            return (spread + jnp.moveaxis(term, -1, -3)).reshape(logits.shape)
-        return (self.by_axes(logits) + term).reshape(logits.shape)
+            return function(spread, jnp.moveaxis(term, -1, -3)).reshape(logits.shape)
+        return function(self.by_axes(logits), term).reshape(logits.shape)
 
     def by_axes(self, logits: jax.Array) -> jax.Array:
         """Back to the axes [..., H, G, T', T]."""
@@ -153,15 +183,6 @@ class SliceMath:
             return weights
         along = _along(fresh, -2 if self.transposed else -1, weights.ndim)
         return weights * along.astype(weights.dtype)
-
-    def live_rows(self, maximum: jax.Array) -> jax.Array | None:
-        """Zero for rows [..., G, T'] that are masked throughout.
-
-        No logit of theirs has a gradient. None where there is no mask.
-        """
-        if self.inputs.mask is None and not self.call.is_causal:
-            return None
-        return (maximum > 0.5 * masked_logit(self.dtype)).astype(self.dtype)
 
     def spread(self, rows: jax.Array) -> jax.Array:
         """[..., G * T', V] to [..., G, T', V]."""

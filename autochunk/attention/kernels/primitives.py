@@ -10,29 +10,43 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autochunk.attention.kernels.dense import dense
+from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
 from autochunk.plan import runs_dense
 
 
-def attention(inputs: Inputs, call: Call) -> jax.Array:
+def attention(inputs: Inputs, call: Call) -> list[jax.Array]:
     """Attention by the call's plans: [..., T', H, G, V] in the query's dtype.
+
+    With ``call.residual`` the log-sum-exp [..., H, G, T'] of each row follows, in float32 at least.
 
     Args:
       inputs: query [..., T', H, G, K], with at least one leading dim and no dim of size zero; key
         [..., T, H, K] and value [..., T, H, V], whose leading dims broadcast where they are of size
         one; bias, added to the scaled logits, and mask, boolean, of which False takes no part:
-        [..., H, G, T', T], of which any dim may be of size one and broadcast.
+        [..., H, G, T', T], of which any dim may be of size one and broadcast; the others by
+        ``AXES``, with as many leading dims.
       call: scale, causality and the plans; names the arrays that are there.
     """
     operands = tuple(inputs.present.values())
-    (out,) = attention_p.bind(*vary_alike(operands, operands), call=call)
-    return cast(jax.Array, out)
+    return cast(list[jax.Array], attention_p.bind(*vary_alike(operands, operands), call=call))
+
+
+def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by JAX's standard promotion of dtypes, whatever its caller's code asks for."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **settings: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **settings)
+
+    return run
 
 
 def _primitive(
@@ -46,6 +60,7 @@ def _primitive(
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
+    function, shapes = promoting(function), promoting(shapes)
     parameters = inspect.signature(function).parameters
     statics = [parameter for parameter in ("call", "wanted") if parameter in parameters]
     compiled = jax.jit(primitive.bind, static_argnames=statics)
@@ -111,18 +126,18 @@ def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
     return {position for position, name in enumerate(call.operands) if name not in own}
 
 
-def _output_shape(
-    query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any
+def _output_shapes(
+    query: Any, key: Any, value: Any, *_rest: Any, call: Call
 ) -> list[tuple[tuple[int, ...], Any]]:
-    return [((*query.shape[:-1], value.shape[-1]), query.dtype)]
+    return _stats_shapes(query, key, value)[: 2 if call.residual else 1]
 
 
 def _stats_shapes(
-    query: Any, key: Any, value: Any, *_rest: Any, **_params: Any
+    query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any
 ) -> list[tuple[tuple[int, ...], Any]]:
     *leading, rows, heads, groups, _ = query.shape
     stats = ((*leading, heads, groups, rows), jnp.promote_types(query.dtype, jnp.float32))
-    return [*_output_shape(query, key, value), stats, stats]
+    return [((*query.shape[:-1], value.shape[-1]), query.dtype), stats, stats]
 
 
 def _cotangent_shapes(
@@ -135,6 +150,7 @@ def _cotangent_shapes(
 def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[jax.Array]]) -> None:
     """Derivatives of a derivative: JAX's own, through slices that are recomputed."""
 
+    @promoting
     def rule(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
         plain = functools.partial(function, differentiable=True, **params)
         moved = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
@@ -143,16 +159,18 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
     ad.primitive_jvps[primitive] = rule
 
 
+@promoting
 def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call) -> Any:
     call.plans.used("training")
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
     if runs_dense(call.plans.training, split(primals, call)[0].logits):
-        unsliced = lambda *operands: [dense(split(operands, call)[0], call)]  # noqa: E731
+        unsliced = lambda *operands: dense(split(operands, call)[0], call)  # noqa: E731
         return jax.jvp(unsliced, tuple(primals), tuple(tangents))
     out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
     named = dict(zip(call.operands, tangents, strict=True))
     moving = [named[name] for name in call.moving]
-    return [out], tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
+    outs = [out, log_sum_exp(maximum, total)] if call.residual else [out]
+    return outs, tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
 
 
 def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> list[Any]:
@@ -160,20 +178,57 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) ->
     residuals, tangents = operands[:-moving], operands[-moving:]
     wanted = tuple(ad.is_undefined_primal(tangent) for tangent in tangents)
     none: list[Any] = [None] * len(residuals)
-    if type(cotangents[0]) is ad.Zero:
+    if all(type(one) is ad.Zero for one in cotangents):
         zeros = [ad.Zero(tangent.aval) for tangent in tangents]
         return none + [zero if want else None for zero, want in zip(zeros, wanted, strict=True)]
-    gradients = iter(cotangent_p.bind(*residuals, cotangents[0], call=call, wanted=wanted))
+    pulled = map(ad.instantiate_zeros, cotangents)
+    gradients = iter(cotangent_p.bind(*residuals, *pulled, call=call, wanted=wanted))
     return none + [next(gradients) if want else None for want in wanted]
 
 
-attention_p = _primitive("autochunk_attention", only_output, _output_shape)
+def _attention_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> list[Any]:
+    """Attention is linear in its values, if nothing else is asked for."""
+    unknown = [
+        name
+        for name, one in zip(call.operands, operands, strict=True)
+        if ad.is_undefined_primal(one)
+    ]
+    if unknown != ["value"]:
+        raise NotImplementedError(
+            f"attention is linear in its values alone, not in {' and '.join(unknown)}"
+        )
+    known = [
+        jnp.zeros(one.aval.shape, one.aval.dtype) if ad.is_undefined_primal(one) else one
+        for one in operands
+    ]
+    pulled = map(ad.instantiate_zeros, cotangents)
+    stats = attention_with_stats_p.bind(*known, call=call)
+    wanted = tuple(name == "value" for name in call.moving)
+    (d_value,) = cotangent_p.bind(*known, *stats, *pulled, call=call, wanted=wanted)
+    return [d_value if name == "value" else None for name in call.operands]
+
+
+attention_p = _primitive("autochunk_attention", only_output, _output_shapes)
 attention_with_stats_p = _primitive("autochunk_attention_with_stats", with_stats, _stats_shapes)
-tangent_p = _primitive("autochunk_attention_tangent", tangent, _output_shape)
+tangent_p = _primitive("autochunk_attention_tangent", tangent, _output_shapes)
 cotangent_p = _primitive("autochunk_attention_cotangent", cotangent, _cotangent_shapes)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
+ad.primitive_transposes[attention_p] = _attention_transpose
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 _differentiate_plainly(attention_with_stats_p, with_stats)
 _differentiate_plainly(tangent_p, tangent)
 _differentiate_plainly(cotangent_p, cotangent)
+
+
+def _jet(primals: Sequence[Any], series: Sequence[Any], *, call: Call) -> Any:
+    """Taylor series: JAX's own, of all logits at once."""
+
+    def plain(*operands: jax.Array) -> list[jax.Array]:
+        return dense(split(operands, call)[0], call, careful=False)
+
+    # Rules are given the coefficients of the series, without factorials.
+    return jet.jet(plain, primals, series, factorial_scaled=False)
+
+
+cast(dict[Any, Any], jet.jet_rules)[attention_p] = _jet

@@ -11,8 +11,24 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels.grid import Grid, Output, batch_axes
 from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels.terms import (
+    Span,
+    Terms,
+    covering,
+    excludes,
+    may_see_nothing,
+    reach_block,
+)
 from autochunk.implementations import IMPLEMENTATIONS
-from autochunk.plan import Plan, Slices, balanced, causal_block, cuts_blocks, slice_logits
+from autochunk.plan import (
+    BlockForm,
+    Plan,
+    Slices,
+    balanced,
+    block_form,
+    block_shape,
+    slice_logits,
+)
 
 
 class Problem:
@@ -22,10 +38,11 @@ class Problem:
         self.leading = inputs.query.shape[:-4]
         self.dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
         self.shape = inputs.logits
-        self.triangular = cuts_blocks(call.is_causal, inputs.mask is not None)
-        cut = causal_block(self.shape) if self.triangular else self.shape
-        self.slices: Slices = slice_logits(plan, cut)
+        self.cover = BlockCover(inputs, call)
+        self.slices: Slices = slice_logits(plan, block_shape(self.shape, self.cover.form))
         self.differentiable = differentiable
+        self.excludes = excludes(inputs, call)
+        self.may_see_nothing = may_see_nothing(inputs, call)
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over
         # them needs it.
         batch_first = IMPLEMENTATIONS[plan.implementation].slicing[:1] == ("batch",)
@@ -39,7 +56,8 @@ class Problem:
 
         Into one, or, where an array broadcasts over some of them, into as few as will do.
         """
-        leading, rest = array.shape[: -len(axes)], array.shape[-len(axes) :]
+        own = array.ndim - len(axes)
+        leading, rest = array.shape[:own], array.shape[own:]
         return array.reshape((*self._flat(leading), *rest)) if self.flatten else array
 
     def _flat(self, leading: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,11 +81,39 @@ class Problem:
             along = _sizes_along_dims(self.slices.batch, flat)
             sizes = dict(zip(names, along, strict=True)) | sizes
             lengths |= dict(zip(names, flat, strict=True))
-        return Grid(sizes, lengths, self.triangular, self.differentiable)
+        cover = self.cover if self.cover.form else None
+        return Grid(sizes, lengths, cover, self.differentiable)
 
     def restore(self, array: jax.Array, trailing: int) -> jax.Array:
         """An output with the leading dims that the caller knows."""
         return array.reshape(self.leading + array.shape[-trailing:]) if self.flatten else array
+
+
+class BlockCover:
+    """What the terms of a call tell of blocks."""
+
+    def __init__(self, inputs: Inputs, call: Call) -> None:
+        self._call = call
+        self._leading = inputs.query.ndim - 4
+        self.names = covering(inputs.present, call)
+
+    @property
+    def form(self) -> BlockForm | None:
+        """What decides how blocks are cut; None where nothing tells of blocks."""
+        return block_form(self._call.reach, self.names)
+
+    def block(
+        self, starts: dict[str, Any], sizes: dict[str, int], arrays: dict[str, jax.Array]
+    ) -> tuple[Any, Any]:
+        """As ``Cover`` says."""
+        rows, keys = (Span(starts.get(axis, 0), sizes[axis]) for axis in ("rows", "keys"))
+        if arrays:
+            return Terms(arrays, rows, keys, self._call, self._leading, self.names).block()
+        if "query_offset" in self.names:
+            return False, False
+        first, last = (row + self._call.offset for row in (rows.start, rows.last))
+        closed, is_open = reach_block(self._call, first, last, keys)
+        return closed, is_open and not self.names
 
 
 def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:

@@ -1,0 +1,42 @@
+"""What is computed when a workload is measured: every kind of call, and its reference."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from autochunk.plan import Plan
+from autochunk.tuner.inputs import WorkloadInputs
+from autochunk.tuner.reference import dense_on_sample, reference, relative_error
+from autochunk.workload import Workload
+
+SHAPES = [
+    "b=3,t=40,h=4,kv_heads=2,k=8,causal=yes,kv_lengths=b",
+    "b=3,t=40,h=4,k=8,q_lengths=b,kv_lengths=b",
+    "b=2,t=40,h=2,k=8,window=7:2",
+    "b=2,t=40,h=2,k=8,causal=yes,window=5:5",
+    "b=2,t=64,h=2,k=8,q_segments=bt,kv_segments=bs",
+    "b=2,t=3,s=50,h=2,k=8,causal=yes,kv_lengths=b,offset=b",
+    "b=2,t=30,h=4,k=8,causal=yes,alibi=1h",
+    "b=2,t=30,h=4,k=8,bias=1hts,alibi=bh,soft_cap=yes",
+    "b=2,t=30,h=2,k=8,dropout=bht",
+    "b=2,t=30,h=2,k=8,causal=yes,mask=b1ts,dropout=11t",
+    "b=2,t=30,h=2,k=8,kv_lengths=1,residual=yes",
+    "b=1,t=30,h=2,k=8,precision=highest",
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kind_of_call_is_measured(shape: str) -> None:
+    """The reference, dense attention on its sample and plans in slices agree.
+
+    The arguments that are drawn are of the workload.
+    """
+    workload = Workload.parse(shape, mode="training")
+    inputs = WorkloadInputs(workload)
+    assert inputs.arguments.workload().with_mode("training") == workload
+    expected = reference(inputs)
+    assert relative_error(dense_on_sample(inputs), expected) < 1e-5
+    for plan in (Plan("dense"), Plan("xla", 2e-3)):
+        results = jax.jit(inputs.function(plan))(*inputs.passed)
+        assert relative_error(inputs.on_sample(results), expected) < 1e-5
