@@ -160,8 +160,6 @@ def dot_product_attention(
       ArgumentError: shapes or dtypes do not fit, a setting is not one of those above, or the
         implementation pinned does not take this call. It is a ValueError.
     """
-    max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
-    implementation = check_implementation(implementation)
     arguments = Arguments.checked(
         query=query,
         key=key,
@@ -196,6 +194,8 @@ def attend(
     implementation: str | None,
 ) -> Any:
     """What ``dot_product_attention`` returns, of arguments that are checked."""
+    max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
+    implementation = check_implementation(implementation)
     out_shape, query = arguments.output_shape, arguments.query
     if 0 in arguments.logits_shape or 0 in out_shape:
         outs = [jnp.zeros(out_shape, query.dtype)]

@@ -288,8 +288,6 @@ def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> No
     """
     shape, settings = call
     arrays = operands(**shape, dtype=dtype)
-    # In float16 haiku's -1e30 is -inf.
-    hypothesis.assume(dtype != np.float16 or shape["mask"] is None or arrays["mask"].all())
     expected = exact(arrays, is_causal=settings["is_causal"])
     received = run(arrays, **settings)
     dense = run(
@@ -300,8 +298,8 @@ def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> No
             np.max(np.abs(np.asarray(result[name], np.float64) - array))
             for result in (received, dense)
         )
-        # Of the result, and of sums of terms that cancel.
-        rounding = 2 * float(ml_dtypes.finfo(dtype).eps) + 16 * float(np.finfo(np.float32).eps)
+        # Of the result, and of sums of terms that cancel: the output is kept in the inputs' dtype.
+        rounding = 4 * float(ml_dtypes.finfo(dtype).eps) + 16 * float(np.finfo(np.float32).eps)
         assert error <= 2 * dense_error + rounding * max(1.0, np.max(np.abs(array))), name
 
 

@@ -33,8 +33,10 @@ def test_the_compilers_memory_is_the_allocators(mode: str) -> None:
         assert prepared.status == "ok", prepared.detail
         assert prepared.measured_bytes is not None
         assert prepared.temp_bytes is not None
-        told = pytest.approx(prepared.temp_bytes, rel=0.05, abs=2**20)
-        assert prepared.measured_bytes == told, plan
+        # Its allocator hands out whole a piece that it would split off less than 128 MiB from.
+        more = prepared.measured_bytes - prepared.temp_bytes
+        near = 0.05 * prepared.temp_bytes + 2**20
+        assert -near <= more <= near + 2**27, plan
 
 
 def test_what_does_not_fit_is_not_run() -> None:
