@@ -208,16 +208,15 @@ def test_bench_of_plans(tmp_path: Path) -> None:
     limits = (make_profile(workload, measurements=one_plan(1e-4)), make_profile())
     file.write_text(bundle.dump(limits))
     options = ["--rounds", "2", "--shape", "t=8,h=1,k=2", "--mode", "forward"]
-    (record,) = json.loads(
-        call("bench", "--plans", "--against", str(file), *options, "--json").stdout
-    )
+    against = ["--against", str(file), *options, "--json"]
+    (record,) = json.loads(call("bench", "--plans", *against).stdout)
     plans = [one["plan"] for one in record["plans"]]
     assert plans[0] == record["chosen"] == "xla, 16 MB"
     assert plans[-1] == "xla, 0.0001 MB"
     assert len(plans) == 5
-    (record,) = json.loads(call("bench", *options, "--json").stdout)
+    (record,) = json.loads(call("bench", *against).stdout)
     assert [one["plan"] for one in record["plans"]] == ["xla, 16 MB", "xla, 0.0001 MB"]
-    printed = call("bench", "--in-layer", *options[:-2]).stdout
+    printed = call("bench", "--in-layer", *options).stdout
     assert "rank correlation with the profile" in printed
     assert "chosen" in printed
     refused = call("bench", "--plans", "--shape", "t=9,k=2", "--mode", "forward")

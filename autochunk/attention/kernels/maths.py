@@ -48,7 +48,7 @@ class SliceMath:
         self, inputs: Inputs, cell: Cell, call: Call, problem: Problem, transposed: bool
     ) -> None:
         self.inputs, self.cell, self.call, self.transposed = inputs, cell, call, transposed
-        self.dtype = problem.dtype
+        self.dtype, self.differentiable = problem.dtype, problem.differentiable
         self.groups, self.rows = inputs.query.shape[-3:-1]
         self.query = merge(scaled_query(inputs.query, call))
         rows = Span(cell.starts.get("rows", 0), self.rows)
@@ -103,9 +103,10 @@ class SliceMath:
 
         Its weight is zero, and zero times infinity is NaN; what is not excluded makes NaN of all
         that it is summed with. Whether there is such a thing shows in the result, which is small.
+        Derivatives of derivatives do without: their programs would become several times as long.
         """
         plain, visible = product(weights, array), self.visible
-        if visible is None:
+        if visible is None or self.differentiable:
             return plain
 
         def exact() -> jax.Array:
