@@ -187,7 +187,7 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
         moved_terms = moved._replace(query_offset=taken.query_offset)
         for term in maths.terms.of(moved_terms.present).added(problem.dtype):
             d_logits = maths.combine(jnp.add, d_logits, term)
-        d_weights = weights * maths.through_cap(d_logits)
+        d_weights = weights * maths.seen(maths.through_cap(d_logits))
         d_sum = jnp.sum(maths.by_axes(d_weights), axis=-1)
         d_out = maths.spread(maths.over_keys(maths.dropped(d_weights), taken.value))
         d_out -= weigh(out.astype(problem.dtype), d_sum)
@@ -261,8 +261,12 @@ def cotangent(
             rows = merge(scaled).astype(taken.value.dtype)
             return maths.over_rows(maths.dropped(weights), rows, taken.value.shape)
 
+        def d_bias() -> jax.Array:
+            return sum_to(maths.by_axes(maths.seen(d_logits)), taken.present["bias"].shape)
+
         def d_slopes() -> jax.Array:
-            by_distance = maths.by_axes(d_logits) * maths.terms.slope_factor(problem.dtype)
+            factor = maths.terms.slope_factor(problem.dtype)
+            by_distance = maths.by_axes(maths.seen(d_logits)) * factor
             shape = (*taken.present["alibi_slopes"].shape, 1, 1)
             return sum_to(by_distance, shape)[..., 0, 0]
 
@@ -275,7 +279,7 @@ def cotangent(
             "query": lambda: maths.spread(maths.over_keys(d_logits, key)) * scale,
             "key": lambda: maths.over_rows(d_logits, query, key.shape) * query_factor,
             "value": d_value,
-            "bias": lambda: sum_to(maths.by_axes(d_logits), taken.present["bias"].shape),
+            "bias": d_bias,
             "alibi_slopes": d_slopes,
         }
         return tuple(gradients[name]() for name in names)

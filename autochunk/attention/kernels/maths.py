@@ -111,9 +111,10 @@ class SliceMath:
 
         def exact() -> jax.Array:
             finite = jnp.isfinite(array)
-            seen = self.where(visible, jnp.ones_like(weights), 0.0)
+            seen = self.seen(jnp.ones_like(weights))
             spoilt = product(seen, jnp.where(finite, 0.0, 1.0).astype(array.dtype)) > 0
-            return jnp.where(spoilt, jnp.nan, product(weights, jnp.where(finite, array, 0)))
+            kept = product(self.seen(weights), jnp.where(finite, array, 0))
+            return jnp.where(spoilt, jnp.nan, kept)
 
         right = jnp.all(jnp.isfinite(plain))
         return cast(jax.Array, jax.lax.cond(right, lambda: plain, exact))
@@ -139,10 +140,14 @@ class SliceMath:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def through_cap(self, d_logits: jax.Array) -> jax.Array:
-        """Tangents or cotangents of logits to those of what is capped, zero for excluded ones."""
-        if self.call.soft_cap is not None:
-            d_logits = d_logits * (1 - jnp.square(self.capped() / self.call.soft_cap))
-        return d_logits if self.visible is None else self.where(self.visible, d_logits, 0.0)
+        """Tangents or cotangents of logits to those of what is capped."""
+        if self.call.soft_cap is None:
+            return d_logits
+        return d_logits * (1 - jnp.square(self.capped() / self.call.soft_cap))
+
+    def seen(self, logits: jax.Array) -> jax.Array:
+        """Something of the logits' shape, zero where a row does not see a key."""
+        return logits if self.visible is None else self.where(self.visible, logits, 0.0)
 
     def dropped(self, weights: jax.Array) -> jax.Array:
         """Weights, or their cotangents, after dropout."""
