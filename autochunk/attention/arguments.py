@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels import Call, Inputs
-from autochunk.attention.kernels.inputs import AXES, head_major
-from autochunk.attention.kernels.terms import Span, Terms
+from autochunk.attention.kernels.terms import terms_of
 from autochunk.errors import ArgumentError
 from autochunk.operands import OPERANDS, TERMS, pattern_of
 from autochunk.plan import Plan, Plans
@@ -222,10 +221,7 @@ class Arguments:
 
         For libraries that take nothing else; what caps, drops or is returned besides stays.
         """
-        inputs, rows, keys = self.inputs(), self.query.shape[-3], self.key.shape[-3]
-        small = {name: head_major(one, AXES[name]) for name, one in inputs.terms.items()}
-        call = self.call(Plans(Plan(), Plan()))
-        terms = Terms(small, Span(0, rows), Span(0, keys), call, inputs.query.ndim - 4)
+        terms = terms_of(self.inputs(), self.call(Plans(Plan(), Plan())))
         wide = jnp.promote_types(self.query.dtype, jnp.float32)
         added, seen = list(terms.added(wide)), terms.visible()
         bias = functools.reduce(jnp.add, added) if added else None

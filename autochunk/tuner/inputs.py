@@ -108,12 +108,7 @@ class WorkloadInputs:
 
     def function(self, plan: Plan) -> Callable[..., Any]:
         """The workload computed by a plan: the output, and in training the gradients too."""
-
-        def by_plan(arguments: Arguments) -> Any:
-            with on_one_device():
-                return by_op(arguments, plan.max_chunk_size_mb, plan.implementation)
-
-        return make_function(self.workload, by_plan)
+        return make_function(self.workload, functools.partial(by_plan, plan=plan))
 
     def refusal(self, plan: Plan) -> str:
         """Why the plan's implementation does not take the workload; empty if it does."""
@@ -185,6 +180,12 @@ def as_float(array: jax.Array) -> np.ndarray[Any, Any]:
 def by_op(arguments: Arguments, limit: Any, implementation: str | None = None) -> Any:
     """Attention by autochunk's own op."""
     return attend(arguments, limit, implementation)
+
+
+def by_plan(arguments: Arguments, plan: Plan) -> Any:
+    """The same by a plan as it is, however many devices there are."""
+    with on_one_device():
+        return by_op(arguments, plan.max_chunk_size_mb, plan.implementation)
 
 
 def make_function(workload: Workload, attend: Attend) -> Callable[..., Any]:

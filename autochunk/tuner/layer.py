@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autochunk.attention.arguments import Arguments
-from autochunk.attention.op import on_one_device
 from autochunk.plan import Plan
-from autochunk.tuner.inputs import WorkloadInputs, by_op
+from autochunk.tuner.inputs import WorkloadInputs, by_plan
 
 _WIDER = 4  # the inner size of the layer's perceptron, in outer ones
 
@@ -60,11 +58,6 @@ class Layer:
     def function(self, plan: Plan) -> Callable[[_Arrays, _Arrays], Any]:
         """The step with its attention computed by a plan."""
 
-        def attend(arguments: Arguments) -> jax.Array:
-            with on_one_device():
-                out: jax.Array = by_op(arguments, plan.max_chunk_size_mb, plan.implementation)
-            return out
-
         def forward(moving: _Arrays, fixed: _Arrays) -> jax.Array:
             given = moving | fixed
             rows = _normalized(given["x"])
@@ -75,7 +68,8 @@ class Layer:
                 for name, source in sources.items()
             }
             terms = {name: given[name] for name in self._arguments.terms}
-            out = attend(self._arguments.replace(**heads, **terms, residual=False))
+            arguments = self._arguments.replace(**heads, **terms, residual=False)
+            out: jax.Array = by_plan(arguments, plan)
             x = given["x"] + out.reshape(*out.shape[:2], -1) @ given["out"]
             return x + jax.nn.gelu(_normalized(x) @ given["up"]) @ given["down"]
 

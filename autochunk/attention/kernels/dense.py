@@ -7,8 +7,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.inputs import AXES, Call, Inputs, head_major
-from autochunk.attention.kernels.terms import Span, Terms, may_see_nothing
+from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 
 
 def dense(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
@@ -24,8 +24,7 @@ def dense(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
     query = query.reshape((*leading, rows, heads * groups, size))
     if groups > 1:
         key, value = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
-    small = {name: head_major(one, AXES[name]) for name, one in inputs.terms.items()}
-    terms = Terms(small, Span(0, rows), Span(0, key.shape[-3]), call, len(leading))
+    terms = terms_of(inputs, call)
     visible = terms.visible()
     seen = None if visible is None else _ungrouped(visible, heads, groups)
     guarded = seen if careful else None

@@ -21,9 +21,8 @@ class Call(NamedTuple):
     if a plan has one. Only JAX looks at it: it looks into tuples among a primitive's parameters for
     kernels that have to know their devices when they are lowered, as cuDNN's has. ``window`` is how
     many positions to the left and to the right of its own a query sees, ``offset`` how far its own
-    is from its index, besides ``query_offset``; ``half_logits`` says that
-    dense attention shall have the inputs' dtype throughout, as haiku's has. The others are those of
-    the op.
+    is from its index, besides ``query_offset``; ``half_logits`` says that dense attention shall
+    have the inputs' dtype throughout, as haiku's has. The others are those of the op.
     """
 
     operands: tuple[str, ...]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.inputs import AXES, LOGITS, Call, Inputs
+from autochunk.attention.kernels.inputs import AXES, LOGITS, Call, Inputs, head_major
 
 # Of an integer hash with little bias: Wellons 2018, "Prospecting for Hash Functions".
 _HASH = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
@@ -173,6 +173,13 @@ class Terms:
             yield jnp.all((most < low) | (high < least)), jnp.all(same)
         if "mask" in self._covering:
             yield ~jnp.any(arrays["mask"]), jnp.all(arrays["mask"])
+
+
+def terms_of(inputs: Inputs, call: Call) -> Terms:
+    """The terms of all logits of a call."""
+    small = {name: head_major(one, AXES[name]) for name, one in inputs.terms.items()}
+    rows, keys = Span(0, inputs.query.shape[-4]), Span(0, inputs.key.shape[-3])
+    return Terms(small, rows, keys, call, inputs.query.ndim - 4)
 
 
 def reach_block(call: Call, first: Any, last: Any, keys: Span) -> Block:
