@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import string
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import Cell, batch_axes
+from autochunk.attention.kernels.grid import Cell, batch_axes, vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.problem import Problem
 from autochunk.attention.kernels.terms import Span, Terms
+from autochunk.plan import slice_count
 
 # With fewer rows, transposing the keys costs more than it gains.
 _LONG = 256
+# Of the keys of a slice, where what is excluded is taken out of a product.
+_PARTS = 16
 
 
 def merge(array: jax.Array) -> jax.Array:
@@ -70,7 +73,7 @@ class SliceMath:
 
     def over_keys(self, weights: jax.Array, keys: jax.Array) -> jax.Array:
         """Sums over keys: [..., G * T', V]."""
-        return self._excluding(self._over_keys, weights, keys)
+        return self._excluding(self._over_keys, weights, keys, sums_keys=True)
 
     def _over_keys(self, weights: jax.Array, keys: jax.Array) -> jax.Array:
         weights = weights.astype(keys.dtype)
@@ -92,12 +95,17 @@ class SliceMath:
         spec = f"{dims}{'st' if self.transposed else 'ts'},{dims}tk->{kept}sk"
 
         def summed(weights: jax.Array, rows: jax.Array) -> jax.Array:
-            return self._product(spec, weights.astype(rows.dtype), rows).reshape(shape)
+            product = self._product(spec, weights.astype(rows.dtype), rows)
+            return product.reshape((*shape[:-2], -1, shape[-1]))
 
-        return self._excluding(summed, weights, rows)
+        return self._excluding(summed, weights, rows, sums_keys=False)
 
     def _excluding(
-        self, product: Callable[..., jax.Array], weights: jax.Array, array: jax.Array
+        self,
+        product: Callable[..., jax.Array],
+        weights: jax.Array,
+        array: jax.Array,
+        sums_keys: bool,
     ) -> jax.Array:
         """A product in which what is excluded takes no part, though it be infinite or NaN.
 
@@ -109,15 +117,50 @@ class SliceMath:
         if visible is None or self.differentiable:
             return plain
 
-        def exact() -> jax.Array:
-            finite = jnp.isfinite(array)
-            seen = self.seen(jnp.ones_like(weights))
-            spoilt = product(seen, jnp.where(finite, 0.0, 1.0).astype(array.dtype)) > 0
-            kept = product(self.seen(weights), jnp.where(finite, array, 0))
-            return jnp.where(spoilt, jnp.nan, kept)
-
         right = jnp.all(jnp.isfinite(plain))
+        exact = functools.partial(self._exact, product, weights, array, visible, plain, sums_keys)
         return cast(jax.Array, jax.lax.cond(right, lambda: plain, exact))
+
+    def _exact(
+        self,
+        product: Callable[..., jax.Array],
+        weights: jax.Array,
+        array: jax.Array,
+        visible: jax.Array,
+        plain: jax.Array,
+        sums_keys: bool,
+    ) -> jax.Array:
+        """The product without what is excluded, a few keys at a time: it is to hold no memory."""
+        axis = -2 if self.transposed else -1
+        length = weights.shape[axis]
+        size = slice_count(length, _PARTS)
+
+        def part(number: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            start = jnp.minimum(number * size, length - size)
+
+            def taken(whole: jax.Array, axis: int) -> jax.Array:
+                if whole.shape[axis] == 1:
+                    return whole
+                return jax.lax.dynamic_slice_in_dim(whole, start, size, axis)
+
+            some, seen, other = taken(weights, axis), taken(visible, -1), array
+            if sums_keys:
+                fresh = start + jnp.arange(size) >= number * size
+                other = jnp.where(_along(fresh, -2, array.ndim), taken(array, -2), 0)
+            finite = jnp.isfinite(other)
+            spoilt = product(
+                self.where(seen, jnp.ones_like(some), 0.0), (~finite).astype(other.dtype)
+            )
+            kept = product(self.where(seen, some, 0.0), jnp.where(finite, other, 0))
+            if sums_keys:
+                return totals[0] + kept, totals[1] + spoilt
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+            return put(totals[0], kept, start), put(totals[1], spoilt, start)
+
+        empty = vary_alike([jnp.zeros_like(plain)] * 2, [plain])
+        count = slice_count(length, size)
+        kept, spoilt = jax.lax.fori_loop(0, count, part, tuple(empty))
+        return jnp.where(spoilt > 0, jnp.nan, kept)
 
     def by_row(self, stat: jax.Array) -> jax.Array:
         """[..., G, T'] to something that broadcasts against the logits."""
