@@ -8,9 +8,9 @@ holds::
 
     errors                   what callers can catch
     operands                 the arrays of a call, in one table
-    workload                 one tunable call, and the one text that names it
     implementations          the ways to compute attention, in one table
     plan                     how a call runs: an implementation, a limit, the slices of these
+    workload                 one tunable call, and the one text that names it
     host, nvidia, nvml       this machine, its GPUs, what disturbs those
     device                   where a result was measured
     store/                   what is remembered
@@ -28,7 +28,7 @@ holds::
       reporting                what users are told of it
       resolve                  who is asked, in which order
     attention/               what runs in the model
-      arguments                the arrays of a call, checked and brought into form
+      arguments, checks        the arrays of a call, brought into form; what they must be
       kernels/                 the attention itself, for a given plan: jax only
       op, haiku                the function and the module
     tuner/                   what measures

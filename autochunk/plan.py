@@ -115,7 +115,7 @@ class Slices(NamedTuple):
 
 def slice_count(length: int, size: int) -> int:
     """Slices of one size along an axis; the last overlaps its neighbour unless the size divides."""
-    return -(-length // size)
+    return 1 if size == length else -(-length // size)
 
 
 def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
@@ -130,18 +130,22 @@ def slice_logits(plan: Plan, shape: LogitsShape) -> Slices:
     if plan.max_chunk_size_mb is None or not is_sliced(plan.implementation):
         return Slices(**sizes)
     limit = _whole_bytes(plan.max_chunk_size_mb)
-    unit = shape.bytes
+    sizes["bytes"] = shape.groups * shape.itemsize
     for axis in IMPLEMENTATIONS[plan.implementation].slicing:
+        # Of a symbolic size nothing is known but that it is one at least.
+        unit = math.prod(size for other, size in sizes.items() if other != axis)
         if unit <= limit:
+            if unit * sizes[axis] > limit:
+                sizes[axis] = balanced(sizes[axis], limit // unit)
             break
-        unit //= sizes[axis]
-        sizes[axis] = balanced(sizes[axis], limit // unit)
-        unit *= sizes[axis]
+        sizes[axis] = 1
+    unit = math.prod(sizes.values())
     if unit > limit:
         raise ArgumentError(
             f"max_chunk_size_mb={plan.max_chunk_size_mb:g} is {limit} bytes, less than the {unit} "
             "bytes of the smallest slice possible; give a larger limit"
         )
+    del sizes["bytes"]
     return Slices(**sizes)
 
 
@@ -168,11 +172,14 @@ class BlockForm(NamedTuple):
 
     Attributes:
       shortest: rows and keys that a block has at least.
-      most: blocks along rows, and along keys, at most.
+      most: blocks along rows, and along keys, at most; None is any number.
+      band: how many more keys than rows a block has, where those that its rows see are so many in
+        one piece; None where rows and keys are cut alike.
     """
 
     shortest: int
-    most: int
+    most: int | None
+    band: int | None = None
 
 
 # n by n of causal attention compute (n + 1) / 2n of the logits. More gain little; in shorter ones
@@ -186,18 +193,28 @@ _PACKED = BlockForm(512, 32)
 _ENDS = BlockForm(1024, 8)
 
 
-def block_form(reach: tuple[int | None, int | None], names: Collection[str]) -> BlockForm | None:
+def reach_of(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
+    """How many positions to its left and right a query sees; None is all."""
+    left, right = window or (None, None)
+    return left, (0 if right is None else min(right, 0)) if is_causal else right
+
+
+def block_form(
+    reach: tuple[int | None, int | None], names: Collection[str], one_offset: bool = True
+) -> BlockForm | None:
     """How blocks are cut, of whose logits some are known to take no part; None if not at all.
 
     Args:
       reach: how many positions to its left and right a query sees; None is all.
       names: of the arrays by which blocks are known to be closed, such as "query_segment_ids".
+      one_offset: whether a row has one position, whatever the batch element.
     """
     left, right = reach
+    if left is not None and right is not None:
+        form = _WINDOW._replace(shortest=max(_WINDOW.shortest, (left + right) // 2))
+        return form._replace(most=None, band=left + right) if one_offset else form
     if "query_segment_ids" in names:
         return _PACKED
-    if left is not None and right is not None:
-        return _WINDOW._replace(shortest=max(_WINDOW.shortest, (left + right) // 2))
     if reach != (None, None):
         return _CAUSAL
     return _ENDS if names else None
@@ -207,16 +224,27 @@ def block_shape(shape: LogitsShape, form: BlockForm | None) -> LogitsShape:
     """What slicing works on: one block, where there are blocks."""
     if form is None:
         return shape
-    cut = {}
-    for axis in ("rows", "keys"):
-        length = getattr(shape, axis)
-        count = max(1, min(form.most, length // form.shortest))
-        cut[axis] = -(-length // count)
-    return shape._replace(**cut)
+
+    def cut(length: int) -> int:
+        count = max(1, length // form.shortest)
+        return slice_count(length, count if form.most is None else min(form.most, count))
+
+    rows = cut(shape.rows)
+    if form.band is None:
+        return shape._replace(rows=rows, keys=cut(shape.keys))
+    keys = band_keys(rows, form.band, shape.keys)
+    return shape if keys == shape.keys else shape._replace(rows=rows, keys=keys)
+
+
+def band_keys(rows: int, band: int, keys: int) -> int:
+    """How many of the keys a block of that many rows has, in one piece."""
+    return min(keys, -(-(rows + band) // 8) * 8)  # matrix units work in eights
 
 
 def balanced(length: int, most: int) -> int:
     """The size, at most ``most``, that cuts ``length`` into the fewest and most equal slices."""
+    if most == length:  # of symbolic sizes no more may be known
+        return length
     size = slice_count(length, slice_count(length, max(1, most)))
     # Matrix units work in eights; round up to one where that still fits and makes no fewer slices.
     rounded = -(-size // 8) * 8

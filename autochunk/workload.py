@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from autochunk.errors import WorkloadError
 from autochunk.operands import OPERANDS, TERMS
+from autochunk.plan import reach_of
 
 Mode = Literal["forward", "training"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -229,10 +230,11 @@ class Workload(BaseModel):
     @property
     def reach(self) -> tuple[int | None, int | None]:
         """How many positions to its left and right a query sees; None is all."""
-        left, right = None, None
+        window = None
         if self.window != "none":
             left, right = map(int, self.window.split(":"))
-        return left, (0 if right is None else min(right, 0)) if self.causal else right
+            window = left, right
+        return reach_of(window, self.causal)
 
     @property
     def covering(self) -> list[str]:

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "operands": set(),
     "implementations": set(),
     "plan": {"errors", "implementations"},
-    "workload": {"errors", "operands"},
+    "workload": {"errors", "operands", "plan"},
     "host": set(),
     "nvidia": {"errors", "host"},
     "nvml": set(),

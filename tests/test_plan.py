@@ -458,8 +458,11 @@ def test_blocks_cover_and_are_no_shorter_than_they_should_be(
     block = block_shape(shape, form)
     assert block._replace(rows=shape.rows, keys=shape.keys) == shape
     for whole, part in ((shape.rows, block.rows), (shape.keys, block.keys)):
-        assert part <= whole <= form.most * part
+        assert part <= whole
+        assert form.most is None or whole <= form.most * part
         assert part == whole or part >= form.shortest
+    if form.band is not None and block.keys < shape.keys:
+        assert block.rows + form.band <= block.keys < block.rows + form.band + 8
 
 
 def test_where_all_is_seen_there_are_no_blocks() -> None:

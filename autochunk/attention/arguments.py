@@ -10,18 +10,18 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from autochunk.attention import checks
 from autochunk.attention.kernels import Call, Inputs
 from autochunk.attention.kernels.terms import terms_of
 from autochunk.errors import ArgumentError
 from autochunk.operands import OPERANDS, TERMS, pattern_of
 from autochunk.plan import Plan, Plans
-from autochunk.workload import DTYPES, Workload
+from autochunk.workload import Workload
 
 # What is static about a call, as in ``kernels.Call``.
 _SETTINGS = (
@@ -111,17 +111,17 @@ class Arguments:
             not usable.
         """
         there = (name for name, array in arrays.items() if array is not None or name not in TERMS)
-        given: dict[str, Any] = {name: _array(name, arrays[name]) for name in there}
+        given: dict[str, Any] = {name: checks.array_of(name, arrays[name]) for name in there}
         heads = Inputs(**{name: given[name] for name in OPERANDS if name not in TERMS})
-        _check_shapes(*heads[:3])
+        checks.check_shapes(*heads[:3])
         settings: dict[str, Any] = {
-            "scale": None if scale is None else _number("scale", scale),
+            "scale": None if scale is None else checks.number("scale", scale),
             "is_causal": bool(is_causal),
-            "window": _window(local_window_size),
-            "soft_cap": None if logits_soft_cap is None else _positive_cap(logits_soft_cap),
-            "dropout_rate": _rate(dropout_rate),
+            "window": checks.window_sides(local_window_size),
+            "soft_cap": None if logits_soft_cap is None else checks.positive_cap(logits_soft_cap),
+            "dropout_rate": checks.dropout_rate(dropout_rate),
             "residual": bool(return_residual),
-            "precision": _precision(precision),
+            "precision": checks.precision_in_force(precision),
             "half_logits": half_logits,
         }
         positioned = is_causal or local_window_size is not None or "alibi_slopes" in given
@@ -129,15 +129,15 @@ class Arguments:
             if isinstance(query_offset, numbers.Integral):
                 settings["offset"] = int(query_offset)
             else:
-                given["query_offset"] = _array("query_offset", query_offset)
-        sizes = _sizes(*heads[:2])
+                given["query_offset"] = checks.array_of("query_offset", query_offset)
+        sizes = checks.sizes_of(*heads[:2])
         if settings["dropout_rate"]:
-            given["dropout_bits"] = _dropout_bits(
+            given["dropout_bits"] = checks.dropout_bits(
                 dropout_rng, heads.query.shape[:-3], sizes, bool(broadcast_dropout)
             )
-        _check_pairs(given)
+        checks.check_pairs(given)
         for name in [name for name in TERMS if name in given]:
-            given[name] = _check_term(name, given[name], heads.query.shape[:-3], sizes)
+            given[name] = checks.whole_term(name, given[name], heads.query.shape[:-3], sizes)
         return cls(**given, **settings)
 
     @property
@@ -169,15 +169,21 @@ class Arguments:
         """[..., T', H, V]"""
         return (*self.query.shape[:-1], self.value.shape[-1])
 
-    def check_known(self) -> None:
-        """Raises ArgumentError where a size is symbolic, so that no slices follow from it."""
+    def symbolic(self) -> bool:
+        """Whether a leading dim is not known while tracing, as of ``jax.export``.
+
+        Raises:
+          ArgumentError: another size is not, so that no slices follow.
+        """
         sizes = (*self.logits_shape, self.query.shape[-1], self.value.shape[-1])
-        if not all(isinstance(size, int) for size in sizes):
+        leading = self.query.ndim - 3
+        if not all(isinstance(size, int) for size in sizes[leading:]):
             raise ArgumentError(
-                "sizes must be known while tracing, since slices follow from them; got "
-                f"{sizes}. Symbolic ones, as for jax.export, take implementation='dense' with "
-                "max_chunk_size_mb=None"
+                "sizes but the leading ones must be known while tracing, since slices follow from "
+                f"them; got {sizes}. Symbolic ones, as for jax.export, take "
+                "implementation='dense' with max_chunk_size_mb=None"
             )
+        return not all(isinstance(size, int) for size in sizes[:leading])
 
     def workload(self) -> Workload:
         """What is tuned for such a call, when it is not differentiated.
@@ -244,141 +250,6 @@ def _logits_shape(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
     return (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
 
 
-def _array(name: str, array: Any) -> jax.Array:
-    try:
-        return jnp.asarray(array)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{name} must be an array; got {type(array).__name__} ({error})"
-        ) from None
-
-
-def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    if query.ndim < 3:
-        raise ArgumentError(
-            f"query must be [..., T', H, K], of rank 3 or more; got shape {query.shape}"
-        )
-    if str(query.dtype) not in DTYPES:
-        raise ArgumentError(
-            f"query must be of one of the dtypes {', '.join(DTYPES)}; got {query.dtype}"
-        )
-    *leading, _, heads, size = query.shape
-    for name, array, last in (("key", key, size), ("value", value, None)):
-        if array.dtype != query.dtype:
-            raise ArgumentError(
-                f"{name} must have the query's dtype {query.dtype}; got {array.dtype}"
-            )
-        if array.ndim != query.ndim or list(array.shape[:-3]) != leading:
-            raise ArgumentError(
-                f"{name} must have the query's leading dims {tuple(leading)} and rank "
-                f"{query.ndim}; got shape {array.shape}"
-            )
-        if last is not None and array.shape[-1] != last:
-            raise ArgumentError(
-                f"{name} must have the query's last dim {last}; got shape {array.shape}"
-            )
-    if value.shape[-3:-1] != key.shape[-3:-1]:
-        raise ArgumentError(
-            f"value must have the key's length and heads {key.shape[-3:-1]}; got "
-            f"{value.shape[-3:-1]}"
-        )
-    if key.shape[-2] == 0 or heads % key.shape[-2]:
-        raise ArgumentError(
-            f"the query's heads must be a multiple of the key's; got {heads} and {key.shape[-2]}"
-        )
-
-
-def _sizes(query: jax.Array, key: jax.Array) -> dict[str, int]:
-    """Sizes of the dims that terms have, by letter."""
-    return {"h": query.shape[-2], "t": query.shape[-3], "s": key.shape[-3]}
-
-
-_KINDS = {
-    "floating": jnp.floating,
-    "boolean": jnp.bool_,
-    "integer": jnp.integer,
-    "bits": jnp.uint32,
-}
-_HINTS = {"mask": " (pass terms to add as bias)"}
-_DIMS = {"h": "H", "t": "T'", "s": "T"}
-
-
-def _check_term(
-    name: str, term: jax.Array, leading: tuple[int, ...], sizes: dict[str, int]
-) -> jax.Array:
-    """A term with all its dims."""
-    operand = TERMS[name]
-    if not jnp.issubdtype(term.dtype, _KINDS[operand.dtype]):
-        kind = "floating point" if operand.dtype == "floating" else operand.dtype
-        raise ArgumentError(f"{name} must be {kind}{_HINTS.get(name, '')}; got {term.dtype}")
-    wanted = (*leading, *(sizes[letter] for letter in operand.dims))
-    padded = (1,) * (len(wanted) - term.ndim) + term.shape
-    if len(padded) != len(wanted) or any(
-        size not in (1, whole) for size, whole in zip(padded, wanted, strict=True)
-    ):
-        dims = ", ".join(["...", *(_DIMS[letter] for letter in operand.dims)])
-        raise ArgumentError(f"{name} must broadcast to [{dims}] = {wanted}; got shape {term.shape}")
-    return term.reshape(padded)
-
-
-def _check_pairs(given: Mapping[str, Any]) -> None:
-    both = {"query_segment_ids", "key_value_segment_ids"}
-    if len(both & given.keys()) == 1:
-        (missing,) = both - given.keys()
-        raise ArgumentError(
-            f"query_segment_ids and key_value_segment_ids must be given together; {missing} is "
-            "missing (it may be the same array, where queries and keys are of one sequence)"
-        )
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
-        cure = " Multiply the query by a traced scale instead" if name == "scale" else ""
-        raise ArgumentError(
-            f"{name} must be a number known while tracing, or None; got {value!r}.{cure}"
-        ) from None
-
-
-def _positive_cap(value: Any) -> float:
-    cap = _number("logits_soft_cap", value)
-    if not 0 < cap < math.inf:
-        raise ArgumentError(f"logits_soft_cap must be positive and finite, or None; got {value!r}")
-    return cap
-
-
-def _rate(value: Any) -> float:
-    rate = _number("dropout_rate", value)
-    if not 0 <= rate < 1:
-        raise ArgumentError(f"dropout_rate must be at least 0 and less than 1; got {value!r}")
-    return rate
-
-
-def _window(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    sides = (value, value) if isinstance(value, numbers.Integral) else value
-    usable = isinstance(sides, Sequence) and len(sides) == 2
-    if not usable or not all(isinstance(x, numbers.Integral) and int(x) >= 0 for x in sides):
-        raise ArgumentError(
-            "local_window_size must be a number of positions of at least 0, or two (left, right); "
-            f"got {value!r}"
-        )
-    return int(sides[0]), int(sides[1])
-
-
-def _precision(value: Any) -> Any:
-    """What is asked for, else what is in force where the call is traced."""
-    config: Any = jax.config  # some versions annotate what it has, others do not
-    wanted = config.jax_default_matmul_precision if value is None else value
-    try:
-        hash(wanted)
-    except TypeError:
-        raise ArgumentError(f"precision must be one of jax.lax's; got {value!r}") from None
-    return None if wanted in ("default", jax.lax.Precision.DEFAULT) else wanted
-
-
 def _precision_name(precision: Any) -> str:
     """A precision as a Workload names it, such as "highest"."""
     if precision is None:
@@ -386,21 +257,6 @@ def _precision_name(precision: Any) -> str:
     if isinstance(precision, tuple):
         return "-".join(map(_precision_name, precision))
     return str(getattr(precision, "name", precision)).lower()
-
-
-def _dropout_bits(
-    rng: Any, leading: tuple[int, ...], sizes: dict[str, int], broadcast: bool
-) -> jax.Array:
-    """Random bits of each row, from which those of its keys follow."""
-    if rng is None:
-        raise ArgumentError("dropout_rate needs dropout_rng, a key such as jax.random.key(0)")
-    own = (1,) * (len(leading) + 1) if broadcast else (*leading, sizes["h"])
-    try:
-        return jax.random.bits(rng, (*own, sizes["t"]), jnp.uint32)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"dropout_rng must be one key such as jax.random.key(0); got {rng!r} ({error})"
-        ) from None
 
 
 def _grouped_term(name: str, term: jax.Array, kv_heads: int) -> jax.Array:

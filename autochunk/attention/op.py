@@ -204,14 +204,38 @@ def attend(
             lse = kernels.log_sum_exp(*jnp.zeros((2, *query.shape[:-1]), wide))
             outs.append(lse.astype(arguments.key.dtype))
     else:
-        if (implementation, max_chunk_size_mb) != ("dense", None):
-            arguments.check_known()
         inputs = arguments.inputs()
+        anything_goes = (implementation, max_chunk_size_mb) == ("dense", None)
+        if not anything_goes and arguments.symbolic():
+            _check_symbolic(inputs, arguments, max_chunk_size_mb, implementation)
         call = arguments.call(_plans(arguments, max_chunk_size_mb, implementation))
         out, *stats = _attend(inputs, _taken(call, inputs, implementation))
         by_row = [jnp.moveaxis(one, -1, -3).reshape(query.shape[:-1]) for one in stats]
         outs = [out.reshape(out_shape), *(one.astype(arguments.key.dtype) for one in by_row)]
     return tuple(outs) if arguments.residual else outs[0]
+
+
+def _check_symbolic(
+    inputs: kernels.Inputs,
+    arguments: Arguments,
+    limit: float | Literal["auto"] | None,
+    implementation: str | None,
+) -> None:
+    """Raises ArgumentError where slices depend on a leading size that is symbolic."""
+    if limit != "auto":
+        plan = _plans(arguments, limit, implementation)
+        try:
+            kernels.check_slices(inputs, arguments.call(plan))
+        except jax.errors.InconclusiveDimensionOperation:
+            pass
+        else:
+            return
+    raise ArgumentError(
+        f"leading sizes that are symbolic, as for jax.export, here {arguments.query.shape[:-3]}, "
+        "must make no difference to the slices: give max_chunk_size_mb=None, or with "
+        'implementation="xla" a number that one element\'s logits exceed; got '
+        f"max_chunk_size_mb={limit!r}"
+    )
 
 
 _alone = contextvars.ContextVar("alone", default=False)

@@ -18,6 +18,9 @@ Match = Literal["exact", "nearest", "default", "pinned"]
 # their cotangents live beside it.
 _SHARE_OF_BUDGET = 0.25
 
+# XLA:CPU multiplies in the inputs' own precision, or better, whichever of these is asked for.
+_ONE_ON_CPUS = {"high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "float32", "fastest"}
+
 
 class Request(NamedTuple):
     """What is asked of the layers."""
@@ -26,6 +29,13 @@ class Request(NamedTuple):
     implementation: str | None
     memory_budget_mb: float | None
     device: Device
+
+    @property
+    def alike(self) -> tuple[Workload, ...]:
+        """The workload, then another whose profile holds for it on that device, if there is one."""
+        same_here = self.device.platform == "cpu" and self.workload.precision in _ONE_ON_CPUS
+        plain = self.workload.model_copy(update={"precision": "default"})
+        return (self.workload, plain) if same_here else (self.workload,)
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def from_profile(profile: Profile, request: Request, layer: str) -> Resolution |
         workload=request.workload,
         device=request.device,
         plan=choice.plan,
-        match="exact" if profile.workload == request.workload.key else "nearest",
+        match="exact" if profile.workload in [one.key for one in request.alike] else "nearest",
         layer=layer,
         reason=choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short",
         source=profile.workload,

@@ -77,7 +77,8 @@ def _ask_all(request: Request, layers: Sequence[Layer]) -> Resolution:
 
 def _ask(layer: Layer, request: Request, asked: list[tuple[str, str]]) -> Profile | None:
     try:
-        profile = layer.get(request.device, request.workload)
+        found = (layer.get(request.device, workload) for workload in request.alike)
+        profile = next((one for one in found if one is not None), None)
     except (StoreError, BundleError) as error:
         asked.append((layer.name, f"left out: {error}"))
         reporting.warn_of_layer(layer, error)

@@ -139,4 +139,5 @@ def sliced_shape(workload: Workload) -> LogitsShape:
         keys=workload.key_length,
         itemsize=workload.logits_itemsize,
     )
-    return block_shape(shape, block_form(workload.reach, workload.covering))
+    one_offset = workload.query_offset in ("none", "1")
+    return block_shape(shape, block_form(workload.reach, workload.covering, one_offset))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -33,13 +34,18 @@ class JointRounds:
     ) -> None:
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
         self._rounds: list[dict[Plan, float]] = []
+        self.cut_short = False
 
     def run(self, finalists: Sequence[Plan]) -> list[Measurement]:
         """The finalists' and the anchor's measurements with joint rounds added.
 
+        Of finalists, best first, no more take part than can have the fewest rounds in the time that
+        is left. Where that ends even so, ``cut_short`` says that there are fewer.
+
         Raises:
-          OutOfTime: time ran out before there were enough rounds to tell anything.
+          OutOfTime: time ran out before there was one round.
         """
+        finalists = self._that_fit(finalists)
         playing = list(dict.fromkeys([self.anchor, *finalists]))
         start, look = time.monotonic(), self.settings.least_joint
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
@@ -54,13 +60,28 @@ class JointRounds:
                     playing = [] if late else self._in_question(playing, finalists)
         return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
 
+    def _that_fit(self, finalists: Sequence[Plan]) -> list[Plan]:
+        """The first of the finalists, two at least."""
+        if self.probe.deadline is None:
+            return list(finalists)
+        left = self.probe.deadline - time.monotonic()
+        fit: list[Plan] = []
+        for plan in finalists:
+            timed = dict.fromkeys([self.anchor, *fit, plan])
+            one_round = sum(statistics.median(self.measured[one].seconds) for one in timed)
+            if len(fit) >= 2 and self.settings.least_joint * one_round > left:
+                break
+            fit.append(plan)
+        return fit
+
     def _add_round(self, playing: Sequence[Plan]) -> bool:
         """Times plans once more; returns False if time ran out, with enough rounds before."""
         try:
             times = self.probe.time(playing)
         except OutOfTime:
-            if len(self._rounds) < self.settings.least_joint:
+            if not self._rounds:
                 raise
+            self.cut_short = len(self._rounds) < self.settings.least_joint
             return False
         self._rounds.append(dict(zip(playing, times, strict=True)))
         return True

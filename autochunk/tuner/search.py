@@ -6,8 +6,9 @@ alternating order: drift of the machine hits both alike, and the ratios of diffe
 by different workers too, compare. A plan that is clearly hopeless goes after a round or two, one
 that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
 ``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at
-all. Those plans that are left and close meet once more in joint rounds, until it is clear which of
-them to choose; where time is short, before all plans were tried.
+all. Where time is short, plans have fewer rounds, lest it ends before all are tried. Those that are
+left and close meet once more in joint rounds, until it is clear which of them to choose; where time
+is shorter still, before all plans were tried.
 
 Who measures what is the study's business: an interrupted search goes on where it stopped, and
 several workers share one.
@@ -136,28 +137,37 @@ class _Search:
         self.measured: dict[Plan, Measurement] = study.measured()
         self.anchor: Plan | None = None
         self._loaded = False
+        self._end = math.inf
+        self._cut_short = False  # the joint rounds
+        self._preparing: list[float] = []  # seconds that it took for each plan
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
 
     def run(self, end: float) -> Outcome:
         """Begins no plan after ``end``, by ``time.monotonic()``, if there are some to compare."""
+        self._end = end
         while claim := self.study.claim(self.plans):
             with claim:
                 self._load()
                 self._take(claim)
             if time.monotonic() > end and self._lacking():
-                for measurement in self._joint_rounds():
-                    self.measured[measurement.plan] = measurement
-                return Outcome(tuple(self.measured.values()), complete=False)
+                return self._unfinished(self._joint_rounds())
         if not self.study.workers():
             self.measured = self.study.measured()  # after the others have ended
             if claim := self.study.claim_joint_rounds():
                 with claim:
                     self._load()
                     self._follow_anchor()
-                    claim.done(self._joint_rounds(), self.anchor)
+                    measurements = self._joint_rounds()
+                    if self._cut_short:
+                        return self._unfinished(measurements)
+                    claim.done(measurements, self.anchor)
                 self.measured = self.study.measured()
         others = bool(self.study.workers())
         return Outcome(tuple(self.measured.values()), complete=not others, awaited=others)
+
+    def _unfinished(self, measurements: list[Measurement]) -> Outcome:
+        self.measured |= {measurement.plan: measurement for measurement in measurements}
+        return Outcome(tuple(self.measured.values()), complete=False)
 
     def _lacking(self) -> bool:
         """Whether plans are left to measure, and some are that can be compared."""
@@ -169,7 +179,10 @@ class _Search:
         finalists = best_plans(self.measured, self.settings)
         if self.anchor is None or len(finalists) < 2:
             return []
-        return JointRounds(self.probe, self.settings, self.measured, self.anchor).run(finalists)
+        rounds = JointRounds(self.probe, self.settings, self.measured, self.anchor)
+        measurements = rounds.run(finalists)
+        self._cut_short = rounds.cut_short
+        return measurements
 
     def latest(self) -> dict[Plan, Measurement]:
         """All that is measured, by others since the last claim too.
@@ -195,9 +208,12 @@ class _Search:
     def _measure(self, plan: Plan, claim: Claim) -> Measurement:
         if reason := beneath_the_hopeless(plan, self.measured, self.settings):
             return _measurement(plan, Prepared("skipped", reason))
+        start = time.monotonic()
         prepared = self._failed.pop(plan, None) or self.probe.prepare(plan)
         if prepared.status != "ok":
             return _measurement(plan, prepared)
+        if plan != self.anchor:  # which was ready
+            self._preparing.append(time.monotonic() - start)
         try:
             seconds, ratios, reason = self._rounds(plan, claim)
         except WorkerFailure as failure:
@@ -218,18 +234,29 @@ class _Search:
             seconds.append(own)
             ratios.append(own / anchors)
             claim.report(ratios[-1], step)
-            if reason := self._too_slow(plan, claim, ratios):
+            fewest = self._fewest_rounds((time.monotonic() - start) / len(ratios))
+            if reason := self._too_slow(plan, claim, ratios, fewest):
                 return seconds, ratios, reason
-            enough = len(ratios) >= self.settings.least_rounds
-            if enough and time.monotonic() - start > self.settings.seconds:
+            short = fewest < self.settings.least_rounds
+            enough = short or time.monotonic() - start > self.settings.seconds
+            if len(ratios) >= fewest and enough:
                 break
         return seconds, ratios, ""
 
-    def _too_slow(self, plan: Plan, claim: Claim, ratios: list[float]) -> str:
+    def _fewest_rounds(self, seconds: float) -> int:
+        """How many rounds of so many seconds each plan has at least, if time is to do for all."""
+        left = sum(plan not in self.measured for plan in self.plans)
+        if self._end == math.inf or not left:
+            return self.settings.least_rounds
+        preparing = statistics.mean(self._preparing) if self._preparing else 0.0
+        each = (self._end - time.monotonic()) / left - preparing
+        return min(self.settings.least_rounds, max(1, int(each / seconds)))
+
+    def _too_slow(self, plan: Plan, claim: Claim, ratios: list[float], fewest: int) -> str:
         """Why a plan is given up after these rounds, or nothing."""
         best = best_ratio(self.measured)
         slower = statistics.median(ratios) / best if plan != self.anchor else 1.0
-        few = plan in self.baselines and len(ratios) < self.settings.least_rounds
+        few = plan in self.baselines and len(ratios) < fewest
         if slower > self.settings.hopeless ** (2 if len(ratios) == 1 else 1) and not few:
             return f"{slower:.1f}x the best plan's time"
         # A plan that is slower by no more than noise may still win by its memory.

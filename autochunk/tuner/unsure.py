@@ -32,6 +32,8 @@ def repeat_unsure(task: Task, subjects: Sequence[Subject], probe: Probe, seconds
     widths = {subject: _width(task.found.get(subject.workload)) for subject in subjects}
     with contextlib.suppress(OutOfTime):
         for subject in sorted(subjects, key=lambda one: widths[one], reverse=True):
+            if time.monotonic() > probe.deadline:
+                return
             if widths[subject] > SURE and subject.workload in task.finished:
                 task.on_event(events.Started(*subject.place))
                 _repeat(task, subject, probe)

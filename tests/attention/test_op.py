@@ -429,23 +429,48 @@ def test_auto_keeps_to_what_was_measured_under_vmap(plan: Plan, mode: str) -> No
     assert [sliced(batch) for batch in (1, 59, 60)] == [False, False, True]
 
 
+def _export(sizes: str, **settings: Any) -> Any:
+    """The op as ``jax.export`` has it, of [..., T, 2, 4] with symbolic sizes such as "b, t"."""
+    query = jax.ShapeDtypeStruct((*jax.export.symbolic_shape(sizes), 2, 4), jnp.float32)
+    attend = jax.jit(lambda query: dot_product_attention(query, query, query, **settings))
+    return jax.export.export(attend)(query)
+
+
 def test_sizes_that_are_not_known() -> None:
     """Symbolic sizes, as ``jax.export`` has them, are no sizes to slice by.
 
     The error says what takes them.
     """
-    query = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b,t"), 2, 4), jnp.float32)
-
-    def export(**settings: Any) -> Any:
-        attend = jax.jit(lambda query: dot_product_attention(query, query, query, **settings))
-        return jax.export.export(attend)(query)
-
     pinned = {"implementation": "xla", "max_chunk_size_mb": None}
-    cure = r"sizes must be known.*implementation='dense' with max_chunk_size_mb=None"
+    cure = r"sizes but the leading.*implementation='dense' with max_chunk_size_mb=None"
     for settings in ({}, {"max_chunk_size_mb": 1.0}, pinned):
         with pytest.raises(ArgumentError, match=cure):
-            export(**settings)
-    assert export(implementation="dense", max_chunk_size_mb=None).out_avals[0].shape == query.shape
+            _export("b, t", **settings)
+    unsliced = _export("b, t", implementation="dense", max_chunk_size_mb=None)
+    assert str(unsliced.out_avals[0].shape) == "(b, t, 2, 4)"
+
+
+@pytest.mark.parametrize(
+    ("limit", "implementation"), [(None, "xla"), (None, "dense"), (1e-4, "xla"), (None, "xla_rows")]
+)
+@pytest.mark.parametrize("call", [{}, {"is_causal": True}, {"local_window_size": (2, 0)}], ids=str)
+def test_a_batch_that_is_not_known(
+    limit: float | None, implementation: str, call: dict[str, Any]
+) -> None:
+    """It may be symbolic, of several dims too, where slices do not depend on it."""
+    plan: dict[str, Any] = {"max_chunk_size_mb": limit, "implementation": implementation}
+    exported = _export("b, c, 9", **call, **plan)
+    for batch in ((1, 1), (3, 2)):
+        query = draw((*batch, 9, 2, 4))
+        expected = dot_product_attention(query, query, query, **call, **plan)
+        np.testing.assert_allclose(exported.call(query), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1.0, "auto"])
+def test_a_batch_on_which_slices_depend(limit: Any) -> None:
+    """It must be known."""
+    with pytest.raises(ArgumentError, match=r"symbolic.*max_chunk_size_mb=None.*got max_chunk"):
+        _export("b, 9", max_chunk_size_mb=limit)
 
 
 @pytest.mark.parametrize("limit", [1.0, None, "auto"])

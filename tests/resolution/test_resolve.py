@@ -180,6 +180,25 @@ def test_profile_of_another_device_never_answers(store: ProfileStore, shipped: P
     assert ask().match == "default"
 
 
+@pytest.mark.parametrize(
+    ("platform", "precision", "match"),
+    [
+        ("cpu", "highest", "exact"),
+        ("cpu", "tensorfloat32", "exact"),
+        ("cpu", "bf16_bf16_f32", "default"),
+        ("gpu", "highest", "default"),
+    ],
+)
+def test_what_precision_changes_nothing_needs_no_profile_of_its_own(
+    store: ProfileStore, platform: str, precision: str, match: str
+) -> None:
+    """On CPUs, which multiply in the inputs' precision whatever is asked."""
+    device = make_device(platform=platform)
+    store.put(make_profile(WORKLOAD, device))
+    asked = make_workload(f"b=2,t=1024,s=1024,h=8,k=64,precision={precision}")
+    assert resolve.resolve(asked, device=device).match == match
+
+
 def test_unfinished_profile_answers_and_says_so(store: ProfileStore) -> None:
     """A tuning that was cut short is better than none; the reason says that it was."""
     store.put(make_profile(complete=False))

@@ -16,6 +16,7 @@ from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Effort
 from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.joint import JointRounds
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.search import Interrupted, Outcome, search
 from autochunk.tuner.study import Storage, Study
@@ -254,6 +255,65 @@ def test_time_running_out_gives_what_there_is(scripted: Scripted, tmp_path: Path
     assert len(rest.measurements) > len(outcome.measurements)
 
 
+def test_where_time_is_short_plans_have_fewer_rounds(scripted: Scripted, tmp_path: Path) -> None:
+    """So that more of them are tried; the best of those meet all the same."""
+    command = scripted(delay=0.05)
+    outcomes = {
+        seconds: run(command, tmp_path / str(seconds), "standard", seconds=seconds)
+        for seconds in (2.0, 600.0)
+    }
+    rounds = {
+        seconds: [len(m.ratios) - m.joint for m in outcome.measurements if m.timed]
+        for seconds, outcome in outcomes.items()
+    }
+    assert min(rounds[2.0]) < EFFORT_SETTINGS["standard"].least_rounds <= min(rounds[600.0])
+    assert max(m.joint for m in outcomes[2.0].measurements) > 0
+
+
+class _Ending:
+    """A probe whose time is over after some rounds."""
+
+    def __init__(self, rounds: int, seconds: float | None = None) -> None:
+        self.left = rounds
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.asked: list[list[Plan]] = []
+
+    def time(self, plans: list[Plan]) -> list[float]:
+        if not self.left:
+            raise OutOfTime
+        self.left -= 1
+        self.asked.append(list(plans))
+        return [0.1] * len(plans)
+
+
+def _joint_rounds(probe: Any) -> JointRounds:
+    limits = (1.0, 2.0, 4.0, 8.0)
+    measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
+    return JointRounds(probe, EFFORT_SETTINGS["quick"], measured, Plan("xla", 1.0))
+
+
+@pytest.mark.parametrize(("there", "cut_short"), [(1, True), (2, True), (3, False), (9, False)])
+def test_joint_rounds_that_time_cuts_short_count(there: int, cut_short: bool) -> None:
+    """Few are better than none; without one there is nothing to tell."""
+    joint = _joint_rounds(_Ending(there))
+    measurements = joint.run([Plan("xla", 1.0), Plan("xla", 2.0)])
+    fewest = EFFORT_SETTINGS["quick"].least_joint
+    assert [m.joint for m in measurements] == [min(there, fewest)] * 2
+    assert joint.cut_short == cut_short
+    with pytest.raises(OutOfTime):
+        _joint_rounds(_Ending(0)).run([Plan("xla", 1.0), Plan("xla", 2.0)])
+
+
+@pytest.mark.parametrize(("seconds", "plans"), [(0.1, 2), (1e6, 4), (None, 4)])
+def test_as_many_finalists_as_time_is_for(seconds: float | None, plans: int) -> None:
+    """The best two at least."""
+    probe = _Ending(1, seconds)
+    _joint_rounds(probe).run([Plan("xla", limit) for limit in (1.0, 2.0, 4.0, 8.0)])
+    assert {plan.max_chunk_size_mb for plan in probe.asked[0]} == {1.0, 2.0, 4.0, 8.0} - (
+        {4.0, 8.0} if plans == 2 else set()
+    )
+
+
 def test_hints_are_measured_first(scripted: Scripted, tmp_path: Path) -> None:
     """What a similar workload found best comes before anything else.
 
@@ -310,7 +370,7 @@ def test_joint_rounds_end_when_the_choice_is_clear(scripted: Scripted, tmp_path:
     """Noiseless times are clear after the fewest rounds; those that scatter take more."""
     counts = []
     for jitter in (0.0, 0.2):
-        plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": 0.105}}
+        plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": 0.101}}
         command = scripted(plans=plans, default={"seconds": 0.3}, jitter=jitter)
         outcome = run(command, tmp_path / f"study {jitter}", effort="standard")
         counts.append(max(m.joint for m in outcome.measurements))

@@ -85,5 +85,16 @@ from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.primitives import attention, promoting
+from autochunk.attention.kernels.problem import check_slices
 
-__all__ = ["Call", "Inputs", "NotTaken", "attention", "dense", "log_sum_exp", "promoting", "trace"]
+__all__ = [
+    "Call",
+    "Inputs",
+    "NotTaken",
+    "attention",
+    "check_slices",
+    "dense",
+    "log_sum_exp",
+    "promoting",
+    "trace",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -18,45 +20,154 @@ def dense(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
     ``call.half_logits`` in their dtype, as those of ``hk.MultiHeadAttention`` are. Unless
     ``careful`` excluded values must be finite.
     """
-    query, key, value = inputs[:3]
-    dtype = jnp.promote_types(query.dtype, query.dtype if call.half_logits else jnp.float32)
-    *leading, rows, heads, groups, size = query.shape
-    query = query.reshape((*leading, rows, heads * groups, size))
-    if groups > 1:
-        key, value = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
-    terms = terms_of(inputs, call)
-    visible = terms.visible()
-    seen = None if visible is None else _ungrouped(visible, heads, groups)
-    guarded = seen if careful else None
-    logits = _products(query, key, guarded, call, dtype) * jnp.asarray(call.scale, dtype)
-    for term in terms.added(dtype):
-        logits = logits + _ungrouped(term, heads, groups)
-    if call.soft_cap is not None:
-        logits = call.soft_cap * jnp.tanh(logits / call.soft_cap)
+    return dense_with_weights(inputs, call, careful)[:-1]
+
+
+def dense_with_weights(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
+    """What ``dense`` gives, and the weights [..., H * G, T', T] before any is dropped."""
+    whole = _Whole(inputs, call)
+    guarded = whole.seen if careful else None
+    logits, dtype = whole.capped(guarded), whole.dtype
     blind = None
-    if seen is None and not may_see_nothing(inputs, call) and not call.residual:
+    if whole.seen is None and not whole.may_see_nothing and not call.residual:
         weights = jax.nn.softmax(logits)
     else:
-        logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
+        logits = logits if whole.seen is None else jnp.where(whole.seen, logits, -jnp.inf)
         maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         maximum = jnp.maximum(maximum, jnp.finfo(dtype).min)
         weights = jnp.exp(logits - maximum)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         blind = total == 0
         weights = weights / jnp.where(blind, 1, total)
-        if seen is not None:  # their cotangents may overflow, and zero times that is NaN
-            weights = jnp.where(seen, weights, jnp.zeros((), dtype))
-    if (kept := terms.kept(dtype)) is not None:
-        weights = weights * _ungrouped(kept, heads, groups)
-    out = _sums(weights.astype(value.dtype), value, guarded, call)
+        if whole.seen is not None:  # their cotangents may overflow, and zero times that is NaN
+            weights = jnp.where(whole.seen, weights, jnp.zeros((), dtype))
+    value = whole.value
+    out = _sums(whole.dropped(weights).astype(value.dtype), value, guarded, call)
     if blind is not None:
         out = jnp.where(jnp.swapaxes(blind, -2, -3), _mean(value), out)
-    out = out.astype(inputs.query.dtype).reshape((*inputs.query.shape[:-1], value.shape[-1]))
-    out = within_lengths(out, inputs)
+    out = whole.rows(out)
     if not call.residual:
-        return [out]
-    lse = log_sum_exp(maximum, total).reshape((*leading, heads, groups, rows))
-    return [out, lse.astype(jnp.promote_types(inputs.query.dtype, jnp.float32))]
+        return [out, weights]
+    lse = whole.stats(log_sum_exp(maximum, total))
+    return [out, lse, weights]
+
+
+def dense_tangent(
+    inputs: Inputs, call: Call, weights: jax.Array, tangents: Mapping[str, jax.Array]
+) -> list[jax.Array]:
+    """Tangents of what ``dense`` gives, linear in those of some inputs, by name."""
+    whole = _Whole(inputs, call)
+    if whole.seen is not None:  # no product of the saved weights may meet what is excluded
+        whole = _Whole(
+            inputs._replace(**{name: _finite(inputs.present[name]) for name in _HEADS}), call
+        )
+    moved = {name: whole.by_head(name, tangents[name]) for name in _HEADS if name in tangents}
+    seen, dtype = whole.seen, whole.dtype
+    d_logits = []
+    if "query" in moved:
+        d_logits.append(_product(moved["query"], whole.key, call, dtype))
+    if "key" in moved:
+        d_logits.append(_product(whole.query, moved["key"], call, dtype))
+    d_logits = [one * jnp.asarray(call.scale, dtype) for one in d_logits]
+    d_logits += whole.added(tangents)
+    d_out, d_lse = [], jnp.zeros(weights.shape[:-1], dtype)
+    if d_logits:
+        change = whole.through_cap(functools.reduce(jnp.add, d_logits))
+        change = weights * whole.visible(change)
+        d_sum = jnp.sum(change, axis=-1, keepdims=True)
+        d_lse = d_sum[..., 0]
+        change = whole.visible(whole.dropped(change - weights * d_sum))
+        d_out.append(_sum(change.astype(whole.value.dtype), whole.value, call))
+    if "value" in moved:
+        d_value = _sum(whole.dropped(weights).astype(whole.value.dtype), moved["value"], call)
+        if seen is not None or whole.may_see_nothing:
+            blind = jnp.max(weights, axis=-1, keepdims=True) == 0
+            d_value = jnp.where(jnp.swapaxes(blind, -2, -3), _mean(moved["value"]), d_value)
+        d_out.append(d_value)
+    outs = [whole.rows(functools.reduce(jnp.add, d_out))]
+    return [*outs, whole.stats(d_lse)] if call.residual else outs
+
+
+_HEADS = ("query", "key", "value")
+
+
+class _Whole:
+    """All of a call's logits [..., H * G, T', T], and the arrays that they come from."""
+
+    def __init__(self, inputs: Inputs, call: Call) -> None:
+        self._inputs, self._call = inputs, call
+        query = inputs.query
+        *self._leading, self._rows, self._heads, self._groups, _ = query.shape
+        self.dtype = jnp.promote_types(
+            query.dtype, query.dtype if call.half_logits else jnp.float32
+        )
+        self.query, self.key, self.value = (
+            self.by_head(name, inputs.present[name]) for name in _HEADS
+        )
+        self._terms = terms_of(inputs, call)
+        visible = self._terms.visible()
+        self.seen = None if visible is None else self._ungrouped(visible)
+        self.may_see_nothing = may_see_nothing(inputs, call)
+
+    def by_head(self, name: str, array: jax.Array) -> jax.Array:
+        """A query, key or value, or a tangent of it, with the axes [..., T, H * G, K]."""
+        if name == "query":
+            *leading, rows, heads, groups, size = array.shape
+            return array.reshape((*leading, rows, heads * groups, size))
+        return jnp.repeat(array, self._groups, axis=-2) if self._groups > 1 else array
+
+    def _ungrouped(self, term: jax.Array) -> jax.Array:
+        """[..., H, G, T', T] to [..., H * G, T', T]; dims of size one broadcast."""
+        *leading, heads, groups, rows, keys = term.shape
+        if heads != groups:
+            heads, groups = self._heads, self._groups
+            term = jnp.broadcast_to(term, (*leading, heads, groups, rows, keys))
+        return term.reshape((*leading, heads * groups, rows, keys))
+
+    def capped(self, guarded: jax.Array | None = None) -> jax.Array:
+        """Logits with all that is added, capped if they are to be."""
+        scale = jnp.asarray(self._call.scale, self.dtype)
+        logits = _products(self.query, self.key, guarded, self._call, self.dtype) * scale
+        for term in self._terms.added(self.dtype):
+            logits = logits + self._ungrouped(term)
+        cap = self._call.soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def through_cap(self, d_logits: jax.Array) -> jax.Array:
+        """Tangents of logits to those of what is capped."""
+        cap = self._call.soft_cap
+        return d_logits if cap is None else d_logits * (1 - jnp.square(self.capped() / cap))
+
+    def added(self, tangents: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Tangents of what is added to the logits, from those of some inputs."""
+        kept = {name: array for name, array in tangents.items() if name not in _HEADS}
+        if not kept:
+            return []
+        of = Inputs(*self._inputs[:3], **kept, query_offset=self._inputs.query_offset)
+        return [self._ungrouped(one) for one in terms_of(of, self._call).added(self.dtype)]
+
+    def visible(self, weights: jax.Array) -> jax.Array:
+        """Tangents of weights, zero of what is excluded, and so are their cotangents.
+
+        They may overflow, and zero times that is NaN.
+        """
+        return weights if self.seen is None else jnp.where(self.seen, weights, 0)
+
+    def dropped(self, weights: jax.Array) -> jax.Array:
+        """Weights, or their tangents, after dropout."""
+        kept = self._terms.kept(self.dtype)
+        return weights if kept is None else weights * self._ungrouped(kept)
+
+    def rows(self, out: jax.Array) -> jax.Array:
+        """[..., T', H * G, V] as the output is."""
+        query = self._inputs.query
+        out = out.astype(query.dtype).reshape((*query.shape[:-1], out.shape[-1]))
+        return within_lengths(out, self._inputs)
+
+    def stats(self, rows: jax.Array) -> jax.Array:
+        """Something of each row, [..., H * G, T', 1] or without the last, as [..., H, G, T']."""
+        wide = jnp.promote_types(self._inputs.query.dtype, jnp.float32)
+        return rows.reshape((*self._leading, self._heads, self._groups, self._rows)).astype(wide)
 
 
 def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
@@ -86,51 +197,49 @@ def within_lengths(rows: jax.Array, inputs: Inputs) -> jax.Array:
     return jnp.where(inside[..., None, None, None], rows, jnp.zeros((), rows.dtype))
 
 
+def _product(query: jax.Array, key: jax.Array, call: Call, dtype: Any) -> jax.Array:
+    """Queries by keys: [..., H, T', T]."""
+    spec, precision = "...thd,...Thd->...htT", call.precision
+    return jnp.einsum(spec, query, key, precision=precision, preferred_element_type=dtype)
+
+
 def _products(
     query: jax.Array, key: jax.Array, seen: jax.Array | None, call: Call, dtype: Any
 ) -> jax.Array:
-    """Queries by keys [..., H, T', T], whose derivatives do not see what is excluded."""
-
-    def product(query: jax.Array, key: jax.Array) -> jax.Array:
-        spec, precision = "...thd,...Thd->...htT", call.precision
-        return jnp.einsum(spec, query, key, precision=precision, preferred_element_type=dtype)
-
+    """Those, whose derivatives do not see what is excluded."""
     if seen is None:
-        return product(query, key)
+        return _product(query, key, call, dtype)
 
     def careful() -> jax.Array:
-        whole = product(*map(jax.lax.stop_gradient, (query, key)))
-        return jnp.where(jnp.isfinite(whole), product(_finite(query), _finite(key)), whole)
+        fixed_query, fixed_key = map(jax.lax.stop_gradient, (query, key))
+        whole = _product(fixed_query, fixed_key, call, dtype)
+        finite = _product(_finite(query), _finite(key), call, dtype)
+        return jnp.where(jnp.isfinite(whole), finite, whole)
 
     finite = jnp.all(jnp.isfinite(query)) & jnp.all(jnp.isfinite(key))
-    return cast(jax.Array, jax.lax.cond(finite, lambda: product(query, key), careful))
+    plain = functools.partial(_product, query, key, call, dtype)
+    return cast(jax.Array, jax.lax.cond(finite, plain, careful))
+
+
+def _sum(weights: jax.Array, value: jax.Array, call: Call) -> jax.Array:
+    """Weights by values: [..., T', H, V]."""
+    return jnp.einsum("...htT,...Thd->...thd", weights, value, precision=call.precision)
 
 
 def _sums(weights: jax.Array, value: jax.Array, seen: jax.Array | None, call: Call) -> jax.Array:
-    """Weights by values [..., T', H, V], of which those that are excluded take no part."""
-
-    def product(weights: jax.Array, value: jax.Array) -> jax.Array:
-        return jnp.einsum("...htT,...Thd->...thd", weights, value, precision=call.precision)
-
+    """Those, of which values that are excluded take no part."""
     if seen is None:
-        return product(weights, value)
+        return _sum(weights, value, call)
 
     def careful() -> jax.Array:
         wrong = jnp.where(jnp.isfinite(value), 0, 1).astype(value.dtype)
-        spoilt = product(jnp.broadcast_to(seen, weights.shape).astype(value.dtype), wrong) > 0
-        return jnp.where(spoilt, jnp.nan, product(weights, _finite(value)))
+        seen_ones = jnp.broadcast_to(seen, weights.shape).astype(value.dtype)
+        spoilt = _sum(seen_ones, wrong, call) > 0
+        return jnp.where(spoilt, jnp.nan, _sum(weights, _finite(value), call))
 
     finite = jnp.all(jnp.isfinite(value))
-    return cast(jax.Array, jax.lax.cond(finite, lambda: product(weights, value), careful))
+    return cast(jax.Array, jax.lax.cond(finite, lambda: _sum(weights, value, call), careful))
 
 
 def _finite(array: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(array), array, jnp.zeros((), array.dtype))
-
-
-def _ungrouped(term: jax.Array, heads: int, groups: int) -> jax.Array:
-    """[..., H, G, T', T] to [..., H * G, T', T]; dims of size one broadcast."""
-    *leading, own_heads, own_groups, rows, keys = term.shape
-    if own_heads != own_groups:
-        term = jnp.broadcast_to(term, (*leading, heads, groups, rows, keys))
-    return term.reshape((*leading, term.shape[-4] * term.shape[-3], rows, keys))

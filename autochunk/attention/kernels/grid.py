@@ -64,7 +64,8 @@ class Grid:
 
     Slices along an axis have one size; where it does not divide the axis, the last one begins
     earlier and overlaps its neighbour. Results written twice are equal; results that are joined
-    must weigh the repeated elements with ``Cell.fresh``, zero for those.
+    must weigh the repeated elements with ``Cell.fresh``, zero for those. With ``follow`` each slice
+    of rows has one slice of keys, which begins where that says of its first row.
     """
 
     def __init__(
@@ -73,10 +74,13 @@ class Grid:
         lengths: dict[str, int],
         cover: Cover | None,
         differentiable: bool,
+        follow: Callable[[Any], Any] | None = None,
     ) -> None:
         self.sizes, self.lengths = sizes, lengths
-        self.cover, self.differentiable = cover, differentiable
+        self.cover, self.differentiable, self.follow = cover, differentiable, follow
         self.counts = {axis: slice_count(lengths[axis], size) for axis, size in sizes.items()}
+        if follow is not None:
+            self.counts["keys"] = 1
         self.cells = math.prod(self.counts.values())
 
     def run(
@@ -100,7 +104,7 @@ class Grid:
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
         if self.differentiable or shared or self._cells(outer) == 1 or self._cells(inner) == 1:
             return self._scan(compute, arrays, axes, outputs, join)
-        within = Grid(inner, self.lengths, self.cover, differentiable=False)
+        within = Grid(inner, self.lengths, self.cover, differentiable=False, follow=self.follow)
 
         def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
             def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
@@ -145,7 +149,7 @@ class Grid:
             taken = [None if one is None else self.take(one, names, cell) for one, names in pairs]
             return compute(cell, *taken)
 
-        if self.cells == 1:
+        if self.cells == 1 and self.follow is None:
             pieces = zip(part(False, 0, arrays), outputs, strict=True)
             return tuple(caller_major(one.astype(whole.dtype), whole.axes) for one, whole in pieces)
         if self.differentiable:
@@ -178,8 +182,10 @@ class Grid:
 
         None is all. Closed ones are left out; of those that are open nothing need be excluded.
         """
-        crossed, opened = self._by_tracing()
-        if self.cover is None or not self.cover.names or self.differentiable:
+        if self.cover is None:
+            return [(False, jnp.arange(self.cells, dtype=jnp.int32), None)]
+        crossed, opened = self._by_tracing(self.cover)
+        if not self.cover.names or self.differentiable:
             static = ((False, crossed), (True, opened))
             return [(kind, jnp.asarray(some, jnp.int32), None) for kind, some in static if some]
         numbers = jnp.asarray([*crossed, *opened], jnp.int32)
@@ -206,19 +212,24 @@ class Grid:
             passes.append((kind, numbers[first], jnp.sum(wanted, dtype=jnp.int32)))
         return passes
 
-    def _by_tracing(self) -> tuple[list[int], list[int]]:
+    def _by_tracing(self, cover: Cover) -> tuple[list[int], list[int]]:
         """Numbers of the slices that may be crossed, and of the open ones, by what is static."""
-        if self.cover is None:
-            return list(range(self.cells)), []
         crossed: list[int] = []
         opened: list[int] = []
         for number in range(self.cells):
             positions = self._positions(number)
-            starts = {axis: self._start(axis, positions[axis]) for axis in ("rows", "keys")}
-            closed, is_open = self.cover.block(starts, self.sizes, {})
+            starts = self._starts_of(positions)
+            closed, is_open = cover.block(starts, self.sizes, {})
             if not closed:
                 (opened if is_open else crossed).append(number)
         return crossed, opened
+
+    def _starts_of(self, positions: dict[str, Any]) -> dict[str, Any]:
+        """First index of a slice along each axis, by which slice along each it is."""
+        starts = {axis: self._start(axis, position) for axis, position in positions.items()}
+        if self.follow is not None:
+            starts["keys"] = self.follow(starts["rows"])
+        return starts
 
     def _start(self, axis: str, position: Any) -> Any:
         """First index of a slice along an axis, traced if ``position`` is."""
@@ -236,12 +247,12 @@ class Grid:
 
     def cell(self, number: Any) -> Cell:
         """The slice of that number."""
-        starts: dict[str, Any] = {}
+        positions = self._positions(number)
+        starts = self._starts_of(positions)
         fresh: dict[str, jax.Array] = {}
-        for axis, position in self._positions(number).items():
-            size = self.sizes[axis]
-            starts[axis] = self._start(axis, position)
-            if self.counts[axis] * size != self.lengths[axis]:
+        for axis, position in positions.items():
+            size, count = self.sizes[axis], self.counts[axis]
+            if count * size != self.lengths[axis] and count > 1:
                 fresh[axis] = starts[axis] + jnp.arange(size) >= position * size
         return Cell(starts, fresh)
 
@@ -251,7 +262,7 @@ class Grid:
         return [
             (dim, axis)
             for dim, axis in enumerate(names)
-            if self.counts.get(axis, 1) > 1 and shape[dim] > 1
+            if self.sizes.get(axis, shape[dim]) != shape[dim] and shape[dim] != 1
         ]
 
     def take(self, array: jax.Array, axes: tuple[str, ...], cell: Cell) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.operands import OPERANDS, TERMS
-from autochunk.plan import LogitsShape, Plans
+from autochunk.plan import LogitsShape, Plans, reach_of
 
 
 class Call(NamedTuple):
@@ -41,8 +41,7 @@ class Call(NamedTuple):
     @property
     def reach(self) -> tuple[int | None, int | None]:
         """How many positions to its left and right a query sees; None is all."""
-        left, right = self.window or (None, None)
-        return left, (0 if right is None else min(right, 0)) if self.is_causal else right
+        return reach_of(self.window, self.is_causal)
 
     @property
     def moving(self) -> tuple[str, ...]:

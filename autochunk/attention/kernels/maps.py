@@ -83,10 +83,10 @@ def forward(
     """[out, row maximum, row sum of exponentials]; the sum of a row that sees nothing is zero."""
     inputs, _ = split(operands, call)
     problem = Problem(inputs, call, plan, differentiable)
-    whole_rows = problem.slices.keys == problem.shape.keys
+    whole_rows = problem.whole_rows
     # Dividing the output costs less than dividing the weights, except where XLA makes one kernel of
     # a plain softmax, which tells no sums.
-    fits_kernel = whole_rows and problem.shape.keys <= _LONGEST_SOFTMAX
+    fits_kernel = whole_rows and problem.slices.keys <= _LONGEST_SOFTMAX
     has_kernel = bool(platforms) and not set(platforms) & _NO_SOFTMAX_KERNEL
     divided = fits_kernel and has_kernel and not need_stats
 

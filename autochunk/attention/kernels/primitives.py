@@ -14,11 +14,19 @@ from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autochunk.attention.kernels.dense import dense, log_sum_exp
+from autochunk.attention.kernels.dense import (
+    dense,
+    dense_tangent,
+    dense_with_weights,
+    log_sum_exp,
+)
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
-from autochunk.plan import runs_dense
+from autochunk.plan import LogitsShape, runs_dense
+
+Batched = tuple[list[jax.Array], list[int | None]]
+"""Outputs, and which of their dims is that of the batch."""
 
 
 def attention(inputs: Inputs, call: Call) -> list[jax.Array]:
@@ -53,10 +61,12 @@ def _primitive(
     name: str,
     function: Callable[..., list[jax.Array]],
     shapes: Callable[..., list[tuple[tuple[int, ...], Any]]],
+    in_slices: Callable[..., Batched] | None = None,
 ) -> Primitive:
     """A primitive that runs ``function``, and batches by giving every operand one more leading dim.
 
-    ``shapes`` gives its outputs' shapes and dtypes.
+    ``shapes`` gives its outputs' shapes and dtypes. What runs dense and in a batch exceeds the
+    limit is computed by ``in_slices``, which takes the inputs and the other operands.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -86,7 +96,7 @@ def _primitive(
 
     def batch(
         operands: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, **params: Any
-    ) -> tuple[list[jax.Array], list[int]]:
+    ) -> Batched:
         pairs = list(zip(operands, dims, strict=True))
         size = next(operand.shape[dim] for operand, dim in pairs if dim is not None)
         if size == 0:
@@ -101,14 +111,22 @@ def _primitive(
                 return jnp.moveaxis(operand, dim, 0)
             return jnp.broadcast_to(operand, (1 if position in shared else size, *operand.shape))
 
-        moved = [move(position, *pair) for position, pair in enumerate(pairs)]
-        outs = primitive.bind(*moved, call=call, **params)
+        count = len(call.operands)
+        moved = [move(position, *pair) for position, pair in enumerate(pairs[:count])]
+        rest = [functools.partial(move, count + n, *pair) for n, pair in enumerate(pairs[count:])]
+        if in_slices is not None and not runs_dense(call.plans.training, _logits(moved, call)):
+            return in_slices(moved, rest, call=call, **params)
+        outs = primitive.bind(*moved, *(one() for one in rest), call=call, **params)
         return outs, [0] * len(outs)
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+def _logits(operands: Sequence[jax.Array], call: Call) -> LogitsShape:
+    return split(operands, call)[0].logits
 
 
 def _element(operand: jax.Array, dim: int | None) -> jax.ShapeDtypeStruct:
@@ -152,7 +170,7 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
 
     @promoting
     def rule(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
-        plain = functools.partial(function, differentiable=True, **params)
+        plain = functools.partial(function, **params)
         moved = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
         return jax.jvp(plain, tuple(primals), moved)
 
@@ -163,17 +181,19 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
 def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call) -> Any:
     call.plans.used("training")
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    if runs_dense(call.plans.training, split(primals, call)[0].logits):
-        unsliced = lambda *operands: dense(split(operands, call)[0], call)  # noqa: E731
-        return jax.jvp(unsliced, tuple(primals), tuple(tangents))
-    out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
     named = dict(zip(call.operands, tangents, strict=True))
     moving = [named[name] for name in call.moving]
+    if runs_dense(call.plans.training, _logits(primals, call)):
+        *outs, weights = dense_p.bind(*primals, call=call)
+        return outs, dense_tangent_p.bind(*primals, weights, *moving, call=call)
+    out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
     outs = [out, log_sum_exp(maximum, total)] if call.residual else [out]
     return outs, tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
 
 
-def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) -> list[Any]:
+def _tangent_transpose(
+    by: Primitive, cotangents: Sequence[Any], *operands: Any, call: Call
+) -> list[Any]:
     moving = len(call.moving)
     residuals, tangents = operands[:-moving], operands[-moving:]
     wanted = tuple(ad.is_undefined_primal(tangent) for tangent in tangents)
@@ -182,7 +202,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) ->
         zeros = [ad.Zero(tangent.aval) for tangent in tangents]
         return none + [zero if want else None for zero, want in zip(zeros, wanted, strict=True)]
     pulled = map(ad.instantiate_zeros, cotangents)
-    gradients = iter(cotangent_p.bind(*residuals, *pulled, call=call, wanted=wanted))
+    gradients = iter(by.bind(*residuals, *pulled, call=call, wanted=wanted))
     return none + [next(gradients) if want else None for want in wanted]
 
 
@@ -208,17 +228,89 @@ def _attention_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) 
     return [d_value if name == "value" else None for name in call.operands]
 
 
+# Dense attention that is differentiated keeps its weights. It is known to be that before any batch
+# around it is: where that exceeds the limit, the weights are left out of the batch, and are not
+# looked at, and slices compute all.
+
+
+def _dense(*operands: jax.Array, call: Call) -> list[jax.Array]:
+    return dense_with_weights(split(operands, call)[0], call)
+
+
+def _dense_shapes(*operands: Any, call: Call) -> list[tuple[tuple[int, ...], Any]]:
+    query, key, value = operands[:3]
+    *leading, rows, heads, groups, _ = query.shape
+    dtype = jnp.promote_types(query.dtype, query.dtype if call.half_logits else jnp.float32)
+    weights = ((*leading, heads * groups, rows, key.shape[-3]), dtype)
+    return [*_output_shapes(query, key, value, call=call), weights]
+
+
+def _dense_in_slices(inputs: list[jax.Array], _rest: Any, *, call: Call) -> Batched:
+    out, maximum, total = attention_with_stats_p.bind(*inputs, call=call)
+    outs = [out, log_sum_exp(maximum, total)] if call.residual else [out]
+    shape, dtype = _dense_shapes(*(_element(one, 0) for one in inputs), call=call)[-1]
+    return [*outs, jnp.zeros(shape, dtype)], [0] * len(outs) + [None]
+
+
+def _dense_tangent(*operands: jax.Array, call: Call) -> list[jax.Array]:
+    inputs, (weights, *tangents) = split(operands, call)
+    return dense_tangent(inputs, call, weights, dict(zip(call.moving, tangents, strict=True)))
+
+
+def _dense_tangent_in_slices(
+    inputs: list[jax.Array], rest: list[Callable[[], jax.Array]], *, call: Call
+) -> Batched:
+    stats = attention_with_stats_p.bind(*inputs, call=call)
+    outs = tangent_p.bind(*inputs, *stats, *(one() for one in rest[1:]), call=call)
+    return outs, [0] * len(outs)
+
+
+def _dense_cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...]) -> list[jax.Array]:
+    inputs, (weights, *cotangents) = split(operands, call)
+    names = call.wanted(wanted)
+
+    def moved(*tangents: jax.Array) -> list[jax.Array]:
+        return dense_tangent(inputs, call, weights, dict(zip(names, tangents, strict=True)))
+
+    pull = jax.linear_transpose(moved, *(inputs.present[name] for name in names))
+    return list(pull(list(cotangents)))
+
+
+def _dense_cotangent_in_slices(
+    inputs: list[jax.Array],
+    rest: list[Callable[[], jax.Array]],
+    *,
+    call: Call,
+    wanted: tuple[bool, ...],
+) -> Batched:
+    stats = attention_with_stats_p.bind(*inputs, call=call)
+    pulled = (one() for one in rest[1:])
+    outs = cotangent_p.bind(*inputs, *stats, *pulled, call=call, wanted=wanted)
+    return outs, [0] * len(outs)
+
+
 attention_p = _primitive("autochunk_attention", only_output, _output_shapes)
 attention_with_stats_p = _primitive("autochunk_attention_with_stats", with_stats, _stats_shapes)
 tangent_p = _primitive("autochunk_attention_tangent", tangent, _output_shapes)
 cotangent_p = _primitive("autochunk_attention_cotangent", cotangent, _cotangent_shapes)
+dense_p = _primitive("autochunk_dense", _dense, _dense_shapes, _dense_in_slices)
+dense_tangent_p = _primitive(
+    "autochunk_dense_tangent", _dense_tangent, _output_shapes, _dense_tangent_in_slices
+)
+dense_cotangent_p = _primitive(
+    "autochunk_dense_cotangent", _dense_cotangent, _cotangent_shapes, _dense_cotangent_in_slices
+)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
 ad.primitive_transposes[attention_p] = _attention_transpose
-ad.primitive_transposes[tangent_p] = _tangent_transpose
-_differentiate_plainly(attention_with_stats_p, with_stats)
-_differentiate_plainly(tangent_p, tangent)
-_differentiate_plainly(cotangent_p, cotangent)
+ad.primitive_transposes[tangent_p] = functools.partial(_tangent_transpose, cotangent_p)
+ad.primitive_transposes[dense_tangent_p] = functools.partial(_tangent_transpose, dense_cotangent_p)
+_differentiate_plainly(attention_with_stats_p, functools.partial(with_stats, differentiable=True))
+_differentiate_plainly(tangent_p, functools.partial(tangent, differentiable=True))
+_differentiate_plainly(cotangent_p, functools.partial(cotangent, differentiable=True))
+_differentiate_plainly(dense_p, _dense)
+_differentiate_plainly(dense_tangent_p, _dense_tangent)
+_differentiate_plainly(dense_cotangent_p, _dense_cotangent)
 
 
 def _jet(primals: Sequence[Any], series: Sequence[Any], *, call: Call) -> Any:

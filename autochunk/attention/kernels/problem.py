@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +22,27 @@ from autochunk.attention.kernels.terms import (
 )
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import (
-    BlockForm,
     Plan,
     Slices,
     balanced,
+    band_keys,
     block_form,
     block_shape,
+    runs_dense,
     slice_logits,
 )
+
+
+def check_slices(inputs: Inputs, call: Call) -> None:
+    """Cuts a call into slices to no other end than to see that it can be.
+
+    Raises:
+      InconclusiveDimensionOperation: it depends on sizes that are symbolic.
+      ArgumentError: a limit is less than one logit.
+    """
+    for plan in (call.plans.forward, call.plans.training):
+        if not runs_dense(plan, inputs.logits):
+            Problem(inputs, call, plan.sliced(), differentiable=False).grid()
 
 
 class Problem:
@@ -39,14 +53,25 @@ class Problem:
         self.dtype = jnp.promote_types(inputs.query.dtype, jnp.float32)
         self.shape = inputs.logits
         self.cover = BlockCover(inputs, call)
-        self.slices: Slices = slice_logits(plan, block_shape(self.shape, self.cover.form))
+        form = self.cover.form
+        block = block_shape(self.shape, form)
+        self.slices: Slices = slice_logits(plan, block)
+        self._follow: Callable[[Any], Any] | None = None
+        if form and form.band is not None and self.slices.keys == block.keys < self.shape.keys:
+            band = band_keys(self.slices.rows, form.band, self.shape.keys)
+            self.slices = self.slices._replace(keys=band)
+            # Known by now, or one number that is traced.
+            moved = 0 if inputs.query_offset is None else inputs.query_offset.reshape(())
+            self._follow = functools.partial(
+                _first_key, call.reach, call.offset + moved, self.shape.keys - band
+            )
         self.differentiable = differentiable
         self.excludes = excludes(inputs, call)
         self.may_see_nothing = may_see_nothing(inputs, call)
         # Flattening leading dims that are sharded would make XLA gather them; only slicing over
         # them needs it.
         batch_first = IMPLEMENTATIONS[plan.implementation].slicing[:1] == ("batch",)
-        self.flatten = self.slices.batch < self.shape.batch or batch_first
+        self.flatten = self.slices.batch != self.shape.batch or batch_first
         leading = [array.shape[: len(self.leading)] for array in inputs.present.values()]
         self.runs = _flattenable_runs(leading)
         self.inputs = inputs.map(self.fit)
@@ -82,7 +107,12 @@ class Problem:
             sizes = dict(zip(names, along, strict=True)) | sizes
             lengths |= dict(zip(names, flat, strict=True))
         cover = self.cover if self.cover.form else None
-        return Grid(sizes, lengths, cover, self.differentiable)
+        return Grid(sizes, lengths, cover, self.differentiable, self._follow)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a slice has all keys that its rows see."""
+        return self._follow is not None or self.slices.keys == self.shape.keys
 
     def restore(self, array: jax.Array, trailing: int) -> jax.Array:
         """An output with the leading dims that the caller knows."""
@@ -90,17 +120,20 @@ class Problem:
 
 
 class BlockCover:
-    """What the terms of a call tell of blocks."""
+    """What the terms of a call tell of blocks.
+
+    Attributes:
+      names: of the arrays that they tell it by.
+      form: what decides how blocks are cut; None where nothing tells of blocks.
+    """
 
     def __init__(self, inputs: Inputs, call: Call) -> None:
         self._call = call
         self._leading = inputs.query.ndim - 4
         self.names = covering(inputs.present, call)
-
-    @property
-    def form(self) -> BlockForm | None:
-        """What decides how blocks are cut; None where nothing tells of blocks."""
-        return block_form(self._call.reach, self.names)
+        offset = inputs.query_offset
+        one_offset = offset is None or math.prod(offset.shape) == 1
+        self.form = block_form(call.reach, self.names, one_offset)
 
     def block(
         self, starts: dict[str, Any], sizes: dict[str, int], arrays: dict[str, jax.Array]
@@ -116,6 +149,12 @@ class BlockCover:
         return closed, is_open and not self.names
 
 
+def _first_key(reach: tuple[int | None, int | None], offset: Any, last: int, row: Any) -> Any:
+    """Where a slice's keys begin, whose first row that is: at ``last`` at most."""
+    first = row + offset - (reach[0] or 0)
+    return max(0, min(first, last)) if isinstance(first, int) else jnp.clip(first, 0, last)
+
+
 def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """Runs of neighbouring leading dims over which each array is either whole or broadcast.
 
@@ -124,7 +163,7 @@ def _flattenable_runs(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     runs: list[list[int]] = []
     before = None
     for dim, sizes in enumerate(zip(*shapes, strict=True)):
-        own = [size > 1 for size in sizes]
+        own = [size != 1 for size in sizes]
         if runs and (before in (None, own) or not any(own)):
             runs[-1].append(dim)
         else:
@@ -140,6 +179,9 @@ def _sizes_along_dims(batch: int, flat: Sequence[int]) -> list[int]:
     """
     sizes: list[int] = []
     for length in reversed(flat):
-        sizes.insert(0, balanced(length, min(length, batch)))
-        batch = batch // length if sizes[0] == length else 1
+        # Of symbolic sizes no more may be known than whether they are equal.
+        whole = length == batch
+        size = length if whole else 1 if batch == 1 else balanced(length, min(length, batch))
+        sizes.insert(0, size)
+        batch = batch // length if not whole and size == length else 1
     return sizes
