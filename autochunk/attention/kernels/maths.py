@@ -59,6 +59,10 @@ class SliceMath:
         leading, names = inputs.query.ndim - 4, problem.cover.names
         self.terms = Terms(inputs.present, rows, keys, call, leading, names)
         self.visible = self.terms.visible(cell.is_open)
+        worked_out = self.visible is not None and inputs.mask is None
+        if worked_out and not self.differentiable:
+            # Otherwise XLA:CPU does so again in each pass over the logits, for every head.
+            self.visible = jax.lax.optimization_barrier(self.visible)
         self.kept = self.terms.kept(self.dtype)
 
     def _product(self, spec: str, one: jax.Array, other: jax.Array) -> jax.Array:
