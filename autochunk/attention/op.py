@@ -147,7 +147,7 @@ def dot_product_attention(
         and 1000 MB. Logits are float32 for half-precision inputs.
       implementation: pins how it is computed: "xla", "xla_rows", "dense" or "cudnn" (see
         ``autochunk.Plan``); None lets "auto" choose, and is "xla" for a number. What cuDNN cannot
-        differentiate (forward mode, higher orders, a bias, under a mask) runs in slices. On several
+        differentiate (forward mode, higher orders, a bias) runs in slices. On several
         devices, unless inside ``shard_map``, "xla" is "xla_rows".
 
     Returns:

@@ -79,12 +79,27 @@ class Recorded:
     def __init__(self) -> None:
         self.traced = 0
 
-    def __call__(self, inputs: Inputs, *, scale: float, is_causal: bool) -> jax.Array:
+    def __call__(
+        self, inputs: Inputs, *, scale: float, is_causal: bool, left: int | None
+    ) -> jax.Array:
         """Takes key sizes that are multiples of 8."""
         if inputs.query.shape[-1] % 8:
             raise NotImplementedError("the key size must be a multiple of 8")
         self.traced += 1
-        return stand_in(*inputs[:5], scale, is_causal)
+        rows, keys = inputs.query.shape[1], inputs.key.shape[1]
+        mask, row, key = inputs.mask, jnp.arange(rows)[:, None], jnp.arange(keys)[None]
+        if mask is None:
+            mask = jnp.ones((1, 1, rows, keys), bool)
+        assert mask.shape[2:] == (rows, keys)
+        if left is not None:
+            mask &= (key >= row - left)[None, None]
+        for lengths, index in (
+            (inputs.query_seq_lengths, row),
+            (inputs.key_value_seq_lengths, key),
+        ):
+            if lengths is not None:
+                mask &= index[None, None] < lengths[:, None, None, None]
+        return stand_in(*inputs[:4], mask, scale, is_causal)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, platforms: tuple[str, ...] = ("cpu",)) -> Recorded:
@@ -182,6 +197,86 @@ def test_every_transformation(recorded: Recorded, change: Callable[..., Any]) ->
     assert recorded.traced
 
 
+MASK = draw((2, 4, 6, 6), 7) < 0.5
+MASK[0, :, 2] = False
+LENGTHS = {"key_value_seq_lengths": np.asarray([3, 0], np.int32)}
+PADDED = {**LENGTHS, "query_seq_lengths": np.asarray([6, 4], np.int32)}
+FORMS: dict[str, dict[str, Any]] = {
+    "mask": {"mask": MASK},
+    "mask of one row": {"mask": MASK[:, :1, :1]},
+    "mask of one key": {"mask": MASK[..., :1]},
+    "key lengths": LENGTHS,
+    "lengths": PADDED,
+    "causal lengths": {**PADDED, "is_causal": True},
+    "causal mask": {"mask": MASK, "is_causal": True},
+    "window": {"local_window_size": (2, 0)},
+    "causal window": {"local_window_size": (1, 7), "is_causal": True},
+    "lengths beyond the arrays": {"key_value_seq_lengths": np.asarray([7, -1], np.int32)},
+    "highest precision": {"precision": "highest"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_that_it_takes(recorded: Recorded, form: dict[str, Any]) -> None:
+    """Rows without a key are the mean of the values, and have its gradients, by the kernel too.
+
+    Whatever no row sees has no part in either, finite or not.
+    """
+    arrays = operands((2,), 6, 6, 4, 2, 8)
+    moving = {name: arrays[name] for name in NAMES}
+
+    def both(implementation: str, moving: Any) -> Any:
+        out, pull = jax.vjp(lambda one: attend(implementation, **form)(**one), moving)
+        return out, pull(arrays["cotangent"])
+
+    received = jax.jit(functools.partial(both, "cudnn"))(moving)
+    assert recorded.traced
+    assert_close(received, jax.jit(functools.partial(both, "dense"))(moving))
+    if form.get("key_value_seq_lengths", [0])[0] == 3:
+        for name in ("key", "value"):
+            moving[name] = moving[name].copy()
+            moving[name][0, 3:] = np.nan
+        poisoned = jax.tree.map(np.asarray, jax.jit(functools.partial(both, "cudnn"))(moving))
+        assert_close(poisoned[0][0], received[0][0])
+        for name, one in poisoned[1][0].items():
+            np.testing.assert_allclose(one[0], received[1][0][name][0], atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_that_cudnn_takes(form: dict[str, Any]) -> None:
+    """As the stand-in."""
+    arrays = operands((2,), 6, 6, 4, 2, 64, dtype=jnp.bfloat16)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {name: jnp.asarray(arrays[name]) for name in NAMES}
+
+    def both(implementation: str, moving: Any, dtype: Any) -> Any:
+        moving = {name: one.astype(dtype) for name, one in moving.items()}
+        out, pull = jax.vjp(lambda one: attend(implementation, **form)(**one), moving)
+        return out, pull(cotangent.astype(out.dtype))
+
+    lowered = jax.jit(lambda one: both("cudnn", one, jnp.bfloat16)).lower(moving)
+    assert "fmha" in lowered.as_text()
+    assert "Backward" in lowered.as_text()
+    received = jax.tree.map(lambda x: x.astype(jnp.float32), lowered.compile()(moving))
+    assert_close(received, jax.jit(lambda one: both("dense", one, jnp.float32))(moving), 3e-2)
+
+
+def test_the_log_sum_exp(recorded: Recorded) -> None:
+    """It is what the kernel keeps for its gradient; its own gradient is computed in slices."""
+    arrays = operands((2,), 6, 5, 2, key_size=8)
+    moving = [arrays[name] for name in NAMES]
+
+    def both(implementation: str) -> Any:
+        attention = attend(implementation, return_residual=True, **LENGTHS)
+        out = attention(*moving)
+        return out, jax.grad(lambda *a: jnp.sum(jnp.tanh(attention(*a)[1])), (0, 1))(*moving)
+
+    received = jax.jit(lambda: both("cudnn"))()
+    assert recorded.traced
+    assert_close(received, jax.jit(lambda: both("dense"))())
+
+
 def test_a_bias_has_a_gradient(recorded: Recorded) -> None:
     """Where the kernel has none, training runs in slices."""
     arrays = operands((2,), 6, 5, 2, key_size=8, bias=(1, 2, 6, 5))
@@ -191,17 +286,27 @@ def test_a_bias_has_a_gradient(recorded: Recorded) -> None:
     assert_close(ours, exact(arrays))
 
 
-@pytest.mark.parametrize(
-    ("size", "platforms", "said"),
-    [(7, ("cpu",), "multiple of 8"), (8, ("cuda",), "it runs on cuda, not on cpu")],
-    ids=["refused", "other platform"],
-)
+ONE_LENGTH = {"key_value_seq_lengths": np.asarray([2], np.int32)}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "refused": ({"size": 7}, "multiple of 8"),
+    "other platform": ({"platforms": ("cuda",)}, "it runs on cuda, not on cpu"),
+    "window": ({"local_window_size": (3, 1)}, "reaches to the right"),
+    "window and lengths": ({"local_window_size": (3, 0), **ONE_LENGTH}, "window_size and lengths"),
+    "offset": ({"query_offset": 2, "is_causal": True}, "a query_offset"),
+    "cap": ({"logits_soft_cap": 2.0}, "logits_soft_cap"),
+    "slopes": ({"alibi_slopes": np.ones(2, np.float32)}, "alibi_slopes"),
+    "algorithm": ({"precision": "BF16_BF16_F32"}, "precision BF16_BF16_F32"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_it_does_not_take(
-    monkeypatch: pytest.MonkeyPatch, size: int, platforms: tuple[str, ...], said: str
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
     """Asked for by name, the refusal is an error that says why."""
-    install(monkeypatch, platforms)
-    x = draw((1, 4, 2, size))
+    settings = {"size": 8, "platforms": ("cpu",), **changes}
+    install(monkeypatch, settings.pop("platforms"))
+    x = draw((1, 4, 2, settings.pop("size")))
     refusal = f"implementation='cudnn' does not take this call.*{said}"
     with pytest.raises(ArgumentError, match=refusal):
-        attend()(x, x, x)
+        attend(**settings)(x, x, x)

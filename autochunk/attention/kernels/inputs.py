@@ -125,6 +125,11 @@ def caller_major(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return _permute(array, in_head_major(axes), axes)
 
 
+def along_rows(stats: jax.Array) -> jax.Array:
+    """Something of each row [..., H, G, T'] as [..., T', H, G, 1]."""
+    return caller_major(stats[..., None], QUERY)
+
+
 def in_head_major(axes: tuple[str, ...]) -> tuple[str, ...]:
     """The axes in the order that products want."""
     return tuple(sorted(axes, key=_HEAD_MAJOR.index))

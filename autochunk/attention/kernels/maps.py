@@ -23,11 +23,12 @@ from autochunk.attention.kernels.inputs import (
     STATS,
     Call,
     Inputs,
-    caller_major,
+    along_rows,
     split,
 )
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
 from autochunk.attention.kernels.problem import Problem
+from autochunk.attention.kernels.terms import may_see_nothing
 from autochunk.plan import Plan, runs_dense
 
 _NO_SOFTMAX_KERNEL = {"cpu"}
@@ -108,20 +109,15 @@ def forward(
     join = None if whole_rows else _join
     out, maximum, total = problem.grid().run(compute, problem.inputs, INPUT_AXES, outputs, join)
     if not whole_rows:
-        out = out / caller_major(_divisor(total, problem)[..., None], QUERY)
+        out = out / along_rows(_divisor(total, problem))
         out = out.astype(inputs.query.dtype)
     out, maximum, total = (
         problem.restore(part, rank)
         for part, rank in ((out, len(QUERY)), (maximum, len(STATS)), (total, len(STATS)))
     )
     if problem.may_see_nothing:
-        out = jnp.where(_sees_nothing(total), mean_value(inputs.value), out)
+        out = jnp.where(along_rows(total == 0), mean_value(inputs.value), out)
     return [within_lengths(out, inputs), maximum, total]
-
-
-def _sees_nothing(total: jax.Array) -> jax.Array:
-    """Rows that see no key, by their sums of exponentials: [..., T', H, G, 1]."""
-    return caller_major((total == 0)[..., None], QUERY)
 
 
 def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -141,7 +137,7 @@ def only_output(
     if runs_dense(plan, inputs.logits):
         return dense(inputs, call)
     if fused.runs(plan, platforms):
-        return [fused.attend(plan.implementation, inputs, call)]
+        return fused.attend(plan.implementation, inputs, call)
     out, maximum, total = forward(
         *operands,
         call=call,
@@ -205,7 +201,7 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
     d_out, d_lse = problem.restore(d_out, len(QUERY)), problem.restore(d_lse, len(STATS))
     if problem.may_see_nothing:
         d_value = dict(zip(call.moving, rest[3:], strict=True))["value"]
-        d_out = jnp.where(_sees_nothing(rest[2]), mean_value(d_value), d_out)
+        d_out = jnp.where(along_rows(rest[2] == 0), mean_value(d_value), d_out)
     d_out = within_lengths(d_out.astype(inputs.query.dtype), inputs)
     return [d_out, d_lse] if call.residual else [d_out]
 
@@ -226,8 +222,7 @@ def cotangent(
     plan, names = call.plans.training, call.wanted(wanted)
     by_kernel = fused.runs(plan, platforms) and set(names) <= set(fused.DIFFERENTIATED)
     if by_kernel and not differentiable:
-        out, maximum, _, d_out = rest
-        found = fused.cotangent(plan.implementation, inputs, call, out, maximum, d_out)
+        found = _by_kernel(plan.implementation, inputs, call, *rest)
         return [found[name] for name in names]
     problem = Problem(inputs, call, plan.sliced(), differentiable)
     rest[3] = within_lengths(rest[3], inputs)
@@ -290,10 +285,33 @@ def cotangent(
     totals = dict(zip(names, problem.grid().run(compute, arrays, axes, outputs, add), strict=True))
     found = {name: total.reshape(inputs.present[name].shape) for name, total in totals.items()}
     if problem.may_see_nothing and "value" in names:
-        blind = jnp.where(_sees_nothing(rest[2]), rest[3].astype(problem.dtype), 0)
-        shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / problem.shape.keys
-        found["value"] += sum_to(shared, (*inputs.value.shape[:-3], 1, *inputs.value.shape[-2:]))
+        found["value"] += _of_means(inputs, rest[2], rest[3], problem.dtype)
     return [found[name].astype(inputs.present[name].dtype) for name in names]
+
+
+def _by_kernel(
+    name: str,
+    inputs: Inputs,
+    call: Call,
+    out: jax.Array,
+    maximum: jax.Array,
+    total: jax.Array,
+    d_out: jax.Array,
+) -> dict[str, jax.Array]:
+    """Cotangents by a fused kernel, whose row maximum is the log-sum-exp."""
+    found = fused.cotangent(name, inputs, call, out, maximum, d_out)
+    if may_see_nothing(inputs, call):
+        wide = jnp.promote_types(inputs.value.dtype, jnp.float32)
+        mean = _of_means(inputs, total, within_lengths(d_out, inputs), wide)
+        found["value"] = (found["value"].astype(wide) + mean).astype(inputs.value.dtype)
+    return found
+
+
+def _of_means(inputs: Inputs, total: jax.Array, d_out: jax.Array, dtype: Any) -> jax.Array:
+    """What the values' cotangents have of rows that see nothing, whose output is their mean."""
+    blind = jnp.where(along_rows(total == 0), d_out.astype(dtype), 0)
+    shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / inputs.key.shape[-3]
+    return sum_to(shared, (*inputs.value.shape[:-3], 1, *inputs.value.shape[-2:]))
 
 
 def _of_slice(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
