@@ -62,6 +62,9 @@ class Choice(Record):
         return max(0.0, largest) if largest < _NO_TELLING else None
 
 
+_ROUNDS_TO_TIE = 3
+
+
 def choose(
     measurements: Iterable[Measurement],
     *,
@@ -84,7 +87,10 @@ def choose(
     finalists = [m for m in fitting if m.joint >= ENOUGH_JOINT] or fitting
     # Ties end with the plan's name, so that the order of the measurements decides nothing.
     fastest = min(finalists, key=lambda m: (m.ratio, m.spread, str(m.plan)))
-    equal = [m for m in fitting if not slower_by(m, fastest)]
+    # One or two rounds of a plan that did not get to the joint ones tell nothing of its equals.
+    well_known = fastest.joint >= ENOUGH_JOINT
+    tied = [m for m in fitting if not well_known or len(m.ratios) >= _ROUNDS_TO_TIE]
+    equal = [m for m in tied if m is fastest or not slower_by(m, fastest)]
     dense = next((m for m in fitting if m.plan == DENSE), None)
     no_slower = [m for m in equal if dense is None or slower_by(m, dense) <= 0]
     # By the rounds that it had with dense even the fastest may be slower than that.

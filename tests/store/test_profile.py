@@ -576,3 +576,16 @@ def test_device_of_a_profile_is_kept() -> None:
     device = make_device(jaxlib="0.9.1", driver="CUDA 13")
     text = make_profile(device=device).model_dump_json()
     assert Profile.model_validate_json(text).device == device
+
+
+def test_a_plan_of_one_round_ties_with_none_that_met_in_joint_rounds() -> None:
+    """However little memory it takes: nothing is known of its time."""
+    well_known = make_measurement("xla", 16.0, 1.0, 100.0).model_copy(
+        update={"seconds": (1.0,) * 12, "ratios": (1.0,) * 12, "joint": 8}
+    )
+    glimpsed = make_measurement("xla_rows", 16.0, 1.02, 5.0).model_copy(
+        update={"seconds": (1.02,), "ratios": (1.02,)}
+    )
+    chosen = choose([well_known, glimpsed], None, None)
+    assert chosen is not None
+    assert chosen.plan == well_known.plan
