@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import Call, Inputs
-from autochunk.attention.kernels.terms import may_see_nothing, terms_of
+from autochunk.attention.kernels.terms import excludes, may_see_nothing, terms_of
 
 
 def dense(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
@@ -56,13 +56,12 @@ def dense_tangent(
     inputs: Inputs, call: Call, weights: jax.Array, tangents: Mapping[str, jax.Array]
 ) -> list[jax.Array]:
     """Tangents of what ``dense`` gives, linear in those of some inputs, by name."""
+    if excludes(inputs, call):  # no product of the saved weights may meet what is excluded
+        finite = {name: _finite(inputs.present[name]) for name in _HEADS}
+        inputs = inputs._replace(**finite)
     whole = _Whole(inputs, call)
-    if whole.seen is not None:  # no product of the saved weights may meet what is excluded
-        whole = _Whole(
-            inputs._replace(**{name: _finite(inputs.present[name]) for name in _HEADS}), call
-        )
     moved = {name: whole.by_head(name, tangents[name]) for name in _HEADS if name in tangents}
-    seen, dtype = whole.seen, whole.dtype
+    dtype = whole.dtype
     d_logits = []
     if "query" in moved:
         d_logits.append(_product(moved["query"], whole.key, call, dtype))
@@ -80,7 +79,7 @@ def dense_tangent(
         d_out.append(_sum(change.astype(whole.value.dtype), whole.value, call))
     if "value" in moved:
         d_value = _sum(whole.dropped(weights).astype(whole.value.dtype), moved["value"], call)
-        if seen is not None or whole.may_see_nothing:
+        if whole.seen is not None or whole.may_see_nothing:
             blind = jnp.max(weights, axis=-1, keepdims=True) == 0
             d_value = jnp.where(jnp.swapaxes(blind, -2, -3), _mean(moved["value"]), d_value)
         d_out.append(d_value)

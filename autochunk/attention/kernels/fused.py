@@ -176,9 +176,11 @@ def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
 def cotangent(
     name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Array, d_out: jax.Array
 ) -> dict[str, jax.Array]:
-    """Cotangents of DIFFERENTIATED, by name; but for what values have of rows without a key."""
+    """Cotangents of DIFFERENTIATED, by name; but for what values have of rows without a key.
+
+    The output's cotangent is zero beyond the rows' lengths.
+    """
     seen = _Seen(inputs, call)
-    d_out = within_lengths(d_out, inputs)
     if seen.blind is not None:
         d_out = jnp.where(along_rows(seen.blind), 0, d_out)
         lse = jnp.where(seen.blind, _UNREACHED, lse)

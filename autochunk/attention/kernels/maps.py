@@ -220,12 +220,12 @@ def cotangent(
     """
     inputs, rest = split(operands, call)
     plan, names = call.plans.training, call.wanted(wanted)
+    rest[3] = within_lengths(rest[3], inputs)
     by_kernel = fused.runs(plan, platforms) and set(names) <= set(fused.DIFFERENTIATED)
     if by_kernel and not differentiable:
         found = _by_kernel(plan.implementation, inputs, call, *rest)
         return [found[name] for name in names]
     problem = Problem(inputs, call, plan.sliced(), differentiable)
-    rest[3] = within_lengths(rest[3], inputs)
     extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
@@ -302,7 +302,7 @@ def _by_kernel(
     found = fused.cotangent(name, inputs, call, out, maximum, d_out)
     if may_see_nothing(inputs, call):
         wide = jnp.promote_types(inputs.value.dtype, jnp.float32)
-        mean = _of_means(inputs, total, within_lengths(d_out, inputs), wide)
+        mean = _of_means(inputs, total, d_out, wide)
         found["value"] = (found["value"].astype(wide) + mean).astype(inputs.value.dtype)
     return found
 

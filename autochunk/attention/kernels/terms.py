@@ -116,13 +116,6 @@ class Terms:
         if rows is not None and keys is not None:
             yield rows == keys
 
-    def rows_in_length(self) -> jax.Array | None:
-        """Which rows are within ``query_seq_lengths``: [..., 1, 1, T', 1]; None is all."""
-        lengths = self._array("query_seq_lengths")
-        if lengths is None:
-            return None
-        return self._at(self._rows.indices(), ("rows",)) < lengths
-
     def added(self, dtype: Any) -> Iterator[jax.Array]:
         """What is added to the logits, each broadcast against them."""
         if (bias := self._array("bias")) is not None:
