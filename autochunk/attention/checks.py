@@ -69,7 +69,7 @@ def sizes_of(query: jax.Array, key: jax.Array) -> dict[str, int]:
     return {"h": query.shape[-2], "t": query.shape[-3], "s": key.shape[-3]}
 
 
-_KINDS = {
+_KINDS: Mapping[str, Any] = {  # of types, which NumPy's and JAX's stubs call differently
     "floating": jnp.floating,
     "boolean": jnp.bool_,
     "integer": jnp.integer,
