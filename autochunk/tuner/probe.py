@@ -56,6 +56,7 @@ class Probe:
     Attributes:
       deadline: ``time.monotonic()`` time at which a request in progress is given up with OutOfTime;
         None waits as long as a request may take.
+      seconds_to_start: that the last worker took until it was ready for a plan.
       abandoned: whether ``abandon`` was called.
     """
 
@@ -74,6 +75,7 @@ class Probe:
         # would leave none for other processes.
         self.environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
         self.deadline: float | None = None
+        self.seconds_to_start = 0.0
         self.workload: Workload | None = None
         self.device: Device | None = None
         self._worker: WorkerProcess | None = None
@@ -99,6 +101,10 @@ class Probe:
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+
+    def restart(self) -> None:
+        """Has another worker do what is asked for next; plans are prepared in it as they come."""
+        self._stop()
 
     def abandon(self) -> None:
         """Makes a request in progress in another thread, and every later one, raise OutOfTime."""
@@ -210,6 +216,7 @@ class Probe:
             self._ask("drop", plan=plan.as_data())
 
     def _start(self) -> None:
+        start = time.monotonic()
         if self._worker is None:
             self._worker, self._ready = WorkerProcess(self.command, self.environment), {}
         try:
@@ -219,6 +226,7 @@ class Probe:
             if self.workload is not None:
                 what = f"measure {self.workload.key}"
             raise ProbeError(f"cannot {what}: {failure.detail}") from failure
+        self.seconds_to_start = time.monotonic() - start
 
     def _greet(self) -> None:
         hello = self._ask("hello", within=_START_SECONDS)

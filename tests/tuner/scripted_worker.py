@@ -20,7 +20,7 @@ from typing import Any
 
 from autochunk.plan import Plan
 
-NOISE = random.Random(0)
+NOISE = random.Random(os.getpid())  # another process, other noise
 DEVICE = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8}
 DEVICE |= {"jax": "0.12.0", "jaxlib": "0.12.0", "driver": ""}
 

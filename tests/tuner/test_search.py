@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from factories import Scripted, make_device, make_measurement
 
+from autochunk.device import Device
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Effort
@@ -146,10 +147,10 @@ def test_a_plan_is_not_to_blame_for_the_anchor(scripted: Scripted, tmp_path: Pat
     assert {plan for plan, m in by_plan(again).items() if not m.timed} == {"xla_rows, 67.2 MB"}
 
 
-def test_each_plan_is_prepared_once(scripted: Scripted, tmp_path: Path) -> None:
+def test_each_plan_is_prepared_once(scripted_gpu: Scripted, tmp_path: Path) -> None:
     """The anchor and the finalists, timed again, stay in the worker; the others do not."""
     log = tmp_path / "log"
-    command = scripted(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log))
+    command = scripted_gpu(plans={"xla_rows, 4.2 MB": {"seconds": 0.011}}, log=str(log))
     outcome = run(command, tmp_path / "study", "standard")
     requests = [json.loads(line) for line in log.read_text().splitlines()]
     prepared = [tuple(one["plan"]) for one in requests if one["do"] == "prepare"]
@@ -276,7 +277,15 @@ class _Ending:
     def __init__(self, rounds: int, seconds: float | None = None) -> None:
         self.left = rounds
         self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.seconds_to_start = 10.0
         self.asked: list[list[Plan]] = []
+        self.restarts = 0
+
+    def connect(self) -> Device:
+        return make_device()
+
+    def restart(self) -> None:
+        self.restarts += 1
 
     def time(self, plans: list[Plan]) -> list[float]:
         if not self.left:
@@ -286,10 +295,10 @@ class _Ending:
         return [0.1] * len(plans)
 
 
-def _joint_rounds(probe: Any) -> JointRounds:
+def _joint_rounds(probe: Any, effort: Effort = "quick") -> JointRounds:
     limits = (1.0, 2.0, 4.0, 8.0)
     measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
-    return JointRounds(probe, EFFORT_SETTINGS["quick"], measured, Plan("xla", 1.0))
+    return JointRounds(probe, EFFORT_SETTINGS[effort], measured, Plan("xla", 1.0))
 
 
 @pytest.mark.parametrize(("there", "cut_short"), [(1, True), (2, True), (3, False), (9, False)])
@@ -312,6 +321,35 @@ def test_as_many_finalists_as_time_is_for(seconds: float | None, plans: int) -> 
     assert {plan.max_chunk_size_mb for plan in probe.asked[0]} == {1.0, 2.0, 4.0, 8.0} - (
         {4.0, 8.0} if plans == 2 else set()
     )
+
+
+@pytest.mark.parametrize(("seconds", "restarts"), [(5.0, 0), (60.0, 1), (None, 1)])
+def test_a_new_process_only_where_there_is_time_for_it(
+    seconds: float | None, restarts: int
+) -> None:
+    """Few rounds in one process are better than none in two."""
+    probe = _Ending(6, seconds)
+    joint = _joint_rounds(probe, "standard")
+    measurements = joint.run([Plan("xla", 1.0), Plan("xla", 2.0)])
+    assert probe.restarts == restarts
+    assert [m.joint for m in measurements] == [6] * 2
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_finalists_meet_in_several_processes(
+    platform: str, scripted: Scripted, scripted_gpu: Scripted, tmp_path: Path
+) -> None:
+    """On CPUs, where a process's memory favours one plan or another in all its rounds."""
+    log = tmp_path / "log"
+    script = {"plans": {"xla, 16.8 MB": {"seconds": 0.1}}, "default": {"seconds": 0.101}}
+    command = {"cpu": scripted, "gpu": scripted_gpu}[platform](**script, log=str(log))
+    outcome = run(command, tmp_path / "study", effort="standard")
+    asked = [json.loads(line)["do"] for line in log.read_text().splitlines()]
+    settings = EFFORT_SETTINGS["standard"]
+    fewest, each = settings.least_joint, settings.rounds_per_process
+    assert max(m.joint for m in outcome.measurements) == fewest
+    assert asked.count("load") == (fewest / each if platform == "cpu" else 1)
+    assert asked[-each:] == ["time"] * each
 
 
 def test_hints_are_measured_first(scripted: Scripted, tmp_path: Path) -> None:
@@ -366,12 +404,12 @@ def test_joint_rounds_have_a_new_order_each_time(scripted: Scripted, tmp_path: P
     assert len(followers) > 2 * (len(rounds[0]) - 1)
 
 
-def test_joint_rounds_end_when_the_choice_is_clear(scripted: Scripted, tmp_path: Path) -> None:
+def test_joint_rounds_end_when_the_choice_is_clear(scripted_gpu: Scripted, tmp_path: Path) -> None:
     """Noiseless times are clear after the fewest rounds; those that scatter take more."""
     counts = []
     for jitter in (0.0, 0.2):
         plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": 0.101}}
-        command = scripted(plans=plans, default={"seconds": 0.3}, jitter=jitter)
+        command = scripted_gpu(plans=plans, default={"seconds": 0.3}, jitter=jitter)
         outcome = run(command, tmp_path / f"study {jitter}", effort="standard")
         counts.append(max(m.joint for m in outcome.measurements))
     settings = EFFORT_SETTINGS["standard"]
