@@ -21,6 +21,7 @@ class Implementation:
       kernel: for a kernel of another library that holds no logits, ``"module:function"``: a
         ``kernels.fused.Kernel``, loaded when it is first asked for; else empty.
       platforms: where it runs, as JAX's lowering names them; empty is everywhere.
+      dtypes: of its inputs, by name; empty is any.
       extra: the extra of autochunk that installs what it needs; empty where JAX has it all.
     """
 
@@ -28,6 +29,7 @@ class Implementation:
     slicing: tuple[str, ...] = ()
     kernel: str = ""
     platforms: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     extra: str = ""
 
     @property
@@ -53,6 +55,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "cuDNN's fused kernel, on NVIDIA GPUs, in half precision",
         kernel="autochunk.attention.kernels.fused:cudnn",
         platforms=("cuda",),
+        dtypes=("bfloat16", "float16"),
     ),
     "xla": Implementation(
         "slices over batch, then heads, then query rows, then keys",

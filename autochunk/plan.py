@@ -63,7 +63,8 @@ class Plan:
 class Plans:
     """The plan of a call that is not differentiated, and of one that is.
 
-    ``on_use`` is told which of the two came to run; it takes no part in equality, so that compiled
+    ``on_use`` is told which of the two came to run, ``unfused`` gives the plan in the place of a
+    fused kernel that does not take the call; neither takes part in equality, so that compiled
     programs are shared.
     """
 
@@ -72,6 +73,15 @@ class Plans:
     on_use: Callable[[Literal["forward", "training"]], None] | None = field(
         default=None, compare=False, repr=False
     )
+
+    unfused: Callable[[Literal["forward", "training"]], Plan] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def without_kernel(self, mode: Literal["forward", "training"]) -> Plan:
+        """The plan for ``mode`` where its fused kernel does not take the call."""
+        plan = self.forward if mode == "forward" else self.training
+        return plan.sliced() if self.unfused is None else self.unfused(mode)
 
     def used(self, mode: Literal["forward", "training"]) -> None:
         """Tells ``on_use`` that the plan for ``mode`` is the one that runs."""

@@ -268,7 +268,7 @@ def why_not(implementation: str, arguments: Arguments, *, training: bool) -> str
 
 
 def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> kernels.Call:
-    """The call with its fused kernel, or with slices in the place of one that does not take it.
+    """The call with its fused kernel, or with what is best without one that does not take it.
 
     Raises:
       ArgumentError: the fused kernel was asked for by name. Only a refusal of the forward pass
@@ -287,7 +287,8 @@ def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> ke
                 refused = f"implementation={pinned!r} does not take this call: {refusal}. "
                 cure = 'Leave implementation out to let "auto" choose'
                 raise ArgumentError(refused + cure) from None
-            plans = dataclasses.replace(plans, **{mode: plan.sliced()})  # type: ignore[arg-type]
+            instead = _for_mesh(plans.without_kernel(mode))
+            plans = dataclasses.replace(plans, **{mode: instead})  # type: ignore[arg-type]
     return call._replace(plans=plans, kernel=kernel)
 
 

@@ -6,29 +6,26 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from autochunk.device import Device
-from autochunk.implementations import is_sliced
-from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.plan import BYTES_PER_MB, Plan
+from autochunk.resolution.rule import usual_plan
 from autochunk.store.choice import Choice
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
 Match = Literal["exact", "nearest", "default", "pinned"]
 
-# Without measurements, one slice of logits takes at most this share of a memory budget: weights and
-# their cotangents live beside it.
-_SHARE_OF_BUDGET = 0.25
-
 # XLA:CPU multiplies in the inputs' own precision, or better, whichever of these is asked for.
 _ONE_ON_CPUS = {"high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "float32", "fastest"}
 
 
 class Request(NamedTuple):
-    """What is asked of the layers."""
+    """What is asked of the layers; ``fused`` is whether a fused kernel may be the answer."""
 
     workload: Workload
     implementation: str | None
     memory_budget_mb: float | None
     device: Device
+    fused: bool = True
 
     @property
     def alike(self) -> tuple[Workload, ...]:
@@ -83,7 +80,9 @@ class Resolution:
 def from_profile(profile: Profile, request: Request, layer: str) -> Resolution | None:
     """What a profile, of this workload or another, answers; None if it has no plan that fits."""
     choice = profile.choose(
-        memory_budget_mb=request.memory_budget_mb, implementation=request.implementation
+        memory_budget_mb=request.memory_budget_mb,
+        implementation=request.implementation,
+        fused=request.fused,
     )
     if choice is None:
         return None
@@ -110,7 +109,8 @@ def over_budget(profile: Profile, request: Request) -> Resolution | None:
     least = profile.least_memory(request.implementation)
     if least is None or request.memory_budget_mb is None:
         return None
-    plan, limit = _default_plan(request), least.max_chunk_size_mb
+    slices = request._replace(implementation=request.implementation or "xla")
+    plan, limit = _usual(slices)[0], least.max_chunk_size_mb
     if limit is not None and plan.max_chunk_size_mb is not None and limit <= plan.max_chunk_size_mb:
         plan = least.plan
     memory = (least.temp_bytes or 0) / BYTES_PER_MB
@@ -123,8 +123,9 @@ def over_budget(profile: Profile, request: Request) -> Resolution | None:
 
 def unknown(request: Request) -> Resolution:
     """The answer where no profile has one."""
-    reason = f"no profile; tune with: {request.workload.tune_command}"
-    return _default(request, _default_plan(request), reason)
+    plan, why = _usual(request)
+    reason = f"no profile: {why}; tune with: {request.workload.tune_command}"
+    return _default(request, plan, reason)
 
 
 def _default(
@@ -142,10 +143,11 @@ def _default(
     )
 
 
-def _default_plan(request: Request) -> Plan:
-    implementation = request.implementation or "xla"
-    if not is_sliced(implementation):
-        return Plan(implementation, None)
-    budget = request.memory_budget_mb
-    share = DEFAULT_MAX_CHUNK_SIZE_MB if budget is None else budget * _SHARE_OF_BUDGET
-    return Plan(implementation, min(DEFAULT_MAX_CHUNK_SIZE_MB, share))
+def _usual(request: Request) -> tuple[Plan, str]:
+    return usual_plan(
+        request.workload,
+        request.device,
+        implementation=request.implementation,
+        memory_budget_mb=request.memory_budget_mb,
+        fused=request.fused,
+    )

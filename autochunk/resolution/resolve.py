@@ -27,8 +27,9 @@ from autochunk.resolution import agree, reporting, settings, snapshot
 from autochunk.resolution.answer import Request, Resolution, from_profile, over_budget, unknown
 from autochunk.resolution.layers import Layer
 from autochunk.resolution.nearest import nearest
+from autochunk.resolution.settings import Settings
 from autochunk.store.profile import Profile
-from autochunk.workload import MODES, Workload
+from autochunk.workload import MODES, Mode, Workload
 
 _lock = threading.RLock()
 
@@ -47,6 +48,17 @@ def resolve(
     """
     now = settings.current()
     implementation = check_implementation(implementation) or now.implementation
+    return _resolve(workload, implementation, now, device)
+
+
+def _resolve(
+    workload: Workload,
+    implementation: str | None,
+    now: Settings,
+    device: Device | None = None,
+    *,
+    fused: bool = True,
+) -> Resolution:
     if plan := now.pinned(implementation):
         where, why = "autochunk.use", "set by autochunk.use(...)"
         return Resolution(workload, device or devices.detect(), plan, "pinned", where, why)
@@ -54,7 +66,7 @@ def resolve(
         agreed = device is None and agree.several_processes()
         view = (snapshot.agreed_snapshot if agreed else snapshot.own_snapshot)(now.store)
         device = device or view.device or devices.detect()
-        request = Request(workload, implementation, now.memory_budget_mb, device)
+        request = Request(workload, implementation, now.memory_budget_mb, device, fused)
         if request not in view.answers:
             view.answers[request] = _ask_all(request, view.layers)
         return view.answers[request]
@@ -91,10 +103,19 @@ def _ask(layer: Layer, request: Request, asked: list[tuple[str, str]]) -> Profil
 def plans(workload: Workload, implementation: str | None) -> Plans:
     """The plans of a call, for either mode; the one that comes to run is reported then."""
     both = {mode: resolve(workload.with_mode(mode), implementation) for mode in MODES}
+    now = settings.current()
+
+    def unfused(mode: Mode) -> Plan:
+        if both[mode].match == "pinned":
+            return both[mode].plan.sliced()
+        both[mode] = _resolve(workload.with_mode(mode), None, now, fused=False)
+        return _bounded(both[mode])
+
     return Plans(
         forward=_bounded(both["forward"]),
         training=_bounded(both["training"]),
         on_use=lambda mode: reporting.report(both[mode]),
+        unfused=unfused,
     )
 
 

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
 from autochunk.store.interval import Interval, paired, unpaired
 from autochunk.store.measurement import ENOUGH_JOINT, Measurement, Record
@@ -70,16 +70,17 @@ def choose(
     *,
     memory_budget_mb: float | None = None,
     implementation: str | None = None,
+    fused: bool = True,
 ) -> Choice | None:
     """The best plan by its measurements; None if none can be recommended.
 
     The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose
     times cannot be told from the fastest's, the one with least memory; never one slower than
-    dense attention, where dense fits. ``implementation`` narrows the choice to one. A plan that
-    was given up early was slower than another; it may be the best of those that a budget or an
-    implementation leaves, and counts only there.
+    dense attention, where dense fits. ``implementation`` narrows the choice to one, ``fused=False``
+    to what is no fused kernel. A plan that was given up early was slower than another; it may be
+    the best of those that a budget or an implementation leaves, and counts only there.
     """
-    judged = [(m, _objection(m, memory_budget_mb, implementation)) for m in measurements]
+    judged = [(m, _objection(m, memory_budget_mb, implementation, fused)) for m in measurements]
     fitting = [measurement for measurement, objection in judged if not objection]
     if not fitting:
         return None
@@ -163,14 +164,15 @@ def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:
 
 
 def _objection(
-    measurement: Measurement, memory_budget_mb: float | None, implementation: str | None
+    measurement: Measurement,
+    memory_budget_mb: float | None,
+    implementation: str | None,
+    fused: bool = True,
 ) -> str:
     """Why a measurement cannot be chosen at all; empty if it can."""
-    if implementation is not None and measurement.implementation != implementation:
-        return f"implementation={implementation!r} was asked for"
-    if measurement.implementation not in IMPLEMENTATIONS:
-        return "this version of autochunk has no such implementation"
-    narrowed = memory_budget_mb is not None or implementation is not None
+    if unwanted := _unwanted(measurement.implementation, implementation, fused):
+        return unwanted
+    narrowed = memory_budget_mb is not None or implementation is not None or not fused
     if measurement.status == "pruned" and not narrowed:
         return f"given up early, {measurement.detail or 'too slow'}"
     if not measurement.timed:
@@ -180,6 +182,17 @@ def _objection(
         return (
             f"{memory / 1e6:.0f} MB of working memory is over the budget of {memory_budget_mb:g} MB"
         )
+    return ""
+
+
+def _unwanted(name: str, implementation: str | None, fused: bool) -> str:
+    """Why an implementation cannot be chosen, however fast; empty if it can."""
+    if implementation is not None and name != implementation:
+        return f"implementation={implementation!r} was asked for"
+    if name not in IMPLEMENTATIONS:
+        return "this version of autochunk has no such implementation"
+    if not fused and is_fused(name):
+        return "a fused kernel, which does not take this call"
     return ""
 
 

@@ -97,11 +97,18 @@ class Profile(Record):
         return next(itertools.chain(exact, same), None)
 
     def choose(
-        self, *, memory_budget_mb: float | None = None, implementation: str | None = None
+        self,
+        *,
+        memory_budget_mb: float | None = None,
+        implementation: str | None = None,
+        fused: bool = True,
     ) -> choice.Choice | None:
         """The best plan by the measurements, as ``choice.choose`` has it; None if there is none."""
         return choice.choose(
-            self.measurements, memory_budget_mb=memory_budget_mb, implementation=implementation
+            self.measurements,
+            memory_budget_mb=memory_budget_mb,
+            implementation=implementation,
+            fused=fused,
         )
 
     def least_memory(self, implementation: str | None = None) -> Measurement | None:

@@ -1,0 +1,66 @@
+"""The plan for what nothing is known of: by the kind of device and the form of the call.
+
+Its figures are of the profiles that ship and of two more CPUs, 72 workloads on CPUs and 92 on GPUs,
+as the ratio of the rule's time to the best plan's. On CPUs slices of 17 MB take 1.04 to 1.10 times
+as long (medians of three machines; at worst 1.5), 1000 MB 1.17 to 1.38 (at worst 4.4), dense
+attention 1.6 to 2.2 (at worst 11). On GPUs a fused kernel wins wherever it takes a call; else dense
+attention is faster than slices, which take 1.5 times as long as it, but keeps all its weights for
+the backward pass.
+"""
+
+from __future__ import annotations
+
+from autochunk.device import Device
+from autochunk.implementations import IMPLEMENTATIONS, is_sliced
+from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.workload import DTYPES, Workload
+
+# On a CPU; the logits of sizes that are powers of two are cut into slices of 2**24 bytes.
+_CPU_MB = 17.0
+# Of a GPU's memory, what the logits of dense attention may take: a training step holds them several
+# times, and a model has several layers.
+_MODEST = 1 / 32
+# One slice of logits takes at most this share of a memory budget: weights and their cotangents live
+# beside it.
+_SHARE_OF_BUDGET = 0.25
+
+
+def usual_plan(
+    workload: Workload,
+    device: Device,
+    *,
+    implementation: str | None = None,
+    memory_budget_mb: float | None = None,
+    fused: bool = True,
+) -> tuple[Plan, str]:
+    """A plan, and why it is this one.
+
+    Args:
+      workload: of any form.
+      device: where.
+      implementation: the only one that is asked for, if any.
+      memory_budget_mb: most working memory in MB (10^6 bytes), if there is such a limit.
+      fused: whether a fused kernel may take the call.
+    """
+    if implementation is not None and not is_sliced(implementation):
+        return Plan(implementation), f"implementation={implementation!r} was asked for"
+    if implementation is None and device.platform != "cpu":
+        if fused and (kernel := _kernel(workload, device)):
+            return Plan(kernel), "a fused kernel, where it takes the call, is the fastest on a GPU"
+        most = device.memory_gib * 2**30 * _MODEST
+        if memory_budget_mb is not None:
+            most = min(most, memory_budget_mb * BYTES_PER_MB * _SHARE_OF_BUDGET)
+        if workload.logits_bytes <= most:
+            return Plan("dense"), f"all logits are no more than {most / BYTES_PER_MB:.3g} MB"
+    limit = _CPU_MB if device.platform == "cpu" else DEFAULT_MAX_CHUNK_SIZE_MB
+    if memory_budget_mb is not None:
+        limit = min(limit, memory_budget_mb * _SHARE_OF_BUDGET)
+    return Plan(implementation or "xla", limit), "slices of a usual size"
+
+
+def _kernel(workload: Workload, device: Device) -> str | None:
+    """The first fused kernel that is for such a device and dtype."""
+    for name, one in IMPLEMENTATIONS.items():
+        if one.fused and one.runs_on(device.platform) and workload.dtype in (one.dtypes or DTYPES):
+            return name
+    return None

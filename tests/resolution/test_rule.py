@@ -1,0 +1,115 @@
+"""What "auto" does where nothing is known, and in the place of a kernel that refuses a call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from factories import make_device, make_measurement, make_profile, make_workload
+
+from autochunk.device import Device
+from autochunk.plan import Plan
+from autochunk.resolution import places, resolve
+from autochunk.resolution.rule import usual_plan
+from autochunk.resolution.settings import use
+from autochunk.store.measurement import Measurement
+from autochunk.store.profiles import ProfileStore
+
+CPU = make_device()
+GPU = make_device(platform="gpu", kind="Made Up", cores=0, memory_gib=80)
+TPU = make_device(platform="tpu", kind="Made Up", cores=0, memory_gib=16)
+SMALL = "b=8,t=2048,h=16,k=64"  # 2.1 GB of logits
+LARGE = "b=8,t=4096,h=16,k=64"
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "options", "expected"),
+    [
+        (CPU, SMALL, {}, Plan("xla", 17.0)),
+        (CPU, LARGE, {"dtype": "bfloat16"}, Plan("xla", 17.0)),
+        (GPU, SMALL, {"dtype": "bfloat16"}, Plan("cudnn")),
+        (GPU, LARGE, {"dtype": "float16"}, Plan("cudnn")),
+        (GPU, SMALL, {"dtype": "float32"}, Plan("dense")),
+        (GPU, LARGE, {"dtype": "float32"}, Plan("xla", 1000.0)),
+        (TPU, SMALL, {"dtype": "bfloat16"}, Plan("xla", 1000.0)),
+        (TPU, "t=256,h=4,k=64", {"dtype": "bfloat16"}, Plan("dense")),
+    ],
+)
+def test_the_usual_plan(
+    device: Device, shape: str, options: dict[str, str], expected: Plan
+) -> None:
+    """A fused kernel where there may be one, else dense attention while its logits are modest."""
+    plan, why = usual_plan(make_workload(shape, **options), device)
+    assert plan == expected
+    assert why
+
+
+@pytest.mark.parametrize(
+    ("device", "budget", "expected"),
+    [
+        (CPU, 40.0, Plan("xla", 10.0)),
+        (GPU, 1e6, Plan("dense")),
+        (GPU, 8000.0, Plan("xla", 1000.0)),
+        (GPU, 400.0, Plan("xla", 100.0)),
+    ],
+)
+def test_the_usual_plan_within_a_budget(device: Device, budget: float, expected: Plan) -> None:
+    """Logits take at most a quarter of it."""
+    plan, _ = usual_plan(make_workload(SMALL), device, memory_budget_mb=budget)
+    assert plan == expected
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_rows", "dense", "cudnn"])
+def test_one_that_is_asked_for(implementation: str) -> None:
+    """It is the answer, in slices of a usual size."""
+    workload = make_workload(SMALL, dtype="bfloat16")
+    plan, _ = usual_plan(workload, GPU, implementation=implementation)
+    assert plan.implementation == implementation
+    assert plan.max_chunk_size_mb == (1000.0 if "xla" in implementation else None)
+
+
+def test_without_the_kernel() -> None:
+    """What may not be a fused kernel is one of the others."""
+    workload = make_workload(SMALL, dtype="bfloat16")
+    assert usual_plan(workload, GPU, fused=False)[0] == Plan("dense")
+
+
+# --- A kernel that refuses ------------------------------------------------------------------------
+
+UNSLICED = Plan("dense", 2147.483648)  # but for a batch that ``vmap`` makes
+CURVE = [
+    make_measurement("cudnn", None, 0.2, memory_mb=1),
+    make_measurement("xla", 64.0, 0.8, memory_mb=50),
+    make_measurement("dense", None, 1.0, memory_mb=900),
+]
+
+
+@pytest.fixture
+def on_gpu(tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch) -> ProfileStore:
+    """The user's store on a machine with a GPU, with no other layer."""
+    monkeypatch.setattr(places, "shipped_profiles", lambda: tmp_path)
+    monkeypatch.setattr("autochunk.device.detect", lambda: GPU)
+    return ProfileStore(store_path)
+
+
+@pytest.mark.parametrize(
+    ("measurements", "expected"),
+    [(CURVE, Plan("xla", 64.0)), ([], UNSLICED), (CURVE[:1], UNSLICED)],
+)
+def test_what_runs_in_its_place(
+    measurements: list[Measurement], expected: Plan, on_gpu: ProfileStore
+) -> None:
+    """The best of the others by the profile; without one, as without a kernel."""
+    workload = make_workload(SMALL, dtype="bfloat16", mode="training")
+    if measurements:
+        on_gpu.put(make_profile(workload, GPU, measurements))
+    plans = resolve.plans(workload, None)
+    assert plans.training == Plan("cudnn")
+    assert plans.without_kernel("training") == expected
+
+
+def test_what_runs_in_the_place_of_one_that_use_pins(on_gpu: ProfileStore) -> None:
+    """Slices of the limit that was given with it."""
+    with use(implementation="cudnn", max_chunk_size_mb=64):
+        plans = resolve.plans(make_workload(SMALL, dtype="bfloat16"), None)
+    assert plans.without_kernel("forward") == Plan("xla_rows", 64.0)
