@@ -21,6 +21,9 @@ SAME_TIME = 0.01
 # memory may not cost more time.
 LARGEST_NOISE = 0.03
 
+# A plan is chosen for its memory only where it is certain to cost no more time than this.
+MOST_COST = 0.05
+
 # A choice that may be wrong by this factor is none that anything is known of.
 _NO_TELLING = 1.0
 
@@ -62,9 +65,6 @@ class Choice(Record):
         return max(0.0, largest) if largest < _NO_TELLING else None
 
 
-_ROUNDS_TO_TIE = 3
-
-
 def choose(
     measurements: Iterable[Measurement],
     *,
@@ -75,23 +75,23 @@ def choose(
     """The best plan by its measurements; None if none can be recommended.
 
     The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose
-    times cannot be told from the fastest's, the one with least memory; never one slower than
-    dense attention, where dense fits. ``implementation`` narrows the choice to one, ``fused=False``
-    to what is no fused kernel. A plan that was given up early was slower than another; it may be
-    the best of those that a budget or an implementation leaves, and counts only there.
+    times cannot be told from the fastest's, and are certainly no more than MOST_COST longer, the
+    one with least memory; never one slower than dense attention, where dense fits.
+    ``implementation`` narrows the choice to one, ``fused=False`` to what is no fused kernel. A plan
+    that was given up early was slower than another; it may be the best of those that a budget or an
+    implementation leaves, and counts only there.
     """
     judged = [(m, _objection(m, memory_budget_mb, implementation, fused)) for m in measurements]
     fitting = [measurement for measurement, objection in judged if not objection]
     if not fitting:
         return None
-    # Those that met in joint rounds were faster than all others, whose ratios are of other rounds.
-    finalists = [m for m in fitting if m.joint >= ENOUGH_JOINT] or fitting
+    # Those that met in joint rounds were faster than all others, whose ratios are of other rounds,
+    # and those that were in most of them than those that left.
+    most = max(m.joint for m in fitting)
+    finalists = [m for m in fitting if m.joint == most] if most >= ENOUGH_JOINT else fitting
     # Ties end with the plan's name, so that the order of the measurements decides nothing.
     fastest = min(finalists, key=lambda m: (m.ratio, m.spread, str(m.plan)))
-    # One or two rounds of a plan that did not get to the joint ones tell nothing of its equals.
-    well_known = fastest.joint >= ENOUGH_JOINT
-    tied = [m for m in fitting if not well_known or len(m.ratios) >= _ROUNDS_TO_TIE]
-    equal = [m for m in tied if m is fastest or not slower_by(m, fastest)]
+    equal = [m for m in fitting if m is fastest or _as_fast(m, fastest)]
     dense = next((m for m in fitting if m.plan == DENSE), None)
     no_slower = [m for m in equal if dense is None or slower_by(m, dense) <= 0]
     # By the rounds that it had with dense even the fastest may be slower than that.
@@ -153,6 +153,11 @@ def slower_by(one: Measurement, other: Measurement) -> float:
         return difference
     low, _, high = compare(one, other)
     return difference if (low > 0 and difference > 0) or (high < 0 and difference < 0) else 0.0
+
+
+def _as_fast(one: Measurement, other: Measurement) -> bool:
+    """Whether one is no slower than another, and certainly not by more than MOST_COST."""
+    return not slower_by(one, other) and compare(one, other).high <= MOST_COST
 
 
 def _memory(measurement: Measurement) -> int:

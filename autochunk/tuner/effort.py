@@ -27,8 +27,6 @@ class EffortSettings:
       finalists: how many plans meet in the joint rounds.
       least_joint, joint_rounds: fewest and most joint rounds; they end when the choice is clear.
       joint_seconds: time for them, beyond the fewest.
-      rounds_per_process: after so many joint rounds the next ones are in a new measuring process,
-        on CPUs: where memory lies in one was seen to favour a plan by a tenth.
     """
 
     timeout: float | None
@@ -44,7 +42,6 @@ class EffortSettings:
     least_joint: int
     joint_rounds: int
     joint_seconds: float
-    rounds_per_process: int
 
 
 EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
@@ -54,15 +51,14 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         seconds_per_request=60.0,
         step=4,
         most_slices=64,
-        hopeless=1.2,
+        hopeless=1.3,
         least_rounds=2,
         rounds=5,
         seconds=1.0,
-        finalists=3,
+        finalists=4,
         least_joint=3,
         joint_rounds=12,
-        joint_seconds=2.0,
-        rounds_per_process=3,
+        joint_seconds=4.0,
     ),
     "standard": EffortSettings(
         timeout=570.0,
@@ -77,15 +73,14 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         seconds_per_request=120.0,
         step=2,
         most_slices=256,
-        hopeless=1.25,
+        hopeless=1.35,
         least_rounds=3,
-        rounds=10,
-        seconds=4.0,
-        finalists=4,
+        rounds=3,
+        seconds=1.0,
+        finalists=8,
         least_joint=6,
-        joint_rounds=30,
-        joint_seconds=15.0,
-        rounds_per_process=3,
+        joint_rounds=60,
+        joint_seconds=30.0,
     ),
     "thorough": EffortSettings(
         timeout=None,
@@ -97,10 +92,9 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         least_rounds=4,
         rounds=20,
         seconds=10.0,
-        finalists=6,
+        finalists=8,
         least_joint=10,
-        joint_rounds=60,
-        joint_seconds=60.0,
-        rounds_per_process=5,
+        joint_rounds=100,
+        joint_seconds=90.0,
     ),
 }

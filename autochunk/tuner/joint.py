@@ -15,14 +15,19 @@ from autochunk.tuner.probe import OutOfTime, Probe, seconds_left
 from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import undecided
 
+# Of the time that is left, what starting a new process may take.
+_SHARE_OF_STARTING = 0.25
+
 
 class JointRounds:
     """Rounds in which all plans that are still in question are timed, and the anchor.
 
     Each has them in a new random order: a plan that follows one that takes much memory may be
-    slower for it. On CPUs they are held in several processes: where memory lies in one favours some
-    plan in all its rounds. Those that are clear leave, and do not come back, so that two plans'
-    rounds are the same ones from the first on.
+    slower for it. From time to time those that are clear leave, and where time is limited the
+    slower half, so that the best have most of it (Karnin, Koren and Somekh 2013, "Almost optimal
+    exploration in multi-armed bandits"). None comes back: two plans' rounds are the same ones from
+    the first on. On a CPU the others then go on in a new process: where memory lies in one favours
+    some plan in all its rounds.
     """
 
     def __init__(
@@ -34,64 +39,64 @@ class JointRounds:
     ) -> None:
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
         self._rounds: list[dict[Plan, float]] = []
-        self._per_process = settings.joint_rounds
+        self._end = math.inf
         self.cut_short = False
 
     def run(self, finalists: Sequence[Plan]) -> list[Measurement]:
         """The finalists' and the anchor's measurements with joint rounds added.
 
-        Of finalists, best first, no more take part than can have the fewest rounds in the time that
-        is left. Where that ends even so, ``cut_short`` says that there are fewer.
+        Of finalists, best first, no more take part than time is for. Where it ends even so before
+        the fewest rounds, ``cut_short`` says that there are fewer.
 
         Raises:
           OutOfTime: time ran out before there was one round.
         """
-        self._per_process = self._rounds_per_process(finalists[:2])
         finalists = self._that_fit(finalists)
         playing = list(dict.fromkeys([self.anchor, *finalists]))
-        start, look = time.monotonic(), self.settings.least_joint
+        self._end = time.monotonic() + self.settings.joint_seconds
+        look = self.settings.least_joint
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
             while playing and len(self._rounds) < self.settings.joint_rounds:
-                if self._rounds and len(self._rounds) % self._per_process == 0:
-                    self.probe.restart()
                 random.shuffle(playing)
                 if not self._add_round(playing):
                     break
                 if len(self._rounds) == look:
                     # Not after each round: who looks often enough sees what is not there.
                     look = math.ceil(1.5 * look)
-                    late = time.monotonic() - start > self.settings.joint_seconds
-                    playing = [] if late else self._in_question(playing, finalists)
+                    playing = self._in_question(playing, finalists) if self._left() > 0 else []
+                    self._maybe_restart(playing)
         return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
 
-    def _rounds_per_process(self, finalists: Sequence[Plan]) -> int:
-        """All in one process where there is no time for a second one."""
-        anew = self.settings.rounds_per_process
-        if self.probe.connect().platform == "cpu" and self._lasts(finalists, anew):
-            return anew
-        return self.settings.joint_rounds
+    def _left(self) -> float:
+        return min(self._end - time.monotonic(), seconds_left(self.probe.deadline))
 
     def _that_fit(self, finalists: Sequence[Plan]) -> list[Plan]:
-        """The first of the finalists, two at least."""
-        return next(
-            (
-                list(finalists[:count])
-                for count in range(len(finalists), 2, -1)
-                if self._lasts(finalists[:count], self._per_process)
-            ),
-            list(finalists[:2]),
-        )
+        """The first of the finalists, two at least, that have their fewest rounds in half the time.
 
-    def _lasts(self, finalists: Sequence[Plan], per_process: int) -> bool:
-        """Whether there is time for the fewest rounds of these plans and the anchor."""
-        timed = [self.measured[plan] for plan in dict.fromkeys([self.anchor, *finalists])]
-        one_round = sum(measurement.seconds_median for measurement in timed)
-        # A new process compiles every plan, and runs it twice.
-        compiling = sum(measurement.compile_seconds or 0.0 for measurement in timed)
-        anew = self.probe.seconds_to_start + compiling + 2 * one_round
-        fewest = self.settings.least_joint
-        needed = fewest * one_round + (math.ceil(fewest / per_process) - 1) * anew
-        return needed <= seconds_left(self.probe.deadline)
+        The other half is for the best of them.
+        """
+        fit: list[Plan] = []
+        for plan in finalists:
+            needed = self.settings.least_joint * self._one_round([*fit, plan])
+            if len(fit) >= 2 and 2 * needed > seconds_left(self.probe.deadline):
+                break
+            fit.append(plan)
+        return fit
+
+    def _one_round(self, plans: Sequence[Plan]) -> float:
+        """Seconds of a round of these plans and the anchor."""
+        timed = dict.fromkeys([self.anchor, *plans])
+        return sum(self.measured[plan].seconds_median for plan in timed)
+
+    def _maybe_restart(self, playing: Sequence[Plan]) -> None:
+        """Has the next rounds in a new process, where there is time for it."""
+        if self.probe.connect().platform != "cpu":
+            return
+        compiling = sum(self.measured[plan].compile_seconds or 0.0 for plan in playing)
+        # It runs each plan twice before the first round.
+        start = self.probe.seconds_to_start + compiling + 2 * self._one_round(playing)
+        if playing and start < _SHARE_OF_STARTING * self._left():
+            self.probe.restart()
 
     def _add_round(self, playing: Sequence[Plan]) -> bool:
         """Times plans once more; returns False if time ran out, with enough rounds before."""
@@ -107,7 +112,10 @@ class JointRounds:
 
     def _in_question(self, playing: Sequence[Plan], finalists: Sequence[Plan]) -> list[Plan]:
         """Of the plans in the last round those that the choice is between, and the anchor."""
-        between = undecided(self._measurement(plan) for plan in playing if plan in finalists)
+        measured = [self._measurement(plan) for plan in playing if plan in finalists]
+        between = undecided(measured)
+        if self.probe.deadline is not None:
+            between = between[: max(2, math.ceil(len(measured) / 2))]
         return list(dict.fromkeys([self.anchor, *between])) if between else []
 
     def _measurement(self, plan: Plan) -> Measurement:

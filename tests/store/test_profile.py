@@ -291,8 +291,11 @@ def test_ties_go_to_the_least_memory() -> None:
 
 
 def test_noise_widens_a_tie() -> None:
-    """Two percent is a difference in a quiet measurement and none in a noisy one."""
-    for noise, expected in ((0.0, 32.0), (0.03, 8.0)):
+    """Two percent is a difference in a quiet measurement and none in a noisy one.
+
+    In a very noisy one it may be many: nothing is given for memory then.
+    """
+    for noise, expected in ((0.0, 32.0), (0.01, 8.0), (0.03, 32.0)):
         curve = [
             make_measurement("xla", 32.0, 0.5, 500, noise=noise),
             make_measurement("xla", 8.0, 0.51, 20, noise=noise),
