@@ -24,6 +24,7 @@ holds::
       settings                 what ``use`` says
       layers, places           what profiles are read from, and where those are
       answer, nearest          what one profile answers, or that of a neighbour, or none
+      rule                     the usual plan, where nothing is known
       snapshot, agree          all layers at a moment; one for all processes of a program
       reporting                what users are told of it
       resolve                  who is asked, in which order

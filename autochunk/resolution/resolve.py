@@ -1,7 +1,7 @@
 """The answer to "auto", and why: who is asked, in which order.
 
 First ``use(...)`` around the call; then the layers in their order, in each the exact workload on
-the exact device; then the nearest tuned workload of this device; then the documented default. It
+the exact device; then the nearest tuned workload of this device; then the usual plan. It
 happens while JAX traces: nothing is left of it in the compiled program, which keeps its plan until
 it is traced again.
 """
