@@ -64,8 +64,9 @@ class Plans:
     """The plan of a call that is not differentiated, and of one that is.
 
     ``on_use`` is told which of the two came to run, ``unfused`` gives the plan in the place of a
-    fused kernel that does not take the call; neither takes part in equality, so that compiled
-    programs are shared.
+    fused kernel that does not take the call, ``for_share`` the plans of one of several devices for
+    logits of its share's size; these take no part in equality, so that compiled programs are
+    shared.
     """
 
     forward: Plan
@@ -77,6 +78,14 @@ class Plans:
     unfused: Callable[[Literal["forward", "training"]], Plan] | None = field(
         default=None, compare=False, repr=False
     )
+
+    for_share: Callable[[LogitsShape], Plans] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def of_share(self, logits: LogitsShape) -> Plans:
+        """The plans of one of several devices, whose share of the logits this is."""
+        return self if self.for_share is None else self.for_share(logits)
 
     def without_kernel(self, mode: Literal["forward", "training"]) -> Plan:
         """The plan for ``mode`` where its fused kernel does not take the call."""

@@ -36,8 +36,17 @@ def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     resolve.forget_all()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` where jax has no GPU."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--every N``: a sample of all files, for one more interpreter."""
+    parser.addoption("--every", type=int, default=1, metavar="N", help="only one test in N")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps one test in ``--every``; skips those marked ``gpu`` where jax has no GPU."""
+    kept = items[:: config.getoption("every")]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:

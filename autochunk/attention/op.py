@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast, overload
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 
 from autochunk.attention import kernels
@@ -25,7 +24,7 @@ from autochunk.plan import (
     check_max_chunk_size_mb,
 )
 from autochunk.resolution.resolve import plans as resolved_plans
-from autochunk.workload import MODES
+from autochunk.workload import Mode
 
 
 @overload
@@ -209,6 +208,8 @@ def attend(
         if not anything_goes and arguments.symbolic():
             _check_symbolic(inputs, arguments, max_chunk_size_mb, implementation)
         call = arguments.call(_plans(arguments, max_chunk_size_mb, implementation))
+        if _each_its_share():
+            call = call._replace(shares=kernels.marker())
         out, *stats = _attend(inputs, _taken(call, inputs, implementation))
         by_row = [jnp.moveaxis(one, -1, -3).reshape(query.shape[:-1]) for one in stats]
         outs = [out.reshape(out_shape), *(one.astype(arguments.key.dtype) for one in by_row)]
@@ -261,7 +262,9 @@ def why_not(implementation: str, arguments: Arguments, *, training: bool) -> str
     plan = Plan(implementation)
     call = arguments.call(Plans(plan, plan))
     try:
-        kernels.trace(implementation, arguments.inputs(), call, _platform(), training=training)
+        kernels.trace(
+            implementation, arguments.inputs(), call, kernels.platform(), training=training
+        )
     except kernels.NotTaken as refusal:
         return str(refusal)
     return ""
@@ -274,30 +277,16 @@ def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> ke
       ArgumentError: the fused kernel was asked for by name. Only a refusal of the forward pass
         counts: what it cannot differentiate runs in slices.
     """
-    plans, kernel = call.plans, None
-    for mode in MODES:
-        plan: Plan = getattr(plans, mode)
-        name, training = plan.implementation, mode == "training"
-        if not is_fused(name):
-            continue
-        try:
-            kernel = kernels.trace(name, inputs, call, _platform(), training=training)
-        except kernels.NotTaken as refusal:
-            if pinned == name and not training:
-                refused = f"implementation={pinned!r} does not take this call: {refusal}. "
-                cure = 'Leave implementation out to let "auto" choose'
-                raise ArgumentError(refused + cure) from None
-            instead = _for_mesh(plans.without_kernel(mode))
-            plans = dataclasses.replace(plans, **{mode: instead})  # type: ignore[arg-type]
+
+    def refused(name: str, mode: Mode, refusal: kernels.NotTaken) -> Plan:
+        if pinned == name and mode == "forward":
+            why = f"implementation={pinned!r} does not take this call: {refusal}. "
+            cure = 'Leave implementation out to let "auto" choose'
+            raise ArgumentError(why + cure) from None
+        return _for_mesh(call.plans.without_kernel(mode))
+
+    plans, kernel = kernels.taken(inputs, call, refused)
     return call._replace(plans=plans, kernel=kernel)
-
-
-def _platform() -> str:
-    """Jax's default platform as lowering rules name it."""
-    backend = jax.extend.backend.get_backend()
-    if backend.platform != "gpu":
-        return cast(str, backend.platform)
-    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
 
 
 def _attend(inputs: kernels.Inputs, call: kernels.Call) -> list[jax.Array]:
@@ -331,13 +320,19 @@ def _plans(
     return dataclasses.replace(plans, forward=forward, training=training)
 
 
+def _each_its_share() -> bool:
+    """Whether arrays may be sharded that are traced as if they were whole."""
+    several = jax.device_count() > 1 and not _alone.get()
+    return several and not jax.sharding.get_abstract_mesh().manual_axes
+
+
 def _for_mesh(plan: Plan) -> Plan:
-    """Rows first where batch or heads may be sharded.
+    """Rows first where some mesh axes are a ``shard_map``'s and others are XLA's to partition.
 
     Slicing along a sharded axis makes XLA gather it.
     """
-    if plan.implementation != "xla" or jax.device_count() == 1 or _alone.get():
-        return plan
     mesh = jax.sharding.get_abstract_mesh()
-    inside_shard_map = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return plan if inside_shard_map else dataclasses.replace(plan, implementation="xla_rows")
+    mixed = mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names)
+    if plan.implementation != "xla" or not mixed:
+        return plan
+    return dataclasses.replace(plan, implementation="xla_rows")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from autochunk import device as devices
 from autochunk.device import Device
@@ -19,6 +20,7 @@ from autochunk.implementations import is_fused
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
+    LogitsShape,
     Plan,
     Plans,
     check_implementation,
@@ -102,8 +104,12 @@ def _ask(layer: Layer, request: Request, asked: list[tuple[str, str]]) -> Profil
 
 def plans(workload: Workload, implementation: str | None) -> Plans:
     """The plans of a call, for either mode; the one that comes to run is reported then."""
-    both = {mode: resolve(workload.with_mode(mode), implementation) for mode in MODES}
-    now = settings.current()
+    return _plans(workload, check_implementation(implementation), settings.current())
+
+
+def _plans(workload: Workload, implementation: str | None, now: Settings) -> Plans:
+    wanted = implementation or now.implementation
+    both = {mode: _resolve(workload.with_mode(mode), wanted, now) for mode in MODES}
 
     def unfused(mode: Mode) -> Plan:
         if both[mode].match == "pinned":
@@ -116,7 +122,22 @@ def plans(workload: Workload, implementation: str | None) -> Plans:
         training=_bounded(both["training"]),
         on_use=lambda mode: reporting.report(both[mode]),
         unfused=unfused,
+        for_share=lambda logits: _plans(_of_share(workload, logits), implementation, now),
     )
+
+
+def _of_share(workload: Workload, logits: LogitsShape) -> Workload:
+    """What one of several devices computes of a workload."""
+    changes: dict[str, Any] = {
+        "batch": logits.batch,
+        "query_length": logits.rows,
+        "num_heads": logits.heads * logits.groups,
+        "num_kv_heads": logits.heads,
+    }
+    positioned = workload.reach != (None, None) or workload.alibi_slopes != "none"
+    if positioned and workload.query_length != logits.rows and workload.query_offset == "none":
+        changes["query_offset"] = "1"
+    return Workload.make(**(workload.model_dump() | changes))
 
 
 def _bounded(resolution: Resolution) -> Plan:

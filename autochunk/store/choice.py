@@ -24,6 +24,10 @@ LARGEST_NOISE = 0.03
 # A plan is chosen for its memory only where it is certain to cost no more time than this.
 MOST_COST = 0.05
 
+# Fewer rounds than this tell nothing of small differences, whatever they say.
+_FEWEST = 3
+_GREAT_DIFFERENCE = 0.25
+
 # A choice that may be wrong by this factor is none that anything is known of.
 _NO_TELLING = 1.0
 
@@ -146,10 +150,11 @@ def slower_by(one: Measurement, other: Measurement) -> float:
     _, ratios, others = _rounds(one, other)
     least = statistics.median(others)
     difference = statistics.median(ratios) / least - 1 if least else 0.0
+    enough = min(len(ratios), len(others)) >= _FEWEST
     # An interval takes a while, and is asked only where it decides.
     if abs(difference) <= SAME_TIME:
         return 0.0
-    if abs(difference) > LARGEST_NOISE:
+    if abs(difference) > (LARGEST_NOISE if enough else _GREAT_DIFFERENCE):
         return difference
     low, _, high = compare(one, other)
     return difference if (low > 0 and difference > 0) or (high < 0 and difference < 0) else 0.0

@@ -33,9 +33,21 @@ def equivalent(plan: Plan, plans: Iterable[Plan], shape: LogitsShape) -> Plan | 
 
 
 def in_order(plans: list[Plan], hints: Iterable[Plan], shape: LogitsShape) -> list[Plan]:
-    """The plans as they are to be tried: what hints come to, what is likely, from the middle."""
+    """The plans as they are to be tried: what hints come to, what is likely, then the others.
+
+    These are the limits of one implementation after the other; first every second one, from the
+    middle, so that where time ends too soon the whole range has been looked at.
+    """
     hinted = (equivalent(hint, plans, shape) for hint in hints)
-    rest = sorted(plans, key=_from_the_middle)
+    names = list(IMPLEMENTATIONS)
+    limits = sorted({plan.max_chunk_size_mb for plan in plans if plan.max_chunk_size_mb})
+    coarse = set(limits[_nearest_to_the_middle(limits) % 2 :: 2]) if limits else set()
+
+    def late(plan: Plan) -> tuple[int, bool, tuple[bool, float]]:
+        fine = plan.max_chunk_size_mb not in coarse
+        return names.index(plan.implementation), fine, _from_the_middle(plan)
+
+    rest = sorted(plans, key=late)
     return list(dict.fromkeys([*filter(None, hinted), *likely(plans), *rest]))
 
 
@@ -54,6 +66,10 @@ def likely(plans: list[Plan]) -> list[Plan]:
         *(plan for plan in unlimited if not is_fused(plan.implementation)),
         *(plan for plan in plans if plan == DEFAULT),
     ]
+
+
+def _nearest_to_the_middle(limits: list[float]) -> int:
+    return min(range(len(limits)), key=lambda number: abs(math.log(limits[number] / _MIDDLE_MB)))
 
 
 def _from_the_middle(plan: Plan) -> tuple[bool, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -51,10 +52,12 @@ class JointRounds:
         Raises:
           OutOfTime: time ran out before there was one round.
         """
-        finalists = self._that_fit(finalists)
+        look = self.settings.least_joint
+        if self.probe.deadline is not None:
+            look = math.ceil(look / 2)
+            finalists = self._that_fit(finalists, look)
         playing = list(dict.fromkeys([self.anchor, *finalists]))
         self._end = time.monotonic() + self.settings.joint_seconds
-        look = self.settings.least_joint
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
             while playing and len(self._rounds) < self.settings.joint_rounds:
                 random.shuffle(playing)
@@ -70,14 +73,14 @@ class JointRounds:
     def _left(self) -> float:
         return min(self._end - time.monotonic(), seconds_left(self.probe.deadline))
 
-    def _that_fit(self, finalists: Sequence[Plan]) -> list[Plan]:
-        """The first of the finalists, two at least, that have their fewest rounds in half the time.
+    def _that_fit(self, finalists: Sequence[Plan], rounds: int) -> list[Plan]:
+        """The first of the finalists, two at least, that have so many rounds in half the time.
 
         The other half is for the best of them.
         """
         fit: list[Plan] = []
         for plan in finalists:
-            needed = self.settings.least_joint * self._one_round([*fit, plan])
+            needed = rounds * self._one_round([*fit, plan])
             if len(fit) >= 2 and 2 * needed > seconds_left(self.probe.deadline):
                 break
             fit.append(plan)
@@ -112,11 +115,18 @@ class JointRounds:
 
     def _in_question(self, playing: Sequence[Plan], finalists: Sequence[Plan]) -> list[Plan]:
         """Of the plans in the last round those that the choice is between, and the anchor."""
-        measured = [self._measurement(plan) for plan in playing if plan in finalists]
-        between = undecided(measured)
+        timed = [plan for plan in playing if plan in finalists]
+        if len(self._rounds) < self.settings.least_joint:
+            between = sorted(timed, key=self._seconds)
+        else:
+            between = undecided(map(self._measurement, timed))
         if self.probe.deadline is not None:
-            between = between[: max(2, math.ceil(len(measured) / 2))]
+            between = between[: max(2, math.ceil(len(timed) / 2))]
         return list(dict.fromkeys([self.anchor, *between])) if between else []
+
+    def _seconds(self, plan: Plan) -> float:
+        """Its median time in joint rounds."""
+        return statistics.median(times[plan] for times in self._rounds if plan in times)
 
     def _measurement(self, plan: Plan) -> Measurement:
         """With joint rounds it is no longer of a plan that was given up early."""

@@ -16,9 +16,9 @@ Nothing is therefore put between.
 Rounds are summed up by the median of their ratios. On the same machine the ratio of two calls of 50
 to 350 ms, one right after the other, scattered by 0.10 to 0.15 from round to round, whichever
 allocator was there; the median of 24 such ratios by 0.021 to 0.034 (three workloads), the ratio of
-24 calls' medians by 0.039 to 0.056, of their lower quartiles by 0.031 to 0.050, of their shortest by
-0.037 to 0.056. In six processes of eight rounds each the medians scattered by 0.05 to 0.15, of which
-the rounds themselves make 0.05 to 0.10: a process favours a plan by some hundredths.
+24 calls' medians by 0.039 to 0.056, of their lower quartiles by 0.031 to 0.050, of their shortest
+by 0.037 to 0.056. In six processes of eight rounds each the medians scattered by 0.05 to 0.15, of
+which the rounds themselves make 0.05 to 0.10: a process favours a plan by some hundredths.
 
 The output's cotangent is zero but for the rows that are checked, which takes no less time to
 multiply by. Threads and cores are those that any program of this process's gets.

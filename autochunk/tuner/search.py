@@ -38,7 +38,7 @@ from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
 
 # Of the time for a workload: the rest is for joint rounds of the best.
-_SHARE_OF_PLANS = 0.6
+_SHARE_OF_PLANS = 0.55
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ def repeat_unsure(task: Task, subjects: Sequence[Subject], probe: Probe, seconds
             if time.monotonic() > probe.deadline:
                 return
             if widths[subject] > SURE and subject.workload in task.finished:
+                if len(_in_question(task.found[subject.workload])) < 2:
+                    continue
                 task.on_event(events.Started(*subject.place))
                 _repeat(task, subject, probe)
                 task.on_event(events.Finished(*subject.place, task.found[subject.workload]))
@@ -51,7 +53,7 @@ def _repeat(task: Task, subject: Subject, probe: Probe) -> None:
     profile = task.found[subject.workload]
     measured = {measurement.plan: measurement for measurement in profile.measurements}
     between, anchor = _in_question(profile), _anchor(profile)
-    if len(between) < 2 or anchor is None:
+    if anchor is None:
         return
     try:
         probe.load(subject.workload)

@@ -234,15 +234,14 @@ def test_hopeless_limits_end_the_ladder(scripted: Scripted, tmp_path: Path) -> N
 
     Larger limits and other implementations are.
     """
-    limits = {"xla_rows, 8.4 MB": 0.5, "xla_rows, 4.2 MB": 0.9}
+    limits = {f"xla_rows, {limit:g} MB": 4.2 / limit for limit in (8.4, 4.2, 2.1, 1.05, 0.525)}
     plans = {plan: {"seconds": seconds} for plan, seconds in limits.items()}
     command = scripted(plans=plans, default={"seconds": 0.1})
     found = by_plan(run(command, tmp_path / "study", "standard"))
     skipped = {plan for plan, m in found.items() if m.status == "skipped"}
-    assert skipped == {f"xla_rows, {limit:g} MB" for limit in (2.1, 1.05, 0.525)} & set(found)
-    assert skipped
-    reason = "limits of 8.4 and 4.2 MB took 5.0x and 9.0x the best time"
-    assert found["xla_rows, 2.1 MB"].detail == reason
+    assert skipped == {"xla_rows, 1.05 MB", "xla_rows, 0.525 MB"}
+    reason = "limits of 8.4 and 2.1 MB took 5.0x and 20.0x the best time"
+    assert found["xla_rows, 0.525 MB"].detail == reason
 
 
 def test_time_running_out_gives_what_there_is(scripted: Scripted, tmp_path: Path) -> None:
@@ -329,16 +328,16 @@ def test_as_many_finalists_as_time_is_for(seconds: float | None, plans: int) -> 
     )
 
 
-@pytest.mark.parametrize(("seconds", "restarts"), [(5.0, 0), (60.0, 1), (None, 1)])
+@pytest.mark.parametrize(("seconds", "several"), [(5.0, False), (60.0, True), (None, True)])
 def test_a_new_process_only_where_there_is_time_for_it(
-    seconds: float | None, restarts: int
+    seconds: float | None, several: bool
 ) -> None:
     """More rounds in one process are better than few in two."""
     probe = _Ending(7, seconds)
     probe.seconds_to_start, probe.jitter = 5.0, 0.3
     joint = _joint_rounds(probe, "standard")
     measurements = joint.run([Plan("xla", 1.0), Plan("xla", 2.0)])
-    assert probe.restarts == restarts
+    assert (probe.restarts > 0) is several
     assert [m.joint for m in measurements] == [7] * 2
 
 
@@ -361,17 +360,19 @@ def test_where_time_is_limited_half_of_the_plans_leave(scripted: Scripted, tmp_p
     counts = {}
     for timeout in (None, 100.0):
         log = tmp_path / f"log {timeout}"
-        with Probe(scripted(log=str(log), jitter=0.15), seconds_per_request=1.0) as probe:
+        with Probe(scripted(log=str(log), jitter=0.15), seconds_per_request=9.0) as probe:
             probe.deadline = None if timeout is None else time.monotonic() + timeout
             journal = tmp_path / f"study {timeout}"
             outcome = search(probe, WORKLOAD, "standard", study(journal, "standard"))
         requests = [json.loads(line) for line in log.read_text().splitlines()]
         timed = [len(request["plans"]) for request in requests if request["do"] == "time"]
         counts[timeout] = timed[-max(m.joint for m in outcome.measurements) :]
-    fewest = EFFORT_SETTINGS["standard"].least_joint
-    assert counts[100.0][:fewest] == [counts[100.0][0]] * fewest
-    assert counts[100.0][fewest] <= 1 + counts[100.0][0] / 2 + 1
-    assert len(set(counts[100.0])) > 2
+    first = EFFORT_SETTINGS["standard"].least_joint // 2
+    plans = counts[100.0]
+    assert plans[:first] == [plans[0]] * first
+    assert plans[first] <= 2 + plans[0] / 2
+    assert len(plans) > 2 * first
+    assert plans[-1] == 3, "the best two, and the anchor"
     assert sum(counts[None]) > sum(counts[100.0])
 
 
@@ -431,7 +432,8 @@ def test_joint_rounds_end_when_the_choice_is_clear(scripted_gpu: Scripted, tmp_p
     """Noiseless times are clear after the fewest rounds; those that scatter take more."""
     counts = []
     for jitter in (0.0, 0.2):
-        plans = {"xla, 16.8 MB": {"seconds": 0.1}, "xla_rows, 16.8 MB": {"seconds": 0.101}}
+        close = ("xla, 33.6 MB", "xla, 16.8 MB", "xla, 8.4 MB", "xla_rows, 16.8 MB")
+        plans = {plan: {"seconds": 0.1 + 0.001 * n} for n, plan in enumerate(close)}
         command = scripted_gpu(plans=plans, default={"seconds": 0.3}, jitter=jitter)
         outcome = run(command, tmp_path / f"study {jitter}", effort="standard")
         counts.append(max(m.joint for m in outcome.measurements))

@@ -88,10 +88,11 @@ On GPUs (H100 and H200, jax 0.11, f32; a pass over the logits costs as much as a
 from __future__ import annotations
 
 from autochunk.attention.kernels.dense import dense, log_sum_exp
-from autochunk.attention.kernels.fused import NotTaken, trace
+from autochunk.attention.kernels.fused import NotTaken, platform, taken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.primitives import attention, promoting
 from autochunk.attention.kernels.problem import check_slices
+from autochunk.attention.kernels.shares import marker
 
 __all__ = [
     "Call",
@@ -101,6 +102,9 @@ __all__ = [
     "check_slices",
     "dense",
     "log_sum_exp",
+    "marker",
+    "platform",
     "promoting",
+    "taken",
     "trace",
 ]

@@ -12,13 +12,15 @@ exchanged for our copies, and the forward pass that it would run again is then d
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pkgutil
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
@@ -27,6 +29,8 @@ from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
+
+_Mode = Literal["forward", "training"]
 
 
 class Kernel(Hashable, Protocol):
@@ -86,6 +90,33 @@ def runs(plan: Plan, platforms: tuple[str, ...]) -> bool:
     if not is_fused(plan.implementation) or not platforms:
         return False
     return all(map(IMPLEMENTATIONS[plan.implementation].runs_on, platforms))
+
+
+def platform() -> str:
+    """Jax's default platform as lowering rules name it."""
+    backend = jax.extend.backend.get_backend()
+    if backend.platform != "gpu":
+        return str(backend.platform)
+    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
+
+
+def taken(
+    inputs: Inputs, call: Call, refused: Callable[[str, _Mode, NotTaken], Plan]
+) -> tuple[Plans, Any]:
+    """A call's plans, each fused kernel's that is not taken by what ``refused`` says; a kernel.
+
+    The kernel is one that was traced, or None; arrays may be abstract.
+    """
+    plans, kernel = call.plans, None
+    for mode in get_args(_Mode):
+        name = getattr(plans, mode).implementation
+        if is_fused(name):
+            try:
+                kernel = trace(name, inputs, call, platform(), training=mode == "training")
+            except NotTaken as refusal:
+                changes: dict[str, Any] = {mode: refused(name, mode, refusal)}
+                plans = dataclasses.replace(plans, **changes)
+    return plans, kernel
 
 
 def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: bool) -> Any:

@@ -22,7 +22,8 @@ class Call(NamedTuple):
     kernels that have to know their devices when they are lowered, as cuDNN's has. ``window`` is how
     many positions to the left and to the right of its own a query sees, ``offset`` how far its own
     is from its index, besides ``query_offset``; ``half_logits`` says that dense attention shall
-    have the inputs' dtype throughout, as haiku's has. The others are those of the op.
+    have the inputs' dtype throughout, as haiku's has. With ``shares``, which is another program for
+    JAX to look at, each of several devices computes its share. The others are those of the op.
     """
 
     operands: tuple[str, ...]
@@ -37,6 +38,7 @@ class Call(NamedTuple):
     residual: bool = False
     precision: Any = None
     half_logits: bool = False
+    shares: Any = None
 
     @property
     def reach(self) -> tuple[int | None, int | None]:

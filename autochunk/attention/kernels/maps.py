@@ -153,6 +153,7 @@ def with_stats(
 ) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials] by the plan for calls that are."""
     plan = call.plans.training
+    call.plans.used("training")
     if fused.runs(plan, platforms) and not differentiable:
         return fused.with_stats(plan.implementation, split(operands, call)[0], call)
     return forward(

@@ -23,6 +23,14 @@ from autochunk.attention.kernels.dense import (
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
+from autochunk.attention.kernels.shares import (
+    Axes,
+    in_shares,
+    input_axes,
+    moving_axes,
+    output_axes,
+    stats_axes,
+)
 from autochunk.plan import LogitsShape, runs_dense
 
 Batched = tuple[list[jax.Array], list[int | None]]
@@ -62,11 +70,14 @@ def _primitive(
     function: Callable[..., list[jax.Array]],
     shapes: Callable[..., list[tuple[tuple[int, ...], Any]]],
     in_slices: Callable[..., Batched] | None = None,
+    axes: Callable[..., tuple[list[Axes], list[Axes]]] | None = None,
 ) -> Primitive:
     """A primitive that runs ``function``, and batches by giving every operand one more leading dim.
 
     ``shapes`` gives its outputs' shapes and dtypes. What runs dense and in a batch exceeds the
-    limit is computed by ``in_slices``, which takes the inputs and the other operands.
+    limit is computed by ``in_slices``, which takes the inputs and the other operands. Where there
+    are several devices each computes its share, if ``axes`` tells those of operands and outputs;
+    else XLA sees to it.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -84,6 +95,11 @@ def _primitive(
     primitive.def_impl(implement)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        if axes is not None and params["call"].shares is not None:
+            call = params.pop("call")
+            bind = functools.partial(primitive.bind, **params)
+            shared = in_shares(bind, call, *axes(call, **params))
+            return mlir.lower_fun(shared, multiple_results=True)(context, *operands)
         if "platforms" in parameters:
             params["platforms"] = tuple(context.module_context.platforms)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
@@ -179,7 +195,6 @@ def _differentiate_plainly(primitive: Primitive, function: Callable[..., list[ja
 
 @promoting
 def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call) -> Any:
-    call.plans.used("training")
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
     named = dict(zip(call.operands, tangents, strict=True))
     moving = [named[name] for name in call.moving]
@@ -234,6 +249,7 @@ def _attention_transpose(cotangents: Sequence[Any], *operands: Any, call: Call) 
 
 
 def _dense(*operands: jax.Array, call: Call) -> list[jax.Array]:
+    call.plans.used("training")
     return dense_with_weights(split(operands, call)[0], call)
 
 
@@ -289,10 +305,32 @@ def _dense_cotangent_in_slices(
     return outs, [0] * len(outs)
 
 
-attention_p = _primitive("autochunk_attention", only_output, _output_shapes)
-attention_with_stats_p = _primitive("autochunk_attention_with_stats", with_stats, _stats_shapes)
-tangent_p = _primitive("autochunk_attention_tangent", tangent, _output_shapes)
-cotangent_p = _primitive("autochunk_attention_cotangent", cotangent, _cotangent_shapes)
+def _axes(call: Call) -> tuple[list[Axes], list[Axes]]:
+    return input_axes(call), output_axes(call)
+
+
+def _with_stats_axes(call: Call) -> tuple[list[Axes], list[Axes]]:
+    return input_axes(call), stats_axes()
+
+
+def _tangent_axes(call: Call) -> tuple[list[Axes], list[Axes]]:
+    moving = moving_axes(call, call.moving)
+    return [*input_axes(call), *stats_axes(), *moving], output_axes(call)
+
+
+def _cotangent_axes(call: Call, wanted: tuple[bool, ...]) -> tuple[list[Axes], list[Axes]]:
+    pulled = [*input_axes(call), *stats_axes(), *output_axes(call)]
+    return pulled, moving_axes(call, call.wanted(wanted))
+
+
+attention_p = _primitive("autochunk_attention", only_output, _output_shapes, axes=_axes)
+attention_with_stats_p = _primitive(
+    "autochunk_attention_with_stats", with_stats, _stats_shapes, axes=_with_stats_axes
+)
+tangent_p = _primitive("autochunk_attention_tangent", tangent, _output_shapes, axes=_tangent_axes)
+cotangent_p = _primitive(
+    "autochunk_attention_cotangent", cotangent, _cotangent_shapes, axes=_cotangent_axes
+)
 dense_p = _primitive("autochunk_dense", _dense, _dense_shapes, _dense_in_slices)
 dense_tangent_p = _primitive(
     "autochunk_dense_tangent", _dense_tangent, _output_shapes, _dense_tangent_in_slices

@@ -1,0 +1,205 @@
+"""Attention on several devices: each computes its share, in slices of its own.
+
+Leading dims, heads and query rows may be sharded, over any axes of a mesh; keys and features are
+gathered. What each device computes is attention of its share's shape, with the plan for that, so
+that a limit is one of each device. Nothing is communicated but the sums over shares that a
+cotangent is made of, once, after the slices.
+
+XLA says what is sharded only when it partitions a program, after tracing: JAX's
+``custom_partitioning`` asks us then.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from autochunk.attention.kernels.fused import taken
+from autochunk.attention.kernels.inputs import AXES, QUERY, STATS, Call, Inputs, split
+
+Axes = tuple[str, ...]
+Bind = Callable[..., list[jax.Array]]
+
+# Dims of these stay whole.
+_WHOLE = {"keys", "key features", "value features"}
+
+
+@functools.cache
+def marker() -> Any:
+    """A traced program by which JAX sees that devices have to be known where it is lowered.
+
+    JAX looks for it among a primitive's parameters, and what a primitive lowers to comes too late.
+    """
+    identity = custom_partitioning(lambda x: x)
+    identity.def_partition(lambda *_: None, sharding_rule="i -> i")
+    return jax.make_jaxpr(identity)(jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
+def input_axes(call: Call) -> list[Axes]:
+    """Trailing axes of a call's inputs, which tell features of keys from those of values."""
+    return [_named(AXES[name], "value" if name == "value" else "key") for name in call.operands]
+
+
+def output_axes(call: Call) -> list[Axes]:
+    """Of what a call returns."""
+    return [_named(QUERY, "value"), *([STATS] if call.residual else [])]
+
+
+def stats_axes() -> list[Axes]:
+    """Of the output, the row maxima and the sums of exponentials."""
+    return [_named(QUERY, "value"), STATS, STATS]
+
+
+def moving_axes(call: Call, names: Sequence[str]) -> list[Axes]:
+    """Of tangents, or cotangents, of these inputs."""
+    return [
+        axes for name, axes in zip(call.operands, input_axes(call), strict=True) if name in names
+    ]
+
+
+def _named(axes: Axes, kind: str) -> Axes:
+    return tuple(f"{kind} {axis}" if axis == "features" else axis for axis in axes)
+
+
+def in_shares(bind: Bind, call: Call, operands: Sequence[Axes], results: Sequence[Axes]) -> Bind:
+    """A primitive's ``bind(*operands, call=...)`` as a program whose operands may be sharded.
+
+    Operands and results have these trailing axes; a result that has not all the axes of the query
+    is a sum over those that it lacks.
+    """
+    whole = call._replace(shares=None)
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        outs = jax.eval_shape(functools.partial(bind, call=whole), *arrays)
+        dims = [*map(_Dims, arrays, operands), *map(_Dims, outs, results)]
+        named = _factors(dims)
+        given, made = named[: len(arrays)], named[len(arrays) :]
+        program = custom_partitioning(functools.partial(_tuple_of, bind, whole))
+        rule = ", ".join(map(" ".join, given)) + " -> " + ", ".join(map(" ".join, made))
+        program.def_partition(
+            functools.partial(_partition, bind, whole, given, made), sharding_rule=rule
+        )
+        return list(program(*arrays))
+
+    return run
+
+
+def _tuple_of(bind: Bind, call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(bind(*arrays, call=call))
+
+
+class _Dims:
+    """The dims of one array: leading ones by number, trailing ones by the names of their axes."""
+
+    def __init__(self, array: Any, axes: Axes) -> None:
+        self.sizes = array.shape
+        leading = len(self.sizes) - len(axes)
+        self.names = (*(f"leading {number}" for number in range(leading)), *axes)
+
+
+def _factors(dims: Sequence[_Dims]) -> list[list[str]]:
+    """A name for each dim of each array: the same where they are sharded alike.
+
+    A dim of size one that broadcasts is none of these.
+    """
+    sizes: dict[str, int] = {}
+    for one in dims:
+        for name, size in zip(one.names, one.sizes, strict=True):
+            sizes[name] = max(size, sizes.get(name, 1))
+    fresh = map("one{}".format, itertools.count())
+    return [
+        [
+            name.replace(" ", "_") if size == sizes[name] else next(fresh)
+            for name, size in zip(one.names, one.sizes, strict=True)
+        ]
+        for one in dims
+    ]
+
+
+def _partition(
+    bind: Bind,
+    call: Call,
+    given: Sequence[Sequence[str]],
+    made: Sequence[Sequence[str]],
+    mesh: Mesh,
+    operands: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
+) -> tuple[Mesh, Callable[..., Any], Any, Any]:
+    """The program of one share, and how its operands and results are sharded."""
+    arrays = [*zip(operands, given, strict=True), *zip(results, made, strict=True)]
+    if mesh.empty:  # shardings without names, of which nothing can be summed
+        sharding: Any = operands[0].sharding
+        mesh = Mesh(np.array(sharding._device_assignment), ("devices",))
+        over: dict[str, tuple[str, ...]] = {}
+    else:
+        over = _mesh_axes(mesh, arrays)
+
+    def spec(factors: Sequence[str]) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(over.get(factor) for factor in factors)))
+
+    def share(*shares: jax.Array) -> tuple[jax.Array, ...]:
+        inputs, rest = split(shares, call)
+        if rows := over.get("rows"):
+            inputs = _from_row(inputs, call, jax.lax.axis_index(rows) * inputs.query.shape[-4])
+        own = _own_call(inputs, call)
+        outs = bind(*inputs.present.values(), *rest, call=own)
+        return tuple(_summed(out, over, factors) for out, factors in zip(outs, made, strict=True))
+
+    return mesh, share, tuple(map(spec, made)), tuple(map(spec, given))
+
+
+def _own_call(inputs: Inputs, call: Call) -> Call:
+    """The call as that of one share, with the plans for it."""
+    plans = call.plans.of_share(inputs.logits)
+    call = call._replace(operands=tuple(inputs.present), plans=plans)
+    instead = lambda _name, mode, _refusal: plans.without_kernel(mode)  # noqa: E731
+    return call._replace(plans=taken(inputs, call, instead)[0])
+
+
+def _mesh_axes(
+    mesh: Mesh, arrays: Sequence[tuple[jax.ShapeDtypeStruct, Sequence[str]]]
+) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that each factor is sharded over, as the first array has it that is sharded."""
+    over: dict[str, tuple[str, ...]] = {}
+    used: set[str] = set()
+    for array, factors in arrays:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        for factor, size, entry in zip(factors, array.shape, sharding.spec, strict=False):
+            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            shares = math.prod(mesh.shape[axis] for axis in axes)
+            stays = factor.replace("_", " ") in _WHOLE or factor.startswith("one")
+            # XLA would fill uneven shares up with rows that are none.
+            fits = axes and size % shares == 0 and not stays
+            if fits and factor not in over and not used & {*axes}:
+                over[factor] = axes
+                used |= {*axes}
+    return over
+
+
+def _from_row(inputs: Inputs, call: Call, first: jax.Array) -> Inputs:
+    """Inputs of a share whose first row is not that of the whole."""
+    changes: dict[str, jax.Array] = {}
+    if inputs.query_seq_lengths is not None:
+        changes["query_seq_lengths"] = inputs.query_seq_lengths.astype(jnp.int32) - first
+    if call.reach != (None, None) or inputs.alibi_slopes is not None:
+        offset = inputs.query_offset
+        if offset is None:
+            offset = jnp.zeros((1,) * (inputs.query.ndim - 4), jnp.int32)
+        changes["query_offset"] = offset + first
+    return inputs._replace(**changes)
+
+
+def _summed(out: jax.Array, over: dict[str, tuple[str, ...]], factors: Sequence[str]) -> jax.Array:
+    """The sum over the shares of all that a result does not have."""
+    lacking = [axis for factor, axes in over.items() if factor not in factors for axis in axes]
+    return jax.lax.psum(out, tuple(lacking)) if lacking else out
