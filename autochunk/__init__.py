@@ -32,6 +32,7 @@ holds::
       arguments, checks        the arrays of a call, brought into form; what they must be
       kernels/                 the attention itself, for a given plan: jax only
       op, haiku                the function and the module
+      ring                     a sequence whose keys no device holds whole
     tuner/                   what measures
       tune, events             the loop over workloads, and what is told of it
       effort, presets, task    how hard to look, at what, for how long
@@ -62,6 +63,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autochunk.attention.haiku import MultiHeadAttention
     from autochunk.attention.op import dot_product_attention
+    from autochunk.attention.ring import ring_attention, ring_order
     from autochunk.device import Device, detect
     from autochunk.plan import Plan
     from autochunk.resolution.answer import Resolution
@@ -89,6 +91,8 @@ _HOMES = {
     "detect": "autochunk.device",
     "dot_product_attention": "autochunk.attention.op",
     "resolve": "autochunk.resolution.resolve",
+    "ring_attention": "autochunk.attention.ring",
+    "ring_order": "autochunk.attention.ring",
     "tune": "autochunk.tuner.tune",
     "use": "autochunk.resolution.settings",
 }
@@ -106,6 +110,8 @@ __all__ = [
     "detect",
     "dot_product_attention",
     "resolve",
+    "ring_attention",
+    "ring_order",
     "tune",
     "use",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -64,9 +64,9 @@ class Plans:
     """The plan of a call that is not differentiated, and of one that is.
 
     ``on_use`` is told which of the two came to run, ``unfused`` gives the plan in the place of a
-    fused kernel that does not take the call, ``for_share`` the plans of one of several devices for
-    logits of its share's size; these take no part in equality, so that compiled programs are
-    shared.
+    fused kernel that does not take the call, ``for_share`` the plans of one of several devices by
+    the fields of a Workload that its share has of its own; these take no part in equality, so that
+    compiled programs are shared.
     """
 
     forward: Plan
@@ -79,13 +79,13 @@ class Plans:
         default=None, compare=False, repr=False
     )
 
-    for_share: Callable[[LogitsShape], Plans] | None = field(
+    for_share: Callable[[Mapping[str, Any]], Plans] | None = field(
         default=None, compare=False, repr=False
     )
 
-    def of_share(self, logits: LogitsShape) -> Plans:
-        """The plans of one of several devices, whose share of the logits this is."""
-        return self if self.for_share is None else self.for_share(logits)
+    def of_share(self, fields: Mapping[str, Any]) -> Plans:
+        """The plans of one of several devices, whose share's workload has these fields."""
+        return self if self.for_share is None else self.for_share(fields)
 
     def without_kernel(self, mode: Literal["forward", "training"]) -> Plan:
         """The plan for ``mode`` where its fused kernel does not take the call."""

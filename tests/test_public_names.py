@@ -22,6 +22,8 @@ NAMES = [
     "detect",
     "dot_product_attention",
     "resolve",
+    "ring_attention",
+    "ring_order",
     "tune",
     "use",
 ]

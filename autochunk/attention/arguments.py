@@ -188,6 +188,8 @@ class Arguments:
     def workload(self) -> Workload:
         """What is tuned for such a call, when it is not differentiated.
 
+        Of a batch whose size is symbolic, one element.
+
         Raises:
           WorkloadError: a size is zero.
         """
@@ -195,7 +197,7 @@ class Arguments:
         if self.offset:
             patterns["query_offset"] = "1"
         return Workload.make(
-            batch=math.prod(self.query.shape[:-3]),
+            batch=math.prod(size for size in self.query.shape[:-3] if isinstance(size, int)),
             query_length=self.query.shape[-3],
             key_length=self.key.shape[-3],
             num_heads=self.query.shape[-2],
@@ -213,7 +215,8 @@ class Arguments:
 
     def _pattern(self, name: str) -> str:
         shape, own = getattr(self, name).shape, len(TERMS[name].dims)
-        return pattern_of(name, (math.prod(shape[: len(shape) - own]), *shape[len(shape) - own :]))
+        leading = (size for size in shape[: len(shape) - own] if isinstance(size, int))
+        return pattern_of(name, (math.prod(leading), *shape[len(shape) - own :]))
 
     def call(self, plans: Plans) -> Call:
         """What is static about it, for the kernels."""

@@ -17,6 +17,7 @@ from autochunk.attention.arguments import Arguments
 from autochunk.errors import ArgumentError
 from autochunk.implementations import is_fused
 from autochunk.plan import (
+    BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
     Plan,
     Plans,
@@ -24,7 +25,7 @@ from autochunk.plan import (
     check_max_chunk_size_mb,
 )
 from autochunk.resolution.resolve import plans as resolved_plans
-from autochunk.workload import Mode
+from autochunk.workload import MODES, Mode
 
 
 @overload
@@ -205,9 +206,9 @@ def attend(
     else:
         inputs = arguments.inputs()
         anything_goes = (implementation, max_chunk_size_mb) == ("dense", None)
+        call = static_call(arguments, max_chunk_size_mb, implementation)
         if not anything_goes and arguments.symbolic():
-            _check_symbolic(inputs, arguments, max_chunk_size_mb, implementation)
-        call = arguments.call(_plans(arguments, max_chunk_size_mb, implementation))
+            call = _for_any_batch(call, inputs, max_chunk_size_mb)
         if _each_its_share():
             call = call._replace(shares=kernels.marker())
         out, *stats = _attend(inputs, _taken(call, inputs, implementation))
@@ -216,27 +217,55 @@ def attend(
     return tuple(outs) if arguments.residual else outs[0]
 
 
-def _check_symbolic(
-    inputs: kernels.Inputs,
+def static_call(
     arguments: Arguments,
-    limit: float | Literal["auto"] | None,
+    max_chunk_size_mb: float | Literal["auto"] | None,
     implementation: str | None,
-) -> None:
-    """Raises ArgumentError where slices depend on a leading size that is symbolic."""
-    if limit != "auto":
-        plan = _plans(arguments, limit, implementation)
-        try:
-            kernels.check_slices(inputs, arguments.call(plan))
-        except jax.errors.InconclusiveDimensionOperation:
-            pass
-        else:
-            return
-    raise ArgumentError(
-        f"leading sizes that are symbolic, as for jax.export, here {arguments.query.shape[:-3]}, "
-        "must make no difference to the slices: give max_chunk_size_mb=None, or with "
-        'implementation="xla" a number that one element\'s logits exceed; got '
-        f"max_chunk_size_mb={limit!r}"
-    )
+) -> kernels.Call:
+    """A call as the kernels want it, with its plans.
+
+    Raises:
+      ArgumentError: there is no such limit or implementation.
+    """
+    limit = check_max_chunk_size_mb(max_chunk_size_mb)
+    return arguments.call(_plans(arguments, limit, check_implementation(implementation)))
+
+
+def _for_any_batch(
+    call: kernels.Call, inputs: kernels.Inputs, limit: float | Literal["auto"] | None
+) -> kernels.Call:
+    """A call whose leading sizes are symbolic, with plans whose slices do not depend on them.
+
+    What "auto" found for one element may be cut a little smaller, within one element, for that.
+
+    Raises:
+      ArgumentError: the slices that were asked for depend on them.
+    """
+    element = inputs.logits._replace(batch=1).bytes / BYTES_PER_MB
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        plan: Plan = getattr(call.plans, mode)
+        smaller = dataclasses.replace(plan.sliced(), max_chunk_size_mb=0.99 * element)
+        tried = [plan, smaller, Plan("xla")] if limit == "auto" else [plan]
+        fitting = (one for one in tried if _is_for_any_batch(one, call, inputs))
+        if (chosen := next(fitting, None)) is None:
+            leading = inputs.query.shape[:-4]
+            raise ArgumentError(
+                f"leading sizes that are symbolic, as for jax.export, here {leading}, must make "
+                "no difference to the slices: give max_chunk_size_mb=None, or with "
+                'implementation="xla" a number that one element\'s logits exceed; got '
+                f"max_chunk_size_mb={limit!r}"
+            )
+        found[mode] = chosen
+    return call._replace(plans=dataclasses.replace(call.plans, **found))
+
+
+def _is_for_any_batch(plan: Plan, call: kernels.Call, inputs: kernels.Inputs) -> bool:
+    try:
+        kernels.check_slices(inputs, call._replace(plans=Plans(plan, plan)))
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+    return True
 
 
 _alone = contextvars.ContextVar("alone", default=False)

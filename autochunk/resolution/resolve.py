@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from autochunk import device as devices
 from autochunk.device import Device
@@ -20,7 +19,6 @@ from autochunk.implementations import is_fused
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
-    LogitsShape,
     Plan,
     Plans,
     check_implementation,
@@ -122,22 +120,10 @@ def _plans(workload: Workload, implementation: str | None, now: Settings) -> Pla
         training=_bounded(both["training"]),
         on_use=lambda mode: reporting.report(both[mode]),
         unfused=unfused,
-        for_share=lambda logits: _plans(_of_share(workload, logits), implementation, now),
+        for_share=lambda fields: _plans(
+            Workload.make(**{**workload.model_dump(), **fields}), implementation, now
+        ),
     )
-
-
-def _of_share(workload: Workload, logits: LogitsShape) -> Workload:
-    """What one of several devices computes of a workload."""
-    changes: dict[str, Any] = {
-        "batch": logits.batch,
-        "query_length": logits.rows,
-        "num_heads": logits.heads * logits.groups,
-        "num_kv_heads": logits.heads,
-    }
-    positioned = workload.reach != (None, None) or workload.alibi_slopes != "none"
-    if positioned and workload.query_length != logits.rows and workload.query_offset == "none":
-        changes["query_offset"] = "1"
-    return Workload.make(**(workload.model_dump() | changes))
 
 
 def _bounded(resolution: Resolution) -> Plan:

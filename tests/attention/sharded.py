@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import assert_close, compiled_text, draw, plain, quick_jit
 
-from autochunk import dot_product_attention
+from autochunk import ProfileStore, dot_product_attention, ring_attention
+from autochunk.attention.ring import ring_order
+from autochunk.device import detect
+from autochunk.errors import MissWarning
 
 MESH = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
@@ -87,11 +91,202 @@ def explicit() -> None:
     assert_close(received, jax.device_get(quick_jit(pulled(plain))(*ARRAYS)))
 
 
-def gathers() -> None:
-    """With batch and heads sharded, slicing over rows first moves nothing between devices."""
-    arrays = spread(MESH, "batch", None, "heads")
-    text = compiled_text(jax.jit(pulled(attend("xla_rows"))), *arrays)
-    assert re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", text) == []
+# Each device's share of arrays of many rows, by forms of call and by what is spread over which axes
+# of the mesh: query [batch, rows, heads, features].
+
+ROWS = (4, 64, 4, 8)
+LIMIT = 0.004  # MB: a sixteenth of a head's logits
+SPECS: dict[str, tuple[Any, ...]] = {
+    "batch": (("batch", "heads"), None, None),
+    "heads": (None, None, "heads"),
+    "rows": (None, "batch", None),
+    "batch and rows": ("batch", "heads", None),
+    "rows and heads": (None, "batch", "heads"),
+    "all rows": (None, ("batch", "heads"), None),
+}
+LENGTHS = jnp.asarray([64, 30, 1, 0])
+SEGMENTS = jnp.arange(64) // jnp.asarray([[64], [10], [40], [7]])
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "causal": ({}, {"is_causal": True}),
+    "mask": ({"mask": draw((4, 1, 64, 64)) > 0}, {}),
+    "bias": ({"bias": draw((1, 4, 64, 64))}, {"is_causal": True}),
+    "lengths": ({"query_seq_lengths": LENGTHS, "key_value_seq_lengths": LENGTHS}, {}),
+    "window": ({"key_value_seq_lengths": LENGTHS}, {"local_window_size": (9, 3)}),
+    "segments": (
+        {"query_segment_ids": SEGMENTS, "key_value_segment_ids": SEGMENTS},
+        {"is_causal": True},
+    ),
+    "slopes": ({"alibi_slopes": jnp.asarray([0.5, 0.2, 0.1, 0.05])}, {"is_causal": True}),
+    "dropout": ({}, {"dropout_rate": 0.3, "dropout_rng": jax.random.key(0)}),
+}
+SHARES = [
+    (form, spec)
+    for number, form in enumerate(FORMS)
+    for spec in (list(SPECS)[number % 6], list(SPECS)[(number + 3) % 6])
+]
+DIFFERENTIABLE = ("bias", "alibi_slopes")
+
+
+def own_spec(name: str, batch: Any, rows: Any, heads: Any) -> P:
+    """How an array follows a query that is spread like this."""
+    return {
+        "query": P(batch, rows, heads),
+        "key": P(batch, None, heads),
+        "value": P(batch, None, heads),
+        "bias": P(None, heads, rows),
+        "mask": P(batch, None, rows),
+        "query_segment_ids": P(batch, rows),
+        "alibi_slopes": P(heads),
+    }.get(name, P(batch))
+
+
+def share(form: str, spec: str) -> None:
+    """Each device computes its own part, and what is communicated are sums of cotangents.
+
+    They are for keys and values if rows are spread, or for what broadcasts over what is spread.
+    """
+    terms, settings = FORMS[form]
+    arrays = {"query": draw(ROWS), "key": draw(ROWS), "value": draw(ROWS), **terms}
+    function = functools.partial(
+        dot_product_attention, max_chunk_size_mb=LIMIT, implementation="xla", **settings
+    )
+    moving = ["query", "key", "value", *(name for name in DIFFERENTIABLE if name in terms)]
+
+    def forward(arrays: dict[str, jax.Array]) -> Any:
+        return function(**arrays)
+
+    def training(arrays: dict[str, jax.Array], cotangent: jax.Array) -> Any:
+        out, pull = jax.vjp(
+            lambda moved: function(**(arrays | moved)), {name: arrays[name] for name in moving}
+        )
+        return out, pull(cotangent)[0]
+
+    axes = SPECS[spec]
+    spread_as = {name: NamedSharding(MESH, own_spec(name, *axes)) for name in arrays}
+    there = {name: jax.device_put(array, spread_as[name]) for name, array in arrays.items()}
+    cotangent = jax.device_put(draw(ROWS), spread_as["query"])
+    outs = spread_as["query"], {name: spread_as[name] for name in moving}
+    run, train = jax.jit(forward, out_shardings=outs[0]), jax.jit(training, out_shardings=outs)
+    assert communication(compiled_text(run, there)) == []
+    shared = [axes[1] is not None, *(axes[0] is not None for name in moving[3:])]
+    allowed = ["all-reduce"] * any(shared)
+    assert sorted(set(communication(compiled_text(train, there, cotangent)))) == allowed
+    whole = jax.device_put((arrays, draw(ROWS)), jax.devices()[0])
+    assert_close(jax.device_get(run(there)), jax.device_get(quick_jit(forward)(whole[0])))
+    received, expected = train(there, cotangent), quick_jit(training)(*whole)
+    assert_close(jax.device_get(received), jax.device_get(expected))
+
+
+def communication(text: str) -> list[str]:
+    """What is communicated by a program; within its loops nothing may be."""
+    found = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    entry = text[text.index("\nENTRY ") :]
+    assert re.findall(found, text) == re.findall(found, entry)
+    return re.findall(found, entry)
+
+
+def uneven() -> None:
+    """Rows that no mesh axis divides are whole on each device."""
+    arrays = [draw((1, 7, 2, 4)), draw((1, 5, 2, 4)), draw((1, 5, 2, 4))]
+
+    def run(query: jax.Array, *others: jax.Array) -> Any:
+        query = jax.lax.with_sharding_constraint(query + 0, NamedSharding(MESH, P(None, "batch")))
+        return attend(is_causal=True)(query, *others)
+
+    there = jax.device_put(arrays, NamedSharding(MESH, P()))
+    assert_close(
+        jax.device_get(quick_jit(pulled(run))(*there)),
+        jax.device_get(quick_jit(pulled(functools.partial(plain, is_causal=True)))(*arrays)),
+    )
+
+
+def per_device() -> None:
+    """A limit, and "auto", are of a device's share: what is missed is the share's workload."""
+    arrays = [jax.device_put(draw(ROWS), NamedSharding(MESH, P("batch", "heads"))) for _ in "qkv"]
+    arrays[1:] = [jax.device_put(one, NamedSharding(MESH, P("batch"))) for one in arrays[1:]]
+    function = jax.jit(functools.partial(dot_product_attention, is_causal=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function(*arrays)
+    (said,) = [str(one.message) for one in caught if one.category is MissWarning]
+    assert "b=2,t=32,s=64,h=4" in said, said
+    (missed,) = ProfileStore().missed(detect())
+    assert missed.shape in said
+
+
+def ring(form: str, balanced: bool, check_vma: bool, axis: Any = ("batch", "heads")) -> None:
+    """Attention around a ring is that of the whole sequence, with its gradients."""
+    terms, settings = FORMS[form]
+    devices = 2 if axis == "batch" else 4
+    order = ring_order(64, devices) if balanced else jnp.arange(64)
+    arrays = {"query": draw(ROWS), "key": draw((4, 64, 2, 8)), "value": draw((4, 64, 2, 8))}
+    arrays |= terms
+    along: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("query", "key", "value"), (1,)),
+        **dict.fromkeys(("query_segment_ids", "key_value_segment_ids"), (1,)),
+        **dict.fromkeys(("bias", "mask"), (2, 3)),
+    }
+
+    def ordered(name: str, array: Any) -> jax.Array:
+        for dim in along.get(name, ()):
+            array = jnp.take(array, order, axis=dim)
+        return array
+
+    def spec(name: str) -> P:
+        return P(*(None,) * along[name][0], axis) if name in along else P()
+
+    def attend(function: Any, arrays: dict[str, jax.Array], **more: Any) -> Any:
+        return function(**arrays, **settings, **more, return_residual=True)
+
+    go_round = functools.partial(
+        attend,
+        functools.partial(ring_attention, axis_name=axis, balanced=balanced),
+        max_chunk_size_mb=LIMIT,
+    )
+    mapped = jax.shard_map(
+        go_round,
+        mesh=MESH,
+        in_specs=({name: spec(name) for name in arrays},),
+        out_specs=(spec("query"), spec("query")),
+        check_vma=check_vma,
+    )
+    whole = functools.partial(attend, dot_product_attention, max_chunk_size_mb=None)
+    moving = ["query", "key", "value", *(name for name in DIFFERENTIABLE if name in terms)]
+
+    def run(function: Any, arrays: dict[str, jax.Array], weights: jax.Array) -> Any:
+        def loss(moved: dict[str, jax.Array]) -> Any:
+            out, lse = function(arrays | moved)
+            # of a row without a key it is a large number, whatever its dtype's
+            seen = jnp.where(lse > -1e30, lse, 0)
+            return jnp.sum(out * weights) + jnp.sum(seen * weights[..., 0]), (out, seen)
+
+        return jax.value_and_grad(loss, has_aux=True)({name: arrays[name] for name in moving})
+
+    weights = draw(ROWS)
+    there = {name: ordered(name, array) for name, array in arrays.items()}
+    received = quick_jit(functools.partial(run, mapped))(there, ordered("query", weights))
+    expected = quick_jit(functools.partial(run, whole))(arrays, weights)
+    (loss, (out, lse)), gradients = jax.device_get(expected)
+    outs = ordered("query", jnp.asarray(out)), ordered("query", jnp.asarray(lse))
+    moved = {name: ordered(name, jnp.asarray(one)) for name, one in gradients.items()}
+    assert_close(jax.device_get(received), jax.device_get(((loss, outs), moved)))
+
+
+def ring_holds_no_keys() -> None:
+    """No array of a device is as long as all keys, forward or backward."""
+
+    def train(*arrays: jax.Array) -> Any:
+        attend = functools.partial(
+            ring_attention, axis_name="batch", is_causal=True, max_chunk_size_mb=LIMIT
+        )
+        return pulled(attend)(*arrays)
+
+    spec = P(None, "batch")
+    mapped = jax.shard_map(train, mesh=MESH, in_specs=(spec,) * 3, out_specs=(spec, (spec,) * 3))
+    text = compiled_text(jax.jit(mapped), *(draw((1, 106, 2, 8)) for _ in "qkv"))
+    assert "53" in text
+    assert not re.search(r"\[(\d+,)*106[],]", text)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -101,8 +296,17 @@ CASES: dict[str, Callable[[], None]] = {
     "vmap with spmd_axis_name": vmapped,
     "sharded jit, rows": lambda: sharded("xla_rows"),
     "sharded jit": lambda: sharded("xla"),
-    "no gathers": gathers,
     "explicit shardings": explicit,
+    "uneven rows": uneven,
+    "each device has its own plan": per_device,
+    **{f"{form}, {spec}": functools.partial(share, form, spec) for form, spec in SHARES},
+    **{
+        f"ring, {form}": functools.partial(ring, form, number % 2 == 0, number % 3 == 0)
+        for number, form in enumerate(FORMS)
+        if form != "dropout"
+    },
+    "ring over one axis": lambda: ring("causal", True, True, "batch"),
+    "ring holds no keys": ring_holds_no_keys,
 }
 
 

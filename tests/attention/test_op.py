@@ -29,7 +29,7 @@ from reference import (
 )
 
 import autochunk
-from autochunk import Plan, dot_product_attention
+from autochunk import Plan, dot_product_attention, use
 from autochunk.device import detect
 from autochunk.errors import ArgumentError
 from autochunk.store.profiles import ProfileStore
@@ -466,11 +466,22 @@ def test_a_batch_that_is_not_known(
         np.testing.assert_allclose(exported.call(query), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("limit", [1.0, "auto"])
-def test_a_batch_on_which_slices_depend(limit: Any) -> None:
+def test_a_batch_on_which_slices_depend() -> None:
     """It must be known."""
     with pytest.raises(ArgumentError, match=r"symbolic.*max_chunk_size_mb=None.*got max_chunk"):
-        _export("b, 9", max_chunk_size_mb=limit)
+        _export("b, 9", max_chunk_size_mb=1.0)
+
+
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
+@pytest.mark.parametrize("limit", [None, 1e-4, 17.0])
+def test_auto_for_a_batch_that_is_not_known(limit: float | None) -> None:
+    """What is best for one element, cut smaller where it would take several at once."""
+    with use(max_chunk_size_mb=limit):
+        exported = _export("b, 9", is_causal=True)
+        for batch in (1, 3):
+            query = draw((batch, 9, 2, 4))
+            expected = dot_product_attention(query, query, query, is_causal=True)
+            np.testing.assert_allclose(exported.call(query), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [1.0, None, "auto"])

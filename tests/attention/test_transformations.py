@@ -467,37 +467,20 @@ def test_only_what_is_needed_is_kept_for_the_backward_pass() -> None:
 
 # --- Several devices ------------------------------------------------------------------------------
 
-SHARDED = [
-    "shard_map, vma checked",
-    "shard_map, vma not checked",
-    "shard_map over heads",
-    "vmap with spmd_axis_name",
-    "sharded jit, rows",
-    "sharded jit",
-    "no gathers",
-]
 
+def test_several_devices() -> None:
+    """Each device computes its share, and no more is communicated than sums of cotangents.
 
-@pytest.fixture(scope="module")
-def sharded_errors() -> dict[str, Any]:
-    """What ``sharded.py`` found on four devices of a process of its own."""
+    ``sharded.py`` does it, on four devices of a process of its own.
+    """
     script = Path(__file__).with_name("sharded.py")
     flags = "--xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(script)]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize("case", [*SHARDED, "explicit shardings"])
-def test_several_devices(case: str, sharded_errors: dict[str, Any]) -> None:
-    """Output and gradients over a mesh of devices are those of one device.
-
-    Slicing over rows first needs no gathers.
-    """
-    assert sharded_errors.keys() == {*SHARDED, "explicit shardings"}
-    assert sharded_errors[case] == ""
+    errors: dict[str, str] = json.loads(done.stdout)
+    assert len(errors) > 20
+    assert {case: error for case, error in errors.items() if error} == {}

@@ -120,6 +120,32 @@ def test_one_plan_everywhere(limits: tuple[float | None, ...], tmp_path: Path) -
     assert {answer["sum"] for answer in found} == {4 * 64 * 2 * 8}
 
 
+# Training with query rows sharded over all processes, against the same on one device.
+_TRAIN = """
+def train(query, key):
+    def loss(query, key):
+        return jnp.sum(jnp.sin(autochunk.dot_product_attention(query, key, key, is_causal=True)))
+    return jax.grad(loss, argnums=(0, 1))(query, key)
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "batch"))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+noise = np.random.default_rng(0).standard_normal((4, 64, 2, 8), np.float32)
+given = [jax.make_array_from_callback(noise.shape, s, lambda i: noise[i]) for s in (rows, whole)]
+received = jax.jit(train, out_shardings=(rows, whole))(*given)
+expected = train(noise, noise)
+for one, other in zip(received, expected):
+    for piece in one.addressable_shards:
+        np.testing.assert_allclose(piece.data, np.asarray(other)[piece.index], atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_mesh_of_several_processes(count: int, tmp_path: Path) -> None:
+    """Each process computes its share, forward and backward, by one plan."""
+    stores = stores_of(tmp_path, (0.01, *[None] * (count - 1)))
+    found = answers(start(count, stores, {}, dict.fromkeys(range(count), _TRAIN)))
+    assert {answer["plan"] for answer in found} == {"xla, 0.01 MB"}
+
+
 def test_a_store_that_changes_later_changes_nothing(tmp_path: Path) -> None:
     """On whichever process: what was agreed upon at the start holds while the program runs."""
     change = f"""

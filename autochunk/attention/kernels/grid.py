@@ -310,17 +310,18 @@ def vary_alike(arrays: Sequence[jax.Array], like: Sequence[jax.Array | None]) ->
     Inside ``shard_map`` operands and carries must agree.
     """
     axes: frozenset[str] = frozenset().union(
-        *(_varying_axes(array) for array in like if array is not None)
+        *(varying_axes(array) for array in like if array is not None)
     )
     return [
         jax.lax.pcast(array, tuple(missing), to="varying")
-        if (missing := axes - _varying_axes(array))
+        if (missing := axes - varying_axes(array))
         else array
         for array in arrays
     ]
 
 
-def _varying_axes(array: jax.Array) -> frozenset[str]:
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """Mesh axes of a ``shard_map`` that an array differs along, as far as JAX is told."""
     return jax.typeof(array).manual_axis_type.varying  # type: ignore[no-any-return, unused-ignore]
 
 

@@ -27,6 +27,8 @@ from autochunk.attention.kernels.shares import (
     Axes,
     in_shares,
     input_axes,
+    is_spread,
+    lowering,
     moving_axes,
     output_axes,
     stats_axes,
@@ -95,14 +97,16 @@ def _primitive(
     primitive.def_impl(implement)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
-        if axes is not None and params["call"].shares is not None:
-            call = params.pop("call")
+        call = params["call"]
+        if axes is not None and is_spread(call):
+            del params["call"]
             bind = functools.partial(primitive.bind, **params)
             shared = in_shares(bind, call, *axes(call, **params))
             return mlir.lower_fun(shared, multiple_results=True)(context, *operands)
         if "platforms" in parameters:
             params["platforms"] = tuple(context.module_context.platforms)
-        return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
+        lowered = lowering(call, mlir.lower_fun(function, multiple_results=True))
+        return lowered(context, *operands, **params)
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:
         # Updating an input's aval keeps what it knows of meshes; a new one would lose it.

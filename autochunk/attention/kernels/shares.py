@@ -32,6 +32,9 @@ Bind = Callable[..., list[jax.Array]]
 # Dims of these stay whole.
 _WHOLE = {"keys", "key features", "value features"}
 
+# As ``Call.shares``: this is the computation of one share.
+_ONE = "one"
+
 
 @functools.cache
 def marker() -> Any:
@@ -42,6 +45,30 @@ def marker() -> Any:
     identity = custom_partitioning(lambda x: x)
     identity.def_partition(lambda *_: None, sharding_rule="i -> i")
     return jax.make_jaxpr(identity)(jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
+def lowering(call: Call, lower: Callable[..., Any]) -> Callable[..., Any]:
+    """How a call is lowered to a program without sharding: in a share's there is no mesh."""
+    return _without_mesh(lower) if call.shares == _ONE else lower
+
+
+def _without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with no mesh in force, whatever is where XLA partitions the program.
+
+    With explicit axes arrays would have shardings in their types, which nothing looks at any more.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **settings: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return function(*arguments, **settings)
+
+    return run
+
+
+def is_spread(call: Call) -> bool:
+    """Whether a call's arrays may be sharded."""
+    return call.shares not in (None, _ONE)
 
 
 def input_axes(call: Call) -> list[Axes]:
@@ -146,23 +173,42 @@ def _partition(
     def spec(factors: Sequence[str]) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*(over.get(factor) for factor in factors)))
 
+    @_without_mesh
     def share(*shares: jax.Array) -> tuple[jax.Array, ...]:
         inputs, rest = split(shares, call)
         if rows := over.get("rows"):
             inputs = _from_row(inputs, call, jax.lax.axis_index(rows) * inputs.query.shape[-4])
-        own = _own_call(inputs, call)
+        own = own_call(inputs, call)._replace(shares=_ONE)
         outs = bind(*inputs.present.values(), *rest, call=own)
         return tuple(_summed(out, over, factors) for out, factors in zip(outs, made, strict=True))
 
     return mesh, share, tuple(map(spec, made)), tuple(map(spec, given))
 
 
-def _own_call(inputs: Inputs, call: Call) -> Call:
+def own_call(inputs: Inputs, call: Call) -> Call:
     """The call as that of one share, with the plans for it."""
-    plans = call.plans.of_share(inputs.logits)
+    plans = call.plans.of_share(_workload_fields(inputs, call))
     call = call._replace(operands=tuple(inputs.present), plans=plans)
     instead = lambda _name, mode, _refusal: plans.without_kernel(mode)  # noqa: E731
     return call._replace(plans=taken(inputs, call, instead)[0])
+
+
+def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:
+    """What a share's Workload has that the whole's has not, as far as that may differ."""
+    logits = inputs.logits
+    fields: dict[str, Any] = {
+        "batch": logits.batch,
+        "query_length": logits.rows,
+        "key_length": logits.keys,
+        "num_heads": logits.heads * logits.groups,
+        "num_kv_heads": logits.heads,
+        "causal": call.is_causal,
+        "window": "none" if call.window is None else "{}:{}".format(*call.window),
+    }
+    offset = inputs.query_offset
+    if offset is not None and math.prod(offset.shape) == 1:
+        fields["query_offset"] = "1"
+    return fields
 
 
 def _mesh_axes(
