@@ -231,7 +231,7 @@ def ring(form: str, balanced: bool, check_vma: bool, axis: Any = ("batch", "head
     def ordered(name: str, array: Any) -> jax.Array:
         for dim in along.get(name, ()):
             array = jnp.take(array, order, axis=dim)
-        return array
+        return jnp.asarray(array)
 
     def spec(name: str) -> P:
         return P(*(None,) * along[name][0], axis) if name in along else P()

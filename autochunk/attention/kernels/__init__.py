@@ -26,7 +26,7 @@ computed again without them (see ``SliceMath``). A row that sees no key is the m
 To read it: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` (one
 slice), ``grid`` (all slices), ``problem`` (how they are cut), ``maps`` (forward, tangent and
 cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and ``fused``, which run
-without slices, and ``shares``, what each of several devices does.
+without slices, and ``shares`` and ``ring``, what each of several devices does.
 
 What was tried. Figures are speed: "A against B 2x" says that A takes half the time of B, in the
 same run.

@@ -1,0 +1,308 @@
+"""Attention round a ring of devices, each of which has a share of the queries and of the keys.
+
+Each device keeps its queries; keys and values go round from device to device, and what each share
+of them contributes is merged by its log-sum-exp (Liu et al. 2023, "Ring Attention with Blockwise
+Transformers for Near-Infinite Context", https://arxiv.org/abs/2310.01889). In the backward pass
+they go round once more, and their cotangents with them. With causality a device whose rows come
+late has more to do than one whose rows come early; where each has an early part and a late one, all
+have the same (as in Llama 3's training, https://arxiv.org/abs/2407.21783, section 3.3.2).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
+from autochunk.attention.kernels.grid import sum_to, vary_alike, varying_axes
+from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows
+from autochunk.attention.kernels.primitives import attention_with_stats_p, cotangent_p
+from autochunk.attention.kernels.shares import own_call
+
+# What goes round: keys, and what belongs to them.
+_TRAVELLING = ("key", "value", "key_value_segment_ids")
+
+
+class _Stats(NamedTuple):
+    """What is known of the rows of one part: sums over the keys that were there.
+
+    Attributes:
+      out: [..., rows, H, G, V] in float32 at least, of weights that are not divided by their sum.
+      maximum, total: of the logits, and of their exponentials [..., H, G, rows].
+    """
+
+    out: jax.Array
+    maximum: jax.Array
+    total: jax.Array
+
+    def joined(self, out: jax.Array, maximum: jax.Array, total: jax.Array) -> _Stats:
+        """With the output of more keys, which is divided by the sum of their weights."""
+        largest = jnp.maximum(self.maximum, maximum)
+        before, now = jnp.exp(self.maximum - largest), jnp.exp(maximum - largest) * total
+        return _Stats(
+            self.out * along_rows(before) + out.astype(self.out.dtype) * along_rows(now),
+            largest,
+            self.total * before + now,
+        )
+
+
+class Ring:
+    """One device's part in a ring of devices; arrays as the kernels have them."""
+
+    def __init__(
+        self, inputs: Inputs, call: Call, axis_name: Hashable, devices: int, parts: int
+    ) -> None:
+        self.call, self.axis_name, self.devices, self.parts = call, axis_name, devices, parts
+        self.rows = inputs.query.shape[-4] // parts
+        self.keys = inputs.key.shape[-3] // parts
+        self.wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
+        self._pairs = list(itertools.product(range(parts), range(parts)))
+        # Of rows that see no key of their own, which by causality alone there are none of.
+        self.may_be_blind = bool(inputs.terms) or call.window is not None
+
+    # What is computed
+
+    def results(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Output [..., T' / N, H, G, V] and log-sum-exp [..., H, G, T' / N]."""
+        return self.results_and_saved(inputs)[0]
+
+    def results_and_saved(self, inputs: Inputs) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """The same, and what the backward pass needs: of this device's rows and keys alone."""
+        *leading, _, heads, groups, _ = inputs.query.shape
+        by_row = (*leading, heads, groups, self.rows)
+        none = _Stats(
+            jnp.zeros((*leading, self.rows, heads, groups, inputs.value.shape[-1]), self.wide),
+            jnp.full(by_row, jnp.finfo(self.wide).min, self.wide),
+            jnp.zeros(by_row, self.wide),
+        )
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            travelling, stats = carry
+            source = self._source(number)
+            for pair in self._pairs:
+
+                def run(given: Inputs, call: Call, one: _Stats) -> _Stats:
+                    operands = tuple(given.present.values())
+                    return one.joined(*attention_with_stats_p.bind(*operands, call=call))
+
+                now = inputs._replace(**travelling)
+                stats[pair[0]] = self._of_pair(now, source, pair, run, stats[pair[0]], inputs)
+            return self._passed_on(travelling), stats
+
+        start = self._travelling(inputs), [none] * self.parts
+        _, stats = jax.lax.fori_loop(0, self.devices, step, self._varying(start, inputs))
+        out = jnp.concatenate([self._divided(one) for one in stats], axis=-4)
+        maximum, total = (
+            jnp.concatenate([getattr(one, name) for one in stats], axis=-1)
+            for name in ("maximum", "total")
+        )
+        if self.may_be_blind:
+            mean = jax.lax.pmean(mean_value(inputs.value.astype(self.wide)), self.axis_name)
+            out = jnp.where(along_rows(total == 0), mean, out)
+        out = self._within_lengths(out, inputs).astype(inputs.query.dtype)
+        return (out, log_sum_exp(maximum, total)), (inputs, out, maximum, total)
+
+    def _divided(self, stats: _Stats) -> jax.Array:
+        return stats.out / along_rows(jnp.where(stats.total == 0, 1, stats.total))
+
+    def _within_lengths(self, rows: jax.Array, inputs: Inputs) -> jax.Array:
+        """Of all this device's rows, zero beyond their lengths."""
+        here, parts = jax.lax.axis_index(self.axis_name), []
+        for part in range(self.parts):
+            given = self._from(inputs, self._start(part, here, self.rows), 0)
+            own = jax.lax.slice_in_dim(
+                rows, part * self.rows, (part + 1) * self.rows, axis=rows.ndim - 4
+            )
+            parts.append(within_lengths(own, given))
+        return jnp.concatenate(parts, axis=-4)
+
+    # What is differentiated
+
+    def cotangents(self, saved: Any, pulled: tuple[jax.Array, jax.Array]) -> tuple[Inputs]:
+        """Of all inputs."""
+        inputs, out, maximum, total = saved
+        blind = along_rows(total == 0)
+        d_out = self._within_lengths(pulled[0], inputs)
+        seen = jnp.where(blind, jnp.zeros((), d_out.dtype), d_out)
+        by_row = (out, maximum, total, seen, pulled[1].astype(self.wide))
+        axes = (-4, -1, -1, -4, -1)
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            travelling, totals = carry
+            source = self._source(number)
+            for pair in self._pairs:
+
+                def run(given: Inputs, call: Call, totals: Any, pair: Any = pair) -> Any:
+                    own = (
+                        jax.lax.slice_in_dim(
+                            one,
+                            pair[0] * self.rows,
+                            (pair[0] + 1) * self.rows,
+                            axis=one.ndim + axis,
+                        )
+                        for one, axis in zip(by_row, axes, strict=True)
+                    )
+                    operands = vary_alike((*given.present.values(), *own), by_row)
+                    wanted = (True,) * len(call.moving)
+                    found = cotangent_p.bind(*operands, call=call, wanted=wanted)
+                    return {
+                        name: self._added(name, totals[name], one, source, pair)
+                        for name, one in zip(call.moving, found, strict=True)
+                    }
+
+                now = inputs._replace(**travelling)
+                totals = self._of_pair(now, source, pair, run, totals, inputs)
+            moved = self._passed_on({name: totals[name] for name in ("key", "value")})
+            return self._passed_on(travelling), totals | moved
+
+        zeros = {
+            name: jnp.zeros(getattr(inputs, name).shape, self.wide) for name in self.call.moving
+        }
+        start = self._varying((self._travelling(inputs), zeros), inputs)
+        _, totals = jax.lax.fori_loop(0, self.devices, step, start)
+        if self.may_be_blind:
+            means = jnp.sum(jnp.where(blind, d_out.astype(self.wide), 0), axis=(-4, -2))
+            shared = jax.lax.psum(means, self.axis_name) / (self.devices * self.parts * self.keys)
+            value = totals["value"]
+            one_key = (*value.shape[:-3], 1, *value.shape[-2:])
+            totals["value"] += sum_to(shared[..., None, :, :], one_key)
+        found = {name: _like(one, getattr(inputs, name)) for name, one in totals.items()}
+        none: dict[str, Any] = dict.fromkeys(Inputs._fields)
+        return (Inputs(**(none | found)),)
+
+    # Pairs of one part's rows and one part's keys
+
+    def _of_pair(
+        self,
+        now: Inputs,
+        source: jax.Array,
+        pair: tuple[int, int],
+        run: Callable[[Inputs, Call, Any], Any],
+        carry: Any,
+        like: Inputs,
+    ) -> Any:
+        """``run`` on a pair's inputs; the carry as it is where its rows see none of its keys."""
+        first_row = self._start(pair[0], jax.lax.axis_index(self.axis_name), self.rows)
+        first_key = self._start(pair[1], source, self.keys)
+        cut = {
+            name: _cut(array, self._places(name, array, source, pair))
+            for name, array in now.present.items()
+        }
+        given = self._from(Inputs(**cut), first_row, first_key)
+        index, forms = self._forms(given, first_row - first_key)
+
+        def branch(form: tuple[Inputs, Call] | None) -> Callable[[Any], Any]:
+            if form is None:
+                return lambda carry: carry
+            inputs, call = form
+            call = own_call(inputs, call)
+            return lambda carry: self._varying(run(inputs, call, carry), like)
+
+        branches = [branch(form) for form in forms]
+        return branches[0](carry) if len(branches) == 1 else jax.lax.switch(index, branches, carry)
+
+    def _from(self, inputs: Inputs, first_row: Any, first_key: Any) -> Inputs:
+        """Inputs whose rows and keys are not the sequences' first."""
+        changes = {
+            name: jnp.maximum(getattr(inputs, name).astype(jnp.int32) - first, 0)
+            for name, first in (
+                ("query_seq_lengths", first_row),
+                ("key_value_seq_lengths", first_key),
+            )
+            if getattr(inputs, name) is not None
+        }
+        return inputs._replace(**changes)
+
+    def _forms(
+        self, inputs: Inputs, offset: jax.Array
+    ) -> tuple[jax.Array, list[tuple[Inputs, Call] | None]]:
+        """Which of several forms a pair's call has by its rows' offset; None is nothing to do.
+
+        Causality, of parts of one length, comes to all or nothing but on the diagonal: calls that
+        fused kernels take.
+        """
+        call, (left, right) = self.call, self.call.reach
+        sloped = inputs.alibi_slopes is not None
+        if (left, right) == (None, None) and not sloped:
+            return offset, [(inputs, call)]
+        if (left, right) == (None, 0) and self.rows == self.keys and not sloped:
+            whole = call._replace(is_causal=False, window=None)
+            return 1 + jnp.sign(offset), [None, (inputs, call), (inputs, whole)]
+        closed = jnp.zeros((), bool)
+        if right is not None:
+            closed |= offset + self.rows - 1 + right < 0
+        if left is not None:
+            closed |= offset - left > self.keys - 1
+        there = offset.reshape((1,) * (inputs.query.ndim - 4))
+        moved = inputs._replace(query_offset=there)
+        return jnp.where(closed, 0, 1), [None, (moved, call)]
+
+    def _places(
+        self, name: str, array: jax.Array, source: jax.Array, pair: tuple[int, int]
+    ) -> dict[int, tuple[Any, int]]:
+        """Where a pair's part of an array is: (start, size) by axis, where that is not all."""
+        places: dict[int, tuple[Any, int]] = {}
+        for axis, kind in enumerate(AXES[name], array.ndim - len(AXES[name])):
+            if kind == "rows" and array.shape[axis] != 1:
+                places[axis] = pair[0] * self.rows, self.rows
+            elif kind == "keys" and array.shape[axis] != 1:
+                start = 0 if name in _TRAVELLING else source * self.parts * self.keys
+                places[axis] = start + pair[1] * self.keys, self.keys
+        return places
+
+    def _added(
+        self,
+        name: str,
+        total: jax.Array,
+        found: jax.Array,
+        source: jax.Array,
+        pair: tuple[int, int],
+    ) -> jax.Array:
+        """A total of cotangents with those of a pair."""
+        places = self._places(name, total, source, pair)
+        start = [places.get(axis, (0, 0))[0] for axis in range(total.ndim)]
+        both = _cut(total, places) + found.astype(total.dtype)
+        return jax.lax.dynamic_update_slice(total, both, start)
+
+    # The ring
+
+    def _travelling(self, inputs: Inputs) -> dict[str, jax.Array]:
+        return {name: one for name, one in inputs.present.items() if name in _TRAVELLING}
+
+    def _source(self, number: jax.Array) -> jax.Array:
+        """Whose keys are here after so many steps."""
+        return (jax.lax.axis_index(self.axis_name) - number) % self.devices
+
+    def _start(self, part: int, device: jax.Array, size: int) -> jax.Array:
+        """The first position of a part of a device."""
+        if self.parts == 1:
+            return device * size
+        return (device if part == 0 else 2 * self.devices - 1 - device) * size
+
+    def _passed_on(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        ring = [(device, (device + 1) % self.devices) for device in range(self.devices)]
+        moved: dict[str, jax.Array] = jax.lax.ppermute(arrays, self.axis_name, ring)
+        return moved
+
+    def _varying(self, tree: Any, inputs: Inputs) -> Any:
+        """What differs between devices, as far as JAX is told, as all inputs and this device do."""
+        leaves, structure = jax.tree.flatten(tree)
+        like = (*inputs.present.values(), jax.lax.axis_index(self.axis_name))
+        return jax.tree.unflatten(structure, vary_alike(leaves, like))
+
+
+def _cut(array: jax.Array, places: dict[int, tuple[Any, int]]) -> jax.Array:
+    for axis, (start, size) in places.items():
+        array = jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+    return array
+
+
+def _like(cotangent: jax.Array, array: jax.Array) -> jax.Array:
+    """A cotangent in its array's dtype, summed over the devices that all have the same array."""
+    if more := varying_axes(cotangent) - varying_axes(array):
+        cotangent = jax.lax.psum(cotangent, tuple(more))
+    return cotangent.astype(array.dtype)
