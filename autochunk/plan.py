@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from autochunk.errors import ArgumentError
@@ -46,6 +46,10 @@ class Plan:
         if is_sliced(self.implementation):
             return self
         return Plan("xla_rows", self.max_chunk_size_mb or DEFAULT_MAX_CHUNK_SIZE_MB)
+
+    def rows_first(self) -> Plan:
+        """The plan, with slices over query rows first."""
+        return replace(self, implementation="xla_rows") if self.implementation == "xla" else self
 
     def as_data(self) -> list[Any]:
         """The plan as JSON data, of which ``Plan(*data)`` makes it again."""
@@ -86,6 +90,11 @@ class Plans:
     def of_share(self, fields: Mapping[str, Any]) -> Plans:
         """The plans of one of several devices, whose share's workload has these fields."""
         return self if self.for_share is None else self.for_share(fields)
+
+    def rows_first(self) -> Plans:
+        """The same with slices over query rows first, where batch or heads may be sharded."""
+        forward, training = (one.rows_first() for one in (self.forward, self.training))
+        return replace(self, forward=forward, training=training)
 
     def without_kernel(self, mode: Literal["forward", "training"]) -> Plan:
         """The plan for ``mode`` where its fused kernel does not take the call."""

@@ -362,6 +362,4 @@ def _for_mesh(plan: Plan) -> Plan:
     """
     mesh = jax.sharding.get_abstract_mesh()
     mixed = mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names)
-    if plan.implementation != "xla" or not mixed:
-        return plan
-    return dataclasses.replace(plan, implementation="xla_rows")
+    return plan.rows_first() if mixed else plan

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -201,6 +202,17 @@ def uneven() -> None:
     )
 
 
+def exported() -> None:
+    """What is exported holds nothing of this process, for one device and for several."""
+    whole = [jnp.asarray(array) for array in ARRAYS]
+    expected = attend(is_causal=True)(*whole)
+    for arrays in (whole, spread(MESH, "batch", None, "heads")):
+        made = jax.export.export(jax.jit(attend(is_causal=True)))(*arrays)
+        assert "CustomSPMDPartitioning" not in made.mlir_module()
+        assert made.nr_devices == len(arrays[0].devices())
+        assert_close(jax.device_get(jax.jit(made.call)(*arrays)), jax.device_get(expected))
+
+
 def per_device() -> None:
     """A limit, and "auto", are of a device's share: what is missed is the share's workload."""
     arrays = [jax.device_put(draw(ROWS), NamedSharding(MESH, P("batch", "heads"))) for _ in "qkv"]
@@ -298,6 +310,7 @@ CASES: dict[str, Callable[[], None]] = {
     "sharded jit": lambda: sharded("xla"),
     "explicit shardings": explicit,
     "uneven rows": uneven,
+    "exported programs": exported,
     "each device has its own plan": per_device,
     **{f"{form}, {spec}": functools.partial(share, form, spec) for form, spec in SHARES},
     **{

@@ -32,6 +32,7 @@ from autochunk.attention.kernels.shares import (
     moving_axes,
     output_axes,
     stats_axes,
+    unspread,
 )
 from autochunk.plan import LogitsShape, runs_dense
 
@@ -97,7 +98,9 @@ def _primitive(
     primitive.def_impl(implement)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
-        call = params["call"]
+        exported = context.module_context.lowering_parameters.for_export
+        call = unspread(params["call"]) if exported else params["call"]
+        params["call"] = call
         if axes is not None and is_spread(call):
             del params["call"]
             bind = functools.partial(primitive.bind, **params)

@@ -71,6 +71,16 @@ def is_spread(call: Call) -> bool:
     return call.shares not in (None, _ONE)
 
 
+def unspread(call: Call) -> Call:
+    """A call that XLA partitions by itself, as that of a program which another process will run.
+
+    Slicing along a sharded axis makes it gather that; rows are sharded least often.
+    """
+    if not is_spread(call):
+        return call
+    return call._replace(shares=None, plans=call.plans.rows_first())
+
+
 def input_axes(call: Call) -> list[Axes]:
     """Trailing axes of a call's inputs, which tell features of keys from those of values."""
     return [_named(AXES[name], "value" if name == "value" else "key") for name in call.operands]
@@ -164,8 +174,8 @@ def _partition(
     """The program of one share, and how its operands and results are sharded."""
     arrays = [*zip(operands, given, strict=True), *zip(results, made, strict=True)]
     if mesh.empty:  # shardings without names, of which nothing can be summed
-        sharding: Any = operands[0].sharding
-        mesh = Mesh(np.array(sharding._device_assignment), ("devices",))
+        devices = sorted(operands[0].sharding.device_set, key=lambda device: device.id)
+        mesh = Mesh(np.array(devices), ("devices",))
         over: dict[str, tuple[str, ...]] = {}
     else:
         over = _mesh_axes(mesh, arrays)
