@@ -42,7 +42,8 @@ def _answer(resolution: Resolution) -> Iterator[str]:
     yield f"because   {resolution.reason}"
     yield f"from      {resolution.layer} ({resolution.match}{stale})"
     if resolution.within is not None:
-        yield f"sure      of plans timed to the end hardly one is {resolution.within:.1%} faster"
+        others = "no other plan that was timed to the end is faster by more"
+        yield f"sure      within {resolution.within:.1%}: {others}"
     if measured is not None:
         versions = f"jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}"
         yield f"measured  {measured.created}, effort {measured.effort}, {versions}"
