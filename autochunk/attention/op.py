@@ -206,8 +206,9 @@ def attend(
     else:
         inputs = arguments.inputs()
         anything_goes = (implementation, max_chunk_size_mb) == ("dense", None)
+        symbolic = not anything_goes and arguments.symbolic()
         call = static_call(arguments, max_chunk_size_mb, implementation)
-        if not anything_goes and arguments.symbolic():
+        if symbolic:
             call = _for_any_batch(call, inputs, max_chunk_size_mb)
         if _each_its_share():
             call = call._replace(shares=kernels.marker())

@@ -181,8 +181,9 @@ class Grid:
         """The slices to compute, in passes: whether they are open, their numbers, how many of them.
 
         None is all. Closed ones are left out; of those that are open nothing need be excluded.
+        Where it is symbolic how many there are, they cannot be looked at one by one.
         """
-        if self.cover is None:
+        if self.cover is None or not isinstance(self.cells, int):
             return [(False, jnp.arange(self.cells, dtype=jnp.int32), None)]
         crossed, opened = self._by_tracing(self.cover)
         if not self.cover.names or self.differentiable:
