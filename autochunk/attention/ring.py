@@ -61,36 +61,15 @@ def ring_attention(
       ArgumentError: as from ``dot_product_attention``; sizes are odd with ``balanced``; a setting
         is not one of these.
     """
-    unknown = settings.keys() - _SETTINGS
-    if unknown:
-        raise ArgumentError(
-            f"ring_attention has no {' and no '.join(sorted(unknown))}; beside its own arguments "
-            f"it takes {', '.join(sorted(_SETTINGS))}"
-        )
+    _check_settings(settings)
     arguments = Arguments.checked(query=query, key=key, value=value, **settings)
     devices = jax.lax.axis_size(axis_name)
-    sizes = checks.sizes_of(arguments.query, arguments.key)
-    sizes["s"] *= devices
-    for name, term in (("bias", bias), ("mask", mask)):
-        if term is not None:
-            whole = checks.whole_term(
-                name, checks.array_of(name, term), arguments.query.shape[:-3], sizes
-            )
-            arguments = arguments.replace(**{name: whole})
+    arguments = _with_terms_of_all_keys(arguments, devices, bias=bias, mask=mask)
     parts = 2 if balanced else 1
-    for name in ("query", "key"):
-        length = getattr(arguments, name).shape[-3]
-        if length % parts or not length:
-            raise ArgumentError(
-                f"each device's share of the {name} must have rows, and an even number of them "
-                f"with balanced=True; got {length}. Pad the sequence"
-            )
-    call = static_call(arguments, max_chunk_size_mb, implementation)
-    call = call._replace(residual=True)
-    ring = Ring(arguments.inputs(), call, axis_name, devices, parts)
-    run = jax.custom_vjp(ring.results)
-    run.defvjp(ring.results_and_saved, ring.cotangents)
-    out, lse = run(arguments.inputs())
+    _check_lengths(arguments, parts)
+    call = static_call(arguments, max_chunk_size_mb, implementation)._replace(residual=True)
+    inputs = arguments.inputs()
+    out, lse = Ring(inputs, call, axis_name, devices, parts).attend(inputs)
     out = out.reshape(arguments.output_shape)
     if not return_residual:
         return out
@@ -110,6 +89,37 @@ _SETTINGS = {
     "alibi_slopes",
     "precision",
 }
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    if unknown := settings.keys() - _SETTINGS:
+        raise ArgumentError(
+            f"ring_attention has no {' and no '.join(sorted(unknown))}; beside its own arguments "
+            f"it takes {', '.join(sorted(_SETTINGS))}"
+        )
+
+
+def _with_terms_of_all_keys(arguments: Arguments, devices: int, **terms: Any) -> Arguments:
+    """The arguments with a bias and a mask, if given, whose columns are all devices' keys."""
+    sizes = checks.sizes_of(arguments.query, arguments.key)
+    sizes["s"] *= devices
+    leading = arguments.query.shape[:-3]
+    given = {
+        name: checks.whole_term(name, checks.array_of(name, term), leading, sizes)
+        for name, term in terms.items()
+        if term is not None
+    }
+    return arguments.replace(**given)
+
+
+def _check_lengths(arguments: Arguments, parts: int) -> None:
+    for name in ("query", "key"):
+        length = getattr(arguments, name).shape[-3]
+        if length % parts or not length:
+            raise ArgumentError(
+                f"each device's share of the {name} must have rows, and an even number of them "
+                f"with balanced=True; got {length}. Pad the sequence"
+            )
 
 
 def ring_order(length: int, devices: int) -> np.ndarray[Any, np.dtype[np.int64]]:

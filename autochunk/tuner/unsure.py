@@ -35,10 +35,11 @@ def repeat_unsure(task: Task, subjects: Sequence[Subject], probe: Probe, seconds
             if time.monotonic() > probe.deadline:
                 return
             if widths[subject] > SURE and subject.workload in task.finished:
-                if len(_in_question(task.found[subject.workload])) < 2:
+                between = _in_question(task.found[subject.workload])
+                if len(between) < 2:
                     continue
                 task.on_event(events.Started(*subject.place))
-                _repeat(task, subject, probe)
+                _repeat(task, subject, probe, between)
                 task.on_event(events.Finished(*subject.place, task.found[subject.workload]))
 
 
@@ -49,10 +50,10 @@ def _width(profile: Profile | None) -> float:
     return math.inf if choice.within is None else choice.within
 
 
-def _repeat(task: Task, subject: Subject, probe: Probe) -> None:
+def _repeat(task: Task, subject: Subject, probe: Probe, between: Sequence[Plan]) -> None:
     profile = task.found[subject.workload]
     measured = {measurement.plan: measurement for measurement in profile.measurements}
-    between, anchor = _in_question(profile), _anchor(profile)
+    anchor = _anchor(profile)
     if anchor is None:
         return
     try:

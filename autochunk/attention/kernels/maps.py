@@ -286,7 +286,7 @@ def cotangent(
     totals = dict(zip(names, problem.grid().run(compute, arrays, axes, outputs, add), strict=True))
     found = {name: total.reshape(inputs.present[name].shape) for name, total in totals.items()}
     if problem.may_see_nothing and "value" in names:
-        found["value"] += _of_means(inputs, rest[2], rest[3], problem.dtype)
+        found["value"] += of_means(inputs, rest[2], rest[3], problem.dtype)
     return [found[name].astype(inputs.present[name].dtype) for name in names]
 
 
@@ -303,12 +303,12 @@ def _by_kernel(
     found = fused.cotangent(name, inputs, call, out, maximum, d_out)
     if may_see_nothing(inputs, call):
         wide = jnp.promote_types(inputs.value.dtype, jnp.float32)
-        mean = _of_means(inputs, total, d_out, wide)
+        mean = of_means(inputs, total, d_out, wide)
         found["value"] = (found["value"].astype(wide) + mean).astype(inputs.value.dtype)
     return found
 
 
-def _of_means(inputs: Inputs, total: jax.Array, d_out: jax.Array, dtype: Any) -> jax.Array:
+def of_means(inputs: Inputs, total: jax.Array, d_out: jax.Array, dtype: Any) -> jax.Array:
     """What the values' cotangents have of rows that see nothing, whose output is their mean."""
     blind = jnp.where(along_rows(total == 0), d_out.astype(dtype), 0)
     shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / inputs.key.shape[-3]

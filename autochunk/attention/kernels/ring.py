@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
-from autochunk.attention.kernels.grid import sum_to, vary_alike, varying_axes
+from autochunk.attention.kernels.grid import vary_alike, varying_axes
 from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows
+from autochunk.attention.kernels.maps import of_means
 from autochunk.attention.kernels.primitives import attention_with_stats_p, cotangent_p
 from autochunk.attention.kernels.shares import own_call
 
@@ -65,6 +66,12 @@ class Ring:
         self.may_be_blind = bool(inputs.terms) or call.window is not None
 
     # What is computed
+
+    def attend(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """``results``, whose gradients are computed round the ring as well."""
+        run = jax.custom_vjp(self.results)
+        run.defvjp(self.results_and_saved, self.cotangents)
+        return run(inputs)
 
     def results(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         """Output [..., T' / N, H, G, V] and log-sum-exp [..., H, G, T' / N]."""
@@ -114,11 +121,13 @@ class Ring:
         here, parts = jax.lax.axis_index(self.axis_name), []
         for part in range(self.parts):
             given = self._from(inputs, self._start(part, here, self.rows), 0)
-            own = jax.lax.slice_in_dim(
-                rows, part * self.rows, (part + 1) * self.rows, axis=rows.ndim - 4
-            )
-            parts.append(within_lengths(own, given))
+            parts.append(within_lengths(self._rows_of(part, rows, -4), given))
         return jnp.concatenate(parts, axis=-4)
+
+    def _rows_of(self, part: int, array: jax.Array, axis: int) -> jax.Array:
+        """A part's rows of an array, whose (negative) axis of rows is given."""
+        first = part * self.rows
+        return jax.lax.slice_in_dim(array, first, first + self.rows, axis=array.ndim + axis)
 
     # What is differentiated
 
@@ -138,12 +147,7 @@ class Ring:
 
                 def run(given: Inputs, call: Call, totals: Any, pair: Any = pair) -> Any:
                     own = (
-                        jax.lax.slice_in_dim(
-                            one,
-                            pair[0] * self.rows,
-                            (pair[0] + 1) * self.rows,
-                            axis=one.ndim + axis,
-                        )
+                        self._rows_of(pair[0], one, axis)
                         for one, axis in zip(by_row, axes, strict=True)
                     )
                     operands = vary_alike((*given.present.values(), *own), by_row)
@@ -165,11 +169,8 @@ class Ring:
         start = self._varying((self._travelling(inputs), zeros), inputs)
         _, totals = jax.lax.fori_loop(0, self.devices, step, start)
         if self.may_be_blind:
-            means = jnp.sum(jnp.where(blind, d_out.astype(self.wide), 0), axis=(-4, -2))
-            shared = jax.lax.psum(means, self.axis_name) / (self.devices * self.parts * self.keys)
-            value = totals["value"]
-            one_key = (*value.shape[:-3], 1, *value.shape[-2:])
-            totals["value"] += sum_to(shared[..., None, :, :], one_key)
+            of_own_keys = of_means(inputs, total, d_out, self.wide)
+            totals["value"] += jax.lax.pmean(of_own_keys, self.axis_name)
         found = {name: _like(one, getattr(inputs, name)) for name, one in totals.items()}
         none: dict[str, Any] = dict.fromkeys(Inputs._fields)
         return (Inputs(**(none | found)),)
