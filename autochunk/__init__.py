@@ -30,7 +30,8 @@ holds::
       resolve                  who is asked, in which order
     attention/               what runs in the model
       arguments, checks        the arrays of a call, brought into form; what they must be
-      kernels/                 the attention itself, for a given plan: jax only
+      kernels/                 the attention itself, for a given plan: jax only, but for what
+                               ``libraries`` calls
       op, haiku                the function and the module
       ring                     a sequence whose keys no device holds whole
     tuner/                   what measures
@@ -40,6 +41,7 @@ holds::
       search                   the loop over one workload's plans (candidates, standing)
       study/                   what is measured already, and by whom: alone or with other machines
       probe, process, worker   the measuring process, from outside, in between and from inside
+      autotuning               what XLA tries out for a GPU, kept
       inputs, reference        what is computed there, and what it should give
       measure                  how a program is timed, and its memory taken
       joint, unsure            rounds of the plans that are close, until one is clear; once more

@@ -2,12 +2,14 @@
 
 Whoever needs to know whether an implementation slices, where it runs or what installs it asks this
 table. A new one is an entry here and a row in ``tests/test_implementations.py``; if it is a kernel
-of another library, its entry names a function in ``attention/kernels/fused.py`` (or a file beside
-it) that calls it.
+of another library, its entry names that in ``attention/kernels/libraries.py``.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from dataclasses import dataclass
 
 
@@ -19,10 +21,11 @@ class Implementation:
       summary: what it is, in words that follow its name.
       slicing: the axes along which it slices, first choice first; empty where it does not slice.
       kernel: for a kernel of another library that holds no logits, ``"module:function"``: a
-        ``kernels.fused.Kernel``, loaded when it is first asked for; else empty.
+        ``kernels.libraries.Kernel``, loaded when it is first asked for; else empty.
       platforms: where it runs, as JAX's lowering names them; empty is everywhere.
       dtypes: of its inputs, by name; empty is any.
-      extra: the extra of autochunk that installs what it needs; empty where JAX has it all.
+      extra: the extra of autochunk that installs the library that it is of, by whose name it is
+        imported; empty where JAX has it all.
     """
 
     summary: str
@@ -42,10 +45,25 @@ class Implementation:
         """Whether it is a kernel of another library, which holds no logits at all."""
         return bool(self.kernel)
 
+    @property
+    def installed(self) -> bool:
+        """Whether the library that it is of is there."""
+        return not self.extra or _is_installed(self.extra)
+
+    @property
+    def how_to_install(self) -> str:
+        """What is missing where it is not installed, and what brings it."""
+        return f"{self.extra} is not installed: pip install 'autochunk[{self.extra}]' brings it"
+
     def runs_on(self, platform: str) -> bool:
         """Whether it runs on a platform, as lowering ("cuda") or a Device ("gpu") names it."""
         names = {"gpu": {"cuda", "rocm"}}.get(platform, {platform})
         return not self.platforms or bool(names & set(self.platforms))
+
+
+@functools.cache
+def _is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 # Optuna keeps the names in this order with every trial, so that new ones come last.
@@ -53,7 +71,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "dense": Implementation("haiku's own order of operations, all logits at once"),
     "cudnn": Implementation(
         "cuDNN's fused kernel, on NVIDIA GPUs, in half precision",
-        kernel="autochunk.attention.kernels.fused:cudnn",
+        kernel="autochunk.attention.kernels.libraries:cudnn",
         platforms=("cuda",),
         dtypes=("bfloat16", "float16"),
     ),
@@ -65,7 +83,27 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "slices over query rows first, then keys, batch and heads",
         slicing=("rows", "keys", "batch", "heads"),
     ),
+    "tokamax_mosaic": Implementation(
+        "Tokamax's fused kernel for NVIDIA GPUs since Hopper, in half precision",
+        kernel="autochunk.attention.kernels.libraries:tokamax_mosaic",
+        platforms=("cuda",),
+        dtypes=("bfloat16", "float16"),
+        extra="tokamax",
+    ),
+    "tokamax_triton": Implementation(
+        "Tokamax's fused kernel for NVIDIA GPUs since Ampere, in any precision",
+        kernel="autochunk.attention.kernels.libraries:tokamax_triton",
+        platforms=("cuda",),
+        dtypes=("bfloat16", "float16", "float32"),
+        extra="tokamax",
+    ),
 }
+
+
+def load_library(name: str) -> None:
+    """Imports the library that an implementation is of, if it is of another one than JAX."""
+    if library := IMPLEMENTATIONS[name].extra:
+        importlib.import_module(library)
 
 
 def is_sliced(name: str | None) -> bool:

@@ -28,8 +28,9 @@ class Plan:
     Attributes:
       implementation: ``"xla"`` (slices over batch, then heads, then query rows, then keys),
         ``"xla_rows"`` (query rows first), ``"dense"`` (haiku's own order of operations, unsliced;
-        where all logits do not fit the limit, slices) or ``"cudnn"`` (cuDNN's fused kernel, on
-        NVIDIA GPUs, in half precision).
+        where all logits do not fit the limit, slices) or a fused kernel for NVIDIA GPUs:
+        ``"cudnn"`` (half precision) and, with the extra ``tokamax``, ``"tokamax_mosaic"`` (half
+        precision, Hopper and newer) and ``"tokamax_triton"`` (float32 too).
       max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None sets no limit. Long
         causal attention is cut into blocks even so.
     """
@@ -67,10 +68,10 @@ class Plan:
 class Plans:
     """The plan of a call that is not differentiated, and of one that is.
 
-    ``on_use`` is told which of the two came to run, ``unfused`` gives the plan in the place of a
-    fused kernel that does not take the call, ``for_share`` the plans of one of several devices by
-    the fields of a Workload that its share has of its own; these take no part in equality, so that
-    compiled programs are shared.
+    ``on_use`` is told which of the two came to run, ``instead`` gives the plan in the place of a
+    fused kernel that does not take the call, by its name, ``for_share`` the plans of one of several
+    devices by the fields of a Workload that its share has of its own; these take no part in
+    equality, so that compiled programs are shared.
     """
 
     forward: Plan
@@ -79,7 +80,7 @@ class Plans:
         default=None, compare=False, repr=False
     )
 
-    unfused: Callable[[Literal["forward", "training"]], Plan] | None = field(
+    instead: Callable[[str, Literal["forward", "training"]], Plan] | None = field(
         default=None, compare=False, repr=False
     )
 
@@ -96,10 +97,10 @@ class Plans:
         forward, training = (one.rows_first() for one in (self.forward, self.training))
         return replace(self, forward=forward, training=training)
 
-    def without_kernel(self, mode: Literal["forward", "training"]) -> Plan:
-        """The plan for ``mode`` where its fused kernel does not take the call."""
+    def without(self, kernel: str, mode: Literal["forward", "training"]) -> Plan:
+        """The plan for ``mode`` where a fused kernel does not take the call."""
         plan = self.forward if mode == "forward" else self.training
-        return plan.sliced() if self.unfused is None else self.unfused(mode)
+        return plan.sliced() if self.instead is None else self.instead(kernel, mode)
 
     def used(self, mode: Literal["forward", "training"]) -> None:
         """Tells ``on_use`` that the plan for ``mode`` is the one that runs."""

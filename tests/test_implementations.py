@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from autochunk import dot_product_attention
+from autochunk.attention.kernels.libraries import Kernel
 from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
 from autochunk.plan import Plan
+from autochunk.workload import DTYPES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -20,6 +22,8 @@ ROWS = {
     "cudnn": (False, True, ["cuda", "gpu"], ["cpu", "rocm", "tpu"]),
     "xla": (True, False, ["cpu", "gpu", "cuda", "rocm", "tpu"], []),
     "xla_rows": (True, False, ["cpu", "gpu", "cuda", "rocm", "tpu"], []),
+    "tokamax_mosaic": (False, True, ["cuda", "gpu"], ["cpu", "rocm", "tpu"]),
+    "tokamax_triton": (False, True, ["cuda", "gpu"], ["cpu", "rocm", "tpu"]),
 }
 
 
@@ -38,7 +42,8 @@ def test_implementation(name: str) -> None:
     assert not any(map(entry.runs_on, not_here))
     assert set(entry.slicing) <= {"batch", "heads", "rows", "keys"}
     if fused:
-        assert callable(pkgutil.resolve_name(entry.kernel))
+        assert isinstance(pkgutil.resolve_name(entry.kernel), Kernel)
+        assert set(entry.dtypes) <= set(DTYPES)
     assert Plan(name, 8.0).sliced().implementation == (name if sliced else "xla_rows")
     assert ("8 MB" in str(Plan(name, 8.0))) is sliced
 

@@ -145,10 +145,10 @@ def dot_product_attention(
         ``autochunk tune`` found best on this device for these shapes. Under ``vmap`` "auto" goes by
         the shapes of one element; where it does not slice those, it slices what exceeds both these
         and 1000 MB. Logits are float32 for half-precision inputs.
-      implementation: pins how it is computed: "xla", "xla_rows", "dense" or "cudnn" (see
-        ``autochunk.Plan``); None lets "auto" choose, and is "xla" for a number. What cuDNN cannot
-        differentiate (forward mode, higher orders, a bias) runs in slices. On several
-        devices, unless inside ``shard_map``, "xla" is "xla_rows".
+      implementation: pins how it is computed: "xla", "xla_rows", "dense", or a kernel of another
+        library, "cudnn", "tokamax_mosaic" or "tokamax_triton" (see ``autochunk.Plan``); None lets
+        "auto" choose, and is "xla" for a number. What such a kernel cannot differentiate (forward
+        mode, higher orders, some biases) runs in slices.
 
     Returns:
       [..., T', H, V] in the query's dtype; with ``return_residual`` a tuple of that and the
@@ -301,7 +301,7 @@ def why_not(implementation: str, arguments: Arguments, *, training: bool) -> str
 
 
 def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> kernels.Call:
-    """The call with its fused kernel, or with what is best without one that does not take it.
+    """The call with its fused kernels, or with what is best without those that do not take it.
 
     Raises:
       ArgumentError: the fused kernel was asked for by name. Only a refusal of the forward pass
@@ -313,10 +313,9 @@ def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> ke
             why = f"implementation={pinned!r} does not take this call: {refusal}. "
             cure = 'Leave implementation out to let "auto" choose'
             raise ArgumentError(why + cure) from None
-        return _for_mesh(call.plans.without_kernel(mode))
+        return _for_mesh(call.plans.without(name, mode))
 
-    plans, kernel = kernels.taken(inputs, call, refused)
-    return call._replace(plans=plans, kernel=kernel)
+    return kernels.taken(inputs, call, refused)
 
 
 def _attend(inputs: kernels.Inputs, call: kernels.Call) -> list[jax.Array]:

@@ -19,13 +19,13 @@ _ONE_ON_CPUS = {"high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "
 
 
 class Request(NamedTuple):
-    """What is asked of the layers; ``fused`` is whether a fused kernel may be the answer."""
+    """What is asked of the layers; ``without`` are fused kernels that do not take the call."""
 
     workload: Workload
     implementation: str | None
     memory_budget_mb: float | None
     device: Device
-    fused: bool = True
+    without: frozenset[str] = frozenset()
 
     @property
     def alike(self) -> tuple[Workload, ...]:
@@ -82,7 +82,7 @@ def from_profile(profile: Profile, request: Request, layer: str) -> Resolution |
     choice = profile.choose(
         memory_budget_mb=request.memory_budget_mb,
         implementation=request.implementation,
-        fused=request.fused,
+        without=request.without,
     )
     if choice is None:
         return None
@@ -149,5 +149,5 @@ def _usual(request: Request) -> tuple[Plan, str]:
         request.device,
         implementation=request.implementation,
         memory_budget_mb=request.memory_budget_mb,
-        fused=request.fused,
+        without=request.without,
     )

@@ -57,7 +57,7 @@ def _resolve(
     now: Settings,
     device: Device | None = None,
     *,
-    fused: bool = True,
+    without: frozenset[str] = frozenset(),
 ) -> Resolution:
     if plan := now.pinned(implementation):
         where, why = "autochunk.use", "set by autochunk.use(...)"
@@ -66,7 +66,7 @@ def _resolve(
         agreed = device is None and agree.several_processes()
         view = (snapshot.agreed_snapshot if agreed else snapshot.own_snapshot)(now.store)
         device = device or view.device or devices.detect()
-        request = Request(workload, implementation, now.memory_budget_mb, device, fused)
+        request = Request(workload, implementation, now.memory_budget_mb, device, without)
         if request not in view.answers:
             view.answers[request] = _ask_all(request, view.layers)
         return view.answers[request]
@@ -109,17 +109,20 @@ def _plans(workload: Workload, implementation: str | None, now: Settings) -> Pla
     wanted = implementation or now.implementation
     both = {mode: _resolve(workload.with_mode(mode), wanted, now) for mode in MODES}
 
-    def unfused(mode: Mode) -> Plan:
+    refusing: dict[Mode, frozenset[str]] = dict.fromkeys(MODES, frozenset())
+
+    def instead(kernel: str, mode: Mode) -> Plan:
         if both[mode].match == "pinned":
             return both[mode].plan.sliced()
-        both[mode] = _resolve(workload.with_mode(mode), None, now, fused=False)
+        refusing[mode] |= {kernel}
+        both[mode] = _resolve(workload.with_mode(mode), None, now, without=refusing[mode])
         return _bounded(both[mode])
 
     return Plans(
         forward=_bounded(both["forward"]),
         training=_bounded(both["training"]),
         on_use=lambda mode: reporting.report(both[mode]),
-        unfused=unfused,
+        instead=instead,
         for_share=lambda fields: _plans(
             Workload.make(**{**workload.model_dump(), **fields}), implementation, now
         ),

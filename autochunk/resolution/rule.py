@@ -10,6 +10,8 @@ the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from autochunk.device import Device
 from autochunk.implementations import IMPLEMENTATIONS, is_sliced
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
@@ -31,7 +33,7 @@ def usual_plan(
     *,
     implementation: str | None = None,
     memory_budget_mb: float | None = None,
-    fused: bool = True,
+    without: Collection[str] = (),
 ) -> tuple[Plan, str]:
     """A plan, and why it is this one.
 
@@ -40,12 +42,12 @@ def usual_plan(
       device: where.
       implementation: the only one that is asked for, if any.
       memory_budget_mb: most working memory in MB (10^6 bytes), if there is such a limit.
-      fused: whether a fused kernel may take the call.
+      without: fused kernels that do not take the call.
     """
     if implementation is not None and not is_sliced(implementation):
         return Plan(implementation), f"implementation={implementation!r} was asked for"
     if implementation is None and device.platform != "cpu":
-        if fused and (kernel := _kernel(workload, device)):
+        if kernel := _kernel(workload, device, without):
             return Plan(kernel), "a fused kernel, where it takes the call, is the fastest on a GPU"
         most = device.memory_gib * 2**30 * _MODEST
         if memory_budget_mb is not None:
@@ -58,9 +60,17 @@ def usual_plan(
     return Plan(implementation or "xla", limit), "slices of a usual size"
 
 
-def _kernel(workload: Workload, device: Device) -> str | None:
-    """The first fused kernel that is for such a device and dtype."""
-    for name, one in IMPLEMENTATIONS.items():
-        if one.fused and one.runs_on(device.platform) and workload.dtype in (one.dtypes or DTYPES):
+def _kernel(workload: Workload, device: Device, without: Collection[str]) -> str | None:
+    """The first fused kernel that may be there for such a device and dtype.
+
+    cuDNN's comes last where it would need a mask or a bias with all rows and keys.
+    """
+    names = list(IMPLEMENTATIONS)
+    if workload.mask != "none" or workload.bias != "none":
+        names.sort(key="cudnn".__eq__)
+    for name in names:
+        one = IMPLEMENTATIONS[name]
+        fits = one.runs_on(device.platform) and workload.dtype in (one.dtypes or DTYPES)
+        if one.fused and fits and one.installed and name not in without:
             return name
     return None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from autochunk.implementations import IMPLEMENTATIONS, is_fused
+from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
 from autochunk.store.interval import Interval, paired, unpaired
 from autochunk.store.measurement import ENOUGH_JOINT, Measurement, Record
@@ -74,18 +74,24 @@ def choose(
     *,
     memory_budget_mb: float | None = None,
     implementation: str | None = None,
-    fused: bool = True,
+    without: Collection[str] = (),
 ) -> Choice | None:
     """The best plan by its measurements; None if none can be recommended.
 
     The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose
     times cannot be told from the fastest's, and are certainly no more than MOST_COST longer, the
     one with least memory; never one slower than dense attention, where dense fits.
-    ``implementation`` narrows the choice to one, ``fused=False`` to what is no fused kernel. A plan
-    that was given up early was slower than another; it may be the best of those that a budget or an
-    implementation leaves, and counts only there.
+    ``implementation`` narrows the choice to one, ``without`` to the others. A plan that was given
+    up early was slower than another; it may be the best of those that a budget, those two or what
+    is installed leaves, and counts only there.
     """
-    judged = [(m, _objection(m, memory_budget_mb, implementation, fused)) for m in measurements]
+    measurements = list(measurements)
+    unwanted = [_unwanted(m.implementation, implementation, without) for m in measurements]
+    narrowed = memory_budget_mb is not None or implementation is not None or any(unwanted)
+    judged = [
+        (m, why or _objection(m, memory_budget_mb, narrowed=narrowed))
+        for m, why in zip(measurements, unwanted, strict=True)
+    ]
     fitting = [measurement for measurement, objection in judged if not objection]
     if not fitting:
         return None
@@ -101,7 +107,7 @@ def choose(
     # By the rounds that it had with dense even the fastest may be slower than that.
     best = min(no_slower, key=_memory_then_time) if no_slower or dense is None else dense
     others = [(m, _comparison(m, best, fastest)) for m in fitting if m is not best]
-    unfit = [(measurement, objection) for measurement, objection in judged if objection]
+    unfit = [(m, _as_measured(m, best, objection)) for m, objection in judged if objection]
     return Choice(
         measurement=best,
         reason=_reason(best, fastest, equal),
@@ -125,7 +131,8 @@ def least_memory(
 
     ``implementation`` narrows it to one.
     """
-    timed = [m for m in measurements if not _objection(m, math.inf, implementation)]
+    wanted = (m for m in measurements if not _unwanted(m.implementation, implementation))
+    timed = [m for m in wanted if not _objection(m, math.inf, narrowed=True)]
     return min(timed, key=_memory_then_time, default=None)
 
 
@@ -173,16 +180,11 @@ def _memory_then_time(measurement: Measurement) -> tuple[int, float, str]:
     return _memory(measurement), measurement.ratio, str(measurement.plan)
 
 
-def _objection(
-    measurement: Measurement,
-    memory_budget_mb: float | None,
-    implementation: str | None,
-    fused: bool = True,
-) -> str:
-    """Why a measurement cannot be chosen at all; empty if it can."""
-    if unwanted := _unwanted(measurement.implementation, implementation, fused):
-        return unwanted
-    narrowed = memory_budget_mb is not None or implementation is not None or not fused
+def _objection(measurement: Measurement, memory_budget_mb: float | None, *, narrowed: bool) -> str:
+    """Why a measurement of a plan that may be chosen cannot be; empty if it can.
+
+    ``narrowed`` is whether one that was faster may be left out.
+    """
     if measurement.status == "pruned" and not narrowed:
         return f"given up early, {measurement.detail or 'too slow'}"
     if not measurement.timed:
@@ -195,15 +197,26 @@ def _objection(
     return ""
 
 
-def _unwanted(name: str, implementation: str | None, fused: bool) -> str:
+def _unwanted(name: str, implementation: str | None, without: Collection[str] = ()) -> str:
     """Why an implementation cannot be chosen, however fast; empty if it can."""
     if implementation is not None and name != implementation:
         return f"implementation={implementation!r} was asked for"
     if name not in IMPLEMENTATIONS:
         return "this version of autochunk has no such implementation"
-    if not fused and is_fused(name):
+    if name in without:
         return "a fused kernel, which does not take this call"
+    if not IMPLEMENTATIONS[name].installed:
+        return IMPLEMENTATIONS[name].how_to_install
     return ""
+
+
+def _as_measured(measurement: Measurement, best: Measurement, objection: str) -> str:
+    """An objection; for what is not installed also what it would bring."""
+    name = measurement.implementation
+    missing = name in IMPLEMENTATIONS and not IMPLEMENTATIONS[name].installed
+    if not missing or not measurement.timed or not measurement.ratio:
+        return objection
+    return f"{objection}; it was {best.ratio / measurement.ratio:.2f}x as fast as the choice"
 
 
 def _comparison(other: Measurement, best: Measurement, fastest: Measurement) -> str:

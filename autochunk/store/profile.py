@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import FailFast, Field, field_validator
@@ -101,14 +102,14 @@ class Profile(Record):
         *,
         memory_budget_mb: float | None = None,
         implementation: str | None = None,
-        fused: bool = True,
+        without: Collection[str] = (),
     ) -> choice.Choice | None:
         """The best plan by the measurements, as ``choice.choose`` has it; None if there is none."""
         return choice.choose(
             self.measurements,
             memory_budget_mb=memory_budget_mb,
             implementation=implementation,
-            fused=fused,
+            without=without,
         )
 
     def least_memory(self, implementation: str | None = None) -> Measurement | None:

@@ -22,6 +22,14 @@ SMALL = "b=8,t=2048,h=16,k=64"  # 2.1 GB of logits
 LARGE = "b=8,t=4096,h=16,k=64"
 
 
+@pytest.fixture(autouse=True)
+def extras(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The libraries that are installed: none, whatever is there."""
+    installed: set[str] = set()
+    monkeypatch.setattr("autochunk.implementations._is_installed", installed.__contains__)
+    return installed
+
+
 @pytest.mark.parametrize(
     ("device", "shape", "options", "expected"),
     [
@@ -68,10 +76,29 @@ def test_one_that_is_asked_for(implementation: str) -> None:
     assert plan.max_chunk_size_mb == (1000.0 if "xla" in implementation else None)
 
 
-def test_without_the_kernel() -> None:
-    """What may not be a fused kernel is one of the others."""
-    workload = make_workload(SMALL, dtype="bfloat16")
-    assert usual_plan(workload, GPU, fused=False)[0] == Plan("dense")
+@pytest.mark.parametrize(
+    ("dtype", "without", "expected"),
+    [
+        ("bfloat16", set(), "cudnn"),
+        ("bfloat16", {"cudnn"}, "tokamax_mosaic"),
+        ("bfloat16", {"cudnn", "tokamax_mosaic"}, "tokamax_triton"),
+        ("bfloat16", {"cudnn", "tokamax_mosaic", "tokamax_triton"}, "dense"),
+        ("float32", set(), "tokamax_triton"),
+    ],
+)
+def test_the_kernels_of_a_library_that_is_installed(
+    extras: set[str], dtype: str, without: set[str], expected: str
+) -> None:
+    """The first that is for the dtype and has not refused the call; else as without any."""
+    extras.add("tokamax")
+    workload = make_workload(SMALL, dtype=dtype)
+    assert usual_plan(workload, GPU, without=without)[0] == Plan(expected)
+    masked = make_workload(f"{SMALL},mask=b11s", dtype=dtype)
+    others = {"cudnn": "tokamax_mosaic"}
+    assert usual_plan(masked, GPU, without=without)[0] == Plan(others.get(expected, expected))
+    extras.clear()
+    left = "cudnn" if dtype == "bfloat16" and "cudnn" not in without else "dense"
+    assert usual_plan(workload, GPU, without=without)[0] == Plan(left)
 
 
 # --- A kernel that refuses ------------------------------------------------------------------------
@@ -105,11 +132,40 @@ def test_what_runs_in_its_place(
         on_gpu.put(make_profile(workload, GPU, measurements))
     plans = resolve.plans(workload, None)
     assert plans.training == Plan("cudnn")
-    assert plans.without_kernel("training") == expected
+    assert plans.without("cudnn", "training") == expected
+
+
+def test_others_may_refuse_too(on_gpu: ProfileStore, extras: set[str]) -> None:
+    """Each kernel that is left is asked, then what is best without any."""
+    extras.add("tokamax")
+    workload = make_workload(SMALL, dtype="bfloat16", mode="training")
+    triton = make_measurement("tokamax_triton", None, 0.3, memory_mb=1)
+    on_gpu.put(make_profile(workload, GPU, [*CURVE, triton]))
+    plans = resolve.plans(workload, None)
+    assert plans.without("cudnn", "training") == Plan("tokamax_triton")
+    assert plans.without("tokamax_triton", "training") == Plan("xla", 64.0)
+
+
+def test_a_kernel_that_is_not_installed(on_gpu: ProfileStore, extras: set[str]) -> None:
+    """It stays in the profile and is not chosen, and is told of: what brings it, and how fast."""
+    workload = make_workload(SMALL, dtype="bfloat16", mode="training")
+    triton = make_measurement("tokamax_triton", None, 0.1, memory_mb=1)
+    given_up = make_measurement("xla", 128.0, 0.4, memory_mb=90, status="pruned")
+    profile = make_profile(workload, GPU, [*CURVE[1:], triton, given_up])
+    on_gpu.put(profile)
+    answer = resolve.resolve(workload, device=GPU)
+    assert answer.plan == Plan("xla", 128.0)
+    against = dict(answer.rejected)[str(Plan("tokamax_triton"))]
+    assert "pip install 'autochunk[tokamax]'" in against
+    assert "4.00x as fast" in against
+    extras.add("tokamax")
+    choice = profile.choose()
+    assert choice is not None
+    assert choice.plan == Plan("tokamax_triton")
 
 
 def test_what_runs_in_the_place_of_one_that_use_pins(on_gpu: ProfileStore) -> None:
     """Slices of the limit that was given with it."""
     with use(implementation="cudnn", max_chunk_size_mb=64):
         plans = resolve.plans(make_workload(SMALL, dtype="bfloat16"), None)
-    assert plans.without_kernel("forward") == Plan("xla_rows", 64.0)
+    assert plans.without("cudnn", "forward") == Plan("xla_rows", 64.0)

@@ -1,8 +1,8 @@
 """Whole attention kernels that others wrote, as implementations beside our slices.
 
-Which there are is told by ``autochunk.implementations``. One is used only where it takes the call;
-for everything else there are our slices: forward-mode and higher derivatives, gradients of a bias,
-platforms that do not have it.
+Which there are is told by ``autochunk.implementations``, what they take by ``libraries``. One is
+used only where it takes the call; for everything else there are our slices: forward-mode and higher
+derivatives, platforms that do not have it.
 
 Between forward and backward we keep what our slices keep, the output and the log-sum-exp of each
 row (as a row maximum, with a sum of one), so that either can go on from the other's results. A
@@ -16,8 +16,8 @@ import dataclasses
 import functools
 import math
 import pkgutil
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.extend.backend
@@ -26,54 +26,14 @@ import jax.numpy as jnp
 from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
 from autochunk.attention.kernels.grid import sum_to, vary_alike
 from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
+from autochunk.attention.kernels.libraries import Kernel, Settings, lacking
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
 
 _Mode = Literal["forward", "training"]
-
-
-class Kernel(Hashable, Protocol):
-    """What an entry of ``IMPLEMENTATIONS`` names.
-
-    It has a reverse-mode derivative whose residuals include the log-sum-exp [B, H, T'] in float32.
-    """
-
-    def __call__(
-        self, inputs: Inputs, *, scale: float, is_causal: bool, left: int | None
-    ) -> jax.Array:
-        """[B, T', H, V], or any error where it does not take the call.
-
-        What it gives for rows without a key, and its gradients there, does not matter, nor for rows
-        beyond their length.
-
-        Args:
-          inputs: query [B, T', H, K], key [B, T, N, K], value [B, T, N, V], and as they are there
-            bias and mask [B or 1, H or 1, T', T], query_seq_lengths and key_value_seq_lengths [B].
-          scale: factor on the logits.
-          is_causal: whether query i sees keys 0 to i only.
-          left: with that, from key i - left on; None is all.
-        """
-        ...
-
-
-DIFFERENTIATED = ("query", "key", "value")
-"""Whose cotangents kernels compute; those of others are computed in slices."""
-
-
-def cudnn(inputs: Inputs, *, scale: float, is_causal: bool, left: int | None) -> jax.Array:
-    """NVIDIA's, as JAX calls it."""
-    attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
-    out: jax.Array = attention(
-        *inputs[:5],
-        scale=scale,
-        is_causal=is_causal,
-        local_window_size=None if left is None else (left, 0),
-        query_seq_lengths=inputs.query_seq_lengths,
-        key_value_seq_lengths=inputs.key_value_seq_lengths,
-        implementation="cudnn",
-    )
-    return out
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class NotTaken(Exception):
@@ -100,23 +60,27 @@ def platform() -> str:
     return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
 
 
-def taken(
-    inputs: Inputs, call: Call, refused: Callable[[str, _Mode, NotTaken], Plan]
-) -> tuple[Plans, Any]:
-    """A call's plans, each fused kernel's that is not taken by what ``refused`` says; a kernel.
+def differentiated(name: str) -> tuple[str, ...]:
+    """The inputs whose cotangents a fused kernel computes."""
+    return _kernel(name).differentiated
 
-    The kernel is one that was traced, or None; arrays may be abstract.
+
+def taken(inputs: Inputs, call: Call, refused: Callable[[str, _Mode, NotTaken], Plan]) -> Call:
+    """The call with its fused kernels traced, or by what ``refused`` says where one refuses it.
+
+    Arrays may be abstract.
     """
-    plans, kernel = call.plans, None
+    plans, kernels = call.plans, {}
     for mode in get_args(_Mode):
-        name = getattr(plans, mode).implementation
-        if is_fused(name):
+        while is_fused(name := getattr(plans, mode).implementation):
             try:
-                kernel = trace(name, inputs, call, platform(), training=mode == "training")
+                kernels[mode] = trace(name, inputs, call, platform(), training=mode == "training")
+                break
             except NotTaken as refusal:
                 changes: dict[str, Any] = {mode: refused(name, mode, refusal)}
                 plans = dataclasses.replace(plans, **changes)
-    return plans, kernel
+    forward, training = (kernels.get(mode) for mode in get_args(_Mode))
+    return call._replace(plans=plans, kernel=forward, training_kernel=training)
 
 
 def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: bool) -> Any:
@@ -128,74 +92,73 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
     implementation = IMPLEMENTATIONS[name]
     if not implementation.runs_on(platform):
         raise NotTaken(f"it runs on {', '.join(implementation.platforms)}, not on {platform}")
-    if refused := _not_given(inputs, call, training):
+    if not implementation.installed:
+        raise NotTaken(implementation.how_to_install)
+    kernel = _kernel(name)
+    if refused := lacking(kernel, inputs, call, training=training):
         raise NotTaken(f"it is not used with {' and '.join(refused)}")
-    if training and inputs.bias is not None:
-        raise NotTaken("it has no gradient for every form of bias")
     shapes = tuple((name, array.shape, array.dtype) for name, array in inputs.present.items())
-    traced = _trace(_kernel(name), shapes, call._replace(plans=Plans(Plan(), Plan())), training)
+    traced = _trace(kernel, shapes, call._replace(plans=Plans(Plan(), Plan())), training)
     if isinstance(traced, NotTaken):
         raise traced
     return traced
 
 
-_GIVEN = {*DIFFERENTIATED, "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
-# Of half-precision inputs, which are all that they take, these ask for nothing else.
-_PRECISIONS = {"highest", "high", "default", "float32", "tensorfloat32", "bfloat16", "fastest"}
+def _by_their_rules(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, with what kernels' authors took for granted of jax and a caller may forbid."""
 
+    @functools.wraps(function)
+    def run(*arguments: _P.args, **settings: _P.kwargs) -> _T:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **settings)
 
-def _not_given(inputs: Inputs, call: Call, training: bool) -> list[str]:
-    """What a call has that kernels are not given."""
-    _, right = call.reach
-    lengths = {"query_seq_lengths", "key_value_seq_lengths"} & inputs.present.keys()
-    precision = getattr(call.precision, "name", call.precision)
-    settings = {
-        "a local_window_size that reaches to the right": right not in (None, 0),
-        "a local_window_size of more queries than keys": call.window is not None
-        and inputs.query.shape[-4] > inputs.key.shape[-3],
-        "a local_window_size and lengths": call.window is not None and bool(lengths),
-        "a query_offset": call.reach != (None, None) and call.offset != 0,
-        "logits_soft_cap": call.soft_cap is not None,
-        "the gradient of return_residual": call.residual and training,
-        f"precision {precision}": str(precision).lower() not in {*_PRECISIONS, "none"},
-    }
-    arrays = [name for name in inputs.present if name not in _GIVEN]
-    return arrays + [name for name, there in settings.items() if there]
+    return run
 
 
 @functools.lru_cache(maxsize=1024)
+@_by_their_rules
 def _trace(kernel: Kernel, shapes: tuple[Any, ...], call: Call, training: bool) -> Any:
     """The same call gives the same object, since programs are cached by it."""
     names = [name for name, _, _ in shapes]
 
-    def run(*arrays: jax.Array) -> jax.Array:
-        inputs = _flat(Inputs(**dict(zip(names, arrays, strict=True))))
-        attend = _with_settings(kernel, call)
-        return _forward(attend, inputs)[0] if training or call.residual else attend(inputs)
+    def run(*arrays: jax.Array) -> Any:
+        inputs = _flat(Inputs(**dict(zip(names, arrays, strict=True))), kernel)
+        if not training and not call.residual:
+            return kernel.attend(inputs, _settings(call))
+        out, _, pull = _forward(kernel, inputs, call)
+        return pull(out) if training and kernel.refuses_late else out
 
+    abstract = [jax.ShapeDtypeStruct(*shape) for _, *shape in shapes]
     try:
-        return jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(*shape) for _, *shape in shapes))
+        if kernel.refuses_late:
+            jax.jit(run).lower(*abstract)
+        return jax.make_jaxpr(run)(*abstract)
     except NotTaken as refusal:
         return refusal
     except Exception as error:  # another library's refusal, in whatever words it has
         return NotTaken(f"{type(error).__name__}: {error}")
 
 
+@_by_their_rules
 def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[[..., T', H, G, V]], and the log-sum-exp if that is asked for, by a fused kernel."""
     if call.residual:
         out, maximum, total = with_stats(name, inputs, call)
         return [out, log_sum_exp(maximum, total)]
-    seen = _Seen(inputs, call)
-    out = _with_settings(_kernel(name), call)(_flat(seen.inputs))
-    return [seen.restored(out)]
+    seen, kernel = _Seen(inputs, call), _kernel(name)
+    # What a row without a key has for a query matters to gradients alone.
+    given = seen.inputs._replace(query=inputs.query)
+    return [seen.restored(kernel.attend(_flat(given, kernel), _settings(call)))]
 
 
+@_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials], the sum being one, or zero without a key."""
-    seen = _Seen(inputs, call)
-    out, lse, _ = _forward(_with_settings(_kernel(name), call), _flat(seen.inputs))
+    seen, kernel = _Seen(inputs, call), _kernel(name)
+    out, kept, _ = _forward(kernel, _flat(seen.inputs, kernel), call)
     *leading, rows, heads, groups, _ = inputs.query.shape
+    stats = dict(zip(kernel.keeps, kept, strict=True))
+    lse = stats["log-sum-exp"] if "log-sum-exp" in stats else log_sum_exp(*kept)
     maximum = lse.reshape((*leading, heads, groups, rows))
     (total,) = vary_alike([jnp.ones_like(maximum)], [maximum])
     if seen.blind is not None:
@@ -204,28 +167,37 @@ def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     return [seen.restored(out), maximum, total]
 
 
+@_by_their_rules
 def cotangent(
     name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Array, d_out: jax.Array
 ) -> dict[str, jax.Array]:
-    """Cotangents of DIFFERENTIATED, by name; but for what values have of rows without a key.
+    """Cotangents of what the kernel differentiates, by name.
 
-    The output's cotangent is zero beyond the rows' lengths.
+    But for what values have of rows without a key. The output's cotangent is zero beyond the rows'
+    lengths.
     """
-    seen = _Seen(inputs, call)
+    seen, kernel = _Seen(inputs, call), _kernel(name)
     if seen.blind is not None:
         d_out = jnp.where(along_rows(seen.blind), 0, d_out)
         lse = jnp.where(seen.blind, _UNREACHED, lse)
-    own_out, own_lse, pull = _forward(_with_settings(_kernel(name), call), _flat(seen.inputs))
-    saved = {id(own_out): out.reshape(own_out.shape), id(own_lse): lse.reshape(own_lse.shape)}
+    own_out, kept, pull = _forward(kernel, _flat(seen.inputs, kernel), call)
+    of_row = {"log-sum-exp": lse, "maximum": lse, "sum": jnp.ones_like(lse)}
+    saved = {id(own_out): out.reshape(own_out.shape)}
+    for what, own in zip(kernel.keeps, kept, strict=True):
+        saved[id(own)] = of_row[what].reshape(own.shape)
     leaves, tree = jax.tree.flatten(pull)
     pull = jax.tree.unflatten(tree, [saved.get(id(leaf), leaf) for leaf in leaves])
-    gradients = dict(zip(DIFFERENTIATED, pull(d_out.reshape(own_out.shape)), strict=True))
-    leading = inputs.query.shape[:-4]
+    (gradients,) = pull(d_out.reshape(own_out.shape))
+    return {name: _as_given(name, one, inputs) for name, one in gradients.items()}
 
-    def restored(gradient: jax.Array, operand: jax.Array) -> jax.Array:
-        return sum_to(gradient.reshape(leading + operand.shape[len(leading) :]), operand.shape)
 
-    return {name: restored(one, inputs.present[name]) for name, one in gradients.items()}
+def _as_given(name: str, gradient: jax.Array, inputs: Inputs) -> jax.Array:
+    """A kernel's cotangent of an array, in the array's own shape."""
+    operand, leading = inputs.present[name], inputs.query.shape[:-4]
+    if name == "bias":
+        sizes = _flat_sizes(operand, inputs)
+        return sum_to(gradient.reshape((*sizes, *gradient.shape[-2:])), operand.shape)
+    return sum_to(gradient.reshape(leading + operand.shape[len(leading) :]), operand.shape)
 
 
 # A log-sum-exp that makes all weights of a row zero, in half precision too.
@@ -270,45 +242,48 @@ class _Seen:
 
 
 def _forward(
-    attend: Callable[[Inputs], jax.Array], inputs: Inputs
-) -> tuple[jax.Array, jax.Array, Any]:
-    """A kernel's output, its log-sum-exp [B, H, T'] and its backward."""
+    kernel: Kernel, inputs: Inputs, call: Call
+) -> tuple[jax.Array, list[jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
+    """A kernel's output, what it keeps of each row, and its backward, a pytree of what it saved."""
+    moving = {
+        name: array for name, array in inputs.present.items() if name in kernel.differentiated
+    }
 
-    def from_moving(*moving: jax.Array) -> jax.Array:
-        return attend(inputs._replace(**dict(zip(DIFFERENTIATED, moving, strict=True))))
+    def from_moving(moving: dict[str, jax.Array]) -> jax.Array:
+        return kernel.attend(inputs._replace(**moving), _settings(call))
 
     query = inputs.query
-    out, pull = jax.vjp(from_moving, *(inputs.present[name] for name in DIFFERENTIATED))
+    out, pull = jax.vjp(from_moving, moving)
     shape = (query.shape[0], query.shape[2], query.shape[1])
-    found = [leaf for leaf in jax.tree.leaves(pull) if _is_like(leaf, shape)]
-    if len(found) != 1:
+    kept = [leaf for leaf in jax.tree.leaves(pull) if _is_like(leaf, shape)]
+    if len(kept) != len(kernel.keeps):
         raise NotTaken(
-            "its derivative does not keep the log-sum-exp that forward-mode derivatives need"
+            f"its derivative does not keep the {' and the '.join(kernel.keeps)} of each row that "
+            "forward-mode derivatives need"
         )
-    return out, found[0], pull
+    return out, kept, pull
 
 
 def _is_like(leaf: Any, shape: tuple[int, ...]) -> bool:
     return bool(getattr(leaf, "dtype", None) == jnp.float32 and leaf.shape == shape)
 
 
-def _with_settings(kernel: Kernel, call: Call) -> Callable[[Inputs], jax.Array]:
-    left, right = call.reach
-    return functools.partial(kernel, scale=call.scale, is_causal=right == 0, left=left)
+def _settings(call: Call) -> Settings:
+    return Settings(call.scale, *call.reach, call.soft_cap, call.precision)
 
 
-def _flat(inputs: Inputs) -> Inputs:
-    """Inputs as kernels want them.
-
-    Query [B, T', H * G, K], key and value [B, T, H, K], bias and mask [B or 1, H * G or 1, T', T],
-    lengths [B].
-    """
+def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
+    """Inputs as kernels want them: see ``Kernel.attend``."""
     *leading, rows, heads, groups, size = inputs.query.shape
     batch, keys = math.prod(leading), inputs.key.shape[-3]
 
     def flat(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         if axes == LOGITS:
-            return _flat_term(array, tuple(leading), (heads, groups), (rows, keys))
+            sizes, count = _flat_sizes(array, inputs), len(leading)
+            shared = array.dtype == bool and kernel.one_row_masks
+            logits = (array.shape[-2] if shared else rows, keys)
+            whole = jnp.broadcast_to(array, (*sizes, *logits))
+            return whole.reshape((math.prod(sizes[:count]), math.prod(sizes[count:]), *logits))
         own = array.shape[array.ndim - len(axes) :]
         return jnp.broadcast_to(array, (*leading, *own)).reshape((batch, *own))
 
@@ -324,13 +299,12 @@ def _flat(inputs: Inputs) -> Inputs:
     return grouped._replace(query=query, **lengths)
 
 
-def _flat_term(
-    term: jax.Array, leading: tuple[int, ...], heads: tuple[int, int], logits: tuple[int, int]
-) -> jax.Array:
+def _flat_sizes(term: jax.Array, inputs: Inputs) -> tuple[int, ...]:
+    """Leading dims and heads of a bias or mask such that each of the two is whole or one."""
+    *leading, _, heads, groups, _ = inputs.query.shape
     own_leading, own_heads = term.shape[:-4], term.shape[-4:-2]
     if math.prod(own_leading) not in (1, math.prod(leading)):
-        own_leading = leading
-    if own_heads not in ((1, 1), heads):
-        own_heads = heads
-    whole = jnp.broadcast_to(term, (*own_leading, *own_heads, *logits))
-    return whole.reshape((math.prod(own_leading), math.prod(own_heads), *logits))
+        own_leading = tuple(leading)
+    if own_heads not in ((1, 1), (heads, groups)):
+        own_heads = (heads, groups)
+    return (*own_leading, *own_heads)

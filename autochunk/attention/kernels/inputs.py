@@ -17,9 +17,10 @@ from autochunk.plan import LogitsShape, Plans, reach_of
 class Call(NamedTuple):
     """What is static about a call.
 
-    ``operands`` names its arrays, in the order of OPERANDS. ``kernel`` is the traced fused kernel,
-    if a plan has one. Only JAX looks at it: it looks into tuples among a primitive's parameters for
-    kernels that have to know their devices when they are lowered, as cuDNN's has. ``window`` is how
+    ``operands`` names its arrays, in the order of OPERANDS. ``kernel`` and ``training_kernel`` are
+    the traced fused kernels of its plans, if those have them. Only JAX looks at them: it looks into
+    tuples among a primitive's parameters for what has to know its devices when it is lowered, as
+    cuDNN's has. ``window`` is how
     many positions to the left and to the right of its own a query sees, ``offset`` how far its own
     is from its index, besides ``query_offset``; ``half_logits`` says that dense attention shall
     have the inputs' dtype throughout, as haiku's has. With ``shares``, which is another program for
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     is_causal: bool
     plans: Plans
     kernel: Any = None
+    training_kernel: Any = None
     window: tuple[int, int] | None = None
     offset: int = 0
     soft_cap: float | None = None

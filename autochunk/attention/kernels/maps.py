@@ -222,10 +222,11 @@ def cotangent(
     inputs, rest = split(operands, call)
     plan, names = call.plans.training, call.wanted(wanted)
     rest[3] = within_lengths(rest[3], inputs)
-    by_kernel = fused.runs(plan, platforms) and set(names) <= set(fused.DIFFERENTIATED)
-    if by_kernel and not differentiable:
-        found = _by_kernel(plan.implementation, inputs, call, *rest)
-        return [found[name] for name in names]
+    if fused.runs(plan, platforms) and not differentiable:
+        kernel = plan.implementation
+        if set(names) <= set(fused.differentiated(kernel)):
+            found = _by_kernel(kernel, inputs, call, *rest)
+            return [found[name] for name in names]
     problem = Problem(inputs, call, plan.sliced(), differentiable)
     extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
@@ -299,8 +300,8 @@ def _by_kernel(
     total: jax.Array,
     d_out: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Cotangents by a fused kernel, whose row maximum is the log-sum-exp."""
-    found = fused.cotangent(name, inputs, call, out, maximum, d_out)
+    """Cotangents by a fused kernel, whoever computed the row maximum and sum."""
+    found = fused.cotangent(name, inputs, call, out, log_sum_exp(maximum, total), d_out)
     if may_see_nothing(inputs, call):
         wide = jnp.promote_types(inputs.value.dtype, jnp.float32)
         mean = of_means(inputs, total, d_out, wide)

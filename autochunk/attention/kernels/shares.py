@@ -199,8 +199,8 @@ def own_call(inputs: Inputs, call: Call) -> Call:
     """The call as that of one share, with the plans for it."""
     plans = call.plans.of_share(_workload_fields(inputs, call))
     call = call._replace(operands=tuple(inputs.present), plans=plans)
-    instead = lambda _name, mode, _refusal: plans.without_kernel(mode)  # noqa: E731
-    return call._replace(plans=taken(inputs, call, instead)[0])
+    own = taken(inputs, call, lambda name, mode, _refusal: plans.without(name, mode))
+    return call._replace(plans=own.plans)
 
 
 def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:

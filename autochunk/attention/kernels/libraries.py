@@ -1,0 +1,230 @@
+"""Fused kernels that others wrote: how each is called, what it keeps, what it does not take.
+
+The next one is an entry in ``autochunk.implementations``, which names a ``Kernel`` here, and a row
+in ``tests/attention/test_libraries.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from autochunk.attention.kernels.inputs import Call, Inputs
+
+Kept = Literal["log-sum-exp", "maximum", "sum"]
+"""What a kernel keeps of each row for its backward, in float32 [B, H, T']."""
+
+
+class Settings(NamedTuple):
+    """What is static about a call of a kernel.
+
+    A query sees ``left`` positions to its left and ``right`` to its right, None being all; the
+    others are those of ``Call``.
+    """
+
+    scale: float
+    left: int | None
+    right: int | None
+    soft_cap: float | None
+    precision: Any
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query sees nothing to its right."""
+        return self.right == 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of another library, with a derivative by ``jax.vjp`` that keeps stats of each row.
+
+    Attributes:
+      attend: output [B, T', H, V] of query [B, T', H, K], key [B, T, N, K], value [B, T, N, V] and,
+        as they are there, bias and mask [B or 1, H or 1, T', T] and lengths [B], which are one at
+        least; or any error where it does not take the call. What it gives for rows without a key,
+        and its gradients there, does not matter, nor for rows beyond their length.
+      keeps: what of each row is among what its derivative keeps, in this order.
+      differentiated: the inputs whose cotangents it computes; those of others slices compute.
+      lacks: the forms of call that it does not take, by their names in FORMS.
+      one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
+      refuses_late: whether it refuses some calls only when it is lowered.
+    """
+
+    attend: Callable[[Inputs, Settings], jax.Array]
+    keeps: tuple[Kept, ...]
+    differentiated: tuple[str, ...] = ("query", "key", "value")
+    lacks: tuple[str, ...] = ()
+    one_row_masks: bool = False
+    refuses_late: bool = False
+
+
+GIVEN = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
+"""The arrays that kernels are given; for a call with others there are slices."""
+
+_LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
+# What jax calls levels; the others are algorithms, such as "BF16_BF16_F32".
+_LEVELS = {"highest", "high", "default", "float32", "tensorfloat32", "bfloat16", "fastest", "none"}
+
+
+def _is_an_algorithm(precision: Any) -> bool:
+    return str(getattr(precision, "name", precision)).lower() not in _LEVELS
+
+
+def _is_shared(bias: jax.Array | None, inputs: Inputs) -> bool:
+    """Whether a bias is [1, H, T', T]."""
+    if bias is None:
+        return True
+    *leading, rows, heads, groups, _ = inputs.query.shape
+    logits = (heads, groups, rows, inputs.key.shape[-3])
+    return bias.shape == ((1,) * len(leading) + logits)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One call, as forms are asked of it."""
+
+    inputs: Inputs
+    call: Call
+    training: bool
+
+
+FORMS: dict[str, Callable[[Form], bool]] = {
+    "a local_window_size that reaches to the right": lambda it: it.call.reach[1] not in (None, 0),
+    "a local_window_size of more queries than keys": lambda it: (
+        it.call.window is not None and it.inputs.query.shape[-4] > it.inputs.key.shape[-3]
+    ),
+    "a local_window_size and lengths": lambda it: (
+        it.call.window is not None and bool(_LENGTHS & it.inputs.present.keys())
+    ),
+    "a query_offset": lambda it: it.call.reach != (None, None) and it.call.offset != 0,
+    "logits_soft_cap": lambda it: it.call.soft_cap is not None,
+    "the gradient of logits_soft_cap": lambda it: it.training and it.call.soft_cap is not None,
+    "the gradient of return_residual": lambda it: it.training and it.call.residual,
+    "a bias of a single query": lambda it: (
+        it.inputs.bias is not None and it.inputs.query.shape[-4] == 1
+    ),
+    "the gradient of a bias that is not [1, H, T', T]": lambda it: (
+        it.training and not _is_shared(it.inputs.bias, it.inputs)
+    ),
+    "a precision that names an algorithm": lambda it: _is_an_algorithm(it.call.precision),
+}
+"""Forms of call that some kernels do not take: name -> whether a call is of it."""
+
+_ALL_LACK = (
+    "a query_offset",
+    "the gradient of return_residual",
+    "a precision that names an algorithm",
+)
+
+
+def lacking(kernel: Kernel, inputs: Inputs, call: Call, *, training: bool) -> list[str]:
+    """What a call has that a kernel does not take; empty where there is nothing."""
+    form = Form(inputs, call, training)
+    arrays = [name for name in inputs.present if name not in GIVEN]
+    return arrays + [name for name in kernel.lacks if FORMS[name](form)]
+
+
+def _cudnn(inputs: Inputs, settings: Settings) -> jax.Array:
+    attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
+    out: jax.Array = attention(
+        *inputs[:5],
+        scale=settings.scale,
+        is_causal=settings.is_causal,
+        local_window_size=None if settings.left is None else (settings.left, 0),
+        query_seq_lengths=inputs.query_seq_lengths,
+        key_value_seq_lengths=inputs.key_value_seq_lengths,
+        implementation="cudnn",
+    )
+    return out
+
+
+cudnn = Kernel(
+    _cudnn,
+    keeps=("log-sum-exp",),
+    differentiated=("query", "key", "value", "bias"),
+    lacks=(
+        *_ALL_LACK,
+        "a local_window_size that reaches to the right",
+        "a local_window_size of more queries than keys",
+        "a local_window_size and lengths",
+        "logits_soft_cap",
+        # of any other its gradient is zero, without a word
+        "the gradient of a bias that is not [1, H, T', T]",
+    ),
+)
+"""NVIDIA's, as JAX calls it."""
+
+
+def _tokamax(
+    inputs: Inputs, settings: Settings, implementation: Literal["mosaic", "triton"]
+) -> Any:
+    import tokamax
+
+    window: tuple[int, int] | None = None
+    if settings.left is not None or settings.right not in (None, 0):
+        rows, keys = inputs.query.shape[1], inputs.key.shape[1]
+        left, right = settings.left, settings.right
+        window = (rows if left is None else left, keys if right is None else right)
+    with _without_cache_misses():
+        return tokamax.dot_product_attention(
+            *inputs[:5],
+            scale=settings.scale,
+            is_causal=settings.is_causal and window is None,
+            local_window_size=window,
+            query_seq_lengths=inputs.query_seq_lengths,
+            key_value_seq_lengths=inputs.key_value_seq_lengths,
+            logits_soft_cap=settings.soft_cap,
+            precision="default" if settings.precision is None else settings.precision,
+            implementation=implementation,
+        )
+
+
+@contextlib.contextmanager
+def _without_cache_misses() -> Iterator[None]:
+    """Tokamax logs a warning for each call that it has no tuned blocks for."""
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Autotuning cache miss")
+
+    log = logging.getLogger("absl")
+    log.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_kept)
+
+
+def _tokamax_mosaic(inputs: Inputs, settings: Settings) -> jax.Array:
+    out: jax.Array = _tokamax(inputs, settings, "mosaic")
+    return out
+
+
+def _tokamax_triton(inputs: Inputs, settings: Settings) -> jax.Array:
+    out: jax.Array = _tokamax(inputs, settings, "triton")
+    return out
+
+
+tokamax_mosaic = Kernel(
+    _tokamax_mosaic,
+    keeps=("maximum", "sum"),
+    differentiated=("query", "key", "value", "bias"),
+    lacks=(*_ALL_LACK, "a bias of a single query"),
+    one_row_masks=True,
+    # of masks and biases with numbers of keys that its tiles do not divide
+    refuses_late=True,
+)
+"""Tokamax's for Hopper and newer, written in Pallas Mosaic GPU."""
+
+tokamax_triton = Kernel(
+    _tokamax_triton,
+    keeps=("maximum", "sum"),
+    differentiated=("query", "key", "value", "bias"),
+    lacks=(*_ALL_LACK, "a bias of a single query", "the gradient of logits_soft_cap"),
+    one_row_masks=True,
+)
+"""Tokamax's for any recent GPU, written in Pallas Triton."""

@@ -1,0 +1,283 @@
+"""The kernels of other libraries: what each takes, on any machine; what each computes, on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close, draw, operands
+
+from autochunk import dot_product_attention
+from autochunk.attention.arguments import Arguments
+from autochunk.attention.kernels import Call, Inputs, libraries, maps
+from autochunk.attention.kernels.libraries import FORMS, Kernel, lacking
+from autochunk.errors import ArgumentError
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import Plan, Plans
+
+NAMES = ("query", "key", "value")
+
+# name: (what marks it in a lowered program, what it keeps, how many of the forms it lacks)
+ROWS: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "cudnn": (r"__cudnn\$fmha", ("log-sum-exp",), 8),
+    "tokamax_mosaic": ("mosaic_gpu", ("maximum", "sum"), 4),
+    "tokamax_triton": ("triton", ("maximum", "sum"), 5),
+}
+KERNELS: dict[str, Kernel] = {name: getattr(libraries, name) for name in ROWS}
+
+
+def test_every_kernel_has_a_row() -> None:
+    """And every row a kernel."""
+    assert list(ROWS) == [name for name, one in IMPLEMENTATIONS.items() if one.fused]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_entry(name: str) -> None:
+    """What it keeps, and forms that there are; all compute the cotangents of what is multiplied."""
+    kernel, (_, keeps, lacks) = KERNELS[name], ROWS[name]
+    assert (kernel.keeps, len(kernel.lacks)) == (keeps, lacks)
+    assert set(kernel.lacks) <= FORMS.keys()
+    assert set(NAMES) <= set(kernel.differentiated)
+
+
+T = 64
+MASK = draw((2, 4, T, T), 7) < 0.5
+MASK[0, :, 2] = False
+LENGTHS = {"key_value_seq_lengths": np.asarray([3, 0], np.int32)}
+PADDED = {**LENGTHS, "query_seq_lengths": np.asarray([T, 4], np.int32)}
+BIAS = draw((1, 4, T, T), 8).astype(np.float32)
+FORMS_OF_CALL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"mask": MASK},
+    "mask of one row": {"mask": MASK[:, :1, :1]},
+    "mask of one key": {"mask": MASK[..., :1]},
+    "key lengths": LENGTHS,
+    "lengths": PADDED,
+    "causal lengths": {**PADDED, "is_causal": True},
+    "causal mask": {"mask": MASK, "is_causal": True},
+    "window": {"local_window_size": (2, 0)},
+    "causal window": {"local_window_size": (1, 7), "is_causal": True},
+    "window to the right": {"local_window_size": (1, 2)},
+    "window and lengths": {"local_window_size": (2, 0), **PADDED},
+    "lengths beyond the arrays": {"key_value_seq_lengths": np.asarray([T + 1, -1], np.int32)},
+    "bias": {"bias": BIAS},
+    "bias of each sequence": {"bias": np.concatenate([BIAS, 2 * BIAS])},
+    "bias of one row": {"bias": BIAS[:, :, :1]},
+    "bias and mask": {"bias": BIAS, "mask": MASK[:, :1, :1]},
+    "causal bias": {"bias": BIAS, "is_causal": True},
+    "cap": {"logits_soft_cap": 2.0},
+    "cap and window": {"logits_soft_cap": 2.0, "local_window_size": (3, 1)},
+    "offset": {"query_offset": 1, "is_causal": True},
+    "slopes": {"alibi_slopes": np.asarray([0.5, 0.25, 0.1, 0.0], np.float32)},
+    "residual": {"return_residual": True},
+    "highest precision": {"precision": "highest"},
+    "algorithm": {"precision": "BF16_BF16_F32"},
+}
+# What each does not take, forward or differentiated.
+REFUSED: dict[str, set[str]] = {
+    "cudnn": {
+        "window to the right",
+        "window and lengths",
+        "bias of each sequence",
+        "bias of one row",
+        "cap",
+        "cap and window",
+        "offset",
+        "slopes",
+        "residual",
+        "algorithm",
+    },
+    "tokamax_mosaic": {"offset", "slopes", "residual", "algorithm"},
+    "tokamax_triton": {"offset", "slopes", "residual", "algorithm", "cap", "cap and window"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_CALL)
+@pytest.mark.parametrize("name", ROWS)
+def test_forms_that_are_lacking(name: str, form: str) -> None:
+    """By the table, before the kernel is asked; what it lacks forward it lacks in training."""
+    query, shared = draw((2, T, 4, 8)), draw((2, T, 2, 8), 1)
+    inputs, call = described(query, shared, FORMS_OF_CALL[form], name)
+    forward, training = (
+        bool(lacking(KERNELS[name], inputs, call, training=training)) for training in (False, True)
+    )
+    assert training == (form in REFUSED[name])
+    assert training or not forward
+
+
+def described(query: Any, key: Any, form: dict[str, Any], name: str) -> tuple[Inputs, Call]:
+    """A call as the kernels have it."""
+    arguments = Arguments.checked(query=query, key=key, value=key, **form)
+    plan = Plan(name)
+    return arguments.inputs(), arguments.call(Plans(plan, plan))
+
+
+def test_log_lines_of_tokamax_stay_away(caplog: pytest.LogCaptureFixture) -> None:
+    """Each new shape would be one; its other messages come through, and after it all do."""
+    with libraries._without_cache_misses():
+        logging.getLogger("absl").warning("Autotuning cache miss for %s", "a call")
+        logging.getLogger("absl").warning("something else")
+    logging.getLogger("absl").warning("Autotuning cache miss for %s", "someone else's")
+    assert [record.getMessage() for record in caplog.records] == [
+        "something else",
+        "Autotuning cache miss for someone else's",
+    ]
+
+
+# On a GPU
+
+
+def available(name: str) -> str:
+    entry = IMPLEMENTATIONS[name]
+    if not entry.installed:
+        pytest.skip(entry.how_to_install)
+    return name
+
+
+def attend(implementation: str, **settings: Any) -> Callable[..., jax.Array]:
+    return functools.partial(
+        dot_product_attention, implementation=implementation, max_chunk_size_mb=None, **settings
+    )
+
+
+def both(implementation: str, form: dict[str, Any], dtype: Any) -> Callable[[Any, Any], Any]:
+    """Output and gradients of a call, in a dtype."""
+
+    def run(moving: dict[str, jax.Array], cotangent: jax.Array) -> Any:
+        moving = {name: one.astype(dtype) for name, one in moving.items()}
+        out, pull = jax.vjp(lambda one: attend(implementation, **form)(**one), moving)
+        return out, pull(cotangent.astype(out.dtype))
+
+    return run
+
+
+TAKEN = [(name, form) for name in ROWS for form in FORMS_OF_CALL if form not in REFUSED[name]]
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"rows": 8, "keys": 8},
+    "lengths that do not divide": {"rows": 100, "keys": 76, "key_size": 40},
+    "one row": {"rows": 1, "keys": 64},
+    "several leading dims": {"leading": (2, 3), "rows": 64, "keys": 64},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "form"), TAKEN, ids=[" ".join(one) for one in TAKEN])
+def test_every_form(name: str, form: str) -> None:
+    """By the kernel forward and backward, and right, also where rows see no key."""
+    given = dict(FORMS_OF_CALL[form])
+    dtypes = [jnp.dtype(one) for one in IMPLEMENTATIONS[available(name)].dtypes]
+    arrays = operands((2,), T, T, 4, 2, 64)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {one: jnp.asarray(arrays[one]) for one in NAMES}
+    if "bias" in given:
+        moving["bias"] = jnp.asarray(given.pop("bias"))
+    if form == "highest precision" and "float32" in IMPLEMENTATIONS[name].dtypes:
+        dtypes = [jnp.dtype(jnp.float32)]
+    for dtype in dtypes:
+        if dtype == jnp.float16:
+            continue
+        lowered = jax.jit(both(name, given, dtype)).lower(moving, cotangent)
+        assert len(re.findall(ROWS[name][0], lowered.as_text())) >= 2
+        received = jax.tree.map(
+            lambda x: x.astype(jnp.float32), lowered.compile()(moving, cotangent)
+        )
+        exactly = {**given, "precision": "highest"}
+        expected = jax.jit(both("dense", exactly, jnp.float32))(moving, cotangent)
+        allowed = 3e-2 if dtype == jnp.bfloat16 else 1e-5 if "precision" in given else 3e-3
+        assert_close(received, expected, allowed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ["plain", "causal", "mask", "bias"])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_shape(name: str, form: str, shape: str) -> None:
+    """By the kernel where it takes the shape, else in slices: right, and never an error."""
+    sizes: dict[str, Any] = {
+        "leading": (2,),
+        "rows": T,
+        "keys": T,
+        "heads": 4,
+        "kv_heads": 2,
+        "key_size": 64,
+    }
+    sizes |= SHAPES[shape]
+    logits = (4, sizes["rows"], sizes["keys"])
+    arrays = operands(**sizes, bias=logits if form == "bias" else None)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {one: jnp.asarray(array) for one, array in arrays.items() if array is not None}
+    given: dict[str, Any] = {"is_causal": form == "causal"}
+    if form == "mask":
+        given["mask"] = np.tril(np.ones(logits[1:], bool), 3)
+    expected = jax.jit(both("dense", {**given, "precision": "highest"}, jnp.float32))
+    try:
+        received = jax.jit(both(available(name), given, jnp.bfloat16))(moving, cotangent)
+    except ArgumentError as refusal:  # of the forward pass; what is not differentiated is sliced
+        pytest.skip(str(refusal))
+    received = jax.tree.map(lambda x: x.astype(jnp.float32), received)
+    assert_close(received, expected(moving, cotangent), 4e-2)
+
+
+def total(array: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sin(array.astype(jnp.float32)))
+
+
+CHANGES: dict[str, Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], Any]]] = {
+    "jvp": lambda f: lambda x: jax.jvp(f, (x,), (jnp.cos(x),))[1],
+    "hessian": lambda f: jax.hessian(lambda x: total(f(x))),
+    "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])),
+    "vmap of grad": lambda f: (
+        lambda x: jax.vmap(jax.grad(lambda y: total(f(y))))(jnp.stack([x, 2 * x]))
+    ),
+    "remat": lambda f: jax.grad(lambda x: total(jax.checkpoint(f)(x))),
+    "scan": lambda f: jax.grad(
+        lambda x: total(jax.lax.scan(lambda y, _: (f(y), None), x, None, length=2)[0])
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ROWS)
+def test_every_transformation(name: str, change: str) -> None:
+    """What the kernel cannot do is done in slices, from what it saved."""
+    query, key = (jnp.asarray(draw((1, T, 2, 64), seed), jnp.bfloat16) for seed in (0, 1))
+    mask = np.tril(np.ones((T, T), bool), 2)
+    kernel = attend(available(name), mask=mask)
+    ours = jax.jit(CHANGES[change](lambda x: kernel(x, key, key)))(query)
+    wide = key.astype(jnp.float32)
+    dense = attend("dense", mask=mask, precision="highest")
+    plain = jax.jit(CHANGES[change](lambda x: dense(x, wide, wide)))(query.astype(jnp.float32))
+    assert_close(ours.astype(jnp.float32), plain, 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROWS)
+def test_residuals_are_interchangeable(name: str) -> None:
+    """The kernel goes on from what slices kept, and slices from what the kernel kept."""
+    plans = [Plans(Plan(one), Plan(one)) for one in (available(name), "xla")]
+    arrays = operands((2,), T, T, 4, 2, 64, dtype=jnp.bfloat16)
+    inputs, call = described(arrays["query"], arrays["key"], {"mask": MASK[:, :1]}, name)
+    wanted = (True, True, True)
+    cotangent = jnp.asarray(arrays["cotangent"]).reshape(inputs.query.shape)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def run(inputs: Inputs, forward: Plans, backward: Plans) -> Any:
+        given = tuple(inputs.present.values())
+        here: dict[str, Any] = {"platforms": ("cuda",)}
+        stats = maps.with_stats(*given, call=call._replace(plans=forward), **here)
+        own = call._replace(plans=backward)
+        return maps.cotangent(*given, *stats, cotangent, call=own, wanted=wanted, **here)
+
+    gradients = [run(inputs, *pair) for pair in (plans, plans[::-1], plans[1:] * 2)]
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
+    assert_close(wide[0], wide[2], 3e-2)
+    assert_close(wide[1], wide[2], 3e-2)
