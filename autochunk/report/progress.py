@@ -152,8 +152,9 @@ def _ending(event: _Ending) -> str:
             return _result(event.profile)
         case Awaited():
             return "other workers are still at it"
-        case Skipped(profile=profile):
-            return f"tuned before ({profile.effort}, {profile.created}); --force measures again"
+        case Skipped(profile=profile, layer=layer):
+            where = f"known from {layer}" if layer else "tuned before"
+            return f"{where} ({profile.effort}, {profile.created}); --force measures again"
         case Failed():
             return f"{'failed' if event.profile else 'not measured'}: {event.detail}"
         case OutOfTime(profile=profile):

@@ -20,7 +20,9 @@ def all_plans(shape: LogitsShape, settings: EffortSettings, platform: str) -> li
     Plans that come to the same slices once.
     """
     fused = [
-        Plan(name) for name, one in IMPLEMENTATIONS.items() if one.fused and one.runs_on(platform)
+        Plan(name)
+        for name, one in IMPLEMENTATIONS.items()
+        if one.fused and one.runs_on(platform) and one.installed
     ]
     ladder = candidate_plans(shape, step=settings.step, most_slices=settings.most_slices)
     plans = [DENSE, *fused, *ladder]

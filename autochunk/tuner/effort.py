@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autochunk.store.profile import Effort
@@ -16,11 +17,14 @@ class EffortSettings:
       timeout: seconds for everything, where no other limit is given; None is none.
       presets: what is tuned where nothing else is asked for, the longest last: time that the others
         leave is theirs.
+      more_on_gpus: what is tuned there besides; on a CPU time would not do for it.
       seconds_per_request: a measuring process that takes longer over one plan is ended.
       step: ratio between neighbouring limits in MB.
       most_slices: plans with more slices are not tried.
       hopeless: slower than the best by this factor, a plan gets no third round; slower by its
         square, not even a second.
+      beaten: where a fused kernel is faster than dense attention and than slices by this factor,
+        no other slices are tried.
       least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines,
         which users compare with, always get the fewest.
       seconds: time for the rounds of one plan, beyond the fewest.
@@ -31,10 +35,12 @@ class EffortSettings:
 
     timeout: float | None
     presets: tuple[str, ...]
+    more_on_gpus: tuple[str, ...]
     seconds_per_request: float
     step: int
     most_slices: int
     hopeless: float
+    beaten: float
     least_rounds: int
     rounds: int
     seconds: float
@@ -48,10 +54,12 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
     "quick": EffortSettings(
         timeout=110.0,
         presets=("vision", "language-model", "long-context"),
+        more_on_gpus=(),
         seconds_per_request=60.0,
         step=4,
         most_slices=64,
         hopeless=1.3,
+        beaten=1.5,
         least_rounds=2,
         rounds=5,
         seconds=1.0,
@@ -70,10 +78,20 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
             "cross-attention",
             "long-context",
         ),
+        more_on_gpus=(
+            "padding-mask",
+            "padding-lengths",
+            "packed",
+            "grouped-heads",
+            "alphafold",
+            "decode",
+            "sliding-window",
+        ),
         seconds_per_request=120.0,
         step=2,
         most_slices=256,
         hopeless=1.35,
+        beaten=2.0,
         least_rounds=3,
         rounds=3,
         seconds=1.0,
@@ -85,10 +103,12 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
     "thorough": EffortSettings(
         timeout=None,
         presets=tuple(PRESETS),
+        more_on_gpus=(),
         seconds_per_request=600.0,
         step=2,
         most_slices=1024,
         hopeless=1.5,
+        beaten=math.inf,
         least_rounds=4,
         rounds=20,
         seconds=10.0,
@@ -98,3 +118,9 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         joint_seconds=90.0,
     ),
 }
+
+
+def standard_presets(effort: Effort, platform: str) -> tuple[str, ...]:
+    """What is tuned on a platform, as jax names it, where nothing else is asked for."""
+    settings = EFFORT_SETTINGS[effort]
+    return settings.presets + (settings.more_on_gpus if platform == "gpu" else ())

@@ -85,9 +85,13 @@ class Awaited(Subject):
 
 @dataclass(frozen=True)
 class Skipped(Subject):
-    """Its profile was there already, and is good enough."""
+    """Its profile was there already, and is good enough.
+
+    In the store that profiles go to, or in another ``layer`` that "auto" reads.
+    """
 
     profile: Profile
+    layer: str = ""
 
 
 @dataclass(frozen=True)

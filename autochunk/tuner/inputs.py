@@ -6,6 +6,7 @@ The measuring process (``worker.py``) and ``bench`` both compute it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from autochunk.plan import Plan
 from autochunk.workload import Workload
 
 _SAMPLE_BYTES = 64 * 2**20
+_MOST_DRAWN = 2**22 - 3  # a prime
 _MOST_SAMPLED_ROWS = 16
 
 # What is measured where a workload does not say.
@@ -91,8 +93,13 @@ class WorkloadInputs:
         return np.int32(max(0, keys - rows))
 
     def _normal(self, shape: tuple[int, ...]) -> jax.Array:
-        """Drawn by numpy: JAX would compile a program for every shape."""
-        return jnp.asarray(self._random.standard_normal(shape, np.float32), self.workload.dtype)
+        """Drawn by numpy: JAX would compile a program for every shape.
+
+        Large ones repeat, by a prime number that no row is long, what would take seconds to draw.
+        """
+        count = min(math.prod(shape), _MOST_DRAWN)
+        drawn = self._random.standard_normal(count, np.float32)
+        return jnp.asarray(np.resize(drawn, shape), self.workload.dtype)
 
     def _open_mask(self, shape: tuple[int, ...]) -> jax.Array:
         """Three in four are open; key 0 to all, so that no row is masked throughout."""

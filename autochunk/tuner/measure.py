@@ -46,7 +46,8 @@ from autochunk import host, nvidia
 # dispatch.
 SHORTEST_TIMING = 0.02
 # Longer computations hide what it takes to start them.
-_LONGEST_REPEATED = 0.002
+_LONGEST_REPEATED = 0.0005
+_REPEATS = 50  # of shorter ones, in one program
 # Of a run that is over sooner, what a first run brings in would count: code, and threads' stacks.
 _SHORT_RUN = 0.5
 _FIRST_RUN_BYTES = 8 * 2**20
@@ -73,14 +74,14 @@ class Timed:
     def of(
         cls,
         compiled: Any,
-        function: Callable[..., Any],
+        repeating: Callable[[], Any],
         arguments: tuple[Any, ...],
         first: float,
     ) -> Timed:
         """What makes one timing long enough, given the seconds that the first run took.
 
-        On an accelerator a short workload is repeated within one program: starting one takes longer
-        than it does.
+        On an accelerator a short workload is repeated within one program, which ``repeating``
+        gives: starting one takes longer than it does.
         """
         once = cls(compiled, 1, 1)
         # The first run of a program on an accelerator was seen to take up to twice its time.
@@ -89,9 +90,9 @@ class Timed:
         wanted = max(1, math.ceil(SHORTEST_TIMING / max(took, 1e-6)))
         if _platform() == "cpu" or took > _LONGEST_REPEATED:
             return cls(compiled, 1, wanted)
-        program = jax.jit(repeated(function, wanted)).lower(*arguments).compile()
+        program = repeating()
         jax.block_until_ready(program(*arguments))
-        return cls(program, wanted, 1)
+        return cls(program, _REPEATS, math.ceil(wanted / _REPEATS))
 
     def seconds(self, arguments: tuple[Any, ...]) -> float:
         """Seconds per computation; an accelerator is given all runs before one is waited for."""
@@ -105,8 +106,8 @@ class Timed:
         return (time.perf_counter() - start) / self.runs / self.repeats
 
 
-def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
-    """The function computed ``times`` times, one after the other, in one program."""
+def repeated(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A compiled program that computes the function _REPEATS times, one after the other."""
 
     def run(*arguments: Any) -> Any:
         def again(_: Any, carry: Any) -> Any:
@@ -118,9 +119,9 @@ def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
         results = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments)
         )
-        return jax.lax.fori_loop(0, times, again, (arguments, results))[1]
+        return jax.lax.fori_loop(0, _REPEATS, again, (arguments, results))[1]
 
-    return run
+    return jax.jit(run).lower(*arguments).compile()
 
 
 def _platform() -> str:

@@ -39,7 +39,7 @@ def haiku_dense(arguments: Arguments) -> jax.Array:
     logits = jnp.einsum("...thd,...Thd->...htT", query, key)
     logits = logits / np.sqrt(query.shape[-1]).astype(query.dtype)
     if arguments.bias is not None:
-        logits = logits + arguments.bias
+        logits = logits + arguments.bias.astype(logits.dtype)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(-1e30, logits.dtype))
     return jnp.einsum("...htT,...Thd->...thd", jax.nn.softmax(logits), value)

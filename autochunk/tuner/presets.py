@@ -13,6 +13,13 @@ PRESETS = {
     "cross-attention": "b=1,t=512,s=16384,h=8,k=64",  # Perceiver-like
     "long-context": "b=1,t=4096,h=8,k=64",  # one long sequence
     "long-language-model": "b=1,t=4096,h=8,k=64,causal=yes",  # one long causal sequence
+    "padding-mask": "b=4,t=1024,h=16,k=64,mask=b11s",  # a padded batch, as most code says it
+    "padding-lengths": "b=8,t=2048,h=16,k=64,kv_lengths=yes",  # as lengths
+    "packed": "b=1,t=8192,h=8,k=64,causal=yes,q_segments=yes,kv_segments=yes",
+    "grouped-heads": "b=1,t=4096,h=32,kv_heads=8,k=128,causal=yes",  # Llama-like
+    "alphafold": "b=64,t=384,h=4,k=32,bias=1hts,mask=b11s",  # a pair bias and padding
+    "decode": "b=32,t=1,s=4096,h=32,kv_heads=8,k=128,kv_lengths=yes",  # one token, from a cache
+    "sliding-window": "b=1,t=8192,h=8,k=64,window=1023:0",  # Mistral-like
 }
 """A shape each, as ``--shape`` reads it."""
 

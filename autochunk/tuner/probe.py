@@ -17,6 +17,7 @@ from autochunk.device import Device
 from autochunk.errors import ProbeError
 from autochunk.plan import Plan
 from autochunk.store.measurement import Status
+from autochunk.tuner import autotuning
 from autochunk.tuner.process import WORKER, WorkerFailure, WorkerProcess
 from autochunk.workload import Workload
 
@@ -74,9 +75,11 @@ class Probe:
         # A worker that took most of the GPU's memory at once could not tell what a plan needs, and
         # would leave none for other processes.
         self.environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
+        self._autotuning = autotuning.environment()
         self.deadline: float | None = None
         self.seconds_to_start = 0.0
         self.workload: Workload | None = None
+        self._ahead: list[Plan] = []
         self.device: Device | None = None
         self._worker: WorkerProcess | None = None
         self._ready: dict[Plan, Prepared] = {}
@@ -124,18 +127,23 @@ class Probe:
         assert self.device is not None
         return self.device
 
-    def load(self, workload: Workload) -> None:
-        """Turns to another workload, in a worker that had none before.
+    def load(self, workload: Workload, ahead: Sequence[Plan] = ()) -> None:
+        """Turns to another workload; the last one's programs and memory are gone.
 
-        The last one's programs and memory are gone.
+        ``ahead`` are plans that will be asked for: what takes long is begun.
+
+        On a CPU that takes another worker, since what memory the last one used decides how fast a
+        plan runs, and what it takes is seen by how the process grows.
 
         Raises:
           ProbeError: not even its arguments fit, or the worker fails on them.
         """
         died = self._worker is not None and self._worker.process.poll() is not None
-        if self.workload is not None or died:  # as one may that has nothing to do
+        used = self.workload is not None and not self._is_accelerated()
+        if used or died:  # as one may that has nothing to do
             self.close()
         self.workload = workload
+        self._ahead = list(ahead)
         self._start()
 
     def prepare(self, plan: Plan) -> Prepared:
@@ -217,11 +225,16 @@ class Probe:
 
     def _start(self) -> None:
         start = time.monotonic()
+        self._ready = {}
         if self._worker is None:
-            self._worker, self._ready = WorkerProcess(self.command, self.environment), {}
+            self._worker = WorkerProcess(self.command, self._autotuning | self.environment)
         try:
             self._greet()
         except WorkerFailure as failure:
+            if self.device is None and self._autotuning:
+                self._autotuning = {}  # an XLA that does not know a flag ends its process
+                self._start()
+                return
             what = "start a measuring process"
             if self.workload is not None:
                 what = f"measure {self.workload.key}"
@@ -231,11 +244,14 @@ class Probe:
     def _greet(self) -> None:
         hello = self._ask("hello", within=_START_SECONDS)
         self.device = Device.model_validate(hello["device"])
-        self._available = int(hello["available_bytes"])
         if self.workload is not None:
             programs = self._folder_of_programs()
-            loaded = self._ask("load", workload=self.workload.key, programs=programs)
-            self._available -= int(loaded["argument_bytes"])
+            ahead = [plan.as_data() for plan in self._ahead]
+            # for another worker of this workload there is nothing to hurry for
+            self._ahead = []
+            key = self.workload.key
+            loaded = self._ask("load", workload=key, programs=programs, ahead=ahead)
+            self._available = int(loaded["available_bytes"])
 
     def _is_accelerated(self) -> bool:
         return self.device is not None and self.device.platform != "cpu"

@@ -33,12 +33,18 @@ from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.joint import JointRounds
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure
-from autochunk.tuner.standing import beneath_the_hopeless, best_plans, best_ratio
+from autochunk.tuner.standing import (
+    beaten_by_a_kernel,
+    beneath_the_hopeless,
+    best_plans,
+    best_ratio,
+)
 from autochunk.tuner.study import Claim, Study
 from autochunk.workload import Workload
 
-# Of the time for a workload: the rest is for joint rounds of the best.
+# Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
 _SHARE_OF_PLANS = 0.55
+_SHARE_ON_ACCELERATORS = 0.9
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ def search(
     settings = EFFORT_SETTINGS[effort]
     running = _Search(probe, platform, workload, settings, study, hints, on_measurement)
     try:
-        return running.run(time.monotonic() + _SHARE_OF_PLANS * seconds)
+        share = _SHARE_OF_PLANS if platform == "cpu" else _SHARE_ON_ACCELERATORS
+        return running.run(time.monotonic() + share * seconds)
     except (OutOfTime, ProbeError) as error:
         return _cut_short(running.latest(), error)
     except KeyboardInterrupt as error:
@@ -206,7 +213,7 @@ class _Search:
         self._drop_losers()
 
     def _measure(self, plan: Plan, claim: Claim) -> Measurement:
-        if reason := beneath_the_hopeless(plan, self.measured, self.settings):
+        if reason := self._needless(plan):
             return _measurement(plan, Prepared("skipped", reason))
         start = time.monotonic()
         prepared = self._failed.pop(plan, None) or self.probe.prepare(plan)
@@ -222,6 +229,14 @@ class _Search:
         status = "pruned" if reason else "ok"
         times = {"seconds": seconds, "ratios": ratios}
         return _measurement(plan, prepared, status=status, detail=reason, **times)
+
+    def _needless(self, plan: Plan) -> str:
+        """Why a plan need not be tried; empty if it has to be."""
+        if reason := beneath_the_hopeless(plan, self.measured, self.settings):
+            return reason
+        if plan in self.baselines or plan == self.anchor:
+            return ""
+        return beaten_by_a_kernel(plan, self.measured, self.settings)
 
     def _rounds(self, plan: Plan, claim: Claim) -> tuple[list[float], list[float], str]:
         """Times a plan beside the anchor: seconds, ratios, and why it was given up, or nothing."""
@@ -277,7 +292,8 @@ class _Search:
     def _load(self) -> None:
         """Makes the probe ready, once there is something to measure: it takes seconds."""
         if not self._loaded:
-            self.probe.load(self.workload)
+            todo = [plan for plan in self.plans if plan not in self.measured]
+            self.probe.load(self.workload, todo)
             self._find_anchor()
             self._loaded = True
 

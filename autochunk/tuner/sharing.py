@@ -18,6 +18,8 @@ from autochunk.tuner.unsure import SHARE_OF_TIME, repeat_unsure
 from autochunk.workload import Workload
 
 _POLL_SECONDS = 1.0  # between looks at what other workers have measured
+# Less time than this is not enough to load a workload and measure another plan of it.
+_WORTH_GOING_ON = 5.0
 
 
 def on_this_machine(
@@ -38,7 +40,20 @@ def on_this_machine(
 
 
 def _in_turn(task: Task, probe: Probe, journals: Journals, waiting: Sequence[Subject]) -> None:
-    """What a lone worker does: one workload after the other, each with its share of the time."""
+    """What a lone worker does: one workload after the other, each with its share of the time.
+
+    Then once more those for which that was too short, while there is time left.
+    """
+    _one_after_the_other(task, probe, journals, waiting)
+    rest = [one for one in waiting if one.workload in task.spent - task.finished - task.failed]
+    if rest and seconds_left(task.deadline) > _WORTH_GOING_ON:
+        task.spent.clear()
+        _one_after_the_other(task, probe, journals, rest)
+
+
+def _one_after_the_other(
+    task: Task, probe: Probe, journals: Journals, waiting: Sequence[Subject]
+) -> None:
     for number, subject in enumerate(waiting):
         workload = subject.workload
         todo = [one.workload for one in waiting[number:]]

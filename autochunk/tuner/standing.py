@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import Plan
-from autochunk.store.choice import choose, compare
+from autochunk.store.choice import DENSE, choose, compare
 from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import EffortSettings
 
@@ -63,6 +64,28 @@ def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSet
         f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB "
         f"took {slower[1]:.1f}x and {slower[0]:.1f}x the best time"
     )
+
+
+def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
+    """Why slices need not be tried, if a fused kernel is that much faster; else nothing.
+
+    Than dense attention, and than all slices so far.
+    """
+    best = min((m for m in measured.values() if m.status == "ok"), key=_ratio, default=None)
+    if best is None or not is_fused(best.implementation) or not is_sliced(plan.implementation):
+        return ""
+    others = [m for m in measured.values() if m.timed and not is_fused(m.implementation)]
+    sliced = any(is_sliced(m.implementation) for m in others)
+    if not sliced or DENSE not in measured:
+        return ""
+    least = min(m.ratio for m in others) / best.ratio
+    if least < settings.beaten:
+        return ""
+    return f"{best.plan} is {least:.1f}x as fast as dense attention and slices"
+
+
+def _ratio(measurement: Measurement) -> float:
+    return measurement.ratio
 
 
 def _next_larger(plan: Plan, measured: Measurements) -> list[Measurement]:

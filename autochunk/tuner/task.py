@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import autochunk
 from autochunk.device import Device
+from autochunk.resolution.resolve import resolve
+from autochunk.resolution.settings import use
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.events import Event
@@ -51,6 +53,13 @@ class Task:
         if profile is None or not profile.complete or profile.device.stale_reasons(self.device):
             return None
         return profile if _rank(profile.effort) >= _rank(self.effort) else None
+
+    def answered(self, workload: Workload) -> tuple[str, Profile | None]:
+        """A complete, fresh profile by which "auto" has an answer, and the layer that has it."""
+        with use(store=self.store.path):
+            known = resolve(workload, device=self.device)
+        profile = known.profile if known.match == "exact" and not known.stale else None
+        return known.layer, profile if profile is not None and profile.complete else None
 
     def keep(self, outcome: Outcome, study: Study, workload: Workload) -> Profile | None:
         """Stores what was found, unless that is nothing or less than is stored.

@@ -13,7 +13,7 @@ from autochunk.plan import BYTES_PER_MB, check_positive
 from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner import events, sharing
-from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.effort import EFFORT_SETTINGS, standard_presets
 from autochunk.tuner.events import Event, Subject
 from autochunk.tuner.load import NOTABLE_CORES, NOTABLE_SHARE, GpuWatch, LoadOfOthers
 from autochunk.tuner.presets import PRESETS, standard_dtypes
@@ -45,7 +45,8 @@ def tune(
       workloads: what to measure, or a function that says so for the device that the measuring
         processes found; None is what "auto" has missed here, then the standard set.
       effort: "quick", "standard" or "thorough". A workload with a complete, fresh profile of at
-        least this effort is not measured again.
+        least this effort is not measured again; by "quick" also not one for which "auto" has such
+        a profile from elsewhere, as those that ship.
       timeout: seconds for all of it; None is the effort's own limit. What is measured by then is
         stored and marked incomplete.
       force: measures anew whatever is stored.
@@ -198,7 +199,7 @@ def standard_workloads(
     Without dtypes what was missed is of any, and the standard set in those of
     ``presets.standard_dtypes``.
     """
-    shapes = [PRESETS[name] for name in EFFORT_SETTINGS[effort].presets]
+    shapes = [PRESETS[name] for name in standard_presets(effort, device.platform)]
     return [
         *of_kind(store.missed(device), dtypes, modes),
         *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes),
@@ -226,12 +227,17 @@ def _waiting(task: Task, todo: Sequence[Workload], force: bool) -> list[Subject]
     subjects = [Subject(workload, number, len(todo)) for number, workload in enumerate(todo, 1)]
     if force:
         return subjects
-    stored = {one: profile for one in todo if (profile := task.good_enough(one))}
-    task.found.update(stored)
+    waiting = []
     for subject in subjects:
-        if subject.workload in stored:
-            task.on_event(events.Skipped(*subject.place, stored[subject.workload]))
-    return [subject for subject in subjects if subject.workload not in stored]
+        layer, profile = "", task.good_enough(subject.workload)
+        if profile is None and task.effort == "quick":
+            layer, profile = task.answered(subject.workload)
+        if profile is None:
+            waiting.append(subject)
+            continue
+        task.found[subject.workload] = profile
+        task.on_event(events.Skipped(*subject.place, profile, layer))
+    return waiting
 
 
 def _contribute(task: Task, storage: Storage) -> None:

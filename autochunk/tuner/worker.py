@@ -1,14 +1,14 @@
 """The measuring process, which ``process.py`` starts: one JSON object a line in and out.
 
-It compiles, checks and times plans of one workload, and may die doing so: the parent (``probe.py``)
+It compiles, checks and times plans of a workload, and may die doing so: the parent (``probe.py``)
 takes a death for a result. Requests, in the order of a session, each with its reply, which is an
 object with ``ok``, or ``error`` where the request itself was wrong; compiled programs are kept in
 the folder ``programs`` for the next worker; ``time`` is one round, in the order given::
 
     {"do": "hello"}
-        {"device": {...}, "available_bytes": n}
-    {"do": "load", "workload": key, "programs": folder}
-        {"argument_bytes": n, "dense_error": x}
+        {"device": {...}}
+    {"do": "load", "workload": key, "programs": folder, "ahead": [[name, mb], ...]}
+        {"available_bytes": n}
     {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
         {"status": ..., "detail": ..., "temp_bytes": n, "predicted_bytes": n, "measured_bytes": n,
          "compile_seconds": x, "error": x}
@@ -20,19 +20,21 @@ the folder ``programs`` for the next worker; ``time`` is one round, in the order
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from autochunk import device as devices
+from autochunk.implementations import IMPLEMENTATIONS, is_fused, load_library
 from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
 from autochunk.tuner.inputs import WorkloadInputs
@@ -41,6 +43,7 @@ from autochunk.tuner.measure import (
     available_bytes,
     measure_growth,
     program_bytes,
+    repeated,
     working_bytes,
 )
 from autochunk.tuner.reference import dense_on_sample, reference, relative_error
@@ -52,32 +55,84 @@ ERROR_FACTOR = 4.0
 ERROR_ROUNDINGS = 16.0
 
 
+_Compiled = tuple[Any, float]
+"""A program, and the seconds that it took to compile."""
+
+
+def _compile(function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Compiled:
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled, time.perf_counter() - start
+
+
+class _Expected:
+    """What a workload's results should be, and by how much they may err."""
+
+    def __init__(self, inputs: WorkloadInputs) -> None:
+        self.results = reference(inputs)
+        usual = relative_error(dense_on_sample(inputs), self.results)
+        rounding = float(jnp.finfo(inputs.workload.dtype).eps)
+        self.error_limit = ERROR_FACTOR * usual + ERROR_ROUNDINGS * rounding
+
+
 class Session:
-    """Answers requests about one workload."""
+    """Answers requests about one workload after the other."""
 
     def __init__(self) -> None:
         self.inputs: WorkloadInputs | None = None
-        self.references: list[np.ndarray[Any, Any]] = []
-        self.error_limit = 0.0
         self.prepared: dict[Plan, Timed] = {}
+        self.expected: Future[_Expected] | None = None
+        # Where an accelerator computes there are cores left for what can be done meanwhile.
+        self._aside = ThreadPoolExecutor(8)
+        self._ahead: dict[Plan, tuple[Future[_Compiled], Future[Any]]] = {}
 
     def hello(self) -> dict[str, Any]:
-        """Where this process computes, and the memory it finds."""
-        return {"device": devices.detect().model_dump(), "available_bytes": available_bytes()}
+        """Where this process computes."""
+        device = devices.detect()
+        for name, one in IMPLEMENTATIONS.items():
+            if one.extra and one.installed and one.runs_on(device.platform):
+                self._aside.submit(load_library, name)  # takes seconds
+        return {"device": device.model_dump()}
 
-    def load(self, workload: str, programs: str) -> dict[str, Any]:
-        """Makes a workload's arguments and what its results should be."""
+    def load(self, workload: str, programs: str, ahead: Sequence[list[Any]] = ()) -> dict[str, Any]:
+        """Makes a workload's arguments and what its results should be; the last one's go.
+
+        Programs of the plans ``ahead`` are compiled meanwhile, if they are fused kernels, which
+        take long; what is not, XLA would try out on the device that another is measured on.
+        """
+        self._settle()
+        self.inputs, self.expected, self.prepared, self._ahead = None, None, {}, {}
+        jax.clear_caches()
+        available = available_bytes()
         keep_programs(programs)
         parsed = Workload.parse(workload)
         # Without it jax computes in float32, with a warning at most.
         jax.config.update("jax_enable_x64", parsed.dtype == "float64")
         self.inputs = WorkloadInputs(parsed)
-        self.references = reference(self.inputs)
-        dense_error = relative_error(dense_on_sample(self.inputs), self.references)
-        rounding = float(jnp.finfo(parsed.dtype).eps)
-        self.error_limit = ERROR_FACTOR * dense_error + ERROR_ROUNDINGS * rounding
+        self.expected = self._aside.submit(_Expected, self.inputs)
+        if self._is_accelerated():
+            self._compile_ahead([Plan(*plan) for plan in ahead])
+        else:
+            self.expected.result()
         argument_bytes = sum(x.nbytes for x in jax.tree.leaves(self.inputs.passed))
-        return {"argument_bytes": argument_bytes, "dense_error": dense_error}
+        return {"available_bytes": available - argument_bytes}
+
+    def _is_accelerated(self) -> bool:
+        return str(devices.default_device().platform) != "cpu"
+
+    def _compile_ahead(self, plans: list[Plan]) -> None:
+        inputs = self._loaded()
+        for plan in plans:
+            if is_fused(plan.implementation) and not inputs.refusal(plan):
+                function = inputs.function(plan)
+                self._ahead[plan] = (
+                    self._aside.submit(_compile, function, inputs.passed),
+                    self._aside.submit(repeated, function, inputs.passed),
+                )
+
+    def _settle(self) -> None:
+        """Waits until nothing is compiled aside, which would disturb what is timed."""
+        wait([future for pair in self._ahead.values() for future in pair])
 
     def prepare(self, plan: list[Any], budget_bytes: int) -> dict[str, Any]:
         """Compiles a plan, and if it should fit runs and checks it once."""
@@ -86,10 +141,10 @@ class Session:
         if refusal := inputs.refusal(chosen):
             return {"status": "unsupported", "detail": refusal[:2000]}
         result: dict[str, Any] = {}
+        once, repeating = self._programs(chosen)
+        assert self.expected is not None
         try:
-            start = time.perf_counter()
-            compiled = jax.jit(inputs.function(chosen)).lower(*inputs.passed).compile()
-            compile_seconds = time.perf_counter() - start
+            compiled, compile_seconds = once()
             temp, out = program_bytes(compiled)
             result = {
                 "compile_seconds": compile_seconds,
@@ -101,13 +156,15 @@ class Session:
                 allowed = f"{budget_bytes / 1e6:.0f} MB may be used"
                 detail = f"needs about {needed / 1e6:.0f} MB, {allowed}"
                 return result | {"status": "over_budget", "detail": detail}
+            expected = self.expected.result()
+            self._settle()
             start = time.perf_counter()
             run = lambda: jax.block_until_ready(compiled(*inputs.passed))  # noqa: E731
             results, grown = measure_growth(run)
             first = time.perf_counter() - start
-            deviation = relative_error(inputs.on_sample(results), self.references)
+            deviation = relative_error(inputs.on_sample(results), expected.results)
             del results
-            timed = Timed.of(compiled, inputs.function(chosen), inputs.passed, first)
+            timed = Timed.of(compiled, repeating, inputs.passed, first)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
@@ -117,12 +174,24 @@ class Session:
             working = working_bytes(temp, measured)
             result |= {"measured_bytes": measured, "temp_bytes": working}
         result["error"] = min(deviation, 1e30)
-        if not deviation <= self.error_limit:
+        if not deviation <= expected.error_limit:
             errs = f"errs by {deviation:.2g} of the largest value"
-            detail = f"{errs}; {self.error_limit:.2g} is allowed"
+            detail = f"{errs}; {expected.error_limit:.2g} is allowed"
             return result | {"status": "inaccurate", "detail": detail}
         self.prepared[chosen] = timed
         return result | {"status": "ok", "detail": ""}
+
+    def _programs(self, plan: Plan) -> tuple[Callable[[], _Compiled], Callable[[], Any]]:
+        """What gives a plan's program, and that for short timings."""
+        if plan in self._ahead:
+            once, repeating = self._ahead.pop(plan)
+            return once.result, repeating.result
+        inputs = self._loaded()
+        function = inputs.function(plan)
+        return (
+            functools.partial(_compile, function, inputs.passed),
+            functools.partial(repeated, function, inputs.passed),
+        )
 
     def _least_working_bytes(self, plan: Plan) -> int:
         """A guess from below at what XLA:CPU's fused kernels allocate without saying so.

@@ -59,10 +59,10 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
         return found
 
     if request["do"] == "hello":
-        return {"device": script.get("device", DEVICE), "available_bytes": 10**9}
+        return {"device": script.get("device", DEVICE)}
     if request["do"] == "load":
         perform(script.get("load", ""))
-        return {"argument_bytes": 1000, "dense_error": 1e-7}
+        return {"available_bytes": 10**9 - 1000}
     if request["do"] == "prepare":
         chosen = act(request["plan"])
         deed = chosen.get("do", "")

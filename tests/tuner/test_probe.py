@@ -263,6 +263,25 @@ def test_a_worker_has_one_workload(small: Workload, scripted: Scripted) -> None:
     assert pids[0] == pids[1] != pids[2]
 
 
+def test_on_an_accelerator_a_worker_has_one_workload_after_the_other(
+    small: Workload, scripted: Scripted, tmp_path: Path
+) -> None:
+    """Its memory is jax's own; plans of the last workload are asked for anew."""
+    device = {"platform": "gpu", "kind": "scripted", "cores": 0, "memory_gib": 8}
+    log = tmp_path / "log"
+    pids = []
+    with Probe(scripted(device=device, log=str(log))) as probe:
+        for _ in range(3):
+            probe.load(small, [GOOD])
+            pids.append(pid_of(probe))
+            assert probe.prepare(GOOD).status == "ok"
+            assert probe.prepare(GOOD).status == "ok"
+    assert len(set(pids)) == 1
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["do"] for line in lines].count("prepare") == 3
+    assert all(line["ahead"] == [GOOD.as_data()] for line in lines if line["do"] == "load")
+
+
 def test_a_worker_that_dies_before_its_workload_is_replaced(
     small: Workload, scripted: Scripted
 ) -> None:

@@ -236,8 +236,13 @@ class Claim:
         note("measurements", [measurement.model_dump_json() for measurement in measurements])
 
     def _suggest(self, plan: Plan) -> None:
-        """Makes the plan the trial's parameters, which Optuna's own tools show."""
-        self._trial.suggest_categorical("implementation", list(IMPLEMENTATIONS))
+        """Makes the plan the trial's parameters, which Optuna's own tools show.
+
+        A study that a version with other implementations began goes on without: Optuna lets none be
+        added.
+        """
+        with contextlib.suppress(ValueError):
+            self._trial.suggest_categorical("implementation", list(IMPLEMENTATIONS))
         if plan.max_chunk_size_mb is not None:
             self._trial.suggest_float(_limit_of(plan), 0.0, _LARGEST_LIMIT)
 
