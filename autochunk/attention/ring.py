@@ -67,12 +67,13 @@ def ring_attention(
     arguments = _with_terms_of_all_keys(arguments, devices, bias=bias, mask=mask)
     parts = 2 if balanced else 1
     _check_lengths(arguments, parts)
-    call = static_call(arguments, max_chunk_size_mb, implementation)._replace(residual=True)
-    inputs = arguments.inputs()
-    out, lse = Ring(inputs, call, axis_name, devices, parts).attend(inputs)
+    call = static_call(arguments, max_chunk_size_mb, implementation)
+    call, inputs = call._replace(residual=return_residual), arguments.inputs()
+    out, *stats = Ring(inputs, call, axis_name, devices, parts).attend(inputs)
     out = out.reshape(arguments.output_shape)
     if not return_residual:
         return out
+    (lse,) = stats
     lse = jnp.moveaxis(lse, -1, -3).reshape(arguments.query.shape[:-1])
     return out, lse.astype(arguments.key.dtype)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from autochunk import device as devices
 from autochunk.attention.arguments import Arguments
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.resolution.resolve import resolve
@@ -104,7 +105,7 @@ def bench(
         for name in peers:
             if name in _PEERS and importlib.util.find_spec(name) is not None:
                 on_contender(name)
-                contenders.append(_peer(name, inputs))
+                contenders.extend(_peer(name, inputs))
         _time_all([contender for contender in contenders if contender.run], rounds)
     return contenders
 
@@ -132,13 +133,13 @@ def _auto(arguments: Arguments) -> Any:
     return by_op(arguments, "auto")
 
 
-def _peer(name: str, inputs: WorkloadInputs) -> Contender:
+def _peer(name: str, inputs: WorkloadInputs) -> list[Contender]:
     try:
         return _PEERS[name](inputs)
     except NotCompared as reason:
-        return Contender(name, detail=str(reason))
+        return [Contender(name, detail=str(reason))]
     except Exception as error:
-        return Contender(name, detail=_refusal(error))
+        return [Contender(name, detail=_refusal(error))]
 
 
 def _refusal(error: Exception) -> str:
@@ -178,13 +179,14 @@ def prepare(
     return contender
 
 
-def _repeating(run: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds per call of a function that waits for its result, run for long enough to time it."""
+def _repeating(run: Callable[[], Any], wait: Callable[[], Any]) -> Callable[[], float]:
+    """Seconds per call of a function, called for long enough to time it, and then waited for."""
 
     def timed(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             run()
+        wait()
         return (time.perf_counter() - start) / calls
 
     timed(1)
@@ -192,15 +194,28 @@ def _repeating(run: Callable[[], Any]) -> Callable[[], float]:
     return lambda: timed(calls)
 
 
-def _torch(inputs: WorkloadInputs) -> Contender:
-    return Contender("torch", _repeating(other.torch(inputs)))
+def _torch(inputs: WorkloadInputs) -> list[Contender]:
+    return [Contender("torch", _repeating(*other.torch(inputs)))]
 
 
-def _tokamax(inputs: WorkloadInputs) -> Contender:
-    return _compile("tokamax", other.tokamax, "", inputs)
+def _tokamax(inputs: WorkloadInputs) -> list[Contender]:
+    """By each of its kernels, where it has some."""
+    on_gpu = devices.default_device().platform == "gpu"
+    return [
+        _compile(
+            " ".join(filter(None, ("tokamax", name))),
+            functools.partial(other.tokamax, implementation=name),
+            "",
+            inputs,
+        )
+        for name in (("mosaic", "triton") if on_gpu else (None,))
+    ]
 
 
-_PEERS: dict[str, Callable[[WorkloadInputs], Contender]] = {"torch": _torch, "tokamax": _tokamax}
+_PEERS: dict[str, Callable[[WorkloadInputs], list[Contender]]] = {
+    "torch": _torch,
+    "tokamax": _tokamax,
+}
 
 
 def _time_all(contenders: list[Contender], rounds: int) -> None:

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from autochunk.attention.arguments import Arguments
+from autochunk.attention.kernels.libraries import quiet
 from autochunk.device import default_device
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.tuner.inputs import WorkloadInputs
 
 _COMMON = {"query", "key", "value", "bias", "mask"}
+_LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
 
 
 class NotCompared(Exception):
@@ -72,8 +74,7 @@ def _rows(whole: Arguments, first: int, end: int) -> Arguments:
 def jax_nn(arguments: Arguments, implementation: Any) -> jax.Array:
     """JAX's own attention."""
     attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
-    known = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
-    if not arguments.present.keys() <= known or arguments.offset:
+    if not arguments.present.keys() <= _COMMON | _LENGTHS or arguments.offset:
         _refuse_more(arguments)
         arguments = arguments.explicit()
     elif arguments.soft_cap is not None:
@@ -91,58 +92,81 @@ def _refuse_more(arguments: Arguments) -> None:
         raise NotCompared("it has neither caps, nor this dropout, nor residuals")
 
 
-def tokamax(arguments: Arguments) -> Any:
-    """Tokamax's attention, by whichever of its kernels it chooses."""
+def tokamax(arguments: Arguments, implementation: str | None) -> Any:
+    """Tokamax's attention, by one of its implementations; None is whichever it chooses."""
     import tokamax as library
 
-    _refuse_more(arguments)
-    given = arguments.explicit() if arguments.present.keys() - _COMMON else arguments
-    window = None if given.window is None else tuple(given.window)
-    settings = {"is_causal": given.is_causal, "local_window_size": window}
-    return library.dot_product_attention(**given.present, **settings)
+    if arguments.residual or arguments.dropout_bits is not None:
+        raise NotCompared("it has neither dropout nor residuals")
+    given = arguments
+    if given.present.keys() - _COMMON - _LENGTHS or given.offset:
+        given = given.explicit()
+    settings: dict[str, Any] = {
+        "is_causal": given.is_causal,
+        "local_window_size": None if given.window is None else tuple(given.window),
+        "logits_soft_cap": given.soft_cap,
+        "precision": given.precision,
+        "implementation": implementation,
+    }
+    with quiet():
+        return library.dot_product_attention(**given.present, **settings)
 
 
-def torch(inputs: WorkloadInputs) -> Callable[[], Any]:
-    """Torch's ``scaled_dot_product_attention``, on the CPU, where arrays are shared by copying.
+def torch(inputs: WorkloadInputs) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Torch's ``scaled_dot_product_attention`` of copies of the arrays; and a wait for its results.
 
     Raises:
-      NotCompared: another device, or a bias.
+      NotCompared: a form of call that it does not take, or a device that it does not see.
     """
     arguments, mode = inputs.arguments, inputs.workload.mode
-    plain = arguments.present.keys() <= _COMMON - {"bias"} and arguments.window is None
-    if default_device().platform != "cpu" or not plain or arguments.soft_cap or arguments.residual:
-        raise NotCompared("compared on CPU, with causality and a mask only")
+    plain = arguments.present.keys() <= _COMMON and arguments.window is None
+    if not plain or arguments.soft_cap or arguments.residual:
+        raise NotCompared("compared with causality, a mask and a bias only")
     import torch as library
 
+    on_gpu = default_device().platform == "gpu"
+    if on_gpu and not library.cuda.is_available():
+        raise NotCompared("this torch sees no GPU")
+
+    def copied(array: jax.Array, dtype: Any = None) -> Any:
+        wide = array if dtype is None else array.astype(jnp.float32)
+        tensor = library.from_numpy(np.array(wide))
+        tensor = tensor if dtype is None else tensor.to(getattr(library, str(dtype)))
+        return tensor.cuda() if on_gpu else tensor
+
+    def heads_first(array: jax.Array) -> Any:
+        """[B, T, H, K] as a tensor [B, H, T, K]."""
+        return copied(array, arguments.query.dtype).transpose(1, 2).contiguous()
+
     arrays = (arguments.query, arguments.key, arguments.value)
-    query, key, value = heads = [_to_torch(one, arguments.query.dtype) for one in arrays]
-    mask = None if arguments.mask is None else library.from_numpy(np.array(arguments.mask))
+    query, key, value = moving = [heads_first(one) for one in arrays]
+    mask = None if arguments.mask is None else copied(arguments.mask)
     causal = arguments.is_causal
-    if mask is not None and causal:  # torch does not take both
-        sizes = arguments.logits_shape[-2:]
-        mask, causal = mask & library.ones(*sizes, dtype=library.bool).tril(), False
-    cotangent = _to_torch(inputs.cotangent, arguments.query.dtype)
+    if causal and (mask is not None or arguments.bias is not None):  # torch does not take both
+        lower = library.ones(*arguments.logits_shape[-2:], dtype=library.bool).tril()
+        lower = lower.cuda() if on_gpu else lower
+        mask, causal = (lower if mask is None else mask & lower), False
+    if arguments.bias is not None:
+        bias = copied(arguments.bias, arguments.query.dtype)
+        moving = [*moving, bias]
+    cotangent = heads_first(inputs.cotangent)
     attention = library.nn.functional.scaled_dot_product_attention
 
     def forward() -> Any:
         settings = {"is_causal": causal, "enable_gqa": query.shape[1] != key.shape[1]}
-        return attention(query, key, value, attn_mask=mask, **settings)
+        added = mask
+        if arguments.bias is not None:
+            added = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        return attention(query, key, value, attn_mask=added, **settings)
 
     def training() -> Any:
-        for array in heads:
+        for array in moving:
             array.requires_grad_(True)
-        return library.autograd.grad(forward(), heads, cotangent)
+        return library.autograd.grad(forward(), moving, cotangent)
 
     def without_gradients() -> Any:
         with library.no_grad():
             return forward()
 
-    return training if mode == "training" else without_gradients
-
-
-def _to_torch(array: jax.Array, dtype: Any) -> Any:
-    """[B, T, H, K] as a torch tensor [B, H, T, K]."""
-    import torch as library
-
-    tensor = library.from_numpy(np.array(array.astype(jnp.float32)))
-    return tensor.to(getattr(library, str(dtype))).transpose(1, 2).contiguous()
+    wait = library.cuda.synchronize if on_gpu else lambda: None
+    return (training if mode == "training" else without_gradients), wait

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import assert_close, compiled_text, draw, plain, quick_jit
+from test_fused import install
 
 from autochunk import ProfileStore, dot_product_attention, ring_attention
 from autochunk.attention.ring import ring_order
@@ -285,6 +287,26 @@ def ring(form: str, balanced: bool, check_vma: bool, axis: Any = ("batch", "head
     assert_close(jax.device_get(received), jax.device_get(((loss, outs), moved)))
 
 
+def by_a_kernel(around: bool, check_vma: bool, name: str = "tokamax_triton") -> None:
+    """A fused kernel computes each device's part, whatever its authors know of such meshes."""
+    query, key = draw((4, 64, 2, 8)), draw((4, 64, 2, 8), 1)
+    function: Any = dot_product_attention
+    spec = P("batch")
+    if around:
+        function, spec = functools.partial(ring_attention, axis_name="batch"), P(None, "batch")
+    with pytest.MonkeyPatch.context() as patch:
+        recorded = install(patch, name)
+        settings = {"is_causal": True, "max_chunk_size_mb": None}
+        run = pulled(functools.partial(function, implementation=name, **settings))
+        mapped = jax.shard_map(
+            run, mesh=MESH, in_specs=spec, out_specs=(spec, (spec,) * 3), check_vma=check_vma
+        )
+        received = jax.jit(mapped)(query, key, key)
+        assert recorded.traced
+    expected = pulled(functools.partial(plain, is_causal=True))(query, key, key)
+    assert_close(jax.device_get(received), jax.device_get(expected))
+
+
 def ring_holds_no_keys() -> None:
     """No array of a device is as long as all keys, forward or backward."""
 
@@ -320,6 +342,10 @@ CASES: dict[str, Callable[[], None]] = {
     },
     "ring over one axis": lambda: ring("causal", True, True, "batch"),
     "ring holds no keys": ring_holds_no_keys,
+    "a kernel in a shard_map": lambda: by_a_kernel(False, False),
+    "a kernel in a shard_map, vma checked": lambda: by_a_kernel(False, True),
+    "a kernel round the ring": lambda: by_a_kernel(True, False),
+    "a kernel round the ring, vma checked": lambda: by_a_kernel(True, True, "cudnn"),
 }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, operands
+from reference import assert_close, compiled_text, draw, operands
 
 from autochunk import dot_product_attention
 from autochunk.attention.arguments import Arguments
@@ -122,7 +122,7 @@ def described(query: Any, key: Any, form: dict[str, Any], name: str) -> tuple[In
 
 def test_log_lines_of_tokamax_stay_away(caplog: pytest.LogCaptureFixture) -> None:
     """Each new shape would be one; its other messages come through, and after it all do."""
-    with libraries._without_cache_misses():
+    with libraries.quiet():
         logging.getLogger("absl").warning("Autotuning cache miss for %s", "a call")
         logging.getLogger("absl").warning("something else")
     logging.getLogger("absl").warning("Autotuning cache miss for %s", "someone else's")
@@ -257,6 +257,26 @@ def test_every_transformation(name: str, change: str) -> None:
     dense = attend("dense", mask=mask, precision="highest")
     plain = jax.jit(CHANGES[change](lambda x: dense(x, wide, wide)))(query.astype(jnp.float32))
     assert_close(ours.astype(jnp.float32), plain, 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROWS)
+def test_the_forward_pass_is_not_run_again(name: str) -> None:
+    """A gradient is one call of the kernel's forward and one or two of its backward, far apart."""
+    x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+    kernel = attend(available(name))
+
+    def loss(query: jax.Array, key: jax.Array) -> jax.Array:
+        out, _ = jax.lax.scan(lambda x, _: (kernel(x, key, key), None), query, None, length=3)
+        return total(out)
+
+    def calls(function: Any) -> int:
+        text = compiled_text(jax.jit(function), x, x)
+        return len(re.findall("custom_call_target=.*(?:fmha|mosaic|triton)", text))
+
+    both = calls(jax.grad(loss))
+    assert 2 <= both <= 3
+    assert calls(loss) == 1
 
 
 @pytest.mark.gpu

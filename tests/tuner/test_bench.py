@@ -61,9 +61,11 @@ def test_every_contender_has_figures_or_a_reason() -> None:
         "t=16,h=2,k=4,causal=yes,mask=11ts",
         "t=16,s=9,h=2,k=4,causal=yes,mask=1111",
         "t=16,h=2,k=4,causal=yes",
+        "t=16,h=2,k=4,bias=1hts",
+        "b=2,t=16,h=2,k=4,causal=yes,mask=b11s,bias=1hts",
     ],
 )
-def test_torch_takes_every_workload_without_a_bias(shape: str, mode: str) -> None:
+def test_torch_takes_every_mask_and_bias(shape: str, mode: str) -> None:
     """It refuses a mask beside causality, which are one mask then."""
     pytest.importorskip("torch")
     contenders = bench.bench(Workload.parse(shape, mode=mode), rounds=1, peers=("torch",))
@@ -75,7 +77,7 @@ def test_a_peer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs the others nothing."""
     reason = "libtorch_cpu.so: cannot open shared object file"
 
-    def fail(_: WorkloadInputs) -> bench.Contender:
+    def fail(_: WorkloadInputs) -> list[bench.Contender]:
         raise OSError(reason)
 
     monkeypatch.setattr(bench, "_PEERS", {"numpy": fail})
@@ -87,9 +89,9 @@ def test_float64_is_timed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jax makes float32 of it unless it is enabled; afterwards the process is as it was."""
     dtypes = []
 
-    def note(inputs: WorkloadInputs) -> bench.Contender:
+    def note(inputs: WorkloadInputs) -> list[bench.Contender]:
         dtypes.append(inputs.arguments.query.dtype)
-        return bench.Contender("numpy")
+        return [bench.Contender("numpy")]
 
     monkeypatch.setattr(bench, "_PEERS", {"numpy": note})
     bench.bench(Workload.parse("t=8,k=2", dtype="float64"), rounds=1, peers=("numpy",))

@@ -12,27 +12,28 @@ exchanged for our copies, and the forward pass that it would run again is then d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import pkgutil
-from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.extend.backend
+import jax.extend.core
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
-from autochunk.attention.kernels.grid import sum_to, vary_alike
+from autochunk.attention.kernels.grid import sum_to, vary_alike, varying_axes
 from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import Kernel, Settings, lacking
+from autochunk.attention.kernels.libraries import Kernel, Settings, lacking, quiet
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
 
 _Mode = Literal["forward", "training"]
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -104,19 +105,49 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
     return traced
 
 
-def _by_their_rules(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The function, with what kernels' authors took for granted of jax and a caller may forbid."""
+@contextlib.contextmanager
+def _their_rules() -> Iterator[None]:
+    """What kernels' authors took for granted of jax and a caller may forbid.
+
+    Inside a ``shard_map`` that checks which axes values vary over, a Pallas kernel that does not
+    say so of its results is an error.
+    """
+    from jax._src import config  # jax has no public name for turning that off
+
+    unchecked: Any = config._check_vma
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        unchecked(False),
+        quiet(),
+    ):
+        yield
+
+
+def _by_their_rules(function: Callable[..., _T]) -> Callable[..., _T]:
+    """``function(name, inputs, call, *arrays)`` by these rules, on arrays of which none varies."""
 
     @functools.wraps(function)
-    def run(*arguments: _P.args, **settings: _P.kwargs) -> _T:
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*arguments, **settings)
+    def run(name: str, inputs: Inputs, call: Call, *arrays: jax.Array) -> _T:
+        with _their_rules():
+            leaves, tree = jax.tree.flatten((inputs, arrays))
+            if not any(map(varying_axes, leaves)):
+                return function(name, inputs, call, *arrays)
+
+            def plain(*leaves: jax.Array) -> _T:
+                inputs, arrays = jax.tree.unflatten(tree, leaves)
+                return function(name, inputs, call, *arrays)
+
+            abstract = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in leaves]
+            traced, shapes = jax.make_jaxpr(plain, return_shape=True)(*abstract)
+            results = jax.extend.core.jaxpr_as_fun(traced)(*leaves)
+            found: _T = jax.tree.unflatten(jax.tree.structure(shapes), results)
+            return found
 
     return run
 
 
 @functools.lru_cache(maxsize=1024)
-@_by_their_rules
 def _trace(kernel: Kernel, shapes: tuple[Any, ...], call: Call, training: bool) -> Any:
     """The same call gives the same object, since programs are cached by it."""
     names = [name for name, _, _ in shapes]
@@ -130,9 +161,10 @@ def _trace(kernel: Kernel, shapes: tuple[Any, ...], call: Call, training: bool) 
 
     abstract = [jax.ShapeDtypeStruct(*shape) for _, *shape in shapes]
     try:
-        if kernel.refuses_late:
-            jax.jit(run).lower(*abstract)
-        return jax.make_jaxpr(run)(*abstract)
+        with _their_rules():
+            if kernel.refuses_late:
+                jax.jit(run).lower(*abstract)
+            return jax.make_jaxpr(run)(*abstract)
     except NotTaken as refusal:
         return refusal
     except Exception as error:  # another library's refusal, in whatever words it has
@@ -255,11 +287,12 @@ def _forward(
     query = inputs.query
     out, pull = jax.vjp(from_moving, moving)
     shape = (query.shape[0], query.shape[2], query.shape[1])
-    kept = [leaf for leaf in jax.tree.leaves(pull) if _is_like(leaf, shape)]
-    if len(kept) != len(kernel.keeps):
+    saved = jax.tree.leaves(pull)
+    kept = [leaf for leaf in saved if _is_like(leaf, shape)]
+    if len(kept) != len(kernel.keeps) or not any(leaf is out for leaf in saved):
         raise NotTaken(
-            f"its derivative does not keep the {' and the '.join(kernel.keeps)} of each row that "
-            "forward-mode derivatives need"
+            f"its derivative does not keep the output and the {' and the '.join(kernel.keeps)} of "
+            "each row, which others go on from"
         )
     return out, kept, pull
 

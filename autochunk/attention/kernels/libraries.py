@@ -170,23 +170,22 @@ def _tokamax(
         rows, keys = inputs.query.shape[1], inputs.key.shape[1]
         left, right = settings.left, settings.right
         window = (rows if left is None else left, keys if right is None else right)
-    with _without_cache_misses():
-        return tokamax.dot_product_attention(
-            *inputs[:5],
-            scale=settings.scale,
-            is_causal=settings.is_causal and window is None,
-            local_window_size=window,
-            query_seq_lengths=inputs.query_seq_lengths,
-            key_value_seq_lengths=inputs.key_value_seq_lengths,
-            logits_soft_cap=settings.soft_cap,
-            precision="default" if settings.precision is None else settings.precision,
-            implementation=implementation,
-        )
+    return tokamax.dot_product_attention(
+        *inputs[:5],
+        scale=settings.scale,
+        is_causal=settings.is_causal and window is None,
+        local_window_size=window,
+        query_seq_lengths=inputs.query_seq_lengths,
+        key_value_seq_lengths=inputs.key_value_seq_lengths,
+        logits_soft_cap=settings.soft_cap,
+        precision="default" if settings.precision is None else settings.precision,
+        implementation=implementation,
+    )
 
 
 @contextlib.contextmanager
-def _without_cache_misses() -> Iterator[None]:
-    """Tokamax logs a warning for each call that it has no tuned blocks for."""
+def quiet() -> Iterator[None]:
+    """Without Tokamax's warning of each call and gradient that it has no tuned blocks for."""
 
     def is_kept(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith("Autotuning cache miss")

@@ -67,17 +67,17 @@ class Ring:
 
     # What is computed
 
-    def attend(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    def attend(self, inputs: Inputs) -> tuple[jax.Array, ...]:
         """``results``, whose gradients are computed round the ring as well."""
         run = jax.custom_vjp(self.results)
         run.defvjp(self.results_and_saved, self.cotangents)
         return run(inputs)
 
-    def results(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        """Output [..., T' / N, H, G, V] and log-sum-exp [..., H, G, T' / N]."""
+    def results(self, inputs: Inputs) -> tuple[jax.Array, ...]:
+        """(output [..., T' / N, H, G, V],) and if asked for the log-sum-exp [..., H, G, T' / N]."""
         return self.results_and_saved(inputs)[0]
 
-    def results_and_saved(self, inputs: Inputs) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def results_and_saved(self, inputs: Inputs) -> tuple[tuple[jax.Array, ...], Any]:
         """The same, and what the backward pass needs: of this device's rows and keys alone."""
         *leading, _, heads, groups, _ = inputs.query.shape
         by_row = (*leading, heads, groups, self.rows)
@@ -111,7 +111,8 @@ class Ring:
             mean = jax.lax.pmean(mean_value(inputs.value.astype(self.wide)), self.axis_name)
             out = jnp.where(along_rows(total == 0), mean, out)
         out = self._within_lengths(out, inputs).astype(inputs.query.dtype)
-        return (out, log_sum_exp(maximum, total)), (inputs, out, maximum, total)
+        lse = (log_sum_exp(maximum, total),) if self.call.residual else ()
+        return (out, *lse), (inputs, out, maximum, total)
 
     def _divided(self, stats: _Stats) -> jax.Array:
         return stats.out / along_rows(jnp.where(stats.total == 0, 1, stats.total))
@@ -131,14 +132,14 @@ class Ring:
 
     # What is differentiated
 
-    def cotangents(self, saved: Any, pulled: tuple[jax.Array, jax.Array]) -> tuple[Inputs]:
+    def cotangents(self, saved: Any, pulled: tuple[jax.Array, ...]) -> tuple[Inputs]:
         """Of all inputs."""
         inputs, out, maximum, total = saved
         blind = along_rows(total == 0)
         d_out = self._within_lengths(pulled[0], inputs)
         seen = jnp.where(blind, jnp.zeros((), d_out.dtype), d_out)
-        by_row = (out, maximum, total, seen, pulled[1].astype(self.wide))
-        axes = (-4, -1, -1, -4, -1)
+        by_row = (out, maximum, total, seen, *(d_lse.astype(self.wide) for d_lse in pulled[1:]))
+        axes = (-4, -1, -1, -4, -1)[: len(by_row)]
 
         def step(number: jax.Array, carry: Any) -> Any:
             travelling, totals = carry

@@ -188,7 +188,7 @@ def _partition(
         inputs, rest = split(shares, call)
         if rows := over.get("rows"):
             inputs = _from_row(inputs, call, jax.lax.axis_index(rows) * inputs.query.shape[-4])
-        own = own_call(inputs, call)._replace(shares=_ONE)
+        own = own_call(inputs, call)._replace(shares=_ONE, kernel=None, training_kernel=None)
         outs = bind(*inputs.present.values(), *rest, call=own)
         return tuple(_summed(out, over, factors) for out, factors in zip(outs, made, strict=True))
 
@@ -199,8 +199,7 @@ def own_call(inputs: Inputs, call: Call) -> Call:
     """The call as that of one share, with the plans for it."""
     plans = call.plans.of_share(_workload_fields(inputs, call))
     call = call._replace(operands=tuple(inputs.present), plans=plans)
-    own = taken(inputs, call, lambda name, mode, _refusal: plans.without(name, mode))
-    return call._replace(plans=own.plans)
+    return taken(inputs, call, lambda name, mode, _refusal: plans.without(name, mode))
 
 
 def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:
