@@ -21,6 +21,7 @@ import jax
 
 from autochunk import device as devices
 from autochunk.attention.arguments import Arguments
+from autochunk.attention.kernels.libraries import quiet
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.resolution.resolve import resolve
 from autochunk.store.measurement import relative_spread
@@ -160,8 +161,9 @@ def prepare(
     One that does not fit, or fails in whatever words it has, has no ``run`` and says why.
     """
     contender = Contender(name, detail=detail)
+    compiling = quiet()(jax.jit(function).lower)
     try:
-        compiled = jax.jit(function).lower(*passed).compile()
+        compiled = compiling(*passed).compile()
         temp, out = program_bytes(compiled)
         allowed = available_bytes() * SHARE_OF_FREE_MEMORY
         if temp + out > allowed:
@@ -170,7 +172,8 @@ def prepare(
         start = time.perf_counter()
         _, grown = measure_growth(lambda: jax.block_until_ready(compiled(*passed)))
         first = time.perf_counter() - start
-        timed = Timed.of(compiled, lambda: repeated(function, passed), passed, first)
+        repeating = functools.partial(quiet()(repeated), function, passed)
+        timed = Timed.of(compiled, repeating, passed, first)
     except Exception as error:
         contender.detail = _refusal(error)
         return contender

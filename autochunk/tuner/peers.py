@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from autochunk.attention.arguments import Arguments
-from autochunk.attention.kernels.libraries import quiet
 from autochunk.device import default_device
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.tuner.inputs import WorkloadInputs
@@ -108,8 +107,7 @@ def tokamax(arguments: Arguments, implementation: str | None) -> Any:
         "precision": given.precision,
         "implementation": implementation,
     }
-    with quiet():
-        return library.dot_product_attention(**given.present, **settings)
+    return library.dot_product_attention(**given.present, **settings)
 
 
 def torch(inputs: WorkloadInputs) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -189,8 +189,10 @@ def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     seen, kernel = _Seen(inputs, call), _kernel(name)
     out, kept, _ = _forward(kernel, _flat(seen.inputs, kernel), call)
     *leading, rows, heads, groups, _ = inputs.query.shape
-    stats = dict(zip(kernel.keeps, kept, strict=True))
-    lse = stats["log-sum-exp"] if "log-sum-exp" in stats else log_sum_exp(*kept)
+    if "log-sum-exp" in kept:
+        lse = kept["log-sum-exp"]
+    else:
+        lse = log_sum_exp(kept["maximum"], kept["sum"])
     maximum = lse.reshape((*leading, heads, groups, rows))
     (total,) = vary_alike([jnp.ones_like(maximum)], [maximum])
     if seen.blind is not None:
@@ -213,10 +215,8 @@ def cotangent(
         d_out = jnp.where(along_rows(seen.blind), 0, d_out)
         lse = jnp.where(seen.blind, _UNREACHED, lse)
     own_out, kept, pull = _forward(kernel, _flat(seen.inputs, kernel), call)
-    of_row = {"log-sum-exp": lse, "maximum": lse, "sum": jnp.ones_like(lse)}
-    saved = {id(own_out): out.reshape(own_out.shape)}
-    for what, own in zip(kernel.keeps, kept, strict=True):
-        saved[id(own)] = of_row[what].reshape(own.shape)
+    ours = {"output": out, "log-sum-exp": lse, "maximum": lse, "sum": jnp.ones_like(lse)}
+    saved = {id(own): ours[what].reshape(own.shape) for what, own in kept.items()}
     leaves, tree = jax.tree.flatten(pull)
     pull = jax.tree.unflatten(tree, [saved.get(id(leaf), leaf) for leaf in leaves])
     (gradients,) = pull(d_out.reshape(own_out.shape))
@@ -275,8 +275,12 @@ class _Seen:
 
 def _forward(
     kernel: Kernel, inputs: Inputs, call: Call
-) -> tuple[jax.Array, list[jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
-    """A kernel's output, what it keeps of each row, and its backward, a pytree of what it saved."""
+) -> tuple[jax.Array, dict[str, jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
+    """A kernel's output, what it saved of its results, and its backward, a pytree of all saved.
+
+    Raises:
+      NotTaken: not all that it should keep is there.
+    """
     moving = {
         name: array for name, array in inputs.present.items() if name in kernel.differentiated
     }
@@ -286,19 +290,23 @@ def _forward(
 
     query = inputs.query
     out, pull = jax.vjp(from_moving, moving)
-    shape = (query.shape[0], query.shape[2], query.shape[1])
+    by_row = jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
     saved = jax.tree.leaves(pull)
-    kept = [leaf for leaf in saved if _is_like(leaf, shape)]
-    if len(kept) != len(kernel.keeps) or not any(leaf is out for leaf in saved):
+    stats = [leaf for leaf in saved if _is_like(leaf, by_row)]
+    # It need not be the same object: rules may be run within another primitive.
+    outputs = [leaf for leaf in saved if _is_like(leaf, out)]
+    output = next((leaf for leaf in outputs if leaf is out), outputs[-1] if outputs else None)
+    if len(stats) != len(kernel.keeps) or output is None:
         raise NotTaken(
             f"its derivative does not keep the output and the {' and the '.join(kernel.keeps)} of "
             "each row, which others go on from"
         )
-    return out, kept, pull
+    return out, {"output": output, **dict(zip(kernel.keeps, stats, strict=True))}, pull
 
 
-def _is_like(leaf: Any, shape: tuple[int, ...]) -> bool:
-    return bool(getattr(leaf, "dtype", None) == jnp.float32 and leaf.shape == shape)
+def _is_like(leaf: Any, other: Any) -> bool:
+    same = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    return same == (other.shape, other.dtype)
 
 
 def _settings(call: Call) -> Settings:

@@ -48,7 +48,8 @@ class Kernel:
         as they are there, bias and mask [B or 1, H or 1, T', T] and lengths [B], which are one at
         least; or any error where it does not take the call. What it gives for rows without a key,
         and its gradients there, does not matter, nor for rows beyond their length.
-      keeps: what of each row is among what its derivative keeps, in this order.
+      keeps: what of each row is among what its derivative keeps, in this order; the output is there
+        too, after the arrays that it was given.
       differentiated: the inputs whose cotangents it computes; those of others slices compute.
       lacks: the forms of call that it does not take, by their names in FORMS.
       one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
