@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from reference import assert_close, compiled_text, draw, exact, operands
+from test_libraries import UNSEEN, check_what_no_row_sees
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, libraries
@@ -280,6 +281,13 @@ def test_every_form_that_it_takes(recorded: Recorded, form: dict[str, Any]) -> N
         assert_close(poisoned[0][0], received[0][0])
         for name, one in poisoned[1][0].items():
             np.testing.assert_allclose(one[0], received[1][0][name][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", UNSEEN)
+def test_what_no_row_sees_does_not_matter(recorded: Recorded, form: str) -> None:
+    """Keys and values that no row sees, and queries that see none: not even where they are NaN."""
+    check_what_no_row_sees(STANDING_IN, form, jnp.float32, 1e-5)
+    assert recorded.traced
 
 
 def test_the_log_sum_exp(recorded: Recorded) -> None:

@@ -195,6 +195,46 @@ def test_every_form(name: str, form: str) -> None:
         assert_close(received, expected, allowed)
 
 
+PADDED_QUERY = np.where(np.arange(T)[:, None] < T // 2, np.arange(T) < 40, False)
+UNSEEN: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "key lengths": (LENGTHS, slice(3, None), slice(0)),
+    "lengths": (
+        {"key_value_seq_lengths": np.asarray([9, T]), "query_seq_lengths": np.asarray([50, T])},
+        slice(9, None),
+        slice(50, None),
+    ),
+    "mask of one row": ({"mask": np.arange(T) < 40}, slice(40, None), slice(0)),
+    "mask": ({"mask": PADDED_QUERY}, slice(40, None), slice(T // 2, None)),
+}
+
+
+def check_what_no_row_sees(name: str, form: str, dtype: Any, tolerance: float) -> None:
+    """Compares results with those of NaN where nothing is seen."""
+    given, keys, rows = UNSEEN[form]
+    arrays = operands((2,), T, T, 4, 2, 64)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {one: jnp.asarray(arrays[one]) for one in NAMES}
+    run = jax.jit(both(name, given, dtype))
+    (out, (clean,)) = jax.device_get(run(moving, cotangent))
+    spoilt = dict(moving, query=moving["query"].at[0, rows].set(jnp.nan))
+    for one in ("key", "value"):
+        spoilt[one] = moving[one].at[0, keys].set(jnp.nan)
+    (again, (gradients,)) = jax.device_get(run(spoilt, cotangent))
+    seeing = np.setdiff1d(np.arange(T), np.arange(T)[rows])
+    pairs = {one: (array, clean[one]) for one, array in gradients.items()}
+    pairs["output"] = again[0, seeing], out[0, seeing]
+    for received, expected in pairs.values():
+        assert_close(received.astype(np.float32), expected.astype(np.float32), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", UNSEEN)
+@pytest.mark.parametrize("name", ROWS)
+def test_what_no_row_sees_does_not_matter(name: str, form: str) -> None:
+    """Keys and values that no row sees, and queries that see none: not even where they are NaN."""
+    check_what_no_row_sees(available(name), form, jnp.bfloat16, 2e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", ["plain", "causal", "mask", "bias"])

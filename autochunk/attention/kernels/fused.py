@@ -178,16 +178,15 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
         out, maximum, total = with_stats(name, inputs, call)
         return [out, log_sum_exp(maximum, total)]
     seen, kernel = _Seen(inputs, call), _kernel(name)
-    # What a row without a key has for a query matters to gradients alone.
-    given = seen.inputs._replace(query=inputs.query)
-    return [seen.restored(kernel.attend(_flat(given, kernel), _settings(call)))]
+    given = _flat(seen.for_output(kernel), kernel)
+    return [seen.restored(kernel.attend(given, _settings(call)))]
 
 
 @_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials], the sum being one, or zero without a key."""
     seen, kernel = _Seen(inputs, call), _kernel(name)
-    out, kept, _ = _forward(kernel, _flat(seen.inputs, kernel), call)
+    out, kept, _ = _forward(kernel, _flat(seen.for_output(kernel), kernel), call)
     *leading, rows, heads, groups, _ = inputs.query.shape
     if "log-sum-exp" in kept:
         lse = kept["log-sum-exp"]
@@ -212,7 +211,8 @@ def cotangent(
     """
     seen, kernel = _Seen(inputs, call), _kernel(name)
     if seen.blind is not None:
-        d_out = jnp.where(along_rows(seen.blind), 0, d_out)
+        # The mean of all values may be NaN, and zero times NaN is.
+        out, d_out = (jnp.where(along_rows(seen.blind), 0, one) for one in (out, d_out))
         lse = jnp.where(seen.blind, _UNREACHED, lse)
     own_out, kept, pull = _forward(kernel, _flat(seen.inputs, kernel), call)
     ours = {"output": out, "log-sum-exp": lse, "maximum": lse, "sum": jnp.ones_like(lse)}
@@ -263,6 +263,13 @@ class _Seen:
             key=jnp.where(keys, inputs.key, 0),
             value=jnp.where(keys, inputs.value, 0),
         )
+
+    def for_output(self, kernel: Kernel) -> Inputs:
+        """Inputs for the output alone: each zero that is not needed for it saves a pass."""
+        kept = {"query": self._given.query}  # of rows that see nothing, which are restored
+        if kernel.selects:
+            kept["key"] = self._given.key
+        return self.inputs._replace(**kept)
 
     def restored(self, out: jax.Array) -> jax.Array:
         """A kernel's output [B, T', H * G, V] as ours: the mean of all values for blind rows."""

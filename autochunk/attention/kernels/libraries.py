@@ -53,6 +53,8 @@ class Kernel:
       differentiated: the inputs whose cotangents it computes; those of others slices compute.
       lacks: the forms of call that it does not take, by their names in FORMS.
       one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
+      selects: whether logits that are excluded are exchanged, whatever they are, instead of having
+        something added to them.
       refuses_late: whether it refuses some calls only when it is lowered.
     """
 
@@ -61,6 +63,7 @@ class Kernel:
     differentiated: tuple[str, ...] = ("query", "key", "value")
     lacks: tuple[str, ...] = ()
     one_row_masks: bool = False
+    selects: bool = False
     refuses_late: bool = False
 
 
@@ -215,6 +218,7 @@ tokamax_mosaic = Kernel(
     differentiated=("query", "key", "value", "bias"),
     lacks=(*_ALL_LACK, "a bias of a single query"),
     one_row_masks=True,
+    selects=True,
     # of masks and biases with numbers of keys that its tiles do not divide
     refuses_late=True,
 )
@@ -226,5 +230,6 @@ tokamax_triton = Kernel(
     differentiated=("query", "key", "value", "bias"),
     lacks=(*_ALL_LACK, "a bias of a single query", "the gradient of logits_soft_cap"),
     one_row_masks=True,
+    selects=True,
 )
 """Tokamax's for any recent GPU, written in Pallas Triton."""
