@@ -42,11 +42,13 @@ def on_this_machine(
 def _in_turn(task: Task, probe: Probe, journals: Journals, waiting: Sequence[Subject]) -> None:
     """What a lone worker does: one workload after the other, each with its share of the time.
 
-    Then once more those for which that was too short, while there is time left.
+    Then once more those for which that was too short, while there is time left; but on a CPU, where
+    few rounds tell little, that is for those that are unsure.
     """
     _one_after_the_other(task, probe, journals, waiting)
     rest = [one for one in waiting if one.workload in task.spent - task.finished - task.failed]
-    if rest and seconds_left(task.deadline) > _WORTH_GOING_ON:
+    worth_it = task.device.platform != "cpu" and seconds_left(task.deadline) > _WORTH_GOING_ON
+    if rest and worth_it:
         task.spent.clear()
         _one_after_the_other(task, probe, journals, rest)
 

@@ -17,6 +17,7 @@ from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError, StoreError
 from autochunk.host import usable_cores
 from autochunk.plan import Plan, candidate_plans
+from autochunk.store.bundle import dump
 from autochunk.store.profile import Effort, sliced_shape
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS, standard_presets
@@ -32,10 +33,12 @@ from autochunk.tuner.events import (
     Skipped,
     SlowedGpu,
     Started,
+    Subject,
 )
 from autochunk.tuner.load import GpuWatch
 from autochunk.tuner.presets import PRESETS
 from autochunk.tuner.study import Storage
+from autochunk.tuner.task import Task
 from autochunk.tuner.tune import standard_workloads, tune
 from autochunk.workload import MODES, Workload, workloads_of
 
@@ -88,6 +91,53 @@ def test_what_is_tuned_is_not_tuned_again(scripted: Scripted) -> None:
     newer = make_device(kind="scripted", cores=2, jax="0.13.0", jaxlib="0.13.0")
     command = scripted(device=newer.model_dump())
     assert kinds(measured(command, WORKLOADS[:1])) == [Started, Finished]
+
+
+def test_quick_does_not_measure_what_auto_knows(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another layer, if that is complete and fresh; told with its name, and stored nowhere."""
+    command, bundle = scripted(), tmp_path / "site.json"
+    (profile,) = tune(WORKLOADS[:1], effort="quick", worker_command=command)
+    bundle.write_text(dump([profile]))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(bundle))
+    other = ProfileStore(tmp_path / "other.sqlite")
+    (skipped,) = (
+        one
+        for one in measured(command, WORKLOADS[:1], store=other)
+        if not isinstance(one, DeviceFound)
+    )
+    assert isinstance(skipped, Skipped)
+    assert str(bundle) in skipped.layer
+    assert skipped.profile == profile
+    assert other.profiles() == []
+    assert kinds(measured(command, WORKLOADS[:1], store=other, effort="standard"))[0] == Started
+    newer = make_device(kind="scripted", cores=2, jax="0.13.0", jaxlib="0.13.0")
+    stale = scripted(device=newer.model_dump())
+    assert kinds(measured(stale, WORKLOADS[:1], store=other))[0] == Started
+
+
+def test_a_share_that_was_too_short_is_followed_by_another(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While there is time left, once, for those that were not finished; but on a CPU."""
+    shares: list[tuple[Workload, float]] = []
+
+    def attempt(task: Task, subject: Subject, *_: Any) -> bool:
+        shares.append((subject.workload, _[-1]))
+        unfinished = subject.workload != WORKLOADS[1]
+        (task.spent if unfinished else task.finished).add(subject.workload)
+        return False
+
+    monkeypatch.setattr("autochunk.tuner.sharing.attempt", attempt)
+    measured(scripted(), WORKLOADS, timeout=60.0)
+    assert [workload for workload, _ in shares] == WORKLOADS
+    shares.clear()
+    gpu = make_device(platform="gpu", kind="scripted", cores=0)
+    measured(scripted(device=gpu.model_dump()), WORKLOADS, timeout=60.0)
+    assert [workload for workload, _ in shares] == [*WORKLOADS, WORKLOADS[0], WORKLOADS[2]]
+    assert shares[0][1] == pytest.approx(20.0, abs=2.0)
+    assert shares[3][1] == pytest.approx(30.0, abs=2.0)
 
 
 def test_a_workload_that_cannot_be_measured_does_not_stop_the_others(

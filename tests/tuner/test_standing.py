@@ -1,0 +1,59 @@
+"""How plans stand by what is measured so far."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from factories import make_measurement
+
+from autochunk.plan import Plan
+from autochunk.store.measurement import Measurement
+from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.standing import beaten_by_a_kernel
+
+SETTINGS = dataclasses.replace(EFFORT_SETTINGS["quick"], beaten=1.5)
+KERNEL = make_measurement("cudnn", None, 1.0)
+DENSE = make_measurement("dense", None, 4.0)
+SLICES = make_measurement("xla", 32.0, 3.0, status="pruned")
+
+
+def beaten(plan: Plan, *measured: Measurement) -> str:
+    return beaten_by_a_kernel(plan, {one.plan: one for one in measured}, SETTINGS)
+
+
+def test_slices_that_a_kernel_beats_by_far_need_not_be_tried() -> None:
+    """By the factor of the effort, over dense attention and all slices so far; it says so."""
+    said = beaten(Plan("xla_rows", 8.0), KERNEL, DENSE, SLICES)
+    assert said == "cudnn is 3.0x as fast as dense attention and slices"
+    assert beaten(Plan("xla", None), KERNEL, DENSE, SLICES) == said
+
+
+@pytest.mark.parametrize(
+    ("plan", "measured"),
+    [
+        (Plan("xla", 8.0), ()),
+        (Plan("xla", 8.0), (KERNEL, SLICES)),
+        (Plan("xla", 8.0), (KERNEL, DENSE)),
+        (Plan("xla", 8.0), (DENSE, SLICES)),
+        (Plan("xla", 8.0), (KERNEL, DENSE, SLICES, make_measurement("xla", 16.0, 1.4))),
+        (Plan("xla", 8.0), (make_measurement("cudnn", status="unsupported"), DENSE, SLICES)),
+        (Plan("tokamax_triton"), (KERNEL, DENSE, SLICES)),
+        (Plan("dense"), (KERNEL, DENSE, SLICES)),
+    ],
+)
+def test_what_still_has_to_be_tried(plan: Plan, measured: tuple[Measurement, ...]) -> None:
+    """Anything while a kernel, dense attention or slices were not measured, or are close."""
+    assert beaten(plan, *measured) == ""
+
+
+def test_a_dense_attention_that_does_not_fit_is_beaten() -> None:
+    """Its having been tried is enough."""
+    too_large = make_measurement("dense", status="over_budget")
+    assert beaten(Plan("xla", 8.0), KERNEL, too_large, SLICES)
+
+
+def test_thorough_leaves_nothing_out() -> None:
+    """Slices are what a memory budget, or a call that the kernel refuses, falls back to."""
+    measured = {one.plan: one for one in (KERNEL, DENSE, SLICES)}
+    assert beaten_by_a_kernel(Plan("xla", 8.0), measured, EFFORT_SETTINGS["thorough"]) == ""
