@@ -269,6 +269,9 @@ def _is_for_any_batch(plan: Plan, call: kernels.Call, inputs: kernels.Inputs) ->
     return True
 
 
+quiet = kernels.quiet
+"""A context without what other libraries log of each call of theirs."""
+
 _alone = contextvars.ContextVar("alone", default=False)
 
 

@@ -49,9 +49,9 @@ def ring_attention(
       max_chunk_size_mb: of the attention of one part's queries to one part's keys.
       implementation: of that, too.
       **settings: scale, is_causal, query_seq_lengths, key_value_seq_lengths (of the whole
-        sequences), local_window_size, query_segment_ids [..., T' / N], key_value_segment_ids
-        [..., T / N], logits_soft_cap, alibi_slopes and precision, as ``dot_product_attention`` has
-        them.
+        sequences), local_window_size, query_offset (of the whole sequences), query_segment_ids
+        [..., T' / N], key_value_segment_ids [..., T / N], logits_soft_cap, alibi_slopes and
+        precision, as ``dot_product_attention`` has them.
 
     Returns:
       [..., T' / N, H, V] in the query's dtype; with ``return_residual`` a tuple of that and the
@@ -84,6 +84,7 @@ _SETTINGS = {
     "query_seq_lengths",
     "key_value_seq_lengths",
     "local_window_size",
+    "query_offset",
     "query_segment_ids",
     "key_value_segment_ids",
     "logits_soft_cap",

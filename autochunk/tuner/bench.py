@@ -21,7 +21,7 @@ import jax
 
 from autochunk import device as devices
 from autochunk.attention.arguments import Arguments
-from autochunk.attention.kernels.libraries import quiet
+from autochunk.attention.op import quiet
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
 from autochunk.resolution.resolve import resolve
 from autochunk.store.measurement import relative_spread

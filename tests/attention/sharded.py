@@ -120,6 +120,10 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"query_segment_ids": SEGMENTS, "key_value_segment_ids": SEGMENTS},
         {"is_causal": True},
     ),
+    "offset": (
+        {"query_offset": jnp.asarray([0, 5, -3, 40])},
+        {"is_causal": True, "local_window_size": 30},
+    ),
     "slopes": ({"alibi_slopes": jnp.asarray([0.5, 0.2, 0.1, 0.05])}, {"is_causal": True}),
     "dropout": ({}, {"dropout_rate": 0.3, "dropout_rng": jax.random.key(0)}),
 }
@@ -231,7 +235,8 @@ def per_device() -> None:
 
 def ring(form: str, balanced: bool, check_vma: bool, axis: Any = ("batch", "heads")) -> None:
     """Attention around a ring is that of the whole sequence, with its gradients."""
-    terms, settings = FORMS[form]
+    earlier: Any = {}, {"is_causal": True, "query_offset": -20}
+    terms, settings = earlier if form == "earlier" else FORMS[form]
     devices = 2 if axis == "batch" else 4
     order = ring_order(64, devices) if balanced else jnp.arange(64)
     arrays = {"query": draw(ROWS), "key": draw((4, 64, 2, 8)), "value": draw((4, 64, 2, 8))}
@@ -340,6 +345,7 @@ CASES: dict[str, Callable[[], None]] = {
         for number, form in enumerate(FORMS)
         if form != "dropout"
     },
+    "ring, all queries earlier": lambda: ring("earlier", True, True),
     "ring over one axis": lambda: ring("causal", True, True, "batch"),
     "ring holds no keys": ring_holds_no_keys,
     "a kernel in a shard_map": lambda: by_a_kernel(False, False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +37,10 @@ _NO_SOFTMAX_KERNEL = {"cpu"}
 # In keys. GPUs seen so far (H100, H200) take 0.87-0.93 of that kernel's time for longer rows in
 # three passes, for shorter ones up to 1.2 times of it.
 _LONGEST_SOFTMAX = 16384
+# XLA:CPU sums a product with fewer rows than this one element after the other, so that transposed
+# logits of fewer keys would differ from those that the row's sum is of by several roundings. With
+# so few rows, or keys, another pass over the logits takes no time.
+_FEW = 16
 
 
 def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
@@ -227,13 +233,14 @@ def cotangent(
         if set(names) <= set(fused.differentiated(kernel)):
             found = _by_kernel(kernel, inputs, call, *rest)
             return [found[name] for name in names]
-    problem = Problem(inputs, call, plan.sliced(), differentiable)
+    problem, value_size = Problem(inputs, call, plan.sliced(), differentiable), rest[0].shape[-1]
     extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
     def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
         taken, (out, maximum, total, d_out, *d_lse) = _of_slice(arrays)
-        maths = SliceMath(taken, cell, call, problem, transposed=True)
+        keys, rows = taken.key.shape[-2], math.prod(taken.query.shape[-3:-1])
+        maths = SliceMath(taken, cell, call, problem, transposed=min(keys, rows) >= _FEW)
         total = _divisor(total, problem)
         weights, d_out = maths.weights(maximum), d_out.astype(problem.dtype)
         # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
@@ -245,11 +252,15 @@ def cotangent(
             d_lse = [one / total for one in d_lse]
         fresh = maths.fresh_rows()
         scaled = weigh(d_out, fresh)
-        offset = jnp.sum(out.astype(problem.dtype) * scaled, axis=-1)
+        d_weights = maths.product(merge(scaled).astype(taken.value.dtype), taken.value)
+        d_weights = maths.dropped(d_weights)
+        if problem.slices.keys == problem.shape.keys and (keys <= value_size or rows < _FEW):
+            offset = _cotangent_of_sum(maths, weights * d_weights, total)
+        else:
+            offset = jnp.sum(out.astype(problem.dtype) * scaled, axis=-1)
         for one in d_lse:
             offset = offset - (one if fresh is None else one * fresh)
-        d_weights = maths.product(merge(scaled).astype(taken.value.dtype), taken.value)
-        d_logits = weights * (maths.dropped(d_weights) - maths.by_row(offset))
+        d_logits = weights * (d_weights - maths.by_row(offset))
         d_logits = maths.through_cap(d_logits)
         scale = jnp.asarray(call.scale, problem.dtype)
         query_factor = 1 if folds_scale(taken.query) else scale
@@ -257,15 +268,6 @@ def cotangent(
         def d_value() -> jax.Array:
             rows = merge(scaled).astype(taken.value.dtype)
             return maths.over_rows(maths.dropped(weights), rows, taken.value.shape)
-
-        def d_bias() -> jax.Array:
-            return sum_to(maths.by_axes(maths.seen(d_logits)), taken.present["bias"].shape)
-
-        def d_slopes() -> jax.Array:
-            factor = maths.terms.slope_factor(problem.dtype)
-            by_distance = maths.by_axes(maths.seen(d_logits)) * factor
-            shape = (*taken.present["alibi_slopes"].shape, 1, 1)
-            return sum_to(by_distance, shape)[..., 0, 0]
 
         # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
         # several times as fast, CPUs do not.
@@ -276,8 +278,8 @@ def cotangent(
             "query": lambda: maths.spread(maths.over_keys(d_logits, key)) * scale,
             "key": lambda: maths.over_rows(d_logits, query, key.shape) * query_factor,
             "value": d_value,
-            "bias": d_bias,
-            "alibi_slopes": d_slopes,
+            "bias": functools.partial(_d_bias, maths, d_logits),
+            "alibi_slopes": functools.partial(_d_slopes, maths, d_logits),
         }
         return tuple(gradients[name]() for name in names)
 
@@ -289,6 +291,26 @@ def cotangent(
     if problem.may_see_nothing and "value" in names:
         found["value"] += of_means(inputs, rest[2], rest[3], problem.dtype)
     return [found[name].astype(inputs.present[name].dtype) for name in names]
+
+
+def _d_bias(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
+    return sum_to(maths.by_axes(maths.seen(d_logits)), maths.inputs.present["bias"].shape)
+
+
+def _d_slopes(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
+    by_distance = maths.by_axes(maths.seen(d_logits)) * maths.terms.slope_factor(maths.dtype)
+    shape = (*maths.inputs.present["alibi_slopes"].shape, 1, 1)
+    return sum_to(by_distance, shape)[..., 0, 0]
+
+
+def _cotangent_of_sum(maths: SliceMath, product: jax.Array, total: jax.Array) -> jax.Array:
+    """What is taken from the weights' cotangents of a row, from the products of both.
+
+    The output's product with its cotangent is the same but for rounding, which shows where the
+    cotangents of keys nearly cancel; the way over it costs less but for few rows or keys.
+    """
+    summed = jnp.sum(maths.by_axes(maths.seen(product)), axis=-1)
+    return summed if maths.inputs.query.dtype.itemsize < 4 else summed / total
 
 
 def _by_kernel(

@@ -63,7 +63,7 @@ class Ring:
         self.wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
         self._pairs = list(itertools.product(range(parts), range(parts)))
         # Of rows that see no key of their own, which by causality alone there are none of.
-        self.may_be_blind = bool(inputs.terms) or call.window is not None
+        self.may_be_blind = bool(inputs.terms) or call.window is not None or call.offset != 0
 
     # What is computed
 
@@ -228,20 +228,24 @@ class Ring:
         fused kernels take.
         """
         call, (left, right) = self.call, self.call.reach
+        own = inputs.query_offset
         sloped = inputs.alibi_slopes is not None
         if (left, right) == (None, None) and not sloped:
             return offset, [(inputs, call)]
-        if (left, right) == (None, 0) and self.rows == self.keys and not sloped:
+        placed = own is not None or call.offset != 0
+        if (left, right) == (None, 0) and self.rows == self.keys and not sloped and not placed:
             whole = call._replace(is_causal=False, window=None)
             return 1 + jnp.sign(offset), [None, (inputs, call), (inputs, whole)]
+        there = offset.reshape((1,) * (inputs.query.ndim - 4)) + call.offset
+        if own is not None:
+            there = there + own.astype(there.dtype)
         closed = jnp.zeros((), bool)
         if right is not None:
-            closed |= offset + self.rows - 1 + right < 0
+            closed |= jnp.max(there) + self.rows - 1 + right < 0
         if left is not None:
-            closed |= offset - left > self.keys - 1
-        there = offset.reshape((1,) * (inputs.query.ndim - 4))
-        moved = inputs._replace(query_offset=there)
-        return jnp.where(closed, 0, 1), [None, (moved, call)]
+            closed |= jnp.min(there) - left > self.keys - 1
+        moved = inputs._replace(query_offset=there), call._replace(offset=0)
+        return jnp.where(closed, 0, 1), [None, moved]
 
     def _places(
         self, name: str, array: jax.Array, source: jax.Array, pair: tuple[int, int]
