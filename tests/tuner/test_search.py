@@ -372,8 +372,8 @@ def test_where_time_is_limited_half_of_the_plans_leave(scripted: Scripted, tmp_p
     assert plans[:first] == [plans[0]] * first
     assert plans[first] <= 2 + plans[0] / 2
     assert len(plans) > 2 * first
-    assert plans[-1] == 3, "the best two, and the anchor"
-    assert sum(counts[None]) > sum(counts[100.0])
+    assert plans[-1] in (2, 3), "the best two, and the anchor"
+    assert counts[None][first] > plans[first]
 
 
 def test_hints_are_measured_first(scripted: Scripted, tmp_path: Path) -> None:
