@@ -8,7 +8,6 @@ of another library, its entry names that in ``attention/kernels/libraries.py``.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from dataclasses import dataclass
 
@@ -98,12 +97,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         extra="tokamax",
     ),
 }
-
-
-def load_library(name: str) -> None:
-    """Imports the library that an implementation is of, if it is of another one than JAX."""
-    if library := IMPLEMENTATIONS[name].extra:
-        importlib.import_module(library)
 
 
 def is_sliced(name: str | None) -> bool:

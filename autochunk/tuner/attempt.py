@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 
 from autochunk.plan import Plan
-from autochunk.resolution.resolve import resolve
-from autochunk.resolution.settings import use
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.events import (
@@ -74,8 +72,7 @@ def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
 
 def _hints(task: Task, subject: Subject) -> list[Plan]:
     """What "auto" would do now, if it knows anything."""
-    with use(store=task.store.path):
-        known = resolve(subject.workload, device=task.device)
+    known = task.known(subject.workload)
     return [known.plan] if known.match in ("exact", "nearest") else []
 
 

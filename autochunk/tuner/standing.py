@@ -71,7 +71,8 @@ def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSetti
 
     Than dense attention, and than all slices so far.
     """
-    best = min((m for m in measured.values() if m.status == "ok"), key=_ratio, default=None)
+    finished = (m for m in measured.values() if m.status == "ok")
+    best = min(finished, key=lambda m: m.ratio, default=None)
     if best is None or not is_fused(best.implementation) or not is_sliced(plan.implementation):
         return ""
     others = [m for m in measured.values() if m.timed and not is_fused(m.implementation)]
@@ -82,10 +83,6 @@ def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSetti
     if least < settings.beaten:
         return ""
     return f"{best.plan} is {least:.1f}x as fast as dense attention and slices"
-
-
-def _ratio(measurement: Measurement) -> float:
-    return measurement.ratio
 
 
 def _next_larger(plan: Plan, measured: Measurements) -> list[Measurement]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import autochunk
 from autochunk.device import Device
+from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
@@ -54,10 +55,14 @@ class Task:
             return None
         return profile if _rank(profile.effort) >= _rank(self.effort) else None
 
+    def known(self, workload: Workload) -> Resolution:
+        """What "auto" would do now."""
+        with use(store=self.store.path):
+            return resolve(workload, device=self.device)
+
     def answered(self, workload: Workload) -> tuple[str, Profile | None]:
         """A complete, fresh profile by which "auto" has an answer, and the layer that has it."""
-        with use(store=self.store.path):
-            known = resolve(workload, device=self.device)
+        known = self.known(workload)
         profile = known.profile if known.match == "exact" and not known.stale else None
         return known.layer, profile if profile is not None and profile.complete else None
 

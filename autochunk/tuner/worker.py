@@ -21,6 +21,7 @@ the folder ``programs`` for the next worker; ``time`` is one round, in the order
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk import device as devices
-from autochunk.implementations import IMPLEMENTATIONS, is_fused, load_library
+from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
 from autochunk.tuner.inputs import WorkloadInputs
@@ -89,9 +90,9 @@ class Session:
     def hello(self) -> dict[str, Any]:
         """Where this process computes."""
         device = devices.detect()
-        for name, one in IMPLEMENTATIONS.items():
-            if one.extra and one.installed and one.runs_on(device.platform):
-                self._aside.submit(load_library, name)  # takes seconds
+        here = (one for one in IMPLEMENTATIONS.values() if one.runs_on(device.platform))
+        for library in {one.extra for one in here if one.extra and one.installed}:
+            self._aside.submit(importlib.import_module, library)  # takes seconds
         return {"device": device.model_dump()}
 
     def load(self, workload: str, programs: str, ahead: Sequence[list[Any]] = ()) -> dict[str, Any]:
@@ -124,11 +125,8 @@ class Session:
         inputs = self._loaded()
         for plan in plans:
             if is_fused(plan.implementation) and not inputs.refusal(plan):
-                function = inputs.function(plan)
-                self._ahead[plan] = (
-                    self._aside.submit(_compile, function, inputs.passed),
-                    self._aside.submit(repeated, function, inputs.passed),
-                )
+                once, repeating = self._compilers(plan)
+                self._ahead[plan] = self._aside.submit(once), self._aside.submit(repeating)
 
     def _settle(self) -> None:
         """Waits until nothing is compiled aside, which would disturb what is timed."""
@@ -157,7 +155,6 @@ class Session:
                 detail = f"needs about {needed / 1e6:.0f} MB, {allowed}"
                 return result | {"status": "over_budget", "detail": detail}
             expected = self.expected.result()
-            self._settle()
             start = time.perf_counter()
             run = lambda: jax.block_until_ready(compiled(*inputs.passed))  # noqa: E731
             results, grown = measure_growth(run)
@@ -182,10 +179,14 @@ class Session:
         return result | {"status": "ok", "detail": ""}
 
     def _programs(self, plan: Plan) -> tuple[Callable[[], _Compiled], Callable[[], Any]]:
-        """What gives a plan's program, and that for short timings."""
+        """What gives a plan's program, and that for short timings, with nothing compiled aside."""
+        self._settle()  # all that was begun, before any of it is taken
         if plan in self._ahead:
             once, repeating = self._ahead.pop(plan)
             return once.result, repeating.result
+        return self._compilers(plan)
+
+    def _compilers(self, plan: Plan) -> tuple[Callable[[], _Compiled], Callable[[], Any]]:
         inputs = self._loaded()
         function = inputs.function(plan)
         return (

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from reference import assert_close, compiled_text, draw, exact, operands
-from test_libraries import UNSEEN, check_what_no_row_sees
+from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, libraries
@@ -238,23 +238,22 @@ def test_every_transformation(recorded: Recorded, change: Callable[..., Any]) ->
     assert recorded.traced
 
 
-MASK = draw((2, 4, 6, 6), 7) < 0.5
-MASK[0, :, 2] = False
-LENGTHS = {"key_value_seq_lengths": np.asarray([3, 0], np.int32)}
-PADDED = {**LENGTHS, "query_seq_lengths": np.asarray([6, 4], np.int32)}
-FORMS: dict[str, dict[str, Any]] = {
-    "mask": {"mask": MASK},
-    "mask of one row": {"mask": MASK[:, :1, :1]},
-    "mask of one key": {"mask": MASK[..., :1]},
-    "key lengths": LENGTHS,
-    "lengths": PADDED,
-    "causal lengths": {**PADDED, "is_causal": True},
-    "causal mask": {"mask": MASK, "is_causal": True},
-    "window": {"local_window_size": (2, 0)},
-    "causal window": {"local_window_size": (1, 7), "is_causal": True},
-    "lengths beyond the arrays": {"key_value_seq_lengths": np.asarray([7, -1], np.int32)},
-    "highest precision": {"precision": "highest"},
-}
+# The forms that all kernels take.
+TAKEN = (
+    "mask",
+    "mask of one row",
+    "mask of one key",
+    "key lengths",
+    "lengths",
+    "causal lengths",
+    "causal mask",
+    "window",
+    "causal window",
+    "lengths beyond the arrays",
+    "highest precision",
+)
+FORMS = {name: form for name, form in forms_of_call(6).items() if name in TAKEN}
+LENGTHS = FORMS["key lengths"]
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

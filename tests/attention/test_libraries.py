@@ -47,40 +47,48 @@ def test_entry(name: str) -> None:
     assert set(NAMES) <= set(kernel.differentiated)
 
 
+def forms_of_call(size: int) -> dict[str, dict[str, Any]]:
+    """Forms of call of two sequences of a size with four heads, of which some rows see no key."""
+    mask = draw((2, 4, size, size), 7) < 0.5
+    mask[0, :, 2] = False
+    lengths = {"key_value_seq_lengths": np.asarray([3, 0], np.int32)}
+    padded = {**lengths, "query_seq_lengths": np.asarray([size, 4], np.int32)}
+    bias = draw((1, 4, size, size), 8).astype(np.float32)
+    return {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "mask": {"mask": mask},
+        "mask of one row": {"mask": mask[:, :1, :1]},
+        "mask of one key": {"mask": mask[..., :1]},
+        "key lengths": lengths,
+        "lengths": padded,
+        "causal lengths": {**padded, "is_causal": True},
+        "causal mask": {"mask": mask, "is_causal": True},
+        "window": {"local_window_size": (2, 0)},
+        "causal window": {"local_window_size": (1, 7), "is_causal": True},
+        "window to the right": {"local_window_size": (1, 2)},
+        "window and lengths": {"local_window_size": (2, 0), **padded},
+        "lengths beyond the arrays": {
+            "key_value_seq_lengths": np.asarray([size + 1, -1], np.int32)
+        },
+        "bias": {"bias": bias},
+        "bias of each sequence": {"bias": np.concatenate([bias, 2 * bias])},
+        "bias of one row": {"bias": bias[:, :, :1]},
+        "bias and mask": {"bias": bias, "mask": mask[:, :1, :1]},
+        "causal bias": {"bias": bias, "is_causal": True},
+        "cap": {"logits_soft_cap": 2.0},
+        "cap and window": {"logits_soft_cap": 2.0, "local_window_size": (3, 1)},
+        "offset": {"query_offset": 1, "is_causal": True},
+        "slopes": {"alibi_slopes": np.asarray([0.5, 0.25, 0.1, 0.0], np.float32)},
+        "residual": {"return_residual": True},
+        "highest precision": {"precision": "highest"},
+        "algorithm": {"precision": "BF16_BF16_F32"},
+    }
+
+
 T = 64
-MASK = draw((2, 4, T, T), 7) < 0.5
-MASK[0, :, 2] = False
-LENGTHS = {"key_value_seq_lengths": np.asarray([3, 0], np.int32)}
-PADDED = {**LENGTHS, "query_seq_lengths": np.asarray([T, 4], np.int32)}
-BIAS = draw((1, 4, T, T), 8).astype(np.float32)
-FORMS_OF_CALL: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"is_causal": True},
-    "mask": {"mask": MASK},
-    "mask of one row": {"mask": MASK[:, :1, :1]},
-    "mask of one key": {"mask": MASK[..., :1]},
-    "key lengths": LENGTHS,
-    "lengths": PADDED,
-    "causal lengths": {**PADDED, "is_causal": True},
-    "causal mask": {"mask": MASK, "is_causal": True},
-    "window": {"local_window_size": (2, 0)},
-    "causal window": {"local_window_size": (1, 7), "is_causal": True},
-    "window to the right": {"local_window_size": (1, 2)},
-    "window and lengths": {"local_window_size": (2, 0), **PADDED},
-    "lengths beyond the arrays": {"key_value_seq_lengths": np.asarray([T + 1, -1], np.int32)},
-    "bias": {"bias": BIAS},
-    "bias of each sequence": {"bias": np.concatenate([BIAS, 2 * BIAS])},
-    "bias of one row": {"bias": BIAS[:, :, :1]},
-    "bias and mask": {"bias": BIAS, "mask": MASK[:, :1, :1]},
-    "causal bias": {"bias": BIAS, "is_causal": True},
-    "cap": {"logits_soft_cap": 2.0},
-    "cap and window": {"logits_soft_cap": 2.0, "local_window_size": (3, 1)},
-    "offset": {"query_offset": 1, "is_causal": True},
-    "slopes": {"alibi_slopes": np.asarray([0.5, 0.25, 0.1, 0.0], np.float32)},
-    "residual": {"return_residual": True},
-    "highest precision": {"precision": "highest"},
-    "algorithm": {"precision": "BF16_BF16_F32"},
-}
+FORMS_OF_CALL = forms_of_call(T)
+MASK, LENGTHS = FORMS_OF_CALL["mask"]["mask"], FORMS_OF_CALL["key lengths"]
 # What each does not take, forward or differentiated.
 REFUSED: dict[str, set[str]] = {
     "cudnn": {
