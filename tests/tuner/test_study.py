@@ -145,19 +145,15 @@ def test_the_silent_of_other_machines_are_given_up(
     assert study.measured() == {}
 
 
-def test_a_claim_that_nobody_signed_is_soon_given_up(
-    place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_that_nobody_signed_is_soon_free(place: str) -> None:
     """Whoever asked for it was killed before its name was on it.
 
-    If it is only slow, it finds that out, and claims again.
+    If it is only slow, it finds that out, and claims again. The next worker waits that long: a
+    tune that left the plan to the dead would end unfinished.
     """
     study = open_study(place)
     study._queue(str(PLANS[0]), PLANS[0])
     study._study.ask()
-    assert study.workers() == 1
-    monkeypatch.setattr(liveness, "_SIGNING_SECONDS", 0.0)
-    assert study.workers() == 0
     claim = study.claim(PLANS[:1])
     assert claim is not None
     assert claim.plan == PLANS[0]

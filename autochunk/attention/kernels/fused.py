@@ -106,7 +106,7 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
 
 
 @contextlib.contextmanager
-def _their_rules() -> Iterator[None]:
+def their_rules() -> Iterator[None]:
     """What kernels' authors took for granted of jax and a caller may forbid.
 
     Inside a ``shard_map`` that checks which axes values vary over, a Pallas kernel that does not
@@ -129,7 +129,7 @@ def _by_their_rules(function: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(function)
     def run(name: str, inputs: Inputs, call: Call, *arrays: jax.Array) -> _T:
-        with _their_rules():
+        with their_rules():
             leaves, tree = jax.tree.flatten((inputs, arrays))
             if not any(map(varying_axes, leaves)):
                 return function(name, inputs, call, *arrays)
@@ -161,7 +161,7 @@ def _trace(kernel: Kernel, shapes: tuple[Any, ...], call: Call, training: bool) 
 
     abstract = [jax.ShapeDtypeStruct(*shape) for _, *shape in shapes]
     try:
-        with _their_rules():
+        with their_rules():
             if kernel.refuses_late:
                 jax.jit(run).lower(*abstract)
             return jax.make_jaxpr(run)(*abstract)

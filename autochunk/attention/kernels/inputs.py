@@ -20,11 +20,12 @@ class Call(NamedTuple):
     ``operands`` names its arrays, in the order of OPERANDS. ``kernel`` and ``training_kernel`` are
     the traced fused kernels of its plans, if those have them. Only JAX looks at them: it looks into
     tuples among a primitive's parameters for what has to know its devices when it is lowered, as
-    cuDNN's has. ``window`` is how
-    many positions to the left and to the right of its own a query sees, ``offset`` how far its own
-    is from its index, besides ``query_offset``; ``half_logits`` says that dense attention shall
-    have the inputs' dtype throughout, as haiku's has. With ``shares``, which is another program for
-    JAX to look at, each of several devices computes its share. The others are those of the op.
+    cuDNN's has. ``window`` is how many positions to the left and to the right of its own a query
+    sees, ``offset`` how far its own is from its index, besides ``query_offset``. With ``some_keys``
+    the row maximum and sum that are given are those of more keys than are there. ``half_logits``
+    says that dense attention shall have the inputs' dtype throughout, as haiku's has. With
+    ``shares``, which is another program for JAX to look at, each of several devices computes its
+    share. The others are those of the op.
     """
 
     operands: tuple[str, ...]
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     soft_cap: float | None = None
     dropout_rate: float = 0.0
     residual: bool = False
+    some_keys: bool = False
     precision: Any = None
     half_logits: bool = False
     shares: Any = None

@@ -234,6 +234,7 @@ def cotangent(
             found = _by_kernel(kernel, inputs, call, *rest)
             return [found[name] for name in names]
     problem, value_size = Problem(inputs, call, plan.sliced(), differentiable), rest[0].shape[-1]
+    sees_all = problem.slices.keys == problem.shape.keys and not call.some_keys
     extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
@@ -254,7 +255,7 @@ def cotangent(
         scaled = weigh(d_out, fresh)
         d_weights = maths.product(merge(scaled).astype(taken.value.dtype), taken.value)
         d_weights = maths.dropped(d_weights)
-        if problem.slices.keys == problem.shape.keys and (keys <= value_size or rows < _FEW):
+        if sees_all and (keys <= value_size or rows < _FEW):
             offset = _cotangent_of_sum(maths, weights * d_weights, total)
         else:
             offset = jnp.sum(out.astype(problem.dtype) * scaled, axis=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -14,6 +15,7 @@ from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from autochunk.attention.kernels import fused
 from autochunk.attention.kernels.dense import (
     dense,
     dense_tangent,
@@ -109,7 +111,10 @@ def _primitive(
         if "platforms" in parameters:
             params["platforms"] = tuple(context.module_context.platforms)
         lowered = lowering(call, mlir.lower_fun(function, multiple_results=True))
-        return lowered(context, *operands, **params)
+        # Functions that a kernel's derivatives hide are traced here.
+        kernels = call.kernel, call.training_kernel
+        with contextlib.nullcontext() if kernels == (None, None) else fused.their_rules():
+            return lowered(context, *operands, **params)
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:
         # Updating an input's aval keeps what it knows of meshes; a new one would lose it.

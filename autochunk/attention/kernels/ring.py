@@ -57,7 +57,8 @@ class Ring:
     def __init__(
         self, inputs: Inputs, call: Call, axis_name: Hashable, devices: int, parts: int
     ) -> None:
-        self.call, self.axis_name, self.devices, self.parts = call, axis_name, devices, parts
+        self.call = call._replace(some_keys=devices * parts > 1)
+        self.axis_name, self.devices, self.parts = axis_name, devices, parts
         self.rows = inputs.query.shape[-4] // parts
         self.keys = inputs.key.shape[-3] // parts
         self.wide = jnp.promote_types(inputs.query.dtype, jnp.float32)

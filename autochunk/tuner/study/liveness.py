@@ -62,6 +62,11 @@ def keep_signed(trial: Trial, finished: threading.Event) -> None:
             trial.set_user_attr("alive", time.time())
 
 
+def is_signed(trial: FrozenTrial) -> bool:
+    """Whether it is known who is at work on a trial."""
+    return "worker" in trial.user_attrs
+
+
 def alive(trial: FrozenTrial) -> bool:
     """Whether somebody is at work on a running trial."""
     here, _, process = str(trial.user_attrs.get("worker", "")).rpartition(" ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,11 @@ from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.study.failures import one_error
-from autochunk.tuner.study.liveness import alive, keep_signed, sign
+from autochunk.tuner.study.liveness import alive, is_signed, keep_signed, sign
 
 _JOINT = "joint rounds"
 _LARGEST_LIMIT = 1e12
+_POLL_SECONDS = 0.05
 _LIVING = (TrialState.WAITING, TrialState.RUNNING)
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -152,9 +154,19 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     def _free_the_dead(self) -> None:
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        """Ends the trials of dead workers.
+
+        For a name on those that were claimed a moment ago it waits: who takes them for living
+        workers' leaves to others what nobody does.
+        """
+        while any(alive(trial) and not is_signed(trial) for trial in self._running()):
+            time.sleep(_POLL_SECONDS)
+        for trial in self._running():
             if not alive(trial):
                 _tell(self._study, trial.number, TrialState.FAIL)
+
+    def _running(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def readable(text: str | None) -> Profile | None:
