@@ -11,7 +11,7 @@ import numpy as np
 
 from autochunk.attention import checks
 from autochunk.attention.arguments import Arguments
-from autochunk.attention.kernels.ring import Ring
+from autochunk.attention.kernels.ring import Ring, first_position
 from autochunk.attention.op import static_call
 from autochunk.errors import ArgumentError
 
@@ -50,8 +50,9 @@ def ring_attention(
       implementation: of that, too.
       **settings: scale, is_causal, query_seq_lengths, key_value_seq_lengths (of the whole
         sequences), local_window_size, query_offset (of the whole sequences), query_segment_ids
-        [..., T' / N], key_value_segment_ids [..., T / N], logits_soft_cap, alibi_slopes and
-        precision, as ``dot_product_attention`` has them.
+        [..., T' / N], key_value_segment_ids [..., T / N], logits_soft_cap, alibi_slopes,
+        dropout_rate, dropout_rng (the same one on each device, which drops what it drops of the
+        whole sequences), broadcast_dropout and precision, as ``dot_product_attention`` has them.
 
     Returns:
       [..., T' / N, H, V] in the query's dtype; with ``return_residual`` a tuple of that and the
@@ -62,11 +63,13 @@ def ring_attention(
         is not one of these.
     """
     _check_settings(settings)
+    dropout = {name: settings.pop(name) for name in _DROPOUT if name in settings}
     arguments = Arguments.checked(query=query, key=key, value=value, **settings)
     devices = jax.lax.axis_size(axis_name)
     arguments = _with_terms_of_all_keys(arguments, devices, bias=bias, mask=mask)
     parts = 2 if balanced else 1
     _check_lengths(arguments, parts)
+    arguments = _with_dropout_of_own_rows(arguments, axis_name, devices, parts, **dropout)
     call = static_call(arguments, max_chunk_size_mb, implementation)
     call, inputs = call._replace(residual=return_residual), arguments.inputs()
     out, *stats = Ring(inputs, call, axis_name, devices, parts).attend(inputs)
@@ -78,7 +81,9 @@ def ring_attention(
     return out, lse.astype(arguments.key.dtype)
 
 
+_DROPOUT = ("dropout_rate", "dropout_rng", "broadcast_dropout")
 _SETTINGS = {
+    *_DROPOUT,
     "scale",
     "is_causal",
     "query_seq_lengths",
@@ -112,6 +117,28 @@ def _with_terms_of_all_keys(arguments: Arguments, devices: int, **terms: Any) ->
         if term is not None
     }
     return arguments.replace(**given)
+
+
+def _with_dropout_of_own_rows(
+    arguments: Arguments,
+    axis_name: Hashable,
+    devices: int,
+    parts: int,
+    dropout_rate: Any = 0.0,
+    dropout_rng: Any = None,
+    broadcast_dropout: bool = True,
+) -> Arguments:
+    """The arguments with the random bits that this device's rows have in the whole sequence."""
+    rate = checks.dropout_rate(dropout_rate)
+    if not rate:
+        return arguments
+    sizes, leading = checks.sizes_of(arguments.query, arguments.key), arguments.query.shape[:-3]
+    sizes["t"] *= devices
+    bits = checks.dropout_bits(dropout_rng, leading, sizes, bool(broadcast_dropout))
+    rows, here = arguments.query.shape[-3] // parts, jax.lax.axis_index(axis_name)
+    starts = (first_position(here, part, devices, parts) * rows for part in range(parts))
+    own = [jax.lax.dynamic_slice_in_dim(bits, start, rows, axis=-1) for start in starts]
+    return arguments.replace(dropout_rate=rate, dropout_bits=jnp.concatenate(own, axis=-1))
 
 
 def _check_lengths(arguments: Arguments, parts: int) -> None:

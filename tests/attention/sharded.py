@@ -343,7 +343,6 @@ CASES: dict[str, Callable[[], None]] = {
     **{
         f"ring, {form}": functools.partial(ring, form, number % 2 == 0, number % 3 == 0)
         for number, form in enumerate(FORMS)
-        if form != "dropout"
     },
     "ring, all queries earlier": lambda: ring("earlier", True, True),
     "ring over one axis": lambda: ring("causal", True, True, "batch"),

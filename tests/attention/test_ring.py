@@ -72,8 +72,8 @@ def test_a_ring_of_one(balanced: bool, dtype: str, leading: tuple[int, ...]) -> 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"dropout_rate": 0.1}, "has no dropout_rate; .*it takes .*is_causal"),
-        ({"scales": 3, "dropout_rng": None}, "has no dropout_rng and no scales"),
+        ({"dropout": 0.1}, "has no dropout; .*it takes .*is_causal"),
+        ({"scales": 3, "dropped": None}, "has no dropped and no scales"),
         ({"balanced": True}, "an even number of them with balanced=True; got 5"),
         ({"is_causal": True, "local_window_size": -1}, "local_window_size"),
         ({"max_chunk_size_mb": -1}, "max_chunk_size_mb"),

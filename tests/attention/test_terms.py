@@ -204,6 +204,24 @@ def test_terms_are_never_arrays_of_the_logits_size(call: str, mode: str) -> None
     assert bytes_of(**calls[call]) < 1.3 * bytes_of() + 0.6e6 < logits
 
 
+@pytest.mark.parametrize("call", ["key lengths", "all lengths", "segments"])
+def test_sums_are_held_for_a_few_rows_at_a_time(call: str) -> None:
+    """However many slices of keys they go over, what is held is no output in float32."""
+    length, heads = 8192, jax.ShapeDtypeStruct((1, 8192, 8, 64), jnp.float32)  # only compiled
+    ids = jnp.arange(length, dtype=jnp.int32)[None] // 1000
+    calls: dict[str, dict[str, Any]] = {
+        "key lengths": {"key_value_seq_lengths": whole(7000)},
+        "all lengths": {"query_seq_lengths": whole(100), "key_value_seq_lengths": whole(7000)},
+        "segments": {"query_segment_ids": ids, "key_value_segment_ids": ids},
+    }
+
+    def bytes_of(**options: Any) -> int:
+        attend = functools.partial(dot_product_attention, max_chunk_size_mb=8.0, **options)
+        return temp_bytes(attend, heads, heads, heads)
+
+    assert bytes_of(**calls[call]) <= 1.3 * bytes_of()
+
+
 # --- Blocks ---------------------------------------------------------------------------------------
 
 

@@ -191,9 +191,14 @@ def within_lengths(rows: jax.Array, inputs: Inputs) -> jax.Array:
     lengths = inputs.query_seq_lengths
     if lengths is None:
         return rows
-    row = jax.lax.broadcasted_iota(lengths.dtype, (*lengths.shape, rows.shape[-4]), lengths.ndim)
-    inside = row < lengths[..., None]
+    inside = before(lengths, 0, rows.shape[-4])
     return jnp.where(inside[..., None, None, None], rows, jnp.zeros((), rows.dtype))
+
+
+def before(lengths: jax.Array, first: Any, count: int) -> jax.Array:
+    """Which of ``count`` rows from the ``first`` on come before the lengths: [..., count]."""
+    row = jax.lax.broadcasted_iota(lengths.dtype, (*lengths.shape, count), lengths.ndim)
+    return row < lengths[..., None] - jnp.asarray(first, lengths.dtype)
 
 
 def _product(query: jax.Array, key: jax.Array, call: Call, dtype: Any) -> jax.Array:

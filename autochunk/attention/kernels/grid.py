@@ -5,58 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from autochunk.attention.kernels.cells import Cell, Cover, Finish, Join, OfRows, Output, Parts
 from autochunk.attention.kernels.inputs import Inputs, caller_major, head_major, in_head_major
 from autochunk.plan import slice_count
-
-
-class Output(NamedTuple):
-    """An output of the sliced computation: its axes, whole shape, dtype and first content."""
-
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: Any
-    fill: float = 0.0
-
-
-class Cell(NamedTuple):
-    """Where one slice lies.
-
-    Its first index along each axis, which of its elements no earlier slice had, and whether every
-    row of it is known to see every key.
-    """
-
-    starts: dict[str, Any]
-    fresh: dict[str, jax.Array]
-    is_open: bool = False
-
-
-class Cover(Protocol):
-    """What is known of blocks of rows and keys: see ``Terms.block``."""
-
-    names: tuple[str, ...]
-    """The inputs that it depends on; without them it is known while tracing."""
-
-    def block(
-        self, starts: dict[str, Any], sizes: dict[str, int], arrays: dict[str, jax.Array]
-    ) -> tuple[Any, Any]:
-        """Whether a block is closed, and whether it is open, with the slices of those inputs.
-
-        Without them, what is known while tracing.
-        """
-        ...
-
-
-Join = Callable[[tuple[jax.Array, ...], tuple[jax.Array, ...]], tuple[jax.Array, ...]]
-
-
-def add(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Parts that are summed."""
-    return tuple(one + other for one, other in zip(old, new, strict=True))
 
 
 class Grid:
@@ -85,36 +41,82 @@ class Grid:
 
     def run(
         self,
-        compute: Callable[..., tuple[jax.Array, ...]],
+        compute: Callable[..., Parts],
         arrays: Sequence[jax.Array | None],
         axes: Sequence[tuple[str, ...]],
         outputs: Sequence[Output],
         join: Join | None = None,
-    ) -> tuple[jax.Array, ...]:
+        finish: Finish | None = None,
+    ) -> Parts:
         """``compute(cell, *slices)`` gives one part per output.
 
-        Parts are written in place, or joined with what is there. Slices and parts are head-major.
+        Parts are written in place, or joined with what is there, of which after all cells
+        ``finish(cell, parts, slices)`` makes the results. Slices and parts are head-major.
         """
-        inner = {axis: size for axis, size in self.sizes.items() if axis in ("rows", "keys")}
-        outer = {axis: size for axis, size in self.sizes.items() if axis not in inner}
+        over = self._outer(outputs, join)
+        if not over:
+            totals = self._scan(compute, arrays, axes, outputs, join)
+            return _finished(finish, totals, outputs, arrays, axes)
+        outer = Grid({axis: self.sizes[axis] for axis in over}, self.lengths, None, False)
+        inner = {axis: size for axis, size in self.sizes.items() if axis not in over}
+        # What has all these axes is written once, and never joined.
+        alone = all(outer._has_part_of_its_own(output) for output in outputs)
+
+        # What has none of these axes is not taken here, which would make it head-major each time.
+        taken = [
+            one if one is not None and outer._sliced(one.shape, names) else None
+            for one, names in zip(arrays, axes, strict=True)
+        ]
+        inner_axes = [
+            names if one is None else in_head_major(names)
+            for one, names in zip(taken, axes, strict=True)
+        ]
+
+        def group(cell: Cell, *slices: Any) -> Parts:
+            def one(place: Cell, *arrays: Any) -> Parts:
+                fresh = place.fresh if alone else cell.fresh | place.fresh
+                return compute(Cell(cell.starts | place.starts, fresh, place.is_open), *arrays)
+
+            cover = self.cover
+            if cover is not None and "rows" in over:
+                cover = OfRows(cover, cell.starts, outer.sizes)
+            within = Grid(inner, self.lengths, cover, differentiable=False, follow=self.follow)
+            parts = [outer.part(output if alone else output.unfinished()) for output in outputs]
+            pairs = zip(slices, arrays, strict=True)
+            given = [whole if part is None else part for part, whole in pairs]
+            done = None if finish is None or not alone else functools.partial(_at, finish, cell)
+            return within.run(one, given, inner_axes, parts, join, done)
+
+        if alone:
+            return outer._scan(group, taken, axes, outputs, None)
+        totals = outer._scan(group, taken, axes, outputs, join)
+        return _finished(finish, totals, outputs, arrays, axes)
+
+    def _outer(self, outputs: Sequence[Output], join: Join | None) -> list[str]:
+        """The axes whose slices an outer loop goes over; none for one loop over all."""
+        inner = [axis for axis in self.sizes if axis in ("rows", "keys")]
+        outer = [axis for axis in self.sizes if axis not in inner]
+        if self.differentiable:
+            return []
         # Keys, values and their cotangents are taken and put once for each batch element and head,
         # not for each slice of its rows: unless an output, such as the cotangent of a broadcast
         # bias, is shared by all, and would be joined whole each time.
-        groups = Grid(outer, self.lengths, cover=None, differentiable=False)
+        groups = Grid({axis: self.sizes[axis] for axis in outer}, self.lengths, None, False)
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
-        if self.differentiable or shared or self._cells(outer) == 1 or self._cells(inner) == 1:
-            return self._scan(compute, arrays, axes, outputs, join)
-        within = Grid(inner, self.lengths, self.cover, differentiable=False, follow=self.follow)
+        if not shared and self._cells(outer) != 1 and self._cells(inner) != 1:
+            return outer
+        # Sums over keys alone are kept for one slice of rows at a time. Where how many slices of
+        # keys each has is known while tracing, one loop over all takes no look at it, which is what
+        # costs on GPUs.
+        looks = join is not None and self.cover is not None and self.cover.names
+        by_row = all("rows" in output.axes for output in outputs) and inner == ["rows", "keys"]
+        several = by_row and all(self.counts[axis] != 1 for axis in inner)
+        return [*outer, "rows"] if looks and several and isinstance(self.cells, int) else []
 
-        def group(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
-            def one(place: Cell, *slices: Any) -> tuple[jax.Array, ...]:
-                starts, fresh = cell.starts | place.starts, cell.fresh | place.fresh
-                return compute(Cell(starts, fresh, place.is_open), *slices)
-
-            parts = [groups.part(output) for output in outputs]
-            return within._scan(one, arrays, [in_head_major(names) for names in axes], parts, join)
-
-        return groups._scan(group, arrays, axes, outputs, join)
+    def _has_part_of_its_own(self, output: Output) -> bool:
+        """Whether an output is sliced along all axes that have several slices."""
+        sliced = {axis for _, axis in self._sliced(output.shape, output.axes)}
+        return sliced == {axis for axis, count in self.counts.items() if count != 1}
 
     def _cells(self, axes: Sequence[str] | dict[str, int]) -> int:
         return math.prod(self.counts[axis] for axis in axes)
@@ -141,7 +143,7 @@ class Grid:
         axes: Sequence[tuple[str, ...]],
         outputs: Sequence[Output],
         join: Join | None,
-    ) -> tuple[jax.Array, ...]:
+    ) -> Parts:
 
         def part(is_open: bool, index: Any, arrays: Sequence[Any]) -> tuple[jax.Array, ...]:
             cell = self.cell(index)._replace(is_open=is_open)
@@ -149,6 +151,7 @@ class Grid:
             taken = [None if one is None else self.take(one, names, cell) for one, names in pairs]
             return compute(cell, *taken)
 
+        outputs = outputs if join is None else [output.unfinished() for output in outputs]
         if self.cells == 1 and self.follow is None:
             pieces = zip(part(False, 0, arrays), outputs, strict=True)
             return tuple(caller_major(one.astype(whole.dtype), whole.axes) for one, whole in pieces)
@@ -185,7 +188,8 @@ class Grid:
         """
         if self.cover is None or not isinstance(self.cells, int):
             return [(False, jnp.arange(self.cells, dtype=jnp.int32), None)]
-        crossed, opened = self._by_tracing(self.cover)
+        of_rows = isinstance(self.cover, OfRows)
+        crossed, opened = (range(self.cells), ()) if of_rows else self._by_tracing(self.cover)
         if not self.cover.names or self.differentiable:
             static = ((False, crossed), (True, opened))
             return [(kind, jnp.asarray(some, jnp.int32), None) for kind, some in static if some]
@@ -285,6 +289,27 @@ class Grid:
         for dim, axis in self._sliced(array.shape, axes):
             starts[dim] = cell.starts[axis]
         return starts
+
+
+def _at(finish: Finish, outer: Cell, cell: Cell, parts: Parts, slices: Sequence[Any]) -> Parts:
+    return finish(Cell(outer.starts | cell.starts, {}), parts, slices)
+
+
+def _finished(
+    finish: Finish | None,
+    totals: Parts,
+    outputs: Sequence[Output],
+    arrays: Sequence[jax.Array | None],
+    axes: Sequence[tuple[str, ...]],
+) -> Parts:
+    """Whole outputs, from what was joined."""
+    if finish is None:
+        return totals
+    parts = tuple(head_major(one, out.axes) for one, out in zip(totals, outputs, strict=True))
+    pairs = zip(arrays, axes, strict=True)
+    slices = [None if one is None else head_major(one, names) for one, names in pairs]
+    finished = zip(finish(Cell({}, {}), parts, slices), outputs, strict=True)
+    return tuple(caller_major(one.astype(out.dtype), out.axes) for one, out in finished)
 
 
 def _repeat(

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels import fused
+from autochunk.attention.kernels.cells import Cell, Output, Parts, add
 from autochunk.attention.kernels.dense import (
+    before,
     dense,
     log_sum_exp,
     mean_value,
     within_lengths,
 )
-from autochunk.attention.kernels.grid import Cell, Output, add, sum_to
+from autochunk.attention.kernels.grid import sum_to
 from autochunk.attention.kernels.inputs import (
     AXES,
     INPUT_AXES,
@@ -52,31 +54,63 @@ def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
     return maximum
 
 
-def _forward_slice(
-    inputs: Inputs, cell: Cell, call: Call, problem: Problem, divided: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output, row maximum and sum of exponentials of one slice of keys.
-
-    The output is of weights ``divided`` by their sum, or has yet to be.
-    """
-    maths = SliceMath(inputs, cell, call, problem, transposed=False)
-    logits = maths.logits()
-    maximum = _row_maximum(logits, problem.excludes or problem.may_see_nothing)
-    weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
-    total = jnp.sum(weights, axis=-1)
-    if divided:
-        weights = weights / _divisor(total, problem)[..., None]
-    stats = (*maximum.shape[:-1], maths.groups, maths.rows)
-    return (
-        maths.spread(maths.over_keys(maths.dropped(weights), inputs.value)),
-        maximum.reshape(stats),
-        total.reshape(stats),
-    )
-
-
 def _divisor(total: jax.Array, problem: Problem) -> jax.Array:
     """Sums of exponentials to divide by: one for rows that see nothing, whose sum is zero."""
     return jnp.where(total == 0, jnp.ones_like(total), total) if problem.may_see_nothing else total
+
+
+class _Forward:
+    """What becomes of one slice's logits, and of rows after all of theirs: (out, maximum, sum)."""
+
+    def __init__(self, inputs: Inputs, call: Call, problem: Problem, divides_weights: bool) -> None:
+        self.inputs, self.call, self.problem = inputs, call, problem
+        self.divides_weights = divides_weights
+        # Slices of rows that see nothing are left out.
+        self.skips = problem.may_see_nothing and problem.cover.form is not None
+
+    def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
+        taken, _ = _of_slice(arrays)
+        maths = SliceMath(taken, cell, self.call, self.problem, transposed=False)
+        parts = self._of_keys(maths)
+        if self.problem.whole_rows:
+            parts = parts if self.divides_weights else self._divided(parts)
+            return parts if self.skips else self._restored(cell, parts, arrays)
+        (out, maximum, total), fresh = parts, maths.fresh_rows()
+        return weigh(out, fresh), maximum, total if fresh is None else total * fresh
+
+    def finished(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
+        """Of rows all of whose slices were computed, or left out."""
+        parts = parts if self.problem.whole_rows else self._divided(parts)
+        return self._restored(cell, parts, arrays)
+
+    def _of_keys(self, maths: SliceMath) -> Parts:
+        logits = maths.logits()
+        maximum = _row_maximum(logits, self.problem.excludes or self.problem.may_see_nothing)
+        weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
+        total = jnp.sum(weights, axis=-1)
+        if self.divides_weights:
+            weights = weights / _divisor(total, self.problem)[..., None]
+        stats = (*maximum.shape[:-1], maths.groups, maths.rows)
+        return (
+            maths.spread(maths.over_keys(maths.dropped(weights), maths.inputs.value)),
+            maximum.reshape(stats),
+            total.reshape(stats),
+        )
+
+    def _divided(self, parts: Parts) -> Parts:
+        out, maximum, total = parts
+        return out / _divisor(total, self.problem)[..., None], maximum, total
+
+    def _restored(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
+        """With the mean of all values in rows without a key, zeros beyond the rows' lengths."""
+        (out, maximum, total), (taken, mean) = parts, _of_slice(arrays)
+        out = out.astype(self.inputs.query.dtype)
+        if mean:
+            out = jnp.where((total == 0)[..., None], mean[0], out)
+        if taken.query_seq_lengths is not None:
+            inside = before(taken.query_seq_lengths, cell.starts.get("rows", 0), out.shape[-2])
+            out = jnp.where(inside[..., None, None, :, None], out, jnp.zeros((), out.dtype))
+        return out, maximum, total
 
 
 def forward(
@@ -95,38 +129,23 @@ def forward(
     # a plain softmax, which tells no sums.
     fits_kernel = whole_rows and problem.slices.keys <= _LONGEST_SOFTMAX
     has_kernel = bool(platforms) and not set(platforms) & _NO_SOFTMAX_KERNEL
-    divided = fits_kernel and has_kernel and not need_stats
-
-    def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
-        taken = Inputs(*arrays)
-        out, maximum, total = _forward_slice(taken, cell, call, problem, divided)
-        if whole_rows:
-            out = out if divided else out / _divisor(total, problem)[..., None]
-            return out.astype(inputs.query.dtype), maximum, total
-        fresh = SliceMath(taken, cell, call, problem, transposed=False).fresh_rows()
-        return weigh(out, fresh), maximum, total if fresh is None else total * fresh
-
-    dtype = inputs.query.dtype if whole_rows else problem.dtype
+    mine = _Forward(inputs, call, problem, fits_kernel and has_kernel and not need_stats)
+    by_row = problem.output(QUERY, inputs.query.dtype, inputs.value.shape[-1])
     outputs = (
-        problem.output(QUERY, dtype, inputs.value.shape[-1]),
+        by_row._replace(joined=problem.dtype),
         problem.output(STATS, problem.dtype, fill=float(jnp.finfo(problem.dtype).min)),
         problem.output(STATS, problem.dtype),
     )
+    mean = [problem.fit(mean_value(inputs.value), QUERY)] if problem.may_see_nothing else []
+    arrays, axes = (*problem.inputs, *mean), (*INPUT_AXES, *(QUERY for _ in mean))
     join = None if whole_rows else _join
-    out, maximum, total = problem.grid().run(compute, problem.inputs, INPUT_AXES, outputs, join)
-    if not whole_rows:
-        out = out / along_rows(_divisor(total, problem))
-        out = out.astype(inputs.query.dtype)
-    out, maximum, total = (
-        problem.restore(part, rank)
-        for part, rank in ((out, len(QUERY)), (maximum, len(STATS)), (total, len(STATS)))
-    )
-    if problem.may_see_nothing:
-        out = jnp.where(along_rows(total == 0), mean_value(inputs.value), out)
-    return [within_lengths(out, inputs), maximum, total]
+    finish = None if whole_rows and not mine.skips else mine.finished
+    found = problem.grid().run(mine.of_slice, arrays, axes, outputs, join, finish)
+    pairs = zip(found, outputs, strict=True)
+    return [problem.restore(part, len(output.axes)) for part, output in pairs]
 
 
-def _join(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _join(old: Parts, new: Parts) -> Parts:
     """Output, maximum and sum over two sets of keys, from those of each."""
     largest = jnp.maximum(old[1], new[1])
     one, other = jnp.exp(old[1] - largest), jnp.exp(new[1] - largest)
@@ -177,7 +196,7 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
     extra_axes = (QUERY, STATS, STATS, *(AXES[name] for name in call.moving))
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
-    def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
+    def compute(cell: Cell, *arrays: Any) -> Parts:
         taken, (out, maximum, total, *tangents) = _of_slice(arrays)
         moved = Inputs(**dict(zip(call.moving, tangents, strict=True)))
         maths = SliceMath(taken, cell, call, problem, transposed=False)
@@ -234,11 +253,12 @@ def cotangent(
             found = _by_kernel(kernel, inputs, call, *rest)
             return [found[name] for name in names]
     problem, value_size = Problem(inputs, call, plan.sliced(), differentiable), rest[0].shape[-1]
+    is_half = inputs.query.dtype.itemsize < 4
     sees_all = problem.slices.keys == problem.shape.keys and not call.some_keys
     extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
-    def compute(cell: Cell, *arrays: Any) -> tuple[jax.Array, ...]:
+    def compute(cell: Cell, *arrays: Any) -> Parts:
         taken, (out, maximum, total, d_out, *d_lse) = _of_slice(arrays)
         keys, rows = taken.key.shape[-2], math.prod(taken.query.shape[-3:-1])
         maths = SliceMath(taken, cell, call, problem, transposed=min(keys, rows) >= _FEW)
@@ -246,7 +266,7 @@ def cotangent(
         weights, d_out = maths.weights(maximum), d_out.astype(problem.dtype)
         # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
         # instead of T' * T. In half precision those would be rounded once more, or too small.
-        if inputs.query.dtype.itemsize < 4:
+        if is_half:
             weights = weights / maths.by_row(total)
         else:
             d_out = d_out / total[..., None]

@@ -10,7 +10,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import Cell, batch_axes, vary_alike
+from autochunk.attention.kernels.cells import Cell
+from autochunk.attention.kernels.grid import batch_axes, vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.problem import Problem
 from autochunk.attention.kernels.terms import Span, Terms

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import Grid, Output, batch_axes
+from autochunk.attention.kernels.cells import Output
+from autochunk.attention.kernels.grid import Grid, batch_axes
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.terms import (
     Span,

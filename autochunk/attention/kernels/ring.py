@@ -23,6 +23,7 @@ from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows
 from autochunk.attention.kernels.maps import of_means
 from autochunk.attention.kernels.primitives import attention_with_stats_p, cotangent_p
 from autochunk.attention.kernels.shares import own_call
+from autochunk.attention.kernels.terms import bits_from
 
 # What goes round: keys, and what belongs to them.
 _TRAVELLING = ("key", "value", "key_value_segment_ids")
@@ -218,6 +219,8 @@ class Ring:
             )
             if getattr(inputs, name) is not None
         }
+        if inputs.dropout_bits is not None:
+            changes["dropout_bits"] = bits_from(inputs.dropout_bits, first_key)
         return inputs._replace(**changes)
 
     def _forms(
@@ -286,9 +289,7 @@ class Ring:
 
     def _start(self, part: int, device: jax.Array, size: int) -> jax.Array:
         """The first position of a part of a device."""
-        if self.parts == 1:
-            return device * size
-        return (device if part == 0 else 2 * self.devices - 1 - device) * size
+        return first_position(device, part, self.devices, self.parts) * size
 
     def _passed_on(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         ring = [(device, (device + 1) % self.devices) for device in range(self.devices)]
@@ -300,6 +301,11 @@ class Ring:
         leaves, structure = jax.tree.flatten(tree)
         like = (*inputs.present.values(), jax.lax.axis_index(self.axis_name))
         return jax.tree.unflatten(structure, vary_alike(leaves, like))
+
+
+def first_position(device: jax.Array, part: int, devices: int, parts: int) -> jax.Array:
+    """Where a part of a device begins, in parts: each has an early one and a late one of two."""
+    return device if part == 0 else parts * devices - 1 - device
 
 
 def _cut(array: jax.Array, places: dict[int, tuple[Any, int]]) -> jax.Array:

@@ -17,12 +17,20 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import AXES, LOGITS, Call, Inputs, head_major
 
-# Of an integer hash with little bias: Wellons 2018, "Prospecting for Hash Functions".
+# Of an integer hash with little bias: Wellons 2018, "Prospecting for Hash Functions"; of a sequence
+# that begins anywhere, in steps of the golden ratio: Steele, Lea and Flood 2014, "Fast Splittable
+# Pseudorandom Number Generators".
 _HASH = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
 _GOLDEN = 0x9E3779B9
 
+
 Block = tuple[Any, Any]
 """Whether a block is closed, and whether it is open: bools, traced where they depend on arrays."""
+
+
+def bits_from(bits: jax.Array, key: Any) -> jax.Array:
+    """A row's random bits for the key of that number, and for those that are counted from it."""
+    return bits + jnp.asarray(key, jnp.uint32) * jnp.uint32(_GOLDEN)
 
 
 class Span(NamedTuple):
@@ -135,7 +143,7 @@ class Terms:
         bits = self._array("dropout_bits")
         if bits is None:
             return None
-        mixed = bits ^ (self._key_indices(jnp.uint32) * jnp.uint32(_GOLDEN))
+        mixed = bits_from(bits, self._key_indices(jnp.uint32))
         for shift, factor in _HASH:
             mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
         rate = self._call.dropout_rate
