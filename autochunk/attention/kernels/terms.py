@@ -30,7 +30,8 @@ Block = tuple[Any, Any]
 
 def bits_from(bits: jax.Array, key: Any) -> jax.Array:
     """A row's random bits for the key of that number, and for those that are counted from it."""
-    return bits + jnp.asarray(key, jnp.uint32) * jnp.uint32(_GOLDEN)
+    moved: jax.Array = bits + jnp.asarray(key, jnp.uint32) * jnp.uint32(_GOLDEN)
+    return moved
 
 
 class Span(NamedTuple):
