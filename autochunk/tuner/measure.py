@@ -45,8 +45,8 @@ from autochunk import host, nvidia
 # One timing takes at least this long, by repeating the call: shorter ones measure the clock and the
 # dispatch.
 SHORTEST_TIMING = 0.02
-# Longer computations hide what it takes to start them.
-_LONGEST_REPEATED = 0.0005
+# Longer computations, begun one after the other, hide what it takes to start them: 20 to 60 us.
+_LONGEST_REPEATED = 0.0002
 _REPEATS = 50  # of shorter ones, in one program
 # Of a run that is over sooner, what a first run brings in would count: code, and threads' stacks.
 _SHORT_RUN = 0.5

@@ -55,9 +55,18 @@ from autochunk.workload import Workload
 ERROR_FACTOR = 4.0
 ERROR_ROUNDINGS = 16.0
 
+# Of the plans that are no fused kernels, so many are measured whatever the others come to: the
+# likely slices, and what users compare with.
+_OTHERS_AHEAD = 3
+# What has no more logits takes less than a millisecond on a GPU as one of these was seen to (H100),
+# and is timed by a program that repeats it.
+_SHORT_LOGITS_BYTES = 128 * 2**20
+
 
 _Compiled = tuple[Any, float]
 """A program, and the seconds that it took to compile."""
+_Compilers = tuple[Callable[[], _Compiled], Callable[[], Any]]
+"""What gives a plan's program, and that for short timings."""
 
 
 def _compile(function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Compiled:
@@ -84,8 +93,9 @@ class Session:
         self.prepared: dict[Plan, Timed] = {}
         self.expected: Future[_Expected] | None = None
         # Where an accelerator computes there are cores left for what can be done meanwhile.
-        self._aside = ThreadPoolExecutor(8)
-        self._ahead: dict[Plan, tuple[Future[_Compiled], Future[Any]]] = {}
+        self._aside = ThreadPoolExecutor(16)
+        self._ahead: dict[Plan, _Compilers] = {}
+        self._begun: list[Future[Any]] = []
 
     def hello(self) -> dict[str, Any]:
         """Where this process computes."""
@@ -98,11 +108,11 @@ class Session:
     def load(self, workload: str, programs: str, ahead: Sequence[list[Any]] = ()) -> dict[str, Any]:
         """Makes a workload's arguments and what its results should be; the last one's go.
 
-        Programs of the plans ``ahead`` are compiled meanwhile, if they are fused kernels, which
-        take long; what is not, XLA would try out on the device that another is measured on.
+        Programs of the plans ``ahead`` that are surely asked for are compiled meanwhile.
         """
         self._settle()
-        self.inputs, self.expected, self.prepared, self._ahead = None, None, {}, {}
+        self.inputs, self.expected, self.prepared = None, None, {}
+        self._ahead, self._begun = {}, []
         jax.clear_caches()
         available = available_bytes()
         keep_programs(programs)
@@ -122,15 +132,32 @@ class Session:
         return str(devices.default_device().platform) != "cpu"
 
     def _compile_ahead(self, plans: list[Plan]) -> None:
+        """Begins fused kernels, which are traced by one thread at a time, and what XLA does beside.
+
+        Later ones would be tried out by XLA on the device that another is measured on.
+        """
         inputs = self._loaded()
+        others = [plan for plan in plans if not is_fused(plan.implementation)]
+        is_short = inputs.workload.logits_bytes < _SHORT_LOGITS_BYTES
+        for plan in others[:_OTHERS_AHEAD]:
+            self._begin(plan, is_short)
         for plan in plans:
             if is_fused(plan.implementation) and not inputs.refusal(plan):
-                once, repeating = self._compilers(plan)
-                self._ahead[plan] = self._aside.submit(once), self._aside.submit(repeating)
+                self._begin(plan, True)
+
+    def _begin(self, plan: Plan, is_short: bool) -> None:
+        once, repeating = self._compilers(plan)
+        program = self._aside.submit(once)
+        self._begun.append(program)
+        if is_short:
+            several = self._aside.submit(repeating)
+            self._begun.append(several)
+            repeating = several.result
+        self._ahead[plan] = program.result, repeating
 
     def _settle(self) -> None:
         """Waits until nothing is compiled aside, which would disturb what is timed."""
-        wait([future for pair in self._ahead.values() for future in pair])
+        wait(self._begun)
 
     def prepare(self, plan: list[Any], budget_bytes: int) -> dict[str, Any]:
         """Compiles a plan, and if it should fit runs and checks it once."""
@@ -178,15 +205,12 @@ class Session:
         self.prepared[chosen] = timed
         return result | {"status": "ok", "detail": ""}
 
-    def _programs(self, plan: Plan) -> tuple[Callable[[], _Compiled], Callable[[], Any]]:
+    def _programs(self, plan: Plan) -> _Compilers:
         """What gives a plan's program, and that for short timings, with nothing compiled aside."""
         self._settle()  # all that was begun, before any of it is taken
-        if plan in self._ahead:
-            once, repeating = self._ahead.pop(plan)
-            return once.result, repeating.result
-        return self._compilers(plan)
+        return self._ahead.pop(plan) if plan in self._ahead else self._compilers(plan)
 
-    def _compilers(self, plan: Plan) -> tuple[Callable[[], _Compiled], Callable[[], Any]]:
+    def _compilers(self, plan: Plan) -> _Compilers:
         inputs = self._loaded()
         function = inputs.function(plan)
         return (

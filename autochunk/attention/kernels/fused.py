@@ -24,12 +24,13 @@ import jax
 import jax.extend.backend
 import jax.extend.core
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
-from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
-from autochunk.attention.kernels.grid import sum_to, vary_alike, varying_axes
+from autochunk.attention.kernels.dense import log_sum_exp
+from autochunk.attention.kernels.grid import sum_to, vary_alike
 from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
 from autochunk.attention.kernels.libraries import Kernel, Settings, lacking, quiet
-from autochunk.attention.kernels.terms import may_see_nothing, terms_of
+from autochunk.attention.kernels.seen import Seen
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
 
@@ -125,24 +126,28 @@ def their_rules() -> Iterator[None]:
 
 
 def _by_their_rules(function: Callable[..., _T]) -> Callable[..., _T]:
-    """``function(name, inputs, call, *arrays)`` by these rules, on arrays of which none varies."""
+    """``function(name, inputs, call, *arrays)`` by these rules, on arrays of which none varies.
+
+    What its results do not need is left out before it is lowered, which takes a second or so for
+    each Pallas kernel.
+    """
 
     @functools.wraps(function)
     def run(name: str, inputs: Inputs, call: Call, *arrays: jax.Array) -> _T:
+        leaves, tree = jax.tree.flatten((inputs, arrays))
+
+        def plain(*leaves: jax.Array) -> _T:
+            inputs, arrays = jax.tree.unflatten(tree, leaves)
+            return function(name, inputs, call, *arrays)
+
+        abstract = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in leaves]
         with their_rules():
-            leaves, tree = jax.tree.flatten((inputs, arrays))
-            if not any(map(varying_axes, leaves)):
-                return function(name, inputs, call, *arrays)
-
-            def plain(*leaves: jax.Array) -> _T:
-                inputs, arrays = jax.tree.unflatten(tree, leaves)
-                return function(name, inputs, call, *arrays)
-
-            abstract = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in leaves]
             traced, shapes = jax.make_jaxpr(plain, return_shape=True)(*abstract)
-            results = jax.extend.core.jaxpr_as_fun(traced)(*leaves)
-            found: _T = jax.tree.unflatten(jax.tree.structure(shapes), results)
-            return found
+            needed = [True] * len(traced.out_avals)
+            lean, _ = partial_eval.dce_jaxpr(traced.jaxpr, needed, instantiate=True)
+            results = jax.extend.core.jaxpr_as_fun(traced.replace(jaxpr=lean))(*leaves)
+        found: _T = jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return found
 
     return run
 
@@ -177,7 +182,7 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     if call.residual:
         out, maximum, total = with_stats(name, inputs, call)
         return [out, log_sum_exp(maximum, total)]
-    seen, kernel = _Seen(inputs, call), _kernel(name)
+    seen, kernel = Seen(inputs, call), _kernel(name)
     given = _flat(seen.for_output(kernel), kernel)
     return [seen.restored(kernel.attend(given, _settings(call)))]
 
@@ -185,7 +190,7 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
 @_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials], the sum being one, or zero without a key."""
-    seen, kernel = _Seen(inputs, call), _kernel(name)
+    seen, kernel = Seen(inputs, call), _kernel(name)
     out, kept, _ = _forward(kernel, _flat(seen.for_output(kernel), kernel), call)
     *leading, rows, heads, groups, _ = inputs.query.shape
     if "log-sum-exp" in kept:
@@ -209,7 +214,7 @@ def cotangent(
     But for what values have of rows without a key. The output's cotangent is zero beyond the rows'
     lengths.
     """
-    seen, kernel = _Seen(inputs, call), _kernel(name)
+    seen, kernel = Seen(inputs, call), _kernel(name)
     if seen.blind is not None:
         # The mean of all values may be NaN, and zero times NaN is.
         out, d_out = (jnp.where(along_rows(seen.blind), 0, one) for one in (out, d_out))
@@ -234,50 +239,6 @@ def _as_given(name: str, gradient: jax.Array, inputs: Inputs) -> jax.Array:
 
 # A log-sum-exp that makes all weights of a row zero, in half precision too.
 _UNREACHED = 1e30
-
-
-class _Seen:
-    """Inputs without what is excluded, and which rows see no key.
-
-    Kernels multiply what is excluded by a weight of zero, and zero times infinity is NaN; what no
-    row sees is therefore zero for them. What some rows see and others do not is to be finite.
-
-    Attributes:
-      inputs: with zeros for queries, keys and values that take no part.
-      blind: rows without a key [..., H, G, T'], sizes of one broadcast; None where none can be.
-    """
-
-    def __init__(self, inputs: Inputs, call: Call) -> None:
-        self.inputs, self.blind, self._given = inputs, None, inputs
-        if not may_see_nothing(inputs, call):
-            return
-        visible = terms_of(inputs, call).visible()
-        weighed = [] if visible is None else [visible]
-        weighed += [] if inputs.bias is None else [~jnp.isneginf(inputs.bias)]
-        self.blind = ~jnp.any(functools.reduce(jnp.logical_and, weighed), axis=-1)
-        if visible is None:
-            return
-        keys = jnp.any(visible, axis=(-3, -2)).swapaxes(-1, -2)[..., None]
-        self.inputs = inputs._replace(
-            query=jnp.where(along_rows(self.blind), 0, inputs.query),
-            key=jnp.where(keys, inputs.key, 0),
-            value=jnp.where(keys, inputs.value, 0),
-        )
-
-    def for_output(self, kernel: Kernel) -> Inputs:
-        """Inputs for the output alone: each zero that is not needed for it saves a pass."""
-        kept = {"query": self._given.query}  # of rows that see nothing, which are restored
-        if kernel.selects:
-            kept["key"] = self._given.key
-        return self.inputs._replace(**kept)
-
-    def restored(self, out: jax.Array) -> jax.Array:
-        """A kernel's output [B, T', H * G, V] as ours: the mean of all values for blind rows."""
-        given = self._given
-        out = out.reshape((*given.query.shape[:-1], given.value.shape[-1]))
-        if self.blind is not None:
-            out = jnp.where(along_rows(self.blind), mean_value(given.value), out)
-        return within_lengths(out, given)
 
 
 def _forward(

@@ -1,0 +1,95 @@
+"""What a fused kernel is given to see, and what rows without a key have instead of its output."""
+
+from __future__ import annotations
+
+import string
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.dense import within_lengths
+from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
+from autochunk.attention.kernels.libraries import Kernel
+from autochunk.attention.kernels.terms import may_see_nothing, terms_of
+
+
+class Seen:
+    """Inputs without what is excluded, and which rows see no key.
+
+    Kernels multiply what is excluded by a weight of zero, and zero times infinity is NaN; what no
+    row sees is therefore zero for them. What some rows see and others do not is to be finite.
+
+    Attributes:
+      inputs: with zeros for queries, keys and values that take no part.
+      blind: rows without a key [..., H, G, T'], sizes of one broadcast; None where none can be.
+    """
+
+    def __init__(self, inputs: Inputs, call: Call) -> None:
+        self.inputs, self.blind, self._given = inputs, None, inputs
+        if not may_see_nothing(inputs, call):
+            return
+        visible = terms_of(inputs, call).visible()
+        weighed = [] if visible is None else [visible]
+        weighed += [] if inputs.bias is None else [~jnp.isneginf(inputs.bias)]
+        self.blind = ~_have_a_key(*weighed)
+        if visible is None:
+            return
+        keys = jnp.any(visible, axis=(-3, -2)).swapaxes(-1, -2)[..., None]
+        self.inputs = inputs._replace(
+            query=jnp.where(along_rows(self.blind), 0, inputs.query),
+            key=jnp.where(keys, inputs.key, 0),
+            value=jnp.where(keys, inputs.value, 0),
+        )
+
+    def for_output(self, kernel: Kernel) -> Inputs:
+        """Inputs for the output alone: each zero that is not needed for it saves a pass."""
+        kept = {"query": self._given.query}  # of rows that see nothing, which are restored
+        if kernel.selects:
+            kept["key"] = self._given.key
+        return self.inputs._replace(**kept)
+
+    def restored(self, out: jax.Array) -> jax.Array:
+        """A kernel's output [B, T', H * G, V] as ours: the mean of all values for blind rows."""
+        given = self._given
+        out = out.reshape((*given.query.shape[:-1], given.value.shape[-1]))
+        if self.blind is not None:
+            out = jnp.where(along_rows(self.blind), _mean_value(given.value), out)
+        return within_lengths(out, given)
+
+
+def _have_a_key(visible: jax.Array, *others: jax.Array) -> jax.Array:
+    """Which rows [..., H, G, T'] have a key that all of [..., H, G, T', T], broadcast, allow.
+
+    One of each key and one of each row come to as much as all logits; a product of the two does
+    not.
+    """
+    for other in others:
+        sizes = list(zip(visible.shape[:-1], other.shape[:-1], strict=True))
+        if any(one < two for one, two in sizes) and any(one > two for one, two in sizes):
+            return _product_over_keys(visible, other) > 0
+        visible = visible & other
+    return jnp.any(visible, axis=-1)
+
+
+def _product_over_keys(one: jax.Array, other: jax.Array) -> jax.Array:
+    """How many keys two boolean arrays [..., T], of which dims of size one broadcast, share."""
+    dims = range(one.ndim - 1)
+    letters = string.ascii_lowercase[: one.ndim]
+
+    def without_ones(array: jax.Array) -> tuple[jax.Array, str]:
+        ones = tuple(dim for dim in dims if array.shape[dim] == 1)
+        kept = "".join(letter for dim, letter in enumerate(letters) if dim not in ones)
+        return jnp.squeeze(array, ones).astype(jnp.bfloat16), kept
+
+    (first, its), (second, theirs) = without_ones(one), without_ones(other)
+    both = "".join(letter for letter in letters[:-1] if letter in its + theirs)
+    count = jnp.einsum(f"{its},{theirs}->{both}", first, second, preferred_element_type=jnp.float32)
+    return count.reshape(jnp.broadcast_shapes(one.shape[:-1], other.shape[:-1]))
+
+
+def _mean_value(value: jax.Array) -> jax.Array:
+    """As ``mean_value``, by a product: XLA makes one slow kernel of a sum and another pass."""
+    wide, keys = jnp.promote_types(value.dtype, jnp.float32), value.shape[-3]
+    ones, exact = jnp.ones((keys,), value.dtype), jax.lax.Precision.HIGHEST
+    total = jnp.einsum("...thv,t->...hv", value, ones, precision=exact, preferred_element_type=wide)
+    return (total / keys).astype(value.dtype)[..., None, :, None, :]
