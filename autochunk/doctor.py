@@ -219,8 +219,8 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
         return  # said of the layer
     if not mine:
         yield Finding("note", "profiles", "this device was not tuned here", "autochunk tune")
-    if stale := [profile for profile in mine if profile.device.stale_reasons(device)]:
-        reasons = "; ".join(stale[0].device.stale_reasons(device))
+    if stale := [profile for profile in mine if profile.stale_reasons(device)]:
+        reasons = "; ".join(stale[0].stale_reasons(device))
         detail = f"{len(stale)} of {len(mine)} may no longer hold ({reasons})"
         yield Finding("note", "profiles", detail, "autochunk show --stale; autochunk tune --stale")
     if unfinished := [profile for profile in mine if not profile.complete]:

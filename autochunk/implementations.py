@@ -54,6 +54,10 @@ class Implementation:
         """What is missing where it is not installed, and what brings it."""
         return f"{self.extra} is not installed: pip install 'autochunk[{self.extra}]' brings it"
 
+    def takes(self, dtype: str) -> bool:
+        """Whether it takes inputs of this dtype."""
+        return not self.dtypes or dtype in self.dtypes
+
     def runs_on(self, platform: str) -> bool:
         """Whether it runs on a platform, as lowering ("cuda") or a Device ("gpu") names it."""
         names = {"gpu": {"cuda", "rocm"}}.get(platform, {platform})

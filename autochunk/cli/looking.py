@@ -46,7 +46,7 @@ def show(
     profile_store = ProfileStore(store)
     now = detect()
     profiles = profile_store.profiles() if place is None else bundle.read(place).profiles
-    shown = [p for p in profiles if not stale or p.device.stale_reasons(now)]
+    shown = [p for p in profiles if not stale or p.stale_reasons(now)]
     rows = [row for profile in shown for row in memory_rows(profile)] if memory else []
     if rows or (memory and as_json):
         print_profiles(rows, as_json, markdown, memory_table)

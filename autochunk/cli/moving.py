@@ -152,7 +152,7 @@ def forget(
 def _chosen(profiles: list[Profile], stale: bool, older_than: int | None) -> list[Profile]:
     if stale:
         now = detect()
-        profiles = [profile for profile in profiles if profile.device.stale_reasons(now)]
+        profiles = [profile for profile in profiles if profile.stale_reasons(now)]
     if older_than is not None:
         profiles = [profile for profile in profiles if profile.age_days() >= older_than]
     return profiles

@@ -46,7 +46,7 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
         "effort": profile.effort,
         "complete": profile.complete,
         "created": profile.created,
-        "stale": profile.device.stale_reasons(now) if now else [],
+        "stale": profile.stale_reasons(now) if now else [],
         "reason": choice.reason if choice else "no plan could be measured",
     }
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from autochunk.device import Device
+from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import BYTES_PER_MB, Plan
-from autochunk.resolution.rule import usual_plan
+from autochunk.resolution.rule import usual_kernel, usual_plan
 from autochunk.store.choice import Choice
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
@@ -78,7 +79,10 @@ class Resolution:
 
 
 def from_profile(profile: Profile, request: Request, layer: str) -> Resolution | None:
-    """What a profile, of this workload or another, answers; None if it has no plan that fits."""
+    """What a profile, of this workload or another, answers; None if it has no plan that fits.
+
+    Where it chooses no fused kernel, one that it never tried comes before what it chooses.
+    """
     choice = profile.choose(
         memory_budget_mb=request.memory_budget_mb,
         implementation=request.implementation,
@@ -86,6 +90,11 @@ def from_profile(profile: Profile, request: Request, layer: str) -> Resolution |
     )
     if choice is None:
         return None
+    any_kernel = request.implementation is None and not is_fused(choice.plan.implementation)
+    if any_kernel and (kernel := _untried_kernel(profile, request)):
+        tried = f"the profile of {profile.workload} never tried {kernel}, installed here"
+        reason = f"{tried}; tune with: {request.workload.tune_command}"
+        return _default(request, Plan(kernel), reason)
     return Resolution(
         workload=request.workload,
         device=request.device,
@@ -94,11 +103,17 @@ def from_profile(profile: Profile, request: Request, layer: str) -> Resolution |
         layer=layer,
         reason=choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short",
         source=profile.workload,
-        stale=tuple(profile.device.stale_reasons(request.device)),
+        stale=tuple(profile.stale_reasons(request.device)),
         rejected=choice.rejected,
         profile=profile,
         choice=choice,
     )
+
+
+def _untried_kernel(profile: Profile, request: Request) -> str | None:
+    untried = set(profile.untried(request.device))
+    without = {name for name in IMPLEMENTATIONS if name not in untried} | request.without
+    return usual_kernel(request.workload, request.device, without)
 
 
 def over_budget(profile: Profile, request: Request) -> Resolution | None:

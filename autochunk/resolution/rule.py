@@ -15,7 +15,7 @@ from collections.abc import Collection
 from autochunk.device import Device
 from autochunk.implementations import IMPLEMENTATIONS, is_sliced
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
-from autochunk.workload import DTYPES, Workload
+from autochunk.workload import Workload
 
 # On a CPU; the logits of sizes that are powers of two are cut into slices of 2**24 bytes.
 _CPU_MB = 17.0
@@ -47,7 +47,7 @@ def usual_plan(
     if implementation is not None and not is_sliced(implementation):
         return Plan(implementation), f"implementation={implementation!r} was asked for"
     if implementation is None and device.platform != "cpu":
-        if kernel := _kernel(workload, device, without):
+        if kernel := usual_kernel(workload, device, without):
             return Plan(kernel), "a fused kernel, where it takes the call, is the fastest on a GPU"
         most = device.memory_gib * 2**30 * _MODEST
         if memory_budget_mb is not None:
@@ -60,7 +60,7 @@ def usual_plan(
     return Plan(implementation or "xla", limit), "slices of a usual size"
 
 
-def _kernel(workload: Workload, device: Device, without: Collection[str]) -> str | None:
+def usual_kernel(workload: Workload, device: Device, without: Collection[str]) -> str | None:
     """The first fused kernel that may be there for such a device and dtype.
 
     cuDNN's comes last where it would need a mask or a bias with all rows and keys.
@@ -70,7 +70,7 @@ def _kernel(workload: Workload, device: Device, without: Collection[str]) -> str
         names.sort(key="cudnn".__eq__)
     for name in names:
         one = IMPLEMENTATIONS[name]
-        fits = one.runs_on(device.platform) and workload.dtype in (one.dtypes or DTYPES)
+        fits = one.runs_on(device.platform) and one.takes(workload.dtype)
         if one.fused and fits and one.installed and name not in without:
             return name
     return None

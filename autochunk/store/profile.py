@@ -89,6 +89,31 @@ class Profile(Record):
         age = datetime.datetime.now(datetime.UTC) - _parse_time(self.created)
         return age.total_seconds() / 86_400
 
+    def untried(self, now: Device) -> list[str]:
+        """Fused kernels that may take its workload, are installed here, and were never tried.
+
+        None where it is of another device than this.
+        """
+        if self.device.key != now.key:
+            return []
+        tried = {measurement.implementation for measurement in self.measurements}
+        dtype = self.parsed_workload().dtype
+        return [
+            name
+            for name, one in IMPLEMENTATIONS.items()
+            if one.fused and one.runs_on(now.platform) and one.takes(dtype) and one.installed
+            if name not in tried
+        ]
+
+    def stale_reasons(self, now: Device) -> list[str]:
+        """Why it may no longer hold on ``now``, its device today; empty if it does.
+
+        What ``Device.stale_reasons`` says, and of a finished one, kernels that it never tried.
+        """
+        untried = self.untried(now) if self.complete else []
+        never = [f"never tried {' and '.join(untried)}, installed here"] if untried else []
+        return self.device.stale_reasons(now) + never
+
     def baseline(self, plan: Plan) -> Measurement | None:
         """The timed measurement of a plan, else of one that comes to the same slices; or None."""
         shape = sliced_shape(self.parsed_workload())

@@ -51,7 +51,9 @@ def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
     probe.deadline = task.deadline
 
     def tell(measurement: Measurement, done: int, total: int) -> None:
-        probe.deadline = None if task.deadline is None else min(task.deadline, end)
+        # A worker on an accelerator takes longer to start than it may be busy when its share ends.
+        if task.deadline is not None and not probe.is_accelerated:
+            probe.deadline = min(task.deadline, end)
         task.on_event(Measured(*subject.place, measurement, done, total))
 
     hints = _hints(task, subject)

@@ -37,8 +37,11 @@ class JointRounds:
         settings: EffortSettings,
         measured: Mapping[Plan, Measurement],
         anchor: Plan,
+        end: float = math.inf,
     ) -> None:
+        """``end`` is when no further round is begun, by ``time.monotonic()``."""
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
+        self._end_of_all = end
         self._rounds: list[dict[Plan, float]] = []
         self._end = math.inf
         self.cut_short = False
@@ -53,7 +56,7 @@ class JointRounds:
           OutOfTime: time ran out before there was one round.
         """
         look = self.settings.least_joint
-        if self.probe.deadline is not None:
+        if self._is_limited:
             look = math.ceil(look / 2)
             finalists = self._that_fit(finalists, look)
         playing = list(dict.fromkeys([self.anchor, *finalists]))
@@ -70,8 +73,15 @@ class JointRounds:
                     self._maybe_restart(playing)
         return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
 
+    @property
+    def _is_limited(self) -> bool:
+        return self._left_of_all() < math.inf
+
+    def _left_of_all(self) -> float:
+        return min(self._end_of_all - time.monotonic(), seconds_left(self.probe.deadline))
+
     def _left(self) -> float:
-        return min(self._end - time.monotonic(), seconds_left(self.probe.deadline))
+        return min(self._end - time.monotonic(), self._left_of_all())
 
     def _that_fit(self, finalists: Sequence[Plan], rounds: int) -> list[Plan]:
         """The first of the finalists, two at least, that have so many rounds in half the time.
@@ -81,7 +91,7 @@ class JointRounds:
         fit: list[Plan] = []
         for plan in finalists:
             needed = rounds * self._one_round([*fit, plan])
-            if len(fit) >= 2 and 2 * needed > seconds_left(self.probe.deadline):
+            if len(fit) >= 2 and 2 * needed > self._left_of_all():
                 break
             fit.append(plan)
         return fit
@@ -103,11 +113,14 @@ class JointRounds:
 
     def _add_round(self, playing: Sequence[Plan]) -> bool:
         """Times plans once more; returns False if time ran out, with enough rounds before."""
+        over = bool(self._rounds) and self._end_of_all < time.monotonic()
         try:
-            times = self.probe.time(playing)
+            times = [] if over else self.probe.time(playing)
         except OutOfTime:
             if not self._rounds:
                 raise
+            over = True
+        if over:
             self.cut_short = len(self._rounds) < self.settings.least_joint
             return False
         self._rounds.append(dict(zip(playing, times, strict=True)))
@@ -120,7 +133,7 @@ class JointRounds:
             between = sorted(timed, key=self._seconds)
         else:
             between = undecided(map(self._measurement, timed))
-        if self.probe.deadline is not None:
+        if self._is_limited:
             between = between[: max(2, math.ceil(len(timed) / 2))]
         return list(dict.fromkeys([self.anchor, *between])) if between else []
 

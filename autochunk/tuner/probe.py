@@ -57,6 +57,7 @@ class Probe:
     Attributes:
       deadline: ``time.monotonic()`` time at which a request in progress is given up with OutOfTime;
         None waits as long as a request may take.
+      compiled: plans whose programs the worker compiled as it turned to the workload, if any.
       seconds_to_start: that the last worker took until it was ready for a plan.
       abandoned: whether ``abandon`` was called.
     """
@@ -80,6 +81,7 @@ class Probe:
         self.seconds_to_start = 0.0
         self.workload: Workload | None = None
         self._ahead: list[Plan] = []
+        self.compiled: frozenset[Plan] = frozenset()
         self.device: Device | None = None
         self._worker: WorkerProcess | None = None
         self._ready: dict[Plan, Prepared] = {}
@@ -139,7 +141,7 @@ class Probe:
           ProbeError: not even its arguments fit, or the worker fails on them.
         """
         died = self._worker is not None and self._worker.process.poll() is not None
-        used = self.workload is not None and not self._is_accelerated()
+        used = self.workload is not None and not self.is_accelerated
         if used or died:  # as one may that has nothing to do
             self.close()
         self.workload = workload
@@ -153,7 +155,7 @@ class Probe:
         """
         prepared = self._prepare(plan)
         got_to_run = prepared.temp_bytes is not None
-        if prepared.status == "oom" and got_to_run and self._is_accelerated():
+        if prepared.status == "oom" and got_to_run and self.is_accelerated:
             # There should be memory for a program that got as far as being run, but compiling tries
             # kernels out, and jax's allocator then holds memory in pieces. A new worker finds the
             # program compiled.
@@ -252,8 +254,11 @@ class Probe:
             key = self.workload.key
             loaded = self._ask("load", workload=key, programs=programs, ahead=ahead)
             self._available = int(loaded["available_bytes"])
+            self.compiled = frozenset(Plan(*plan) for plan in loaded["ahead"])
 
-    def _is_accelerated(self) -> bool:
+    @property
+    def is_accelerated(self) -> bool:
+        """Whether the worker computes on something else than a CPU."""
         return self.device is not None and self.device.platform != "cpu"
 
     def _folder_of_programs(self) -> str:
@@ -261,7 +266,7 @@ class Probe:
 
         Empty where compiling is quick, or there is no place.
         """
-        if self._programs is None and self._is_accelerated():
+        if self._programs is None and self.is_accelerated:
             with contextlib.suppress(OSError):
                 self._programs = tempfile.TemporaryDirectory(
                     prefix="autochunk-", ignore_cleanup_errors=True

@@ -45,6 +45,8 @@ from autochunk.workload import Workload
 # Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
 _SHARE_OF_PLANS = 0.55
 _SHARE_ON_ACCELERATORS = 0.9
+# On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
+_JOINT_ON_ACCELERATORS = 3.0
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,7 @@ def search(
     settings = EFFORT_SETTINGS[effort]
     running = _Search(probe, platform, workload, settings, study, hints, on_measurement)
     try:
-        share = _SHARE_OF_PLANS if platform == "cpu" else _SHARE_ON_ACCELERATORS
-        return running.run(time.monotonic() + share * seconds)
+        return running.run(seconds)
     except (OutOfTime, ProbeError) as error:
         return _cut_short(running.latest(), error)
     except KeyboardInterrupt as error:
@@ -144,19 +145,22 @@ class _Search:
         self.measured: dict[Plan, Measurement] = study.measured()
         self.anchor: Plan | None = None
         self._loaded = False
-        self._end = math.inf
+        self._end = self._end_of_all = math.inf
         self._cut_short = False  # the joint rounds
         self._preparing: list[float] = []  # seconds that it took for each plan
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
 
-    def run(self, end: float) -> Outcome:
-        """Begins no plan after ``end``, by ``time.monotonic()``, if there are some to compare."""
-        self._end = end
+    def run(self, seconds: float) -> Outcome:
+        """Begins no plan that takes time after most of it, if there are some to compare."""
+        is_accelerated, start = self.probe.is_accelerated, time.monotonic()
+        share = _SHARE_ON_ACCELERATORS if is_accelerated else _SHARE_OF_PLANS
+        self._end = start + share * seconds
+        self._end_of_all = start + seconds if is_accelerated else math.inf
         while claim := self.study.claim(self.plans):
             with claim:
                 self._load()
                 self._take(claim)
-            if time.monotonic() > end and self._lacking():
+            if time.monotonic() > self._end and self._lacking() and self._takes_time():
                 return self._unfinished(self._joint_rounds())
         if not self.study.workers():
             self.measured = self.study.measured()  # after the others have ended
@@ -181,12 +185,18 @@ class _Search:
         timed = sum(measurement.timed for measurement in self.measured.values())
         return timed > 1 and any(plan not in self.measured for plan in self.plans)
 
+    def _takes_time(self) -> bool:
+        """Whether the next plan must be compiled."""
+        plan = next(plan for plan in self.plans if plan not in self.measured)
+        return plan not in self.probe.compiled and not self._needless(plan)
+
     def _joint_rounds(self) -> list[Measurement]:
         """What the best plans' joint rounds make of them; nothing without several."""
         finalists = best_plans(self.measured, self.settings)
         if self.anchor is None or len(finalists) < 2:
             return []
-        rounds = JointRounds(self.probe, self.settings, self.measured, self.anchor)
+        end = max(self._end_of_all, time.monotonic() + _JOINT_ON_ACCELERATORS)
+        rounds = JointRounds(self.probe, self.settings, self.measured, self.anchor, end)
         measurements = rounds.run(finalists)
         self._cut_short = rounds.cut_short
         return measurements

@@ -51,7 +51,7 @@ class Task:
     def good_enough(self, workload: Workload) -> Profile | None:
         """The stored profile, if measuring again would tell nothing new."""
         profile = self.store.get(self.device, workload)
-        if profile is None or not profile.complete or profile.device.stale_reasons(self.device):
+        if profile is None or not profile.complete or profile.stale_reasons(self.device):
             return None
         return profile if _rank(profile.effort) >= _rank(self.effort) else None
 

@@ -215,7 +215,7 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
     return [
         profile.parsed_workload()
         for profile in store.profiles(device)
-        if profile.device.stale_reasons(device) or not profile.complete
+        if profile.stale_reasons(device) or not profile.complete
     ]
 
 

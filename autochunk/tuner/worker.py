@@ -8,7 +8,7 @@ the folder ``programs`` for the next worker; ``time`` is one round, in the order
     {"do": "hello"}
         {"device": {...}}
     {"do": "load", "workload": key, "programs": folder, "ahead": [[name, mb], ...]}
-        {"available_bytes": n}
+        {"available_bytes": n, "ahead": [[name, mb], ...]}
     {"do": "prepare", "plan": [name, mb], "budget_bytes": n}
         {"status": ..., "detail": ..., "temp_bytes": n, "predicted_bytes": n, "measured_bytes": n,
          "compile_seconds": x, "error": x}
@@ -58,9 +58,11 @@ ERROR_ROUNDINGS = 16.0
 # Of the plans that are no fused kernels, so many are measured whatever the others come to: the
 # likely slices, and what users compare with.
 _OTHERS_AHEAD = 3
-# What has no more logits takes less than a millisecond on a GPU as one of these was seen to (H100),
-# and is timed by a program that repeats it.
+# What has no more logits may take so little time on a GPU (an H100 was measured) that a program is
+# timed that repeats it; what has more may, too, but then that is compiled when it is seen.
 _SHORT_LOGITS_BYTES = 128 * 2**20
+_SHORT_LOGITS_BYTES_OF_KERNELS = 2**30
+_TIMES = {"forward": 1, "training": 4}  # as much
 
 
 _Compiled = tuple[Any, float]
@@ -108,7 +110,8 @@ class Session:
     def load(self, workload: str, programs: str, ahead: Sequence[list[Any]] = ()) -> dict[str, Any]:
         """Makes a workload's arguments and what its results should be; the last one's go.
 
-        Programs of the plans ``ahead`` that are surely asked for are compiled meanwhile.
+        Programs of the plans ``ahead`` that are surely asked for are compiled meanwhile; the reply
+        says which.
         """
         self._settle()
         self.inputs, self.expected, self.prepared = None, None, {}
@@ -126,7 +129,8 @@ class Session:
         else:
             self.expected.result()
         argument_bytes = sum(x.nbytes for x in jax.tree.leaves(self.inputs.passed))
-        return {"available_bytes": available - argument_bytes}
+        begun = [plan.as_data() for plan in self._ahead]
+        return {"available_bytes": available - argument_bytes, "ahead": begun}
 
     def _is_accelerated(self) -> bool:
         return str(devices.default_device().platform) != "cpu"
@@ -138,14 +142,14 @@ class Session:
         """
         inputs = self._loaded()
         others = [plan for plan in plans if not is_fused(plan.implementation)]
-        is_short = inputs.workload.logits_bytes < _SHORT_LOGITS_BYTES
+        logits_bytes = inputs.workload.logits_bytes * _TIMES[inputs.workload.mode]
         for plan in others[:_OTHERS_AHEAD]:
-            self._begin(plan, is_short)
+            self._begin(plan, is_short=logits_bytes < _SHORT_LOGITS_BYTES)
         for plan in plans:
             if is_fused(plan.implementation) and not inputs.refusal(plan):
-                self._begin(plan, True)
+                self._begin(plan, is_short=logits_bytes < _SHORT_LOGITS_BYTES_OF_KERNELS)
 
-    def _begin(self, plan: Plan, is_short: bool) -> None:
+    def _begin(self, plan: Plan, *, is_short: bool) -> None:
         once, repeating = self._compilers(plan)
         program = self._aside.submit(once)
         self._begun.append(program)

@@ -140,7 +140,8 @@ def test_others_may_refuse_too(on_gpu: ProfileStore, extras: set[str]) -> None:
     extras.add("tokamax")
     workload = make_workload(SMALL, dtype="bfloat16", mode="training")
     triton = make_measurement("tokamax_triton", None, 0.3, memory_mb=1)
-    on_gpu.put(make_profile(workload, GPU, [*CURVE, triton]))
+    mosaic = make_measurement("tokamax_mosaic", status="unsupported")
+    on_gpu.put(make_profile(workload, GPU, [*CURVE, triton, mosaic]))
     plans = resolve.plans(workload, None)
     assert plans.without("cudnn", "training") == Plan("tokamax_triton")
     assert plans.without("tokamax_triton", "training") == Plan("xla", 64.0)
@@ -151,7 +152,8 @@ def test_a_kernel_that_is_not_installed(on_gpu: ProfileStore, extras: set[str]) 
     workload = make_workload(SMALL, dtype="bfloat16", mode="training")
     triton = make_measurement("tokamax_triton", None, 0.1, memory_mb=1)
     given_up = make_measurement("xla", 128.0, 0.4, memory_mb=90, status="pruned")
-    profile = make_profile(workload, GPU, [*CURVE[1:], triton, given_up])
+    cudnn = make_measurement("cudnn", status="unsupported")
+    profile = make_profile(workload, GPU, [*CURVE[1:], triton, given_up, cudnn])
     on_gpu.put(profile)
     answer = resolve.resolve(workload, device=GPU)
     assert answer.plan == Plan("xla", 128.0)
@@ -169,3 +171,45 @@ def test_what_runs_in_the_place_of_one_that_use_pins(on_gpu: ProfileStore) -> No
     with use(implementation="cudnn", max_chunk_size_mb=64):
         plans = resolve.plans(make_workload(SMALL, dtype="bfloat16"), None)
     assert plans.without("cudnn", "forward") == Plan("xla_rows", 64.0)
+
+
+@pytest.mark.parametrize(
+    ("best", "refuses", "expected"),
+    [
+        ("xla", frozenset(), Plan("tokamax_mosaic")),
+        ("xla", frozenset({"tokamax_mosaic"}), Plan("tokamax_triton")),
+        ("xla", frozenset({"tokamax_mosaic", "tokamax_triton"}), Plan("xla", 64.0)),
+        ("cudnn", frozenset(), Plan("cudnn")),
+    ],
+)
+def test_a_kernel_that_was_never_tried(
+    best: str, refuses: frozenset[str], expected: Plan, on_gpu: ProfileStore, extras: set[str]
+) -> None:
+    """It comes before what a profile chooses that is no fused kernel, its own or a neighbour's.
+
+    Where it refuses the call, too, the profile's choice is taken.
+    """
+    extras.add("tokamax")
+    sliced = make_measurement("xla", 64.0, 0.5, memory_mb=70)
+    kernel = make_measurement("cudnn", None, 0.4 if best == "cudnn" else 0.9, memory_mb=1)
+    on_gpu.put(make_profile(make_workload(SMALL, dtype="bfloat16"), GPU, [sliced, kernel]))
+    for shape in (SMALL, "b=8,t=1536,h=16,k=64"):
+        plans = resolve.plans(make_workload(shape, dtype="bfloat16"), None)
+        found = plans.forward
+        for name in sorted(refuses):
+            found = plans.without(name, "forward")
+        assert found == expected
+
+
+def test_a_profile_is_stale_once_another_kernel_is_there(extras: set[str]) -> None:
+    """A finished one, on its own device: what it chose may no longer be the fastest."""
+    workload = make_workload(SMALL, dtype="bfloat16")
+    tried = make_measurement("tokamax_triton", status="unsupported")
+    profile = make_profile(workload, GPU, [*CURVE, tried])
+    assert profile.stale_reasons(GPU) == []
+    extras.add("tokamax")
+    assert profile.stale_reasons(GPU) == ["never tried tokamax_mosaic, installed here"]
+    assert profile.stale_reasons(CPU) == []
+    assert make_profile(workload, GPU, CURVE, complete=False).stale_reasons(GPU) == []
+    single = make_profile(make_workload(SMALL), GPU, [*CURVE[1:], tried])
+    assert single.stale_reasons(GPU) == []

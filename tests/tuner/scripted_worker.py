@@ -2,10 +2,11 @@
 
 A real one does that too rarely. ``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans":
 {plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed ""
-(answer well), "die N" (by signal N), "exit N", "hang", "babble", "refuse" (answer with an error) or
-a status to answer with. "do" may begin with "time:" to happen while timing instead of while
-preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then.
-"log" names a file that every request is appended to; times scatter by a fraction "jitter".
+(answer well), "die N" (by signal N), "exit N", "hang", "sleep N" (N seconds), "babble", "refuse"
+(answer with an error) or a status to answer with. "do" may begin with "time:" to happen while
+timing instead of while preparing, with "once:FILE:" to happen only until FILE exists, and with
+"after:FILE:" only then. "log" names a file that every request is appended to; times scatter by a
+fraction "jitter"; "ahead" lists the plans that it says it has compiled.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def perform(deed: str) -> str:
         os._exit(int(argument))
     if name == "hang":
         time.sleep(3600)
+    if name == "sleep":
+        time.sleep(float(argument))
+        return ""
     if name == "babble":
         print("Segmentation fault imminent", flush=True)
         time.sleep(3600)
@@ -62,7 +66,8 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
         return {"device": script.get("device", DEVICE)}
     if request["do"] == "load":
         perform(script.get("load", ""))
-        return {"available_bytes": 10**9 - 1000}
+        ahead = [one for one in request["ahead"] if str(Plan(*one)) in script.get("ahead", [])]
+        return {"available_bytes": 10**9 - 1000, "ahead": ahead}
     if request["do"] == "prepare":
         chosen = act(request["plan"])
         deed = chosen.get("do", "")

@@ -377,6 +377,29 @@ def test_where_time_is_limited_half_of_the_plans_leave(scripted: Scripted, tmp_p
     assert counts[None][first] > plans[first]
 
 
+def test_what_is_compiled_is_measured_when_its_time_is_over(
+    scripted_gpu: Scripted, tmp_path: Path
+) -> None:
+    """On an accelerator compiling takes the time: what was compiled together is timed all the same.
+
+    Nothing else is begun then, the best meet in joint rounds, and the worker lives.
+    """
+    log = tmp_path / "log"
+    kernels = ["cudnn", "tokamax_mosaic", "tokamax_triton"]
+    ahead = [*kernels, "xla, 16.8 MB", "dense", "xla, do not chunk"]
+    first = {"seconds": 0.02, "do": "sleep 0.3"}
+    plans = {plan: {"seconds": 0.01} for plan in ahead} | {"xla, 16.8 MB": first}
+    slow = {"seconds": 0.011, "do": "sleep 0.3"}
+    command = scripted_gpu(plans=plans, default=slow, ahead=ahead, log=str(log))
+    outcome = run(command, tmp_path / "study", seconds=0.1)
+    found = by_plan(outcome)
+    assert not outcome.complete
+    assert set(ahead[3:]) <= set(found) <= set(ahead)
+    assert {m.status for m in outcome.measurements} <= {"ok", "pruned"}
+    assert max(m.joint for m in outcome.measurements) >= EFFORT_SETTINGS["quick"].least_joint
+    assert log.read_text().count('"load"') == 1
+
+
 def test_hints_are_measured_first(scripted: Scripted, tmp_path: Path) -> None:
     """What a similar workload found best comes before anything else.
 
