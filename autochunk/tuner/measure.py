@@ -31,12 +31,14 @@ import ctypes
 import dataclasses
 import math
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from autochunk import device as devices
@@ -104,6 +106,29 @@ class Timed:
                 jax.block_until_ready(results)
         jax.block_until_ready(results)
         return (time.perf_counter() - start) / self.runs / self.repeats
+
+
+class LoweredOnce:
+    """A function that is traced and lowered once for all programs that it is part of.
+
+    It takes seconds of Python for some Pallas kernels. It may be called in several threads.
+    """
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._function, self._arguments = function, arguments
+        self._lowering = threading.Lock()
+        self._lowered: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function gives."""
+        with self._lowering:
+            if self._lowered is None:
+                # Nothing of it is kept, so that it need not be stable.
+                any_kernel = jax.export.DisabledSafetyCheck.custom_call("ALL")
+                export = jax.export.export(jax.jit(self._function), disabled_checks=[any_kernel])
+                lowered: Any = export(*self._arguments)
+                self._lowered = lowered.call
+        return self._lowered(*arguments)
 
 
 def repeated(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -40,6 +40,7 @@ from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
 from autochunk.tuner.inputs import WorkloadInputs
 from autochunk.tuner.measure import (
+    LoweredOnce,
     Timed,
     available_bytes,
     measure_growth,
@@ -216,7 +217,9 @@ class Session:
 
     def _compilers(self, plan: Plan) -> _Compilers:
         inputs = self._loaded()
-        function = inputs.function(plan)
+        function: Callable[..., Any] = inputs.function(plan)
+        if is_fused(plan.implementation):
+            function = LoweredOnce(function, inputs.passed)
         return (
             functools.partial(_compile, function, inputs.passed),
             functools.partial(repeated, function, inputs.passed),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from factories import run_python
 
+from autochunk.plan import Plan
 from autochunk.tuner import measure
-from autochunk.tuner.inputs import sample_rows
+from autochunk.tuner.inputs import WorkloadInputs, sample_rows
 from autochunk.tuner.reference import relative_error
 from autochunk.workload import Workload
 
@@ -60,6 +63,31 @@ def test_the_sample_has_the_ends_and_fits() -> None:
         rows = sample_rows(Workload.parse(shape))
         length = Workload.parse(shape).query_length
         assert {0, length - 1} <= set(rows.tolist()) <= set(range(length))
+
+
+def test_what_is_lowered_once_is_the_same_program() -> None:
+    """A plan's program and that for short timings are made from one tracing, by several threads.
+
+    Results and memory are those of the function itself.
+    """
+    inputs = WorkloadInputs(Workload.parse("b=2,t=96,h=4,k=8,kv_lengths=yes", mode="training"))
+    plain, traced = inputs.function(Plan("xla", 0.1)), 0
+
+    def function(*arguments: Any) -> Any:
+        nonlocal traced
+        traced += 1
+        return plain(*arguments)
+
+    once = measure.LoweredOnce(function, inputs.passed)
+    with ThreadPoolExecutor(2) as pool:
+        repeating = pool.submit(measure.repeated, once, inputs.passed)
+        compiled = pool.submit(lambda: jax.jit(once).lower(*inputs.passed).compile()).result()
+    assert traced == 1
+    expected = jax.jit(plain).lower(*inputs.passed).compile()
+    assert measure.program_bytes(compiled) == measure.program_bytes(expected)
+    wanted = expected(*inputs.passed)
+    for program in (compiled, repeating.result()):
+        jax.tree.map(np.testing.assert_array_equal, program(*inputs.passed), wanted)
 
 
 def test_plans_run_as_they_are_where_jax_sees_several_devices() -> None:
