@@ -23,10 +23,11 @@ blocks, of which those without a visible key are left out.
 What is excluded has no weight, whatever it is; what is summed with infinite or NaN values of it is
 computed again without them (see ``SliceMath``). A row that sees no key is the mean of all values.
 
-To read it: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` (one
-slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps`` (forward, tangent
-and cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and ``fused``, which run
-without slices, and ``shares`` and ``ring``, what each of several devices does.
+To read it: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
+``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
+(forward, tangent and cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and
+``fused`` (with ``seen`` and ``libraries``), which run without slices, and ``shares`` and ``ring``,
+what each of several devices does.
 
 What was tried. Figures are speed: "A against B 2x" says that A takes half the time of B, in the
 same run.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +10,6 @@ import jax.numpy as jnp
 from autochunk.attention.kernels import fused
 from autochunk.attention.kernels.cells import Cell, Output, Parts, add
 from autochunk.attention.kernels.dense import (
-    before,
     dense,
     log_sum_exp,
     mean_value,
@@ -23,6 +19,7 @@ from autochunk.attention.kernels.grid import sum_to
 from autochunk.attention.kernels.inputs import (
     AXES,
     INPUT_AXES,
+    KEY,
     QUERY,
     STATS,
     Call,
@@ -31,6 +28,7 @@ from autochunk.attention.kernels.inputs import (
     split,
 )
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
+from autochunk.attention.kernels.passes import Backward, Forward, divisor, taken_of
 from autochunk.attention.kernels.problem import Problem
 from autochunk.attention.kernels.terms import may_see_nothing
 from autochunk.plan import Plan, runs_dense
@@ -39,78 +37,6 @@ _NO_SOFTMAX_KERNEL = {"cpu"}
 # In keys. GPUs seen so far (H100, H200) take 0.87-0.93 of that kernel's time for longer rows in
 # three passes, for shorter ones up to 1.2 times of it.
 _LONGEST_SOFTMAX = 16384
-# XLA:CPU sums a product with fewer rows than this one element after the other, so that transposed
-# logits of fewer keys would differ from those that the row's sum is of by several roundings. With
-# so few rows, or keys, another pass over the logits takes no time.
-_FEW = 16
-
-
-def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    # A row may see no key, or have a bias of -inf for all: that as the maximum would make NaN of
-    # the differences.
-    if may_be_infinite:
-        maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
-    return maximum
-
-
-def _divisor(total: jax.Array, problem: Problem) -> jax.Array:
-    """Sums of exponentials to divide by: one for rows that see nothing, whose sum is zero."""
-    return jnp.where(total == 0, jnp.ones_like(total), total) if problem.may_see_nothing else total
-
-
-class _Forward:
-    """What becomes of one slice's logits, and of rows after all of theirs: (out, maximum, sum)."""
-
-    def __init__(self, inputs: Inputs, call: Call, problem: Problem, divides_weights: bool) -> None:
-        self.inputs, self.call, self.problem = inputs, call, problem
-        self.divides_weights = divides_weights
-        # Slices of rows that see nothing are left out.
-        self.skips = problem.may_see_nothing and problem.cover.form is not None
-
-    def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
-        taken, _ = _of_slice(arrays)
-        maths = SliceMath(taken, cell, self.call, self.problem, transposed=False)
-        parts = self._of_keys(maths)
-        if self.problem.whole_rows:
-            parts = parts if self.divides_weights else self._divided(parts)
-            return parts if self.skips else self._restored(cell, parts, arrays)
-        (out, maximum, total), fresh = parts, maths.fresh_rows()
-        return weigh(out, fresh), maximum, total if fresh is None else total * fresh
-
-    def finished(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
-        """Of rows all of whose slices were computed, or left out."""
-        parts = parts if self.problem.whole_rows else self._divided(parts)
-        return self._restored(cell, parts, arrays)
-
-    def _of_keys(self, maths: SliceMath) -> Parts:
-        logits = maths.logits()
-        maximum = _row_maximum(logits, self.problem.excludes or self.problem.may_see_nothing)
-        weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
-        total = jnp.sum(weights, axis=-1)
-        if self.divides_weights:
-            weights = weights / _divisor(total, self.problem)[..., None]
-        stats = (*maximum.shape[:-1], maths.groups, maths.rows)
-        return (
-            maths.spread(maths.over_keys(maths.dropped(weights), maths.inputs.value)),
-            maximum.reshape(stats),
-            total.reshape(stats),
-        )
-
-    def _divided(self, parts: Parts) -> Parts:
-        out, maximum, total = parts
-        return out / _divisor(total, self.problem)[..., None], maximum, total
-
-    def _restored(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
-        """With the mean of all values in rows without a key, zeros beyond the rows' lengths."""
-        (out, maximum, total), (taken, mean) = parts, _of_slice(arrays)
-        out = out.astype(self.inputs.query.dtype)
-        if mean:
-            out = jnp.where((total == 0)[..., None], mean[0], out)
-        if taken.query_seq_lengths is not None:
-            inside = before(taken.query_seq_lengths, cell.starts.get("rows", 0), out.shape[-2])
-            out = jnp.where(inside[..., None, None, :, None], out, jnp.zeros((), out.dtype))
-        return out, maximum, total
 
 
 def forward(
@@ -129,7 +55,7 @@ def forward(
     # a plain softmax, which tells no sums.
     fits_kernel = whole_rows and problem.slices.keys <= _LONGEST_SOFTMAX
     has_kernel = bool(platforms) and not set(platforms) & _NO_SOFTMAX_KERNEL
-    mine = _Forward(inputs, call, problem, fits_kernel and has_kernel and not need_stats)
+    mine = Forward(inputs, call, problem, fits_kernel and has_kernel and not need_stats)
     by_row = problem.output(QUERY, inputs.query.dtype, inputs.value.shape[-1])
     outputs = (
         by_row._replace(joined=problem.dtype),
@@ -197,10 +123,10 @@ def tangent(*operands: jax.Array, call: Call, differentiable: bool = False) -> l
     extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
 
     def compute(cell: Cell, *arrays: Any) -> Parts:
-        taken, (out, maximum, total, *tangents) = _of_slice(arrays)
+        taken, (out, maximum, total, *tangents) = taken_of(arrays)
         moved = Inputs(**dict(zip(call.moving, tangents, strict=True)))
         maths = SliceMath(taken, cell, call, problem, transposed=False)
-        total = _divisor(total, problem)
+        total = divisor(total, problem)
         weights = maths.weights(maximum)
         d_logits = maths.product(merge(scaled_query(moved.query, call)), taken.key)
         d_logits = d_logits + maths.product(maths.query, moved.key)
@@ -252,86 +178,22 @@ def cotangent(
         if set(names) <= set(fused.differentiated(kernel)):
             found = _by_kernel(kernel, inputs, call, *rest)
             return [found[name] for name in names]
-    problem, value_size = Problem(inputs, call, plan.sliced(), differentiable), rest[0].shape[-1]
-    is_half = inputs.query.dtype.itemsize < 4
-    sees_all = problem.slices.keys == problem.shape.keys and not call.some_keys
-    extra_axes = (QUERY, STATS, STATS, QUERY, STATS)[: len(rest)]
-    extra = [problem.fit(array, axes) for array, axes in zip(rest, extra_axes, strict=True)]
-
-    def compute(cell: Cell, *arrays: Any) -> Parts:
-        taken, (out, maximum, total, d_out, *d_lse) = _of_slice(arrays)
-        keys, rows = taken.key.shape[-2], math.prod(taken.query.shape[-3:-1])
-        maths = SliceMath(taken, cell, call, problem, transposed=min(keys, rows) >= _FEW)
-        total = _divisor(total, problem)
-        weights, d_out = maths.weights(maximum), d_out.astype(problem.dtype)
-        # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
-        # instead of T' * T. In half precision those would be rounded once more, or too small.
-        if is_half:
-            weights = weights / maths.by_row(total)
-        else:
-            d_out = d_out / total[..., None]
-            d_lse = [one / total for one in d_lse]
-        fresh = maths.fresh_rows()
-        scaled = weigh(d_out, fresh)
-        d_weights = maths.product(merge(scaled).astype(taken.value.dtype), taken.value)
-        d_weights = maths.dropped(d_weights)
-        if sees_all and (keys <= value_size or rows < _FEW):
-            offset = _cotangent_of_sum(maths, weights * d_weights, total)
-        else:
-            offset = jnp.sum(out.astype(problem.dtype) * scaled, axis=-1)
-        for one in d_lse:
-            offset = offset - (one if fresh is None else one * fresh)
-        d_logits = weights * (d_weights - maths.by_row(offset))
-        d_logits = maths.through_cap(d_logits)
-        scale = jnp.asarray(call.scale, problem.dtype)
-        query_factor = 1 if folds_scale(taken.query) else scale
-
-        def d_value() -> jax.Array:
-            rows = merge(scaled).astype(taken.value.dtype)
-            return maths.over_rows(maths.dropped(weights), rows, taken.value.shape)
-
-        # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
-        # several times as fast, CPUs do not.
-        is_wide = inputs.query.dtype == jnp.float16 or "cpu" in platforms
-        wide = problem.dtype if is_wide else inputs.query.dtype
-        query, key = maths.query.astype(wide), taken.key.astype(wide)
-        gradients: dict[str, Callable[[], jax.Array]] = {
-            "query": lambda: maths.spread(maths.over_keys(d_logits, key)) * scale,
-            "key": lambda: maths.over_rows(d_logits, query, key.shape) * query_factor,
-            "value": d_value,
-            "bias": functools.partial(_d_bias, maths, d_logits),
-            "alibi_slopes": functools.partial(_d_slopes, maths, d_logits),
-        }
-        return tuple(gradients[name]() for name in names)
-
+    problem = Problem(inputs, call, plan.sliced(), differentiable)
+    mine = Backward(inputs, call, problem, names, platforms)
+    extra_axes = (*(KEY for _ in mine.centre), *(QUERY, STATS, STATS, QUERY, STATS)[: len(rest)])
+    given = zip([*mine.centre, *rest], extra_axes, strict=True)
+    extra = [problem.fit(array, axes) for array, axes in given]
     whole = problem.inputs.present
     outputs = [Output(AXES[name], whole[name].shape, problem.dtype) for name in names]
     arrays, axes = (*problem.inputs, *extra), (*INPUT_AXES, *extra_axes)
-    totals = dict(zip(names, problem.grid().run(compute, arrays, axes, outputs, add), strict=True))
-    found = {name: total.reshape(inputs.present[name].shape) for name, total in totals.items()}
+    totals = problem.grid().run(mine.of_slice, arrays, axes, outputs, add)
+    found = {
+        name: total.reshape(inputs.present[name].shape)
+        for name, total in zip(names, totals, strict=True)
+    }
     if problem.may_see_nothing and "value" in names:
         found["value"] += of_means(inputs, rest[2], rest[3], problem.dtype)
     return [found[name].astype(inputs.present[name].dtype) for name in names]
-
-
-def _d_bias(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
-    return sum_to(maths.by_axes(maths.seen(d_logits)), maths.inputs.present["bias"].shape)
-
-
-def _d_slopes(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
-    by_distance = maths.by_axes(maths.seen(d_logits)) * maths.terms.slope_factor(maths.dtype)
-    shape = (*maths.inputs.present["alibi_slopes"].shape, 1, 1)
-    return sum_to(by_distance, shape)[..., 0, 0]
-
-
-def _cotangent_of_sum(maths: SliceMath, product: jax.Array, total: jax.Array) -> jax.Array:
-    """What is taken from the weights' cotangents of a row, from the products of both.
-
-    The output's product with its cotangent is the same but for rounding, which shows where the
-    cotangents of keys nearly cancel; the way over it costs less but for few rows or keys.
-    """
-    summed = jnp.sum(maths.by_axes(maths.seen(product)), axis=-1)
-    return summed if maths.inputs.query.dtype.itemsize < 4 else summed / total
 
 
 def _by_kernel(
@@ -357,9 +219,3 @@ def of_means(inputs: Inputs, total: jax.Array, d_out: jax.Array, dtype: Any) -> 
     blind = jnp.where(along_rows(total == 0), d_out.astype(dtype), 0)
     shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / inputs.key.shape[-3]
     return sum_to(shared, (*inputs.value.shape[:-3], 1, *inputs.value.shape[-2:]))
-
-
-def _of_slice(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
-    """The inputs' slices, and those of what else was sliced."""
-    count = len(Inputs._fields)
-    return Inputs(*arrays[:count]), arrays[count:]

@@ -1,0 +1,217 @@
+"""What is computed of one slice, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autochunk.attention.kernels.cells import Cell, Parts
+from autochunk.attention.kernels.dense import before
+from autochunk.attention.kernels.grid import sum_to
+from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, weigh
+from autochunk.attention.kernels.problem import Problem
+
+# XLA:CPU sums a product with fewer rows than this one element after the other, so that transposed
+# logits of fewer keys would differ from those that the row's sum is of by several roundings. With
+# so few rows, or keys, another pass over the logits takes no time.
+_FEW = 16
+# What may hide a key from all rows; a bias that is minus infinity does.
+_HIDING = {"bias", "mask", "query_offset"} | {
+    f"{whose}_{what}" for whose in ("query", "key_value") for what in ("seq_lengths", "segment_ids")
+}
+
+
+def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    # A row may see no key, or have a bias of -inf for all: that as the maximum would make NaN of
+    # the differences.
+    if may_be_infinite:
+        maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
+    return maximum
+
+
+def divisor(total: jax.Array, problem: Problem) -> jax.Array:
+    """Sums of exponentials to divide by: one for rows that see nothing, whose sum is zero."""
+    return jnp.where(total == 0, jnp.ones_like(total), total) if problem.may_see_nothing else total
+
+
+class Forward:
+    """What becomes of one slice's logits, and of rows after all of theirs: (out, maximum, sum)."""
+
+    def __init__(self, inputs: Inputs, call: Call, problem: Problem, divides_weights: bool) -> None:
+        self.inputs, self.call, self.problem = inputs, call, problem
+        self.divides_weights = divides_weights
+        # Slices of rows that see nothing are left out.
+        self.skips = problem.may_see_nothing and problem.cover.form is not None
+
+    def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
+        """Of rows and the keys that a slice has; finished, if these are all."""
+        taken, _ = taken_of(arrays)
+        maths = SliceMath(taken, cell, self.call, self.problem, transposed=False)
+        parts = self._of_keys(maths)
+        if self.problem.whole_rows:
+            parts = parts if self.divides_weights else self._divided(parts)
+            return parts if self.skips else self._restored(cell, parts, arrays)
+        (out, maximum, total), fresh = parts, maths.fresh_rows()
+        return weigh(out, fresh), maximum, total if fresh is None else total * fresh
+
+    def finished(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
+        """Of rows all of whose slices were computed, or left out."""
+        parts = parts if self.problem.whole_rows else self._divided(parts)
+        return self._restored(cell, parts, arrays)
+
+    def _of_keys(self, maths: SliceMath) -> Parts:
+        logits = maths.logits()
+        maximum = _row_maximum(logits, self.problem.excludes or self.problem.may_see_nothing)
+        weights = maths.fresh_keys(jnp.exp(logits - maximum[..., None]))
+        total = jnp.sum(weights, axis=-1)
+        if self.divides_weights:
+            weights = weights / divisor(total, self.problem)[..., None]
+        stats = (*maximum.shape[:-1], maths.groups, maths.rows)
+        return (
+            maths.spread(maths.over_keys(maths.dropped(weights), maths.inputs.value)),
+            maximum.reshape(stats),
+            total.reshape(stats),
+        )
+
+    def _divided(self, parts: Parts) -> Parts:
+        out, maximum, total = parts
+        return out / divisor(total, self.problem)[..., None], maximum, total
+
+    def _restored(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
+        """With the mean of all values in rows without a key, zeros beyond the rows' lengths."""
+        (out, maximum, total), (taken, mean) = parts, taken_of(arrays)
+        out = out.astype(self.inputs.query.dtype)
+        if mean:
+            out = jnp.where((total == 0)[..., None], mean[0], out)
+        if taken.query_seq_lengths is not None:
+            inside = before(taken.query_seq_lengths, cell.starts.get("rows", 0), out.shape[-2])
+            out = jnp.where(inside[..., None, None, :, None], out, jnp.zeros((), out.dtype))
+        return out, maximum, total
+
+
+class Backward:
+    """What one slice adds to the cotangents of the inputs ``names``.
+
+    Attributes:
+      centre: the mean of all keys, if the query's cotangent is summed over keys less that.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        call: Call,
+        problem: Problem,
+        names: tuple[str, ...],
+        platforms: tuple[str, ...],
+    ) -> None:
+        self.call, self.problem, self.names = call, problem, names
+        self.dtype = problem.dtype
+        self.is_half = inputs.query.dtype.itemsize < 4
+        self.sees_all = problem.slices.keys == problem.shape.keys and not call.some_keys
+        # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
+        # several times as fast, CPUs do not.
+        is_wide = inputs.query.dtype == jnp.float16 or "cpu" in platforms
+        self.wide = problem.dtype if is_wide else inputs.query.dtype
+        self.centre = [_mean_key(inputs)] if _may_centre_keys(inputs, call) else []
+
+    def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
+        """One for each of ``names``, in their order."""
+        taken, given = taken_of(arrays)
+        centre, given = given[: len(self.centre)], given[len(self.centre) :]
+        out, maximum, total, d_out, *d_lse = given
+        keys, rows = taken.key.shape[-2], math.prod(taken.query.shape[-3:-1])
+        maths = SliceMath(taken, cell, self.call, self.problem, transposed=min(keys, rows) >= _FEW)
+        total = divisor(total, self.problem)
+        weights, d_out = maths.weights(maximum), d_out.astype(self.dtype)
+        # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
+        # instead of T' * T. In half precision those would be rounded once more, or too small.
+        if self.is_half:
+            weights = weights / maths.by_row(total)
+        else:
+            d_out = d_out / total[..., None]
+            d_lse = [one / total for one in d_lse]
+        fresh = maths.fresh_rows()
+        scaled = weigh(d_out, fresh)
+        by_row = merge(scaled).astype(taken.value.dtype)
+        d_weights = maths.dropped(maths.product(by_row, taken.value))
+        if self.sees_all and (keys <= out.shape[-1] or rows < _FEW):
+            offset = _cotangent_of_sum(maths, weights * d_weights, total)
+        else:
+            offset = jnp.sum(out.astype(self.dtype) * scaled, axis=-1)
+        for one in d_lse:
+            offset = offset - (one if fresh is None else one * fresh)
+        d_logits = maths.through_cap(weights * (d_weights - maths.by_row(offset)))
+        gradients: dict[str, Callable[[], jax.Array]] = {
+            "query": functools.partial(self._d_query, maths, d_logits, centre),
+            "key": functools.partial(self._d_key, maths, d_logits),
+            "value": lambda: maths.over_rows(maths.dropped(weights), by_row, taken.value.shape),
+            "bias": functools.partial(_d_bias, maths, d_logits),
+            "alibi_slopes": functools.partial(_d_slopes, maths, d_logits),
+        }
+        return tuple(gradients[name]() for name in self.names)
+
+    def _d_query(
+        self, maths: SliceMath, d_logits: jax.Array, centre: Sequence[jax.Array]
+    ) -> jax.Array:
+        key = maths.inputs.key.astype(self.wide)
+        for mean in centre:
+            key = key - mean.astype(self.wide)
+        summed = maths.spread(maths.over_keys(d_logits, key))
+        return summed * jnp.asarray(self.call.scale, self.dtype)
+
+    def _d_key(self, maths: SliceMath, d_logits: jax.Array) -> jax.Array:
+        summed = maths.over_rows(d_logits, maths.query.astype(self.wide), maths.inputs.key.shape)
+        is_scaled = folds_scale(maths.inputs.query)
+        return summed * (1 if is_scaled else jnp.asarray(self.call.scale, self.dtype))
+
+
+def _may_centre_keys(inputs: Inputs, call: Call) -> bool:
+    """Whether the query's cotangent may be summed over keys less what they have in common.
+
+    The cotangents of a row's logits sum to zero, but for the rounding of the row's own sum, which
+    is then not multiplied by that. Not so of some of the keys, where logits are capped, or with a
+    cotangent of the log-sum-exp. A key that no row sees may be anything.
+    """
+    sums_to_zero = not (call.some_keys or call.residual) and call.soft_cap is None
+    shape = inputs.logits
+    seen = call.reach == (None, None) or (call.offset == 0 and shape.rows >= shape.keys)
+    return sums_to_zero and seen and not inputs.terms.keys() & _HIDING
+
+
+def _mean_key(inputs: Inputs) -> jax.Array:
+    """The mean of all keys [..., 1, H, K]."""
+    wide = jnp.promote_types(inputs.key.dtype, jnp.float32)
+    return jnp.mean(inputs.key, axis=-3, keepdims=True, dtype=wide).astype(inputs.key.dtype)
+
+
+def _d_bias(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
+    return sum_to(maths.by_axes(maths.seen(d_logits)), maths.inputs.present["bias"].shape)
+
+
+def _d_slopes(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
+    by_distance = maths.by_axes(maths.seen(d_logits)) * maths.terms.slope_factor(maths.dtype)
+    shape = (*maths.inputs.present["alibi_slopes"].shape, 1, 1)
+    return sum_to(by_distance, shape)[..., 0, 0]
+
+
+def _cotangent_of_sum(maths: SliceMath, product: jax.Array, total: jax.Array) -> jax.Array:
+    """What is taken from the weights' cotangents of a row, from the products of both.
+
+    The output's product with its cotangent is the same but for rounding, which shows where the
+    cotangents of keys nearly cancel; the way over it costs less but for few rows or keys.
+    """
+    summed = jnp.sum(maths.by_axes(maths.seen(product)), axis=-1)
+    return summed if maths.inputs.query.dtype.itemsize < 4 else summed / total
+
+
+def taken_of(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+    """The inputs' slices, and those of what else was sliced."""
+    count = len(Inputs._fields)
+    return Inputs(*arrays[:count]), arrays[count:]
