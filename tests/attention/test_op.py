@@ -303,6 +303,34 @@ def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> No
         assert error <= 2 * dense_error + rounding * max(1.0, np.max(np.abs(array))), name
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("limit", [NO_LIMIT, 0.1, 0.002])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_keys_have_in_common_costs_no_accuracy(
+    is_causal: bool, limit: float | None, dtype: Any
+) -> None:
+    """The query's gradient errs no more than jax.nn's: the row's own sum is rounded otherwise.
+
+    By the root of the mean square, against float64.
+    """
+    shape: dict[str, Any] = {"leading": (1,), "rows": 130, "keys": 130, "heads": 2, "key_size": 32}
+    arrays = operands(**shape, dtype=dtype)
+    for name in ("query", "key", "value"):
+        arrays[name] = (1.5 + 0.3 * arrays[name].astype(np.float32)).astype(dtype)
+    expected = exact(arrays, is_causal=is_causal)["query"]
+
+    def error(function: Callable[..., jax.Array]) -> float:
+        def summed(query: jax.Array) -> jax.Array:
+            out = function(query, arrays["key"], arrays["value"], is_causal=is_causal)
+            return jnp.sum(out * arrays["cotangent"])
+
+        found = np.asarray(jax.jit(jax.grad(summed))(arrays["query"]), np.float64)
+        return float(np.sqrt(np.mean(np.square(found - expected))))
+
+    ours = functools.partial(dot_product_attention, max_chunk_size_mb=limit)
+    assert error(ours) <= 1.2 * error(jax.nn.dot_product_attention)
+
+
 @pytest.mark.parametrize("limit", [NO_LIMIT, TINY])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
 def test_large_logits(dtype: Any, limit: float | None) -> None:
