@@ -65,8 +65,8 @@ TERMS: dict[str, Any] = {
 }
 
 
-def four() -> list[np.ndarray[Any, Any]]:
-    arrays = operands(**SHAPES)
+def four(**sizes: Any) -> list[np.ndarray[Any, Any]]:
+    arrays = operands(**SHAPES | sizes)
     return [arrays[name] for name in ("query", "key", "value", "bias")]
 
 
@@ -265,10 +265,11 @@ def assert_alike(
     theirs: Function,
     tolerance: float = 2e-5,
     dtype: type[np.floating[Any]] = np.float32,
+    **sizes: Any,
 ) -> None:
     """Both functions give the same, transformed; one program, for one is compiled faster."""
     both = quick_jit(lambda *arrays: (transform(ours)(*arrays), transform(theirs)(*arrays)))
-    received, expected = both(*(np.asarray(array, dtype) for array in four()))
+    received, expected = both(*(np.asarray(array, dtype) for array in four(**sizes)))
     assert_close(received, expected, tolerance)
 
 
@@ -288,6 +289,30 @@ def test_transformations(name: str, plan: str) -> None:
     # In float32 rounding grows with each order, by how much depends on the processor.
     with jax.enable_x64(True):
         assert_alike(transform, ours, theirs, 1e-10, np.float64)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    "name", ["vjp", "linearize", "vmap(grad)", "grad(vmap)", "scan, remat", "jvp(grad)"]
+)
+def test_transformations_of_longer_rows(name: str, has_bias: bool) -> None:
+    """With so many rows and keys backward slices are transposed, and keys may be centred.
+
+    In slices of one batch element, of 40 rows by 18 keys.
+    """
+
+    def given(attention: Function) -> Function:
+        if has_bias:
+            return lambda q, k, v, b: attention(q, k, v, b, is_causal=True)
+        return lambda q, k, v, b: attention(q, k, v, is_causal=True) * jnp.cos(b[0, 0, 0])
+
+    ours = given(functools.partial(dot_product_attention, max_chunk_size_mb=3e-3))
+    theirs = given(plain)
+    transform = {**FIRST_ORDER, **TRANSFORMATIONS, **HIGHER}[name]
+    sizes: dict[str, Any] = {"rows": 20, "keys": 18, "bias": (2, 20, 18)}
+    with jax.enable_x64(name in HIGHER):
+        tolerance, dtype = (1e-10, np.float64) if name in HIGHER else (5e-5, np.float32)
+        assert_alike(transform, ours, theirs, tolerance, dtype, **sizes)
 
 
 def by_jax(query: Any, key: Any, value: Any, bias: Any, **given: Any) -> jax.Array:
