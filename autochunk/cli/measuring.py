@@ -24,7 +24,7 @@ from autochunk.store import bundle
 from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.workload import Workload
+from autochunk.workload import Workload, workloads_of
 
 _TIMEOUTS = ", ".join(
     f"{settings.timeout:g} s {effort}" if settings.timeout else f"none {effort}"
@@ -180,6 +180,13 @@ def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
     help="How often each contender is timed.",
 )
 @click.option(
+    "--beside",
+    metavar="SHAPE",
+    multiple=True,
+    help='Time "auto" on this shape, too, in the same rounds: what a mask costs, say, or a window '
+    "saves. Repeatable.",
+)
+@click.option(
     "--plans",
     is_flag=True,
     help="Instead, time every plan that the profile has times of beside the one it chooses.",
@@ -205,6 +212,7 @@ def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
 def bench(
     wanted: Wanted,
     rounds: int,
+    beside: tuple[str, ...],
     plans: bool,
     against: str | None,
     in_layer: bool,
@@ -247,21 +255,27 @@ def bench(
         else:
             records = _rivals(compared, rounds, in_layer, as_json)
     else:
-        records = _contenders(workloads, rounds, store, as_json)
+        records = _contenders(workloads, rounds, beside, store, as_json)
     if as_json:
         print_json(records)
 
 
 def _contenders(
-    workloads: Sequence[Workload], rounds: int, store: Path | None, as_json: bool
+    workloads: Sequence[Workload],
+    rounds: int,
+    beside: Sequence[str],
+    store: Path | None,
+    as_json: bool,
 ) -> list[dict[str, Any]]:
     """The records of ``bench``; its tables are printed as they come."""
     from autochunk.tuner.bench import bench as run
 
     results = []
     for workload in workloads:
+        others = workloads_of(beside, (workload.dtype,), (workload.mode,))
         with use(store=store):
-            records = [bench_record(contender) for contender in run(workload, rounds=rounds)]
+            found = run(workload, rounds=rounds, beside=others)
+        records = [bench_record(contender) for contender in found]
         results.append({"workload": workload.key, "contenders": records})
         if not as_json:
             make_console().print(bench_table(records, _title(workload)))

@@ -23,9 +23,10 @@ from autochunk import device as devices
 from autochunk.attention.arguments import Arguments
 from autochunk.attention.op import quiet
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB
+from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.store.measurement import relative_spread
-from autochunk.tuner import peers as other
+from autochunk.tuner import peers as libraries
 from autochunk.tuner.inputs import Attend, WorkloadInputs, by_op, make_function
 from autochunk.tuner.measure import (
     SHORTEST_TIMING,
@@ -80,6 +81,7 @@ def bench(
     *,
     rounds: int = 10,
     peers: Sequence[str] = ("torch", "tokamax"),
+    beside: Sequence[Workload] = (),
     on_contender: Callable[[str], None] = lambda _: None,
 ) -> list[Contender]:
     """Times every contender on a workload, in this process.
@@ -88,6 +90,8 @@ def bench(
       workload: what to compute.
       rounds: how often each is timed.
       peers: other libraries to time where they are installed.
+      beside: other workloads of its dtype, which "auto" is timed on in the same rounds: what a mask
+        costs, say, or a window saves.
       on_contender: told of each contender as it is prepared.
 
     Returns:
@@ -103,6 +107,11 @@ def bench(
         for name, attend, detail in _jax_contenders(workload):
             on_contender(name)
             contenders.append(_compile(name, attend, detail, inputs))
+        for other in beside:
+            name = f"auto, {other.shape}"
+            on_contender(name)
+            detail = f"{_said(resolve(other))}; other results"
+            contenders.append(_compile(name, _auto, detail, WorkloadInputs(other)))
         for name in peers:
             if name in _PEERS and importlib.util.find_spec(name) is not None:
                 on_contender(name)
@@ -117,7 +126,7 @@ def _jax_contenders(workload: Workload) -> Iterator[tuple[str, Attend, str]]:
     yield HAIKU_DENSE, haiku_dense, ""
     default = DEFAULT_MAX_CHUNK_SIZE_MB
     yield f"{default:g} MB", lambda arguments: by_op(arguments, default), ""
-    yield "auto", _auto, f"{resolution.plan} ({resolution.match})"
+    yield "auto", _auto, _said(resolution)
     if workload.causal:
         whole = resolve(workload.model_copy(update={"causal": False}))
         if whole.match == "exact":
@@ -128,6 +137,10 @@ def _jax_contenders(workload: Workload) -> Iterator[tuple[str, Attend, str]]:
     for implementation in ("xla", "cudnn"):
         attend = functools.partial(jax_nn, implementation=implementation)
         yield f"jax.nn {implementation}", attend, ""
+
+
+def _said(resolution: Resolution) -> str:
+    return f"{resolution.plan} ({resolution.match})"
 
 
 def _auto(arguments: Arguments) -> Any:
@@ -198,7 +211,7 @@ def _repeating(run: Callable[[], Any], wait: Callable[[], Any]) -> Callable[[], 
 
 
 def _torch(inputs: WorkloadInputs) -> list[Contender]:
-    return [Contender("torch", _repeating(*other.torch(inputs)))]
+    return [Contender("torch", _repeating(*libraries.torch(inputs)))]
 
 
 def _tokamax(inputs: WorkloadInputs) -> list[Contender]:
@@ -207,7 +220,7 @@ def _tokamax(inputs: WorkloadInputs) -> list[Contender]:
     return [
         _compile(
             " ".join(filter(None, ("tokamax", name))),
-            functools.partial(other.tokamax, implementation=name),
+            functools.partial(libraries.tokamax, implementation=name),
             "",
             inputs,
         )

@@ -8,6 +8,7 @@ import pytest
 from factories import make_profile
 
 from autochunk.device import detect
+from autochunk.errors import MissWarning
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner import bench, peers
 from autochunk.tuner.inputs import WorkloadInputs, make_function
@@ -106,3 +107,16 @@ def test_causal_attention_is_compared_with_the_same_without() -> None:
     ProfileStore().put(make_profile(Workload.parse("t=32,h=2,k=8"), detect()))
     names.append([contender.name for contender in bench.bench(causal, rounds=1, peers=())])
     assert ["auto, not causal" in each for each in names] == [False, True]
+
+
+def test_other_workloads_are_timed_beside_it() -> None:
+    """By "auto", on arrays of their own; its ratio is to dense attention of the workload itself."""
+    shapes = ("t=32,h=2,k=8,window=7:0", "t=48,h=2,k=8,kv_lengths=yes")
+    beside = [Workload.parse(shape) for shape in shapes]
+    with pytest.warns(MissWarning):
+        found = bench.bench(Workload.parse("t=32,h=2,k=8"), rounds=2, peers=(), beside=beside)
+    named = {contender.name: contender for contender in found}
+    for other in beside:
+        contender = named[f"auto, {other.shape}"]
+        assert len(contender.ratios) == len(contender.seconds) == 2
+        assert "other results" in contender.detail
