@@ -44,7 +44,7 @@ def dense_with_weights(inputs: Inputs, call: Call, careful: bool = True) -> list
     value = whole.value
     out = _sums(whole.dropped(weights).astype(value.dtype), value, guarded, call)
     if blind is not None:
-        out = jnp.where(jnp.swapaxes(blind, -2, -3), _mean(value), out)
+        out = jnp.where(jnp.swapaxes(blind, -2, -3), mean_over_keys(value), out)
     out = whole.rows(out)
     if not call.residual:
         return [out, weights]
@@ -81,7 +81,9 @@ def dense_tangent(
         d_value = _sum(whole.dropped(weights).astype(whole.value.dtype), moved["value"], call)
         if whole.seen is not None or whole.may_see_nothing:
             blind = jnp.max(weights, axis=-1, keepdims=True) == 0
-            d_value = jnp.where(jnp.swapaxes(blind, -2, -3), _mean(moved["value"]), d_value)
+            d_value = jnp.where(
+                jnp.swapaxes(blind, -2, -3), mean_over_keys(moved["value"]), d_value
+            )
         d_out.append(d_value)
     outs = [whole.rows(functools.reduce(jnp.add, d_out))]
     return [*outs, whole.stats(d_lse)] if call.residual else outs
@@ -178,12 +180,13 @@ def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
 
 def mean_value(value: jax.Array) -> jax.Array:
     """What a row that sees no key gives: the mean of all values [..., 1, H, 1, V]."""
-    return _mean(value)[..., None, :]
+    return mean_over_keys(value)[..., None, :]
 
 
-def _mean(value: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(value.dtype, jnp.float32)
-    return jnp.mean(value, axis=-3, keepdims=True, dtype=wide).astype(value.dtype)
+def mean_over_keys(array: jax.Array) -> jax.Array:
+    """The mean [..., 1, H, K] of [..., T, H, K]."""
+    wide = jnp.promote_types(array.dtype, jnp.float32)
+    return jnp.mean(array, axis=-3, keepdims=True, dtype=wide).astype(array.dtype)
 
 
 def within_lengths(rows: jax.Array, inputs: Inputs) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.cells import Cell, Parts
-from autochunk.attention.kernels.dense import before
+from autochunk.attention.kernels.dense import before, mean_over_keys
 from autochunk.attention.kernels.grid import sum_to
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, weigh
@@ -119,7 +119,7 @@ class Backward:
         # several times as fast, CPUs do not.
         is_wide = inputs.query.dtype == jnp.float16 or "cpu" in platforms
         self.wide = problem.dtype if is_wide else inputs.query.dtype
-        self.centre = [_mean_key(inputs)] if _may_centre_keys(inputs, call) else []
+        self.centre = [mean_over_keys(inputs.key)] if _may_centre_keys(inputs, call) else []
 
     def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
         """One for each of ``names``, in their order."""
@@ -183,12 +183,6 @@ def _may_centre_keys(inputs: Inputs, call: Call) -> bool:
     shape = inputs.logits
     seen = call.reach == (None, None) or (call.offset == 0 and shape.rows >= shape.keys)
     return sums_to_zero and seen and not inputs.terms.keys() & _HIDING
-
-
-def _mean_key(inputs: Inputs) -> jax.Array:
-    """The mean of all keys [..., 1, H, K]."""
-    wide = jnp.promote_types(inputs.key.dtype, jnp.float32)
-    return jnp.mean(inputs.key, axis=-3, keepdims=True, dtype=wide).astype(inputs.key.dtype)
 
 
 def _d_bias(maths: SliceMath, d_logits: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import string
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.dense import within_lengths
+from autochunk.attention.kernels.dense import mean_value, within_lengths
 from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
 from autochunk.attention.kernels.libraries import Kernel
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
@@ -53,7 +53,7 @@ class Seen:
         given = self._given
         out = out.reshape((*given.query.shape[:-1], given.value.shape[-1]))
         if self.blind is not None:
-            out = jnp.where(along_rows(self.blind), _mean_value(given.value), out)
+            out = jnp.where(along_rows(self.blind), mean_value(given.value), out)
         return within_lengths(out, given)
 
 
@@ -85,11 +85,3 @@ def _product_over_keys(one: jax.Array, other: jax.Array) -> jax.Array:
     both = "".join(letter for letter in letters[:-1] if letter in its + theirs)
     count = jnp.einsum(f"{its},{theirs}->{both}", first, second, preferred_element_type=jnp.float32)
     return count.reshape(jnp.broadcast_shapes(one.shape[:-1], other.shape[:-1]))
-
-
-def _mean_value(value: jax.Array) -> jax.Array:
-    """As ``mean_value``, by a product: XLA makes one slow kernel of a sum and another pass."""
-    wide, keys = jnp.promote_types(value.dtype, jnp.float32), value.shape[-3]
-    ones, exact = jnp.ones((keys,), value.dtype), jax.lax.Precision.HIGHEST
-    total = jnp.einsum("...thv,t->...hv", value, ones, precision=exact, preferred_element_type=wide)
-    return (total / keys).astype(value.dtype)[..., None, :, None, :]
