@@ -156,25 +156,32 @@ class _Search:
         share = _SHARE_ON_ACCELERATORS if is_accelerated else _SHARE_OF_PLANS
         self._end = start + share * seconds
         self._end_of_all = start + seconds if is_accelerated else math.inf
-        while claim := self.study.claim(self.plans):
-            with claim:
-                self._load()
-                self._take(claim)
-            if time.monotonic() > self._end and self._lacking() and self._takes_time():
-                return self._unfinished(self._joint_rounds())
-        if not self.study.workers():
-            self.measured = self.study.measured()  # after the others have ended
-            if claim := self.study.claim_joint_rounds():
+        while True:
+            while claim := self.study.claim(self.plans):
                 with claim:
                     self._load()
-                    self._follow_anchor()
-                    measurements = self._joint_rounds()
-                    if self._cut_short:
-                        return self._unfinished(measurements)
-                    claim.done(measurements, self.anchor)
-                self.measured = self.study.measured()
-        others = bool(self.study.workers())
-        return Outcome(tuple(self.measured.values()), complete=not others, awaited=others)
+                    self._take(claim)
+                if time.monotonic() > self._end and self._lacking() and self._takes_time():
+                    return self._unfinished(self._joint_rounds())
+            if self.study.workers() or self._all_measured():
+                break  # else one has died since, and its plan is free again
+        if self._all_measured() and (claim := self.study.claim_joint_rounds()):
+            with claim:
+                self._load()
+                self._follow_anchor()
+                measurements = self._joint_rounds()
+                if self._cut_short:
+                    return self._unfinished(measurements)
+                claim.done(measurements, self.anchor)
+        # In this order: what ends between the two is not waited for.
+        others, everything = bool(self.study.workers()), self._all_measured()
+        complete = everything and not others
+        return Outcome(tuple(self.measured.values()), complete=complete, awaited=not complete)
+
+    def _all_measured(self) -> bool:
+        """Whether nothing is left but joint rounds, by what everybody has handed in."""
+        self.measured = self.study.measured()
+        return all(plan in self.measured for plan in self.plans)
 
     def _unfinished(self, measurements: list[Measurement]) -> Outcome:
         self.measured |= {measurement.plan: measurement for measurement in measurements}

@@ -77,14 +77,14 @@ class Task:
             # by another worker, which held the joint rounds or ended at the same time
             made = study.profile if outcome.complete else None
             profile = made or self._profile(outcome, workload)
+            if outcome.complete and made is None:
+                study.profile = profile
             old = self.store.get(self.device, workload)
             if old is not None and _stays(old, profile):
                 profile = old
             else:
                 self.store.put(profile)
             self.found[workload] = profile
-            if outcome.complete and made is None:
-                study.profile = profile
         return profile
 
     def _profile(self, outcome: Outcome, workload: Workload) -> Profile:

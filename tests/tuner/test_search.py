@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -180,6 +181,50 @@ def test_what_others_measured_counts_when_time_runs_out(scripted: Scripted, tmp_
         outcome = search(probe, WORKLOAD, "quick", other, on_measurement=measured_elsewhere)
     assert not outcome.complete
     assert set(by_plan(outcome)) == {"xla, 16.8 MB", "dense"}
+
+
+def test_what_another_hands_in_at_the_very_end_is_not_lost(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks at who is at work the last one ends: the outcome has its plan, or waits."""
+    one, other = study(tmp_path / "study"), study(tmp_path / "study")
+    dense = Plan("dense", None)
+    claim = other.claim([dense])
+    assert claim is not None
+
+    def workers() -> int:
+        found = Study.workers(one)
+        claim.done([make_measurement("dense", None)], other.anchor)
+        return found
+
+    monkeypatch.setattr(one, "workers", workers)
+    with claim, Probe(scripted()) as probe:
+        first = search(probe, WORKLOAD, "quick", one)
+        again = search(probe, WORKLOAD, "quick", one)
+    assert first.awaited or dense in {m.plan for m in first.measurements}
+    assert first.complete != first.awaited
+    assert again.complete
+    assert by_plan(again)["dense"].timed
+
+
+def test_a_plan_whose_worker_dies_at_the_very_end_is_measured(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is free again only when nothing else is left to claim: the search goes back for it."""
+    one, other = study(tmp_path / "study"), study(tmp_path / "study")
+    claim = other.claim([Plan("dense", None)])
+    assert claim is not None
+
+    def workers() -> int:
+        held.close()  # to others it is a death
+        return Study.workers(one)
+
+    monkeypatch.setattr(one, "workers", workers)
+    with contextlib.ExitStack() as held, Probe(scripted()) as probe:
+        held.enter_context(claim)
+        outcome = search(probe, WORKLOAD, "quick", one)
+    assert outcome.complete
+    assert by_plan(outcome)["dense"].timed
 
 
 def test_what_was_measured_before_workers_fail_is_kept(scripted: Scripted, tmp_path: Path) -> None:
