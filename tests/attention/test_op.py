@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ from autochunk.store.profiles import ProfileStore
 from autochunk.workload import Workload
 
 # Limits in MB for logits of a few hundred bytes: none, and one that slices over everything.
+HALF = ml_dtypes.bfloat16
 NO_LIMIT, TINY = None, 1.2e-5
 
 
@@ -303,25 +305,35 @@ def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> No
         assert error <= 2 * dense_error + rounding * max(1.0, np.max(np.abs(array))), name
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("limit", [NO_LIMIT, 0.1, 0.002])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("form", "dtype", "limit"),
+    [
+        *itertools.product(["plain", "causal"], [np.float32, HALF], [NO_LIMIT, 0.1, 0.002]),
+        # A row's own sum is taken anew there, which slices of its keys cannot.
+        *itertools.product(["bias", "mask", "lengths"], [HALF], [NO_LIMIT, 0.1]),
+    ],
+)
 def test_what_keys_have_in_common_costs_no_accuracy(
-    is_causal: bool, limit: float | None, dtype: Any
+    form: str, limit: float | None, dtype: Any
 ) -> None:
     """The query's gradient errs no more than jax.nn's: the row's own sum is rounded otherwise.
 
     By the root of the mean square, against float64.
     """
     shape: dict[str, Any] = {"leading": (1,), "rows": 130, "keys": 130, "heads": 2, "key_size": 32}
-    arrays = operands(**shape, dtype=dtype)
+    given = {"bias": (1, 2, 130, 130)} if form == "bias" else {}
+    arrays = operands(**shape, **given, dtype=dtype)
     for name in ("query", "key", "value"):
         arrays[name] = (1.5 + 0.3 * arrays[name].astype(np.float32)).astype(dtype)
-    expected = exact(arrays, is_causal=is_causal)["query"]
+    options: dict[str, Any] = {"causal": {"is_causal": True}, "bias": {"bias": arrays.get("bias")}}
+    options["mask"] = {"mask": np.arange(130)[None, None, None] < 100}
+    options["lengths"] = {"key_value_seq_lengths": np.array([100])}
+    known = {"mask": options["mask"]["mask"]} if form in ("mask", "lengths") else {}
+    expected = exact(arrays | known, is_causal=form == "causal")["query"]
 
     def error(function: Callable[..., jax.Array]) -> float:
         def summed(query: jax.Array) -> jax.Array:
-            out = function(query, arrays["key"], arrays["value"], is_causal=is_causal)
+            out = function(query, arrays["key"], arrays["value"], **options.get(form, {}))
             return jnp.sum(out * arrays["cotangent"])
 
         found = np.asarray(jax.jit(jax.grad(summed))(arrays["query"]), np.float64)

@@ -92,6 +92,12 @@ class SliceMath:
         summed = self._product("...vs,...st->...vt", narrow, weights)
         return jnp.swapaxes(jax.lax.optimization_barrier(summed), -1, -2)
 
+    def sum_over_keys(self, weights: jax.Array) -> jax.Array:
+        """The sum of each row, [..., G, T'], by a product with ones."""
+        keys = weights.shape[-2 if self.transposed else -1]
+        ones = jnp.ones((*weights.shape[:-2], keys, 1), weights.dtype)
+        return self.spread(self._over_keys(weights, ones))[..., 0]
+
     def over_rows(self, weights: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Sums over rows, and over dims that ``shape`` [..., T, K] broadcasts."""
         dims = string.ascii_uppercase[: len(shape) - 2]

@@ -114,10 +114,11 @@ class Backward:
         self.call, self.problem, self.names = call, problem, names
         self.dtype = problem.dtype
         self.is_half = inputs.query.dtype.itemsize < 4
+        self.on_cpu = "cpu" in platforms
         self.sees_all = problem.slices.keys == problem.shape.keys and not call.some_keys
         # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
         # several times as fast, CPUs do not.
-        is_wide = inputs.query.dtype == jnp.float16 or "cpu" in platforms
+        is_wide = inputs.query.dtype == jnp.float16 or self.on_cpu
         self.wide = problem.dtype if is_wide else inputs.query.dtype
         self.centre = [mean_over_keys(inputs.key)] if _may_centre_keys(inputs, call) else []
 
@@ -141,8 +142,9 @@ class Backward:
         scaled = weigh(d_out, fresh)
         by_row = merge(scaled).astype(taken.value.dtype)
         d_weights = maths.dropped(maths.product(by_row, taken.value))
-        if self.sees_all and (keys <= out.shape[-1] or rows < _FEW):
-            offset = _cotangent_of_sum(maths, weights * d_weights, total)
+        is_rounded = self.is_half and not self.centre
+        if self.sees_all and (is_rounded or keys <= out.shape[-1] or rows < _FEW):
+            offset = self._cotangent_of_sum(maths, weights * d_weights, total)
         else:
             offset = jnp.sum(out.astype(self.dtype) * scaled, axis=-1)
         for one in d_lse:
@@ -156,6 +158,21 @@ class Backward:
             "alibi_slopes": functools.partial(_d_slopes, maths, d_logits),
         }
         return tuple(gradients[name]() for name in self.names)
+
+    def _cotangent_of_sum(
+        self, maths: SliceMath, product: jax.Array, total: jax.Array
+    ) -> jax.Array:
+        """What is taken from the weights' cotangents of a row, from the products of both.
+
+        The output's product with its cotangent is the same but for rounding, which shows where the
+        cotangents of keys nearly cancel: an output in half precision is rounded a lot. The way over
+        it costs less but for few rows or keys.
+        """
+        product = maths.seen(product)
+        if not self.is_half:
+            return jnp.sum(maths.by_axes(product), axis=-1) / total
+        # Along transposed rows XLA:CPU of jax 0.10 sums, and multiplies, ten times as slowly.
+        return maths.sum_over_keys(product) if self.on_cpu else jnp.sum(maths.by_axes(product), -1)
 
     def _d_query(
         self, maths: SliceMath, d_logits: jax.Array, centre: Sequence[jax.Array]
@@ -193,16 +210,6 @@ def _d_slopes(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
     by_distance = maths.by_axes(maths.seen(d_logits)) * maths.terms.slope_factor(maths.dtype)
     shape = (*maths.inputs.present["alibi_slopes"].shape, 1, 1)
     return sum_to(by_distance, shape)[..., 0, 0]
-
-
-def _cotangent_of_sum(maths: SliceMath, product: jax.Array, total: jax.Array) -> jax.Array:
-    """What is taken from the weights' cotangents of a row, from the products of both.
-
-    The output's product with its cotangent is the same but for rounding, which shows where the
-    cotangents of keys nearly cancel; the way over it costs less but for few rows or keys.
-    """
-    summed = jnp.sum(maths.by_axes(maths.seen(product)), axis=-1)
-    return summed if maths.inputs.query.dtype.itemsize < 4 else summed / total
 
 
 def taken_of(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
