@@ -1,21 +1,36 @@
 """The Device that a result belongs to.
 
-A profile answers only on a device whose hard fields are equal; the soft ones (versions, and how
-memory is handed out) say whether it may have gone stale.
+A profile answers only on a device of the same key, which is made of what decides speed: platform,
+kind, cores. Memory bounds which plans fit and is no part of it, but for an accelerator's, roughly:
+a slice of a GPU may have the name of the whole. The soft fields (versions, and how memory is handed
+out) say whether a profile may have gone stale.
+
+Older versions had more in their keys: the exact memory, and in a CPU's kind a hash of all flags,
+whether or not they name instruction sets. What they wrote is read as this version would have
+written it, so that nothing else knows of them but the store and studies, which look rows up by key.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
+import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from autochunk import host, nvidia
 from autochunk.errors import DeviceError
 
 _GIB = 2**30
+
+# A key of any version.
+_KEY = re.compile(
+    r"(?P<platform>[a-z_]+) (?P<kind>.+?)(?: cores=(?P<cores>[0-9]{1,9}))?"
+    r"(?: memory=~?(?P<memory_gib>[0-9]{1,9})GiB)?"
+)
+_CPU_KIND = re.compile(r"(?P<model>.*?)(?: isa=(?P<isa>\S*))?(?: caches=(?P<caches>\S*))?")
 
 
 class Device(BaseModel):
@@ -23,11 +38,13 @@ class Device(BaseModel):
 
     Attributes:
       platform: "cpu", "gpu" or "tpu", as in jax.
-      kind: the accelerator's name, or for a CPU vendor/family/model/stepping, a hash of its
-        instruction-set flags and its cache sizes.
+      kind: the accelerator's name, or for a CPU its model, a hash of its instruction sets and its
+        cache sizes, by ``host.cpu_kind``. This machine's CPU as older versions called it is read as
+        that.
       cores: CPU cores this process may use (affinity and cgroup quota); 0 on accelerators.
       memory_gib: memory of the device in GiB, rounded; on CPU the lesser of the machine's and the
-        cgroup's, on a GPU (or a slice of one) all that it has, whoever uses it.
+        cgroup's, on a GPU (or a slice of one) all that it has, whoever uses it. It bounds plans; on
+        a CPU it names no other device, on others only where it is much more or less (see ``key``).
       jax, jaxlib, driver, cuda, cudnn: versions; recorded, and compared for staleness only. ""
         where there is none.
       allocator, huge_pages: how memory is handed out to programs on a CPU, by ``host.allocator``
@@ -58,11 +75,41 @@ class Device(BaseModel):
             )
         return value
 
+    @field_validator("kind")
+    @classmethod
+    def _of_today(cls, value: str, others: ValidationInfo) -> str:
+        # Equal hashes of all flags mean the same flags, and so the same instruction sets.
+        former = _former_kinds() if others.data.get("platform") == "cpu" else {}
+        return former.get(value, value)
+
     @property
     def key(self) -> str:
-        """The hard fields as one text; equal texts mean that profiles are shared."""
+        """What profiles are filed under; equal texts mean that they are shared.
+
+        An accelerator's memory is named by the size that it is sold in: 38 and 39 GiB are both what
+        drivers leave of 40. Of two sizes one may be a slice of the other; memories of which one is
+        less than 3/4 of the other have different sizes.
+        """
+        sized = self.platform != "cpu" and self.memory_gib
+        memory = f" memory=~{_sold_as(self.memory_gib)}GiB" if sized else ""
+        return f"{self._stem}{memory}"
+
+    @property
+    def _stem(self) -> str:
+        return self._stem_of(self.kind)
+
+    def _stem_of(self, kind: str) -> str:
         cores = f" cores={self.cores}" if self.cores else ""
-        return f"{self.platform} {self.kind}{cores} memory={self.memory_gib}GiB"
+        return f"{self.platform} {kind}{cores}"
+
+    @property
+    def key_stems(self) -> tuple[str, ...]:
+        """What the keys that any version gave this device begin with, before a space.
+
+        Keys of other devices may, too: ``current_key`` tells.
+        """
+        older = _former_kinds().items() if self.platform == "cpu" else ()
+        return self._stem, *(self._stem_of(old) for old, new in older if new == self.kind)
 
     def stale_reasons(self, now: Device) -> list[str]:
         """Why results of this device may no longer hold on ``now``, the same device today.
@@ -85,6 +132,32 @@ class Device(BaseModel):
             f"measured with {name} {then or 'unknown'}, this is {today or 'unknown'}"
             for name, then, today in changed
         ]
+
+
+@functools.cache
+def _former_kinds() -> dict[str, str]:
+    """What older versions called this machine's CPU, and what it is called today."""
+    former = host.former_cpu_kind()
+    return {former: host.cpu_kind()} if former else {}
+
+
+def _sold_as(memory_gib: int) -> int:
+    """The least size in GiB, of those that memory is sold in, that is no less (but for 2%)."""
+    steps = (step << power for power in itertools.count() for step in (8, 9, 10, 12))
+    sizes = itertools.chain(range(1, 8), steps)
+    return next(size for size in sizes if 100 * memory_gib <= 102 * size)
+
+
+def current_key(key: str) -> str:
+    """A device's key that any version wrote, as this version writes it.
+
+    A text that is no device's key stays as it is.
+    """
+    found = _KEY.fullmatch(key)
+    try:
+        return Device.model_validate(found.groupdict("0")).key if found else key
+    except ValidationError:
+        return key
 
 
 def _minor(version: str) -> tuple[str, ...]:
@@ -146,9 +219,87 @@ def _describe(jax_device: Any) -> Device:
             "cudnn": nvidia.cudnn_version(),
         }
     return Device(
-        platform=jax_device.platform,
+        platform=jax_device.platform.lower(),  # plugins may shout: "METAL"
         kind=jax_device.device_kind,
         cores=0,
         memory_gib=round(memory / _GIB),
         **versions,
     )
+
+
+# --- Devices alike --------------------------------------------------------------------------------
+
+
+def likeness(one: Device, other: Device) -> float:
+    """How far what was measured on one device may tell of another, from 0 to 1.
+
+    1 means the same key; 0 another platform, of which nothing can be told. In between a guess,
+    which puts those in order that could answer where a device has no profile; ties are for the
+    caller to break. It is symmetric, and the same in every process that runs on one machine.
+
+    - CPUs: up to 0.95 of the same model, as with other cores, caches or flags that a hypervisor
+      hides; at most 0.5 of the same vendor; at most 0.2 of another. Up to 12% less for other cores,
+      5% each for other caches and instruction sets, 2% for another stepping.
+    - Accelerators: up to 0.95 of the same name; at most 0.85 of the same product with another
+      suffix (``A100-SXM4-40GB``, ``A100-PCIE-40GB MIG 1g.5gb``); 0.6 of the same compute
+      capability; 0.35 of the same vendor; 0.15 of another. Up to 20% less for other memory.
+    """
+    if one.key == other.key:
+        return 1.0
+    if one.platform != other.platform:
+        return 0.0
+    return _like_cpus(one, other) if one.platform == "cpu" else _like_accelerators(one, other)
+
+
+def _like_cpus(one: Device, other: Device) -> float:
+    mine, theirs = _cpu_items(one.kind), _cpu_items(other.kind)
+    names, others = mine["model"], theirs["model"]
+    known = _known(names)
+    if names[:known] == others[: _known(others)]:
+        alike = 0.95
+    else:
+        alike = 0.5 if names[0] == others[0] else 0.2
+    less = 0.12 * (1 - _ratio(one.cores, other.cores))
+    less += 0.05 * (mine["caches"] != theirs["caches"]) + 0.05 * (mine["isa"] != theirs["isa"])
+    less += 0.02 * (names != others)
+    return float(alike * (1 - less))
+
+
+def _cpu_items(kind: str) -> dict[str, Any]:
+    found = _CPU_KIND.fullmatch(kind)
+    items: dict[str, Any] = found.groupdict("") if found else {"isa": "", "caches": ""}
+    return {**items, "model": re.split("[/ ]", items.get("model", kind))}
+
+
+def _known(names: list[str]) -> int:
+    """How many of a CPU's names make its model; the rest are steppings.
+
+    On x86 vendor, family and model, on ARM implementer and part; of others all.
+    """
+    if len(names) != 4:
+        return len(names)
+    return 2 if names[0].startswith("0x") else 3
+
+
+def _like_accelerators(one: Device, other: Device) -> float:
+    same_capability = nvidia.capability(one.kind) == nvidia.capability(other.kind)
+    product = nvidia.product(one.kind)
+    if one.kind == other.kind:
+        alike = 0.95
+    elif product and product == nvidia.product(other.kind) and same_capability:
+        alike = 0.85
+    elif nvidia.capability(one.kind) and same_capability:
+        alike = 0.6
+    else:
+        alike = 0.35 if _vendor(one.kind) == _vendor(other.kind) else 0.15
+    return alike * (1 - 0.2 * (1 - _ratio(one.memory_gib, other.memory_gib)))
+
+
+def _vendor(kind: str) -> str:
+    """The first word of an accelerator's name; drivers left NVIDIA's out once."""
+    first = kind.partition(" ")[0]
+    return "NVIDIA" if first in ("Tesla", "Quadro", "GeForce", "GRID") else first
+
+
+def _ratio(one: int, other: int) -> float:
+    return min(one, other) / max(one, other) if one != other else 1.0

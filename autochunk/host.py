@@ -2,57 +2,175 @@
 
 On a CPU jax calls every device just "cpu", so its fingerprint is made from what decides the speed
 of a matrix product: the model, its instruction sets, its caches and the cores that this process may
-use. All of it comes from ``/proc`` and ``/sys``.
+use. On Linux all of it comes from ``/proc`` and ``/sys``, on macOS from ``sysctl``; elsewhere, what
+Python knows has to do, and nothing raises.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import re
+import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # Allocators that programs are started with instead of the C library's, by their libraries' names.
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "snmalloc")
 
+# Flags that count, as Linux spells them (pni is SSE 3, abm has lzcnt): the instruction sets that
+# LLVM, Eigen, oneDNN and XNNPACK choose XLA's CPU code by. All others say what the kernel, its
+# microcode or a hypervisor does (pti, ibrs, md_clear, constant_tsc, hypervisor), or are of use to
+# other programs (aes, sha_ni); they come and go with updates, and no product gets faster by them.
+# Listed is what counts, for kernels invent more of the others each year. Each architecture has its
+# own list: on x86 ``sme`` is encrypted memory, and ``smep`` a protection.
+_COUNTING = {
+    "flags": re.compile(
+        r"sse\w*|pni|ssse3|avx\w*|amx_\w+|fma4?|f16c|xop|bmi[12]|abm|popcnt|movbe", re.ASCII
+    ),
+    "Features": re.compile(r"fp|fphp|asimd\w*|sve\w*|sme\w*|bf16|i8mm|neon|vfpv\w+", re.ASCII),
+}
 
-def cpu_kind() -> str:
-    """Vendor, family, model and stepping, a hash of the instruction sets, and the cache sizes."""
+_SYSCTL_SECONDS = 10
+
+
+def read(path: str | Path) -> str:
+    """The file's text; empty where the system has no such file."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except (OSError, ValueError):
+        return ""
+
+
+def sysctl() -> str:
+    """What macOS says of its hardware, as lines of ``name: value``; empty on other systems."""
+    if platform.system() != "Darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", "hw", "machdep.cpu"]
+    try:
+        # It fails with what it cannot read, and has printed the rest.
+        return subprocess.run(
+            command, capture_output=True, check=False, timeout=_SYSCTL_SECONDS
+        ).stdout.decode(errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# --- The processor --------------------------------------------------------------------------------
+
+
+def cpu_kind(read: Callable[[str | Path], str] = read, sysctl: Callable[[], str] = sysctl) -> str:
+    """What the CPU is called: its model, a hash of its instruction sets, and its cache sizes.
+
+    ``AuthenticAMD/25/1/1 isa=0a1b2c3d caches=32K+512K+32768K`` names vendor, family, model and
+    stepping; a chip of Apple's is known by its name, ``Apple M1 Pro caches=64K+4096K``.
+
+    Args:
+      read: the text of a file; empty where there is none.
+      sysctl: what macOS says of its hardware, as ``sysctl`` in this module.
+    """
+    if info := _first_processor(read("/proc/cpuinfo")):
+        name, flags = _flags(info)
+        sets = [flag for flag in flags if _COUNTING[name].fullmatch(flag)]
+        return _kind(_model(info), sets, _caches(read))
+    return _macos_kind(_fields(sysctl())) or _bare_kind()
+
+
+def former_cpu_kind(read: Callable[[str | Path], str] = read) -> str | None:
+    """What versions called this CPU that took all flags for instruction sets.
+
+    None where they knew no flags. Which of them count cannot be told from that hash of all; that
+    this machine has the same can.
+    """
     info = _first_processor(read("/proc/cpuinfo"))
-    if not info:
-        return f"{platform.machine() or 'unknown'}/{platform.processor() or 'unknown'}"
+    return _kind(_model(info), _flags(info)[1], _caches(read)) if info else None
+
+
+def _kind(model: str, flags: Iterable[str], caches: str) -> str:
+    text = " ".join(sorted(flags))
+    isa = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{model} isa={isa} caches={caches or 'unknown'}"
+
+
+def _model(info: dict[str, str]) -> str:
     names = (
         ("vendor_id", "cpu family", "model", "stepping")
         if "vendor_id" in info
         else ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
     )
-    flags = " ".join(sorted(info.get("flags", info.get("Features", "")).split()))
-    model = "/".join(info.get(name, "unknown") for name in names)
-    return (
-        f"{model} isa={hashlib.sha256(flags.encode()).hexdigest()[:8]} "
-        f"caches={_caches() or 'unknown'}"
-    )
+    return "/".join(info.get(name, "unknown") for name in names)
+
+
+def _flags(info: dict[str, str]) -> tuple[str, list[str]]:
+    """The name of the line of flags, by architecture, and the flags."""
+    name = "flags" if "flags" in info else "Features"
+    return name, info.get(name, "").split()
 
 
 def _first_processor(cpuinfo: str) -> dict[str, str]:
     """The first block of ``/proc/cpuinfo``; the others repeat it once per core."""
-    block = cpuinfo.strip().partition("\n\n")[0]
+    return _fields(cpuinfo.strip().partition("\n\n")[0])
+
+
+def _fields(text: str) -> dict[str, str]:
+    """Lines of ``name: value``."""
     return {
         name.strip(): value.strip()
-        for name, colon, value in (line.partition(":") for line in block.splitlines())
+        for name, colon, value in (line.partition(":") for line in text.splitlines())
         if colon
     }
 
 
-def _caches() -> str:
+def _caches(read: Callable[[str | Path], str]) -> str:
     """Sizes of the data and unified caches that the first core sees: ``48K+2048K+32768K``."""
-    indices = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    return "+".join(
+    folder = Path("/sys/devices/system/cpu/cpu0/cache")
+    indices = [folder / f"index{number}" for number in range(10)]
+    sizes = [
         read(index / "size").strip()
         for index in indices
-        if read(index / "type").strip() != "Instruction"
+        if read(index / "type").strip() not in ("Instruction", "")
+    ]
+    return "+".join(sizes)
+
+
+def _macos_kind(hardware: dict[str, str]) -> str:
+    """By what ``sysctl`` says; "" where that is nothing.
+
+    An Intel Mac's is spelt as on Linux. The name of Apple's own chips says which instruction sets
+    they have, of which macOS lists more with each version.
+    """
+    sizes = [hardware.get(f"hw.{level}cachesize", "") for level in ("l1d", "l2", "l3")]
+    caches = "+".join(
+        f"{int(size) // 1024}K" for size in sizes if re.fullmatch("[0-9]{1,18}", size) and int(size)
     )
+    cpu = {name: hardware.get(f"machdep.cpu.{name}", "") for name in _MACOS_NAMES}
+    if not cpu["vendor"]:
+        brand = re.sub(r"[^ -{}~]+", " ", cpu["brand_string"])[:100].strip()
+        return f"{brand} caches={caches or 'unknown'}" if brand else ""
+    model = "/".join(cpu[name] or "unknown" for name in _MACOS_NAMES[:4])
+    flags = f"{cpu['features']} {cpu['leaf7_features']}".lower().replace(".", "_").split()
+    return _kind(model, filter(_COUNTING["flags"].fullmatch, flags), caches)
+
+
+_MACOS_NAMES = (
+    "vendor",
+    "family",
+    "model",
+    "stepping",
+    "brand_string",
+    "features",
+    "leaf7_features",
+)
+
+
+def _bare_kind() -> str:
+    """What Python knows, as on Windows: architecture and processor."""
+    return f"{platform.machine() or 'unknown'}/{platform.processor() or 'unknown'}"
+
+
+# --- Cores and memory -----------------------------------------------------------------------------
 
 
 def usable_cores() -> int:
@@ -97,7 +215,31 @@ def _meminfo(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB", read("/proc/meminfo"), re.MULTILINE)
     if found:
         return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return max(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # a system without these names
+        return _windows_memory(available=name == "MemAvailable")
+
+
+class _WindowsMemory(ctypes.Structure):
+    """``MEMORYSTATUSEX`` of Windows, with names for what is used of it; in bytes."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def _windows_memory(*, available: bool) -> int:
+    """Memory that Windows has, or has free, in bytes; 0 on other systems."""
+    windows = getattr(ctypes, "windll", None)
+    memory = _WindowsMemory(length=ctypes.sizeof(_WindowsMemory))
+    if windows is None or not windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(memory)):
+        return 0
+    return int(memory.available if available else memory.total)
 
 
 def _cgroup_memory() -> list[tuple[int, int]]:
@@ -148,14 +290,6 @@ def _cgroup_folders(controller: str) -> list[Path]:
         own = root / path.lstrip("/")
         folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
     return folders
-
-
-def read(path: str | Path) -> str:
-    """The file's text; empty where the system has no such file."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def busy_seconds() -> float | None:

@@ -14,6 +14,42 @@ from typing import Any
 from autochunk.errors import DeviceError
 from autochunk.host import read
 
+# Compute capability of each product, which is the first word with a digit in a GPU's name.
+_CAPABILITIES = {
+    "6": r"P\d+|10\d\d",
+    "7.0": r"V100S?",
+    "7.5": r"T\d+G?|20\d\d|16\d\d",
+    "8.0": r"A100X?|A800|A30X?",
+    "8.6": r"A2|A10G?|A16|A40|A[2-6]000|A[45]500|30\d\d",
+    "8.9": r"L\d+[SG]?|40\d\d",
+    "9.0": r"G?H\d+",
+    "10": r"G?B\d+",
+    "12": r"50\d\d",
+}
+# Of products whose numbers an older generation had, too.
+_NAMED_CAPABILITIES = {"Ada": "8.9", "Blackwell": "12"}
+
+
+def product(kind: str) -> str:
+    """The product among the words of a GPU's name: "A100" of "NVIDIA A100-SXM4-40GB MIG 1g.5gb".
+
+    "" where no word has a digit.
+    """
+    return next((word for word in re.findall(r"[^\W_]+", kind) if re.search(r"\d", word)), "")
+
+
+def capability(kind: str) -> str:
+    """The compute capability that a GPU of this name has, by its product; "" if not known.
+
+    From the name alone, since the GPU that a result is from need not be at hand.
+    """
+    for word, named in _NAMED_CAPABILITIES.items():
+        if word in kind.split():
+            return named
+    name = product(kind)
+    found = (number for number, names in _CAPABILITIES.items() if re.fullmatch(names, name))
+    return next(found, "")
+
 
 def gpu_memory(index: int) -> tuple[int, int] | None:
     """(all, free) bytes of a GPU, counting every process's use, from CUDA's driver library.

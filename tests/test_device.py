@@ -1,8 +1,4 @@
-"""The device's fingerprint, and what of a machine's cores and memory a process may use.
-
-Files of ``/proc`` and ``/sys`` come from a dict of texts in place of ``autochunk.host.read``;
-all parsing is the real one.
-"""
+"""The device's fingerprint: what names another device, what older versions wrote, what is alike."""
 
 from __future__ import annotations
 
@@ -22,39 +18,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from autochunk import host, nvidia
-from autochunk.device import Device, detect
+from autochunk.device import Device, current_key, detect, likeness
 from autochunk.errors import DeviceError
-from autochunk.host import available_cpu_bytes, cpu_memory_bytes, usable_cores
-
-GIB = 2**30
-MEMINFO = """\
-MemTotal:       16777216 kB
-MemFree:         1048576 kB
-MemAvailable:    8388608 kB
-Buffers:               0 kB
-"""
-V2 = "0::/\n"
-V1 = "12:cpu,cpuacct:/\n5:memory:/\n1:name=systemd:/\n"
-NESTED_V2 = "0::/outer/inner\n"
-NESTED_V1 = "4:memory:/outer/inner\n3:cpu:/outer/inner\n"
-ROOT = "/sys/fs/cgroup"
-
-
-class Files(dict[str, str]):
-    """A machine's files by path; others read as "", as in ``autochunk.host.read``."""
-
-    def read(self, path: str | Path) -> str:
-        """Stands in for ``read``."""
-        return self.get(str(path), "")
-
-
-@pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Files:
-    """A Linux machine of 64 cores and 16 GiB, half of them available, without cgroups."""
-    machine = Files({"/proc/meminfo": MEMINFO})
-    monkeypatch.setattr(host, "read", machine.read)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    return machine
 
 
 def test_detect_is_complete() -> None:
@@ -194,11 +159,89 @@ def test_key_has_no_version_in_it(field: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "other"),
-    [("platform", "gpu"), ("kind", "Other"), ("cores", 5), ("cores", 0), ("memory_gib", 9)],
+    [("platform", "gpu"), ("kind", "Other"), ("cores", 5), ("cores", 0)],
 )
 def test_key_has_every_hard_field(field: str, other: object) -> None:
     """Profiles are shared between equal machines only."""
     assert make_device(**{field: other}).key != make_device().key
+
+
+def gpu(kind: str, memory_gib: int) -> Device:
+    """A GPU of this name."""
+    return make_device(platform="gpu", kind=kind, cores=0, memory_gib=memory_gib)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_a_cpu_is_the_same_with_any_memory(one: int, other: int) -> None:
+    """A container's limit bounds plans; it makes no product slower."""
+    assert make_device(memory_gib=one).key == make_device(memory_gib=other).key
+
+
+@pytest.mark.parametrize(
+    ("memory", "other"), [(39, 40), (39, 38), (79, 80), (22, 24), (44, 48), (31, 32), (140, 144)]
+)
+def test_a_gpu_is_the_same_with_what_its_driver_leaves_of_its_memory(
+    memory: int, other: int
+) -> None:
+    """Drivers, error correction and rounding take a little of the size that it is sold with."""
+    assert gpu("Made Up", memory).key == gpu("Made Up", other).key
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_a_slice_of_a_gpu_is_told_by_much_less_memory(one: int, other: int) -> None:
+    """Where its name does not tell: below 3/4 it is another device, whatever the two sizes are."""
+    if 4 * min(one, other) < 3 * max(one, other):
+        assert gpu("Made Up", one).key != gpu("Made Up", other).key
+
+
+def test_slices_of_a_gpu_have_names_of_their_own() -> None:
+    """As CUDA, and so jax, names them."""
+    whole, slices = "NVIDIA A100-SXM4-40GB", ("MIG 1g.5gb", "MIG 1g.10gb", "MIG 7g.40gb")
+    devices = [gpu(whole, 39), *(gpu(f"{whole} {name}", 39) for name in slices)]
+    assert len({device.key for device in devices}) == 4
+
+
+# --- Keys of older versions -----------------------------------------------------------------------
+
+FORMER_KIND = host.former_cpu_kind()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("cpu Made/Up cores=4 memory=8GiB", "cpu Made/Up cores=4"),
+        ("cpu Made/Up memory=8GiB", "cpu Made/Up"),
+        (
+            "cpu GenuineIntel/6/167/1 isa=fc7df03f caches=48K+2048K+491520K cores=2 memory=24GiB",
+            "cpu GenuineIntel/6/167/1 isa=fc7df03f caches=48K+2048K+491520K cores=2",
+        ),
+        ("gpu NVIDIA H100 80GB HBM3 memory=79GiB", "gpu NVIDIA H100 80GB HBM3 memory=~80GiB"),
+        ("gpu NVIDIA H200 memory=140GiB", "gpu NVIDIA H200 memory=~144GiB"),
+        ("gpu Made Up memory=0GiB", "gpu Made Up"),
+        *((text, text) for text in ("", "cpu", "no device's key", "CPU x", "gpu a|b", "cpu a\x1b")),
+        (f"cpu {'x' * 201} cores=4 memory=8GiB", f"cpu {'x' * 201} cores=4 memory=8GiB"),
+    ],
+)
+def test_an_older_key_is_read_as_today_s(old: str, new: str) -> None:
+    """Today's, and what is no key, stay as they are."""
+    assert current_key(old) == new
+    assert current_key(new) == new
+
+
+@pytest.mark.skipif(FORMER_KIND is None, reason="this system tells no flags of its CPU")
+def test_this_machine_s_former_kind_is_its_own_now() -> None:
+    """Its hash of all flags cannot be inverted; that it is this machine's can be seen."""
+    here = detect(jax.devices("cpu")[0])
+    assert here.kind != FORMER_KIND
+    dumped = here.model_dump(mode="json") | {"kind": FORMER_KIND, "memory_gib": 1}
+    then = Device.model_validate(dumped)
+    assert (then.kind, then.key) == (here.kind, here.key)
+    assert current_key(f"cpu {FORMER_KIND} cores={here.cores} memory=1GiB") == here.key
+    assert f"cpu {FORMER_KIND} cores={here.cores}" in here.key_stems
+    assert make_device(platform="gpu", kind=FORMER_KIND).kind == FORMER_KIND
+
+
+# --- Versions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -293,6 +336,19 @@ def test_keys_of_devices_are_injective(one: str, other: str, cores: int, more: i
     assert (first.key == second.key) == ((one, cores) == (other, more))
 
 
+@given(KINDS, st.sampled_from(["cpu", "gpu"]), st.integers(0, 512), st.integers(0, 4096))
+def test_a_key_is_read_as_itself(kind: str, platform: str, cores: int, memory: int) -> None:
+    """Today's as it is, and what an older version made of the same device as today's.
+
+    Every version's begin with one of its stems.
+    """
+    device = make_device(platform=platform, kind=kind, cores=cores, memory_gib=memory)
+    older = f"{device.key.split(' memory=~')[0]} memory={memory}GiB"
+    assert current_key(device.key) == current_key(older) == device.key
+    assert older.startswith(f"{device.key_stems[0]} ")
+    assert f"{device.key} ".startswith(f"{device.key_stems[0]} ")
+
+
 @pytest.mark.parametrize(
     "kind", ["", "A cores=4", "A memory=8GiB", "A | attention:t=1", "new\nline", "\x1b[31m"]
 )
@@ -305,360 +361,75 @@ def test_a_kind_that_imitates_a_key_is_refused(kind: str) -> None:
         make_device(kind=kind)
 
 
-# --- The CPU's kind -------------------------------------------------------------------------------
-
-X86 = """\
-processor\t: {n}
-vendor_id\t: AuthenticAMD
-cpu family\t: 25
-model\t\t: 1
-model name\t: AMD EPYC
-stepping\t: 1
-cpu MHz\t: {mhz}
-flags\t\t: {flags}
-"""
-ARM = """\
-processor\t: 0
-BogoMIPS\t: 50.00
-Features\t: fp asimd
-CPU implementer\t: 0x41
-CPU variant\t: 0x3
-CPU part\t: 0xd0c
-CPU revision\t: 1
-"""
+# --- Devices alike --------------------------------------------------------------------------------
 
 
-def test_kind_of_an_x86(files: Files) -> None:
-    """Vendor, family, model and stepping, then the instruction sets' hash."""
-    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
-    assert host.cpu_kind().startswith("AuthenticAMD/25/1/1 isa=")
+def cpu(kind: str, cores: int = 2) -> Device:
+    """A CPU."""
+    return make_device(kind=kind, cores=cores)
 
 
-def test_kind_of_an_arm(files: Files) -> None:
-    """ARM's own names for the same."""
-    files["/proc/cpuinfo"] = ARM
-    assert host.cpu_kind().startswith("0x41/0xd0c/0x3/1 isa=")
+XEON = "GenuineIntel/6/143/8 isa=0a1b2c3d caches=48K+2048K+107520K"
+A100 = "NVIDIA A100-SXM4-40GB"
+# Each device, and others that are less and less like it.
+LIKE = [
+    (
+        cpu(XEON),
+        cpu(XEON, 16),
+        cpu(XEON.replace("107520K", "30720K").replace("0a1b2c3d", "ffffffff"), 16),
+        cpu("GenuineIntel/6/85/7 isa=0a1b2c3d caches=48K+2048K+107520K"),
+        cpu("AuthenticAMD/25/1/1 isa=0a1b2c3d caches=32K+512K+32768K"),
+        gpu(A100, 40),
+    ),
+    (
+        cpu("0x41/0xd0c/0x3/1 isa=0a1b2c3d caches=64K"),
+        cpu("0x41/0xd0c/0x4/0 isa=0a1b2c3d caches=64K"),
+        cpu("0x41/0xd40/0x3/1 isa=0a1b2c3d caches=64K"),
+        cpu("0x61/0xd0c/0x3/1 isa=0a1b2c3d caches=64K"),
+    ),
+    (cpu("Apple M1 caches=64K", 8), cpu("Apple M1 caches=64K", 4), cpu("Apple M4 caches=64K", 8)),
+    (
+        gpu(A100, 40),
+        gpu("NVIDIA A100-PCIE-40GB", 40),
+        gpu(f"{A100} MIG 1g.5gb", 5),
+        gpu("NVIDIA A30", 24),
+        gpu("NVIDIA H100 80GB HBM3", 80),
+        gpu("AMD Instinct MI300X", 192),
+        cpu(XEON),
+    ),
+    (gpu("NVIDIA H200", 140), gpu("NVIDIA H100 NVL", 94), gpu("NVIDIA B200", 179)),
+    (gpu("NVIDIA RTX 6000 Ada Generation", 48), gpu("NVIDIA L40S", 48), gpu("Quadro RTX 6000", 24)),
+]
 
 
-def test_kind_leaves_out_what_changes(files: Files) -> None:
-    """Clock, number of processors and the order of flags change from boot to boot.
-
-    The kind does not.
-    """
-    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
-    first = host.cpu_kind()
-    faster = X86.format(n=0, mhz=3456.789, flags="avx  sse")
-    files["/proc/cpuinfo"] = f"{faster}\n{X86.format(n=1, mhz=1, flags='sse avx')}"
-    assert host.cpu_kind() == first
-
-
-def test_kind_tells_instruction_sets_apart(files: Files) -> None:
-    """One model behind two hypervisors, one of which hides AVX-512, is two kinds."""
-    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx")
-    first = host.cpu_kind()
-    files["/proc/cpuinfo"] = X86.format(n=0, mhz=2000, flags="sse avx avx512f")
-    assert host.cpu_kind() != first
+@pytest.mark.parametrize("devices", LIKE, ids=lambda devices: devices[0].kind)
+def test_devices_that_are_less_and_less_alike(devices: tuple[Device, ...]) -> None:
+    """What one may tell of another is in this order, and all or nothing only at the ends."""
+    found = [likeness(devices[0], other) for other in devices]
+    assert found == sorted(set(found), reverse=True)
+    assert found[0] == 1
+    assert all(
+        (value == 0) == (one.platform != devices[0].platform)
+        for one, value in zip(devices, found, strict=True)
+    )
 
 
-@pytest.mark.parametrize("text", ["", "\n", "no colon here\n", "\0\0\0"])
-def test_kind_without_cpuinfo(files: Files, text: str) -> None:
-    """A system without /proc has a kind all the same."""
-    files["/proc/cpuinfo"] = text
-    assert Device(platform="cpu", kind=host.cpu_kind(), cores=1, memory_gib=1)
-
-
-# --- Cores ----------------------------------------------------------------------------------------
-
-
-def test_cores_without_cgroups(files: Files) -> None:
-    """Without cgroups the affinity decides."""
-    assert usable_cores() == 64
-
-
-def test_cores_follow_the_affinity_of_this_process() -> None:
-    """The real affinity, without a seam: a process bound to one core has one."""
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("no affinity on this system")
-    code = """
-import os, sys
-os.sched_setaffinity(0, {int(sys.argv[1])})
-from autochunk.host import usable_cores
-print(usable_cores())
-"""
-    assert run_python(code, min(os.sched_getaffinity(0))).strip() == "1"
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [
-        ("150000 100000\n", 2),
-        ("100000 100000", 1),
-        ("100001 100000", 2),
-        ("50000 100000", 1),
-        ("1 1000000", 1),
-        ("800000 50000", 16),
-        ("99999999 100000", 64),
-        ("max 100000\n", 64),
-        ("max", 64),
-        ("", 64),
-        ("0 100000", 1),
-        ("100000 0", 64),
-        ("-1 100000", 64),
-        ("garbage", 64),
-        ("lots of garbage", 64),
-    ],
-)
-def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
-    """The ratio of cpu.max's quota and period, rounded up, bounds the cores.
-
-    "max" and what cannot be read do not.
-    """
-    files.update({"/proc/self/cgroup": V2, f"{ROOT}/cpu.max": quota})
-    assert usable_cores() == cores
-
-
-@pytest.mark.parametrize(
-    ("quota", "period", "cores"),
-    [
-        ("150000\n", "100000\n", 2),
-        ("-1\n", "100000\n", 64),
-        ("400000", "100000", 4),
-        ("", "100000", 64),
-        ("1", "", 64),
-    ],
-)
-def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: int) -> None:
-    """Version 1 has quota and period in two files; -1 is no limit."""
-    files["/proc/self/cgroup"] = V1
-    files[f"{ROOT}/cpu/cpu.cfs_quota_us"] = quota
-    files[f"{ROOT}/cpu/cpu.cfs_period_us"] = period
-    assert usable_cores() == cores
-
-
-@pytest.mark.parametrize(("cgroup", "root"), [(NESTED_V2, ROOT), (NESTED_V1, f"{ROOT}/cpu")])
-@pytest.mark.parametrize(
-    ("outer", "inner", "cores"),
-    [
-        ("200000 100000", "max 100000", 2),
-        ("max 100000", "300000 100000", 3),
-        ("200000 100000", "300000 100000", 2),
-    ],
-)
-def test_cores_by_nested_quotas(
-    files: Files, cgroup: str, root: str, outer: str, inner: str, cores: int
-) -> None:
-    """A quota may sit on any cgroup above the process's own; the least one binds."""
-    files["/proc/self/cgroup"] = cgroup
-    files[f"{root}/outer/cpu.max"] = outer
-    files[f"{root}/outer/inner/cpu.max"] = inner
-    assert usable_cores() == cores
-
-
-def test_quota_of_a_foreign_cgroup_does_not_bind(files: Files) -> None:
-    """Only the process's own cgroup and those above it count, and only the cpu controller's."""
-    files["/proc/self/cgroup"] = "3:cpuset:/\n0::/mine\n"
-    files[f"{ROOT}/other/cpu.max"] = "100000 100000"
-    files[f"{ROOT}/cpuset/cpu.cfs_quota_us"] = "1"
-    assert usable_cores() == 64
-
-
-# --- Memory ---------------------------------------------------------------------------------------
-
-
-def test_memory_without_cgroups(files: Files) -> None:
-    """The machine's own figures."""
-    assert cpu_memory_bytes() == 16 * GIB
-    assert available_cpu_bytes() == 8 * GIB
-
-
-def test_memory_without_meminfo(files: Files) -> None:
-    """Without /proc/meminfo, the system's page counts."""
-    del files["/proc/meminfo"]
-    assert cpu_memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def test_memory_of_this_machine() -> None:
-    """The real files, without a seam: some memory is available, and no more than there is."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < available_cpu_bytes() <= cpu_memory_bytes() <= whole
-
-
-# The cgroup, and its files of the memory's limit, usage and statistics.
-MEMORY_V2 = (V2, *(f"{ROOT}/memory.{name}" for name in ("max", "current", "stat")))
-MEMORY_V1 = (
-    V1,
-    *(f"{ROOT}/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")),
+DEVICES = st.one_of(
+    st.sampled_from([device for devices in LIKE for device in devices]),
+    st.builds(
+        lambda platform, kind, cores, memory: make_device(
+            platform=platform, kind=kind, cores=cores, memory_gib=memory
+        ),
+        *(st.sampled_from(["cpu", "gpu"]), KINDS, st.integers(0, 9), st.integers(0, 99)),
+    ),
 )
 
 
-@pytest.mark.parametrize("names", [MEMORY_V2, MEMORY_V1], ids=["v2", "v1"])
-@pytest.mark.parametrize(
-    ("limit", "used", "total", "available"),
-    [
-        (4 * GIB, 1 * GIB, 4, 3),  # the cgroup's limit less its usage
-        (12 * GIB, 1 * GIB, 12, 8),  # MemAvailable is less
-        (4 * GIB, 5 * GIB, 4, 0),  # over its limit for a moment: nothing is left, never less
-        (64 * GIB, 0, 16, 8),  # a limit beyond the machine binds nothing
-        ("max", 1 * GIB, 16, 8),
-        (9223372036854771712, 1 * GIB, 16, 8),  # version 1's "no limit"
-        ("", "", 16, 8),
-        ("garbage", 0, 16, 8),
-        (4 * GIB, "", 4, 4),  # usage unknown
-    ],
-)
-def test_memory_by_cgroup(
-    files: Files, names: tuple[str, ...], limit: object, used: object, total: int, available: int
-) -> None:
-    """The lesser of the machine's memory and the cgroup's, in both versions."""
-    files["/proc/self/cgroup"], limit_name, used_name, _ = names
-    files |= {limit_name: f"{limit}\n", used_name: f"{used}\n"}
-    assert cpu_memory_bytes() == total * GIB
-    assert available_cpu_bytes() == available * GIB
-
-
-def test_memory_by_nested_cgroups(files: Files) -> None:
-    """Total and available memory may be bound by different cgroups.
-
-    The outer one has neighbours that use it up.
-    """
-    files["/proc/self/cgroup"] = NESTED_V2
-    files[f"{ROOT}/outer/memory.max"] = str(6 * GIB)
-    files[f"{ROOT}/outer/memory.current"] = str(5 * GIB)
-    files[f"{ROOT}/outer/inner/memory.max"] = str(4 * GIB)
-    files[f"{ROOT}/outer/inner/memory.current"] = str(1 * GIB)
-    assert cpu_memory_bytes() == 4 * GIB
-    assert available_cpu_bytes() == 1 * GIB
-
-
-@pytest.mark.parametrize(
-    ("names", "stat"),
-    [
-        (MEMORY_V2, f"anon 1\ninactive_file {2 * GIB}\nactive_file 3\n"),
-        (MEMORY_V1, f"cache 1\ntotal_inactive_file {2 * GIB}\n"),
-        (MEMORY_V1, f"cache 1\ninactive_file 0\ntotal_cache 1\ntotal_inactive_file {2 * GIB}\n"),
-    ],
-    ids=["v2", "v1", "v1 with children"],
-)
-def test_page_cache_is_free(files: Files, names: tuple[str, ...], stat: str) -> None:
-    """Cached files that the kernel drops on demand do not count as used.
-
-    In version 1 those of child groups, too.
-    """
-    files["/proc/self/cgroup"], limit_name, used_name, stat_name = names
-    files |= {limit_name: str(4 * GIB), used_name: str(3 * GIB), stat_name: stat}
-    assert available_cpu_bytes() == 3 * GIB
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "expected"),
-    [
-        ("", []),
-        ("0::/\n", [ROOT]),
-        ("0::/a/b\n", [f"{ROOT}/a/b", f"{ROOT}/a", ROOT]),
-        ("5:memory:/a\n", [f"{ROOT}/memory/a", f"{ROOT}/memory"]),
-        ("5:hugetlb,memory:/a\n", [f"{ROOT}/memory/a", f"{ROOT}/memory"]),
-        ("5:cpu:/a\n1:name=systemd:/\n", []),
-        ("0::/a:b\n", [f"{ROOT}/a:b", ROOT]),
-        ("garbage\n", [ROOT]),
-    ],
-)
-def test_cgroup_folders(files: Files, cgroup: str, expected: list[str]) -> None:
-    """The controller's folders from the process's own cgroup up to the root."""
-    files["/proc/self/cgroup"] = cgroup
-    assert [str(folder) for folder in host._cgroup_folders("memory")] == expected
-
-
-@pytest.mark.parametrize("digit", ["\u00b2", "\u2460"])
-def test_digits_that_are_no_numbers(files: Files, digit: str) -> None:
-    """A superscript two is no quota, and no error."""
-    files.update({"/proc/self/cgroup": V2, f"{ROOT}/cpu.max": f"{digit} 100000"})
-    assert usable_cores() == 64
-
-
-ascii_text = st.text(st.characters(max_codepoint=127))
-
-
-@given(st.text(), ascii_text, st.text())
-def test_garbage_never_raises(cgroup: str, limit: str, meminfo: str) -> None:
-    """Files that cannot be understood bind nothing.
-
-    There is always at least one core, and never less than no memory.
-    """
-    texts = {"/proc/self/cgroup": f"0::/{cgroup}", "/proc/meminfo": meminfo}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvidia, "read", lambda path: texts.get(str(path), limit))
-        assert usable_cores() >= 1
-        assert available_cpu_bytes() >= 0
-        assert cpu_memory_bytes() >= 0
-
-
-def test_read_of_a_missing_file_is_empty(tmp_path: Path) -> None:
-    """A file that is not there, or is a folder, or is no text, is no error."""
-    assert host.read(tmp_path / "missing") == ""
-    assert host.read(tmp_path) == ""
-    (tmp_path / "binary").write_bytes(b"\xff\x00ok")
-    assert host.read(tmp_path / "binary").endswith("ok")
-
-
-# --- How memory is handed out, and who is at work -------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("maps", "environment", "expected"),
-    [
-        ("", {}, "glibc"),
-        ("", {"MALLOC_TOP_PAD_": "9", "MALLOC_A": "2"}, "glibc MALLOC_A=2 MALLOC_TOP_PAD_=9"),
-        ("", {"GLIBC_TUNABLES": "glibc.malloc.x=9:glibc.cpu.x=1"}, "glibc glibc.malloc.x=9"),
-        ("7f00 r-xp 0 /usr/lib/libjemalloc.so.2\n", {"MALLOC_TOP_PAD_": "1"}, "jemalloc"),
-        ("7f00 r-xp 0 /opt/libtcmalloc_minimal.so.4\n", {}, "tcmalloc"),
-        ("7f00 r-xp 0 /opt/libjemalloc/other.so\n", {}, "glibc"),
-    ],
-)
-def test_allocator(
-    files: Files,
-    monkeypatch: pytest.MonkeyPatch,
-    maps: str,
-    environment: dict[str, str],
-    expected: str,
-) -> None:
-    """By the library that is loaded in its place, else the C library's with its settings."""
-    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36", raising=False)
-    files["/proc/self/maps"] = maps
-    assert host.allocator() == expected
-
-
-def test_allocator_of_another_c_library(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not known, and nothing raises."""
-
-    def refuse(_: str) -> str:
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(os, "confstr", refuse, raising=False)
-    assert host.allocator() == ""
-    assert files == {"/proc/meminfo": MEMINFO}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("always [madvise] never\n", "madvise"), ("[always] madvise never", "always"), ("", "")],
-)
-def test_huge_pages(files: Files, text: str, expected: str) -> None:
-    """The one in brackets is in force."""
-    files["/sys/kernel/mm/transparent_hugepage/enabled"] = text
-    assert host.huge_pages() == expected
-
-
-def test_busy_seconds_are_of_the_cores_of_this_process(
-    files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not those of others, nor time in which nothing was done; unknown where nothing tells."""
-    assert host.busy_seconds() is None
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
-    monkeypatch.setattr(os, "sysconf", lambda _: 100)
-    times = "1 2 3 1000 1000 4 5 6 7 0"
-    files["/proc/stat"] = f"cpu  9 9 9 9\ncpu0 {times}\ncpu1 {times}\ncpu2 {times}\nintr 5\n"
-    assert host.busy_seconds() == pytest.approx(2 * (1 + 2 + 3 + 4 + 5 + 6) / 100)
+@given(DEVICES, DEVICES)
+def test_likeness_is_a_share_and_has_no_direction(one: Device, other: Device) -> None:
+    """From 0, another platform, to 1, the same key and nothing else."""
+    found = likeness(one, other)
+    assert found == likeness(other, one)
+    assert 0 <= found <= 1
+    assert (found == 1) == (one.key == other.key)
+    assert (found == 0) == (one.platform != other.platform)
