@@ -104,8 +104,9 @@ def _versions() -> Iterator[Finding]:
 
 def _device(device: Device) -> Iterator[Finding]:
     found = {name: getattr(device, name) for name in ("driver", "cuda", "cudnn")}
-    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
-    yield Finding("ok", "device", f"{device.key}; {versions}" if versions else device.key)
+    versions = [f"{name} {version}" for name, version in found.items() if version]
+    memory = f"{device.memory_gib} GiB of memory"
+    yield Finding("ok", "device", f"{device.key}; {', '.join([memory, *versions])}")
     if device.platform != "gpu" and _nvidia_gpu_here():
         detail = f"this machine has an NVIDIA GPU, and jax computes on {device.platform}"
         yield Finding("problem", "GPU", detail, _gpu_cure())

@@ -16,10 +16,10 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FailFast, Field, ValidationError
+from pydantic import BaseModel, FailFast, Field, ValidationError, field_validator
 
 import autochunk
-from autochunk.device import Device
+from autochunk.device import Device, current_key
 from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import files, json_text, remote
 from autochunk.store.json_text import NO_BUNDLE, checked, one_line, refuse_wide
@@ -51,6 +51,11 @@ class Provenance(Record):
     newest: str | None = None
     profiles: int = 0
     note: Annotated[str, Field(max_length=1000, pattern=_ONE_LINE)] = ""
+
+    @field_validator("devices")
+    @classmethod
+    def _of_today(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(map(current_key, keys))))
 
 
 class Bundle(Record):
@@ -175,6 +180,17 @@ class _Subject(BaseModel):
 
     device: Device
     workload: str
+    # For which of two to take; whether they are what they must be is seen with the whole profile.
+    complete: Any = False
+    created: Any = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.device.key, self.workload
+
+    @property
+    def standing(self) -> tuple[bool, str]:
+        return self.complete is True, str(self.created)
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +219,14 @@ class Index(Mapping[tuple[str, str], Profile]):
     """A bundle's profiles by (device key, workload key).
 
     Each is compared with its digest and validated when it is asked for; BundleError where it is
-    damaged. One that is damaged leaves the others usable.
+    damaged. One that is damaged leaves the others usable. Of two of what was once two devices and
+    is one today the complete one is taken, else the one made later.
 
     Attributes:
       source: names the bundle in errors.
       schema_version: of the layout that the file had.
       provenance: as the file says; None if it does not.
+      merged: how many were not taken for another of the same device and workload.
     """
 
     def __init__(self, content: Any, source: str) -> None:
@@ -216,14 +234,22 @@ class Index(Mapping[tuple[str, str], Profile]):
         self.schema_version, file = checked(lambda: _file(content), source)
         self.provenance = file.provenance
         self._entries: dict[tuple[str, str], tuple[str, _Entry]] = {}
+        self.merged = 0
+        places: dict[Any, str] = {}
+        standings: dict[tuple[str, str], tuple[bool, str]] = {}
         for number, entry in enumerate(file.profiles):
             place = f"profiles.{number}"
-            key = checked(functools.partial(_subject, entry), source, place)
-            if key in self._entries:
+            subject = checked(functools.partial(_subject, entry), source, place)
+            key, written = subject.key, _written_key(entry)
+            if written in places:
                 raise BundleError(
-                    f"{source}: {place}: {_twice(key)}, the other at {self._entries[key][0]}"
+                    f"{source}: {place}: {_twice(key)}, the other at {places[written]}"
                 )
-            self._entries[key] = place, entry
+            places[written] = place
+            self.merged += key in self._entries
+            if key not in standings or subject.standing > standings[key]:
+                self._entries[key] = place, entry
+                standings[key] = subject.standing
 
     def __getitem__(self, key: tuple[str, str]) -> Profile:
         place, entry = self._entries[key]
@@ -251,10 +277,16 @@ def _file(content: Any) -> tuple[int, _File]:
     return version, file
 
 
-def _subject(entry: _Entry) -> tuple[str, str]:
+def _subject(entry: _Entry) -> _Subject:
     refuse_wide(entry.profile, levels=2)
-    subject = _Subject.model_validate(entry.profile)
-    return subject.device.key, subject.workload
+    return _Subject.model_validate(entry.profile)
+
+
+def _written_key(entry: _Entry) -> tuple[object, ...]:
+    """What a checked profile's key was made of when it was written, by any version."""
+    device = entry.profile["device"]
+    hard = [device[name] for name in ("platform", "kind", "cores", "memory_gib")]
+    return *hard, entry.profile["workload"]
 
 
 def _profile(entry: _Entry, key: tuple[str, str]) -> Profile:
@@ -292,7 +324,8 @@ def load(text: str | bytes, source: str = "bundle") -> Bundle:
     profiles = tuple(index.values())
     said = index.provenance
     provenance = _provenance(profiles, said.autochunk if said else "", said.note if said else "")
-    if said not in (None, provenance):
+    # Of profiles that another was taken for it tells, too.
+    if said not in (None, provenance) and not index.merged:
         raise BundleError(
             f"{source}: its provenance does not fit its profiles: the file was damaged or edited; "
             "export it again"

@@ -40,6 +40,7 @@ _BUSY_MILLISECONDS = 30_000
 # Conditions on rows.
 OF_KEY = "WHERE key = ?"
 IN_RANGE = "WHERE key >= ? AND key < ?"
+ENDING = f"{IN_RANGE} AND key LIKE '%' || ?"
 AMONG = "WHERE key IN (SELECT value FROM json_each(?))"  # one statement: sqlitedict commits each
 UNCHANGED = "WHERE rowid = ? AND CAST(value AS BLOB) IS ?"
 

@@ -1,7 +1,9 @@
 """ProfileStore: the user's own profiles and missed workloads, in one file.
 
 Each is a row of JSON in a ``Database``. Rows may come from a newer version, another program or a
-damaged file, so that every one is checked when it is read.
+damaged file, so that every one is checked when it is read. Older versions had more in a device's
+key: their rows are found by the key that they would have today, and go when a profile is put in
+their place.
 """
 
 from __future__ import annotations
@@ -10,16 +12,16 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 from platformdirs import user_data_path
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
-from autochunk.device import Device
+from autochunk.device import Device, current_key
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
-from autochunk.store.database import AMONG, IN_RANGE, OF_KEY, UNCHANGED, Database
+from autochunk.store.database import AMONG, ENDING, IN_RANGE, OF_KEY, UNCHANGED, Database
 from autochunk.store.files import file_identity
 from autochunk.store.profile import SCHEMA_VERSION, Profile, utc_now
 from autochunk.store.rescue import Row
@@ -86,8 +88,9 @@ class ProfileStore:
           StoreError: also where the row is there and cannot be read.
         """
         rows = self._database.rows(_PROFILES, OF_KEY, _row_key(device.key, workload.key))
+        rows = rows or self._rows(device, workload.key)
         try:
-            return _profile(rows[0]) if rows else None
+            return next(iter(_best(rows)), None) or (_profile(rows[0]) if rows else None)
         except ValueError as error:
             raise StoreError(
                 f"a profile in {self.path} cannot be read ({error}); {_CURE}"
@@ -98,18 +101,17 @@ class ProfileStore:
 
         Rows that cannot be read are left out, with one StoreWarning that counts them.
         """
-        where, values = (IN_RANGE, _key_range(device)) if device else ("", ())
-        rows = self._database.rows(_PROFILES, where, *values)
-        found = [profile for row in rows if (profile := _readable(row))]
-        if len(found) < len(rows):
+        rows = self._rows(device) if device else self._database.rows(_PROFILES)
+        unreadable = sum(_readable(row) is None for row in rows)
+        if unreadable:
             warnings.warn(
-                f"{len(rows) - len(found)} of {len(rows)} profiles in {self.path} cannot be read "
+                f"{unreadable} of {len(rows)} profiles in {self.path} cannot be read "
                 "and were left out; ProfileStore.unreadable() names those that no version can "
                 "read, forget_unreadable() deletes them",
                 StoreWarning,
                 stacklevel=2,
             )
-        return found
+        return _best(rows)
 
     def workloads(self, device: Device) -> list[str]:
         """Keys of the workloads that have a profile on a device."""
@@ -120,7 +122,8 @@ class ProfileStore:
 
         Of rows under keys that are neither, nothing.
         """
-        return [names for key in self._database.keys(_PROFILES) if (names := _names(key))]
+        keys = self._database.keys(_PROFILES)
+        return sorted({names for key in keys if (names := _names(key))})
 
     def missed(self, device: Device) -> list[Workload]:
         """Workloads that "auto" missed on a device, by key."""
@@ -149,10 +152,25 @@ class ProfileStore:
     def _unreadable(self) -> list[Row]:
         return [row for row in self._database.rows(_PROFILES) if not _whole(_PROFILES, row)]
 
+    def _rows(self, device: Device, workload_key: str = "") -> list[Row]:
+        """Rows of a device's profiles, or of those of one workload, under keys of any version."""
+        found = [
+            self._database.rows(_PROFILES, ENDING, *span, workload_key) for span in _ranges(device)
+        ]
+        return [row for rows in found for row in rows if _is_of(row.key, device, workload_key)]
+
     def _workload_keys(self, table: str, device: Device) -> list[str]:
-        first, end = _key_range(device)
-        keys = self._database.keys(table, IN_RANGE, first, end)
-        return [_text(key).removeprefix(first) for key in keys]
+        names = [_is_of(key, device) for key in self._keys(table, device)]
+        return sorted({workload for _, workload in filter(None, names)})
+
+    def _keys(self, table: str, device: Device) -> list[bytes | None]:
+        """Keys of a device's rows, of any version."""
+        found = [self._database.keys(table, IN_RANGE, *span) for span in _ranges(device)]
+        return [key for keys in found for key in keys if _is_of(key, device)]
+
+    def _row_keys(self, table: str, names: Collection[tuple[str, str]]) -> list[str]:
+        """Keys of all rows of these devices and workloads, of any version."""
+        return [_text(key) for key in self._database.keys(table) if _names(key) in names]
 
     # --- Writing ----------------------------------------------------------------------------------
 
@@ -161,10 +179,8 @@ class ProfileStore:
 
         If it is complete, the workload is no longer one that was missed.
         """
-        key = _row_key(*profile.key)
-        self._database.put(_PROFILES, key, profile.model_dump_json())
-        if profile.complete:
-            self._forget_missed([key])
+        self._database.put(_PROFILES, _row_key(*profile.key), profile.model_dump_json())
+        self._clear_up([profile])
 
     def put_all(
         self,
@@ -188,15 +204,15 @@ class ProfileStore:
         stored = self._database.replace(_PROFILES, rows, self._values(expected or {}))
         if rows and not stored:
             raise self._changed()
-        self._forget_missed([key for key, profile in by_key.items() if profile.complete])
+        self._clear_up(by_key.values())
 
     def forget(self, profiles: Iterable[Profile]) -> int:
         """Deletes what is stored for these profiles' workloads and devices, all or none.
 
         Returns how many there were.
         """
-        keys = json.dumps([_row_key(*profile.key) for profile in profiles])
-        return self._database.delete(_PROFILES, AMONG, lambda: [(keys,)])
+        names = {profile.key for profile in profiles}
+        return self._delete(_PROFILES, self._row_keys(_PROFILES, names))
 
     def forget_unreadable(self) -> int:
         """Deletes the rows that ``unreadable`` names, each only if it is still as it was.
@@ -210,15 +226,15 @@ class ProfileStore:
 
     def forget_missed(self, device: Device) -> int:
         """Forgets every workload that "auto" missed on a device; returns how many there were."""
-        return self._database.delete(_MISSED, IN_RANGE, lambda: [_key_range(device)])
+        return self._delete(_MISSED, list(map(_text, self._keys(_MISSED, device))))
 
     def record_miss(self, device: Device, workload: Workload) -> None:
         """Remembers that "auto" found no profile for a workload.
 
         It happens while a model is traced, so that a damaged file is left where it is.
         """
-        key = _row_key(device.key, workload.key)
-        if not self._database.keys(_MISSED, OF_KEY, key):
+        if workload.key not in self._workload_keys(_MISSED, device):
+            key = _row_key(device.key, workload.key)
             miss = _Miss(when=utc_now())
             self._database.put(_MISSED, key, miss.model_dump_json(), mend=False)
 
@@ -226,22 +242,30 @@ class ProfileStore:
         """Raises StoreError now, not after hours of measuring, if a profile could not be stored."""
         self._database.check_writable()
 
-    def _forget_missed(self, keys: list[str]) -> None:
-        text = json.dumps(keys)
-        if self._database.keys(_MISSED, AMONG, text):
-            self._database.delete(_MISSED, AMONG, lambda: [(text,)])
+    def _clear_up(self, stored: Collection[Profile]) -> None:
+        """Deletes what these profiles stand in place of.
+
+        Rows under older versions' keys, and of finished ones, what was missed.
+        """
+        names = {profile.key for profile in stored}
+        today = {_row_key(*one) for one in names}
+        self._delete(_PROFILES, set(self._row_keys(_PROFILES, names)) - today)
+        finished = {profile.key for profile in stored if profile.complete}
+        self._delete(_MISSED, self._row_keys(_MISSED, finished))
+
+    def _delete(self, table: str, keys: Collection[str]) -> int:
+        text = json.dumps(sorted(keys))
+        return self._database.delete(table, AMONG, lambda: [(text,)]) if keys else 0
 
     def _values(self, expected: Mapping[tuple[str, str], Profile | None]) -> dict[str, bytes]:
         """The value of each expected row, by key; StoreError where it is another by now."""
-        rows = {row.key: row for row in self._database.rows(_PROFILES)} if expected else {}
-        values = {}
-        for names, profile in expected.items():
-            key = _row_key(*names)
-            row = rows.get(key.encode())
-            if (row and _readable(row)) != profile:
-                raise self._changed()
-            values[key] = (row and row.value) or b""
-        return values
+        rows = self._database.rows(_PROFILES) if expected else []
+        rows = [row for row in rows if _names(row.key) in expected]
+        found = {profile.key: profile for profile in _best(rows)}
+        if any(found.get(names) != profile for names, profile in expected.items()):
+            raise self._changed()
+        absent = {_row_key(*names): b"" for names in expected}
+        return absent | {_text(row.key): row.value or b"" for row in rows}
 
     def _changed(self) -> StoreError:
         return StoreError(
@@ -272,16 +296,26 @@ def _row_key(device_key: str, workload_key: str) -> str:
     return f"{device_key}{_BETWEEN}{workload_key}"
 
 
-def _key_range(device: Device) -> tuple[str, str]:
-    """The keys of a device's rows lie from the first, included, to the second."""
-    prefix = _row_key(device.key, "")
-    return prefix, prefix + "\U0010ffff"
+def _ranges(device: Device) -> list[tuple[str, str]]:
+    """From where, included, to where the keys of a device's rows lie.
+
+    Others' may, too, as of a device whose name goes on after a space. Those of today come last:
+    whoever reads while a profile is put in an older one's place finds one of the two.
+    """
+    return [(f"{stem} ", f"{stem} \U0010ffff") for stem in reversed(device.key_stems)]
+
+
+def _is_of(row_key: bytes | None, device: Device, workload_key: str = "") -> tuple[str, str] | None:
+    """The names in a row's key, if they are a device's, and the workload's if one is asked for."""
+    names = _names(row_key)
+    ours = names and names[0] == device.key and workload_key in ("", names[1])
+    return names if ours else None
 
 
 def _names(row_key: bytes | None) -> tuple[str, str] | None:
-    """Device key and workload key of a row; None of one that has neither."""
+    """Device key, as it is today, and workload key of a row; None of one that has neither."""
     device_key, between, workload_key = _text(row_key).partition(_BETWEEN)
-    return (device_key, workload_key) if between else None
+    return (current_key(device_key), workload_key) if between else None
 
 
 def _text(row_key: bytes | None) -> str:
@@ -295,7 +329,7 @@ def _profile(row: Row) -> Profile:
         profile = Profile.model_validate_json(row.value or b"")
     except ValidationError as error:
         raise ValueError(f"{error.error_count()} problems, first: {_first(error)}") from error
-    if _row_key(*profile.key).encode() != row.key:
+    if _names(row.key) != profile.key:
         raise ValueError(f"under the key {row.key!r} is the profile of {_row_key(*profile.key)}")
     return profile
 
@@ -305,6 +339,19 @@ def _readable(row: Row) -> Profile | None:
         return _profile(row)
     except ValueError:
         return None
+
+
+def _best(rows: Iterable[Row]) -> list[Profile]:
+    """The profile of each device and workload among rows that can be read, by key.
+
+    Of several, one under today's key, else the one that was made last.
+    """
+    found = [(row.key, profile) for row in rows if (profile := _readable(row))]
+    rising = sorted(
+        found, key=lambda one: (_row_key(*one[1].key).encode() == one[0], one[1].created)
+    )
+    best = {profile.key: profile for _, profile in rising}
+    return [best[key] for key in sorted(best)]
 
 
 def _whole(table: str, row: Row) -> bool:

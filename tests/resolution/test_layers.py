@@ -135,7 +135,7 @@ H100 = make_device(platform="gpu", kind="NVIDIA H100", cores=0, memory_gib=80)
         (
             [make_profile(device=H100)],
             "this workload on a device that differs in platform (gpu, asked was cpu), kind "
-            "(NVIDIA H100, asked was Made/Up), memory (80GiB, asked was 8GiB)",
+            "(NVIDIA H100, asked was Made/Up), memory (~80GiB, asked was none)",
         ),
     ],
 )

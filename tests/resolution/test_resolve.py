@@ -173,7 +173,7 @@ def test_folder_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_profile_of_another_device_never_answers(store: ProfileStore, shipped: Path) -> None:
     """Neither exactly nor as the nearest."""
     devices = [make_device(kind="Made/Up2"), make_device(platform="gpu")]
-    devices += [make_device(cores=5), make_device(memory_gib=80)]
+    devices += [make_device(cores=5)]
     workloads = (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))
     profiles = [make_profile(workload, device) for device in devices for workload in workloads]
     store.put_all(profiles)

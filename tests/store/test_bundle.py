@@ -153,7 +153,7 @@ def test_note_is_one_line(note: str) -> None:
 
 def test_two_profiles_of_one_workload_are_not_written() -> None:
     """Which of them is meant is for the caller to say."""
-    said = r"there are two of cpu A cores=4 memory=8GiB \| attention:b=1,t=1,"
+    said = r"there are two of cpu A cores=4 \| attention:b=1,t=1,"
     with pytest.raises(BundleError, match=said):
         bundle.dump([*PROFILES, PROFILES[0].model_copy(update={"effort": "quick"})])
 

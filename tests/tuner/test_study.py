@@ -365,3 +365,16 @@ def test_workers_share_and_one_is_killed(place: str, scripted: Scripted, tmp_pat
     assert set(measured) == plans
     kept, _ = Storage(place).profiles()
     assert {(p.workload, p.created) for p in kept} == {(p.workload, p.created) for p in profiles}
+
+
+def test_a_study_of_an_older_version_goes_on(place: str) -> None:
+    """Its name had the memory in it: what was measured under that is not measured again."""
+    today = study_name(make_device(), WORKLOAD, "quick")
+    then = today.replace(" jaxlib=", " memory=24GiB jaxlib=")
+    older = Study(place, Storage(place)._optuna, then)
+    older.anchor = PLANS[0]
+    measure(older, PLANS[0], 0.5)
+    for study in (open_study(place), open_study(place)):
+        assert study.measured()[PLANS[0]].ratio == 0.5
+    other = Storage(place).study(make_device(cores=5), WORKLOAD, "quick")
+    assert other.measured() == {}

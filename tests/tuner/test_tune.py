@@ -337,7 +337,7 @@ for line in sys.stdin:
     device = {"platform": "gpu", "kind": kind, "cores": 0, "memory_gib": 8}
     print(json.dumps({"ok": True, "device": device}), flush=True)
 """
-    these = "gpu GPU 0 memory=8GiB, gpu GPU 1 memory=8GiB"
+    these = "gpu GPU 0 memory=~8GiB, gpu GPU 1 memory=~8GiB"
     said = f"GPUs that are tuned together must be alike; these are {these}"
     with pytest.raises(ProbeError, match=said):
         tune(WORKLOADS, worker_command=(sys.executable, "-c", code), gpus=["0", "1"])

@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from autochunk.device import Device
+from autochunk.device import Device, current_key
 from autochunk.errors import StorageError
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Profile
@@ -52,9 +52,16 @@ class Storage:
             ) from error
 
     def study(self, device: Device, workload: Workload, effort: Effort) -> Study:
-        """The study of a workload; made if it is not there."""
+        """The study of a workload; made if it is not there.
+
+        One that an older version made goes on under its name.
+        """
+        name = study_name(device, workload, effort)
         with one_error(self.place):
-            return Study(self.place, self._optuna, study_name(device, workload, effort))
+            # Sorted, so that all machines that share it take the same.
+            names = sorted(optuna.get_all_study_names(self._optuna))
+            older = (one for one in names if _current_name(one) == name)
+            return Study(self.place, self._optuna, name if name in names else next(older, name))
 
     def profiles(self) -> tuple[list[Profile], int]:
         """Of each device and workload the profile of best effort, and the number of other studies.
@@ -78,6 +85,12 @@ def study_name(device: Device, workload: Workload, effort: Effort) -> str:
     soft = ("cudnn", "allocator", "huge_pages")
     given = "".join(f" {name}={value}" for name in soft if (value := getattr(device, name)))
     return f"{device.key} jaxlib={device.jaxlib}{given} | {workload.key} | {effort}"
+
+
+def _current_name(name: str) -> str:
+    """A study's name that any version gave it, as this version would."""
+    key, jaxlib, rest = name.partition(" jaxlib=")
+    return f"{current_key(key)}{jaxlib}{rest}"
 
 
 def open_private(journal: Path) -> Storage:
