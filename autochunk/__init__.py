@@ -20,10 +20,15 @@ holds::
       profiles                 the user's own, in an SQLite file (database), which rescue mends
       bundle                   profiles as a file that travels, of a text (json_text) at a place
                                (files, remote); merge takes it in
+    predict/                 what was never measured, from curves that were (numpy only)
+      work                     what a plan computes and holds, and what physics makes of it
+      curves, process          what was measured as points; a Gaussian process over those
+      prediction, evaluate     the plan that follows; how good it is, by leaving curves out
     resolution/              how "auto" is answered
       settings                 what ``use`` says
       layers, places           what profiles are read from, and where those are
       answer, nearest          what one profile answers, or that of a neighbour, or none
+      predicted                what several answer together
       rule                     the usual plan, where nothing is known
       snapshot, agree          all layers at a moment; one for all processes of a program
       reporting                what users are told of it
@@ -51,10 +56,11 @@ holds::
       rivals, layer            plans beside the chosen one: alone, in a Transformer layer's step
       memory                   what plans take, each in a process of its own
       verify                   whether a profile still holds
-    report/                  results as plain data (records), drawn (tables, text, progress)
+    report/                  results as plain data (records), drawn (tables, text, progress,
+                             evaluation)
     doctor                   looks over the whole set-up
-    cli/                     the command: tune and bench (measuring), show, explain and doctor
-                             (looking), export, import and forget (moving)
+    cli/                     the command: tune and bench (measuring), show, explain,
+                             evaluate and doctor (looking), export, import and forget (moving)
 """
 
 from __future__ import annotations

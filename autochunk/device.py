@@ -148,16 +148,22 @@ def _sold_as(memory_gib: int) -> int:
     return next(size for size in sizes if 100 * memory_gib <= 102 * size)
 
 
+def device_of(key: str) -> Device | None:
+    """The device of a key that any version wrote, without versions; None for another text."""
+    found = _KEY.fullmatch(key)
+    try:
+        return Device.model_validate(found.groupdict("0")) if found else None
+    except ValidationError:
+        return None
+
+
 def current_key(key: str) -> str:
     """A device's key that any version wrote, as this version writes it.
 
     A text that is no device's key stays as it is.
     """
-    found = _KEY.fullmatch(key)
-    try:
-        return Device.model_validate(found.groupdict("0")).key if found else key
-    except ValidationError:
-        return key
+    device = device_of(key)
+    return device.key if device else key
 
 
 def _minor(version: str) -> tuple[str, ...]:

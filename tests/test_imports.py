@@ -40,13 +40,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nvml": set(),
     "device": {"errors", "host", "nvidia"},
     "store": WORDS | {""},
-    "resolution": WORDS | {"", "store"},
+    "predict": WORDS | {"store"},
+    "resolution": WORDS | {"", "store", "predict"},
     "attention.kernels": {"operands", "implementations", "plan"},
     "attention": WORDS | {"resolution", "attention.kernels"},
     "tuner": WORDS | {"", "store", "resolution", "attention"},
-    "report": WORDS | {"", "store", "resolution", "attention", "tuner"},
+    "report": WORDS | {"", "store", "predict", "resolution", "attention", "tuner"},
     "doctor": WORDS | {"", "store", "resolution", "tuner"},
-    "cli": WORDS | {"", "store", "resolution", "attention", "tuner", "report", "doctor"},
+    "cli": WORDS | {"", "store", "predict", "resolution", "attention", "tuner", "report", "doctor"},
 }
 
 # Heavy or risky packages, and the only module, or package, that imports each.

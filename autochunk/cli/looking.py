@@ -1,19 +1,26 @@
-"""Commands that look, and change nothing: ``show``, ``explain`` and ``doctor``."""
+"""Commands that look, and change nothing: ``show``, ``explain``, ``evaluate``, ``doctor``."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
 from autochunk.cli.printing import make_console, print_json, print_profiles
-from autochunk.device import detect
+from autochunk.device import detect, likeness
+from autochunk.report.evaluation import (
+    evaluation_record,
+    evaluation_table,
+    replay_record,
+    replays_table,
+)
 from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
 from autochunk.report.tables import memory_table
 from autochunk.report.text import finding_text, resolution_text
-from autochunk.resolution.layers import account
+from autochunk.resolution.layers import account, every_profile
 from autochunk.resolution.places import all_layers
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
@@ -85,6 +92,38 @@ def explain(
             (layer.name, account(layer, resolution.device, resolution.workload)) for layer in layers
         ]
         make_console().print(resolution_text(resolution, accounts), "")
+
+
+@click.command()
+@click.argument("places", metavar="[FILE|URL]...", nargs=-1)
+@click.option("--devices", is_flag=True, help="Leave out a whole device, not one workload.")
+@click.option("--worst", type=click.IntRange(0), default=5, metavar="N", help="List the N worst.")
+@store_option
+@json_option
+def evaluate(
+    places: tuple[str, ...], devices: bool, worst: int, store: Path | None, as_json: bool
+) -> None:
+    """Say how good predictions for workloads that were never tuned are, by profiles of those that
+    were: each is left out and predicted from the others. Of bundles, or of all that "auto" asks.
+    """  # noqa: D205
+    from autochunk.predict.evaluate import replay, summaries
+
+    if places:
+        profiles = [profile for place in places for profile in bundle.read(place).profiles]
+    else:
+        profiles = every_profile(all_layers(store))
+    replays = replay(profiles, likeness, devices=devices)
+    if as_json:
+        print_json(evaluation_record(summaries(replays), replays))
+        return
+    if not replays:
+        click.echo("Too few profiles: one is predicted from others. `autochunk tune` makes some.")
+        return
+    console = make_console()
+    console.print(evaluation_table([asdict(one) for one in summaries(replays)]))
+    shown = sorted(replays, key=lambda one: -one.regret)[:worst]
+    if shown:
+        console.print("", replays_table([replay_record(one) for one in shown]))
 
 
 @click.command()

@@ -42,7 +42,8 @@ def _answer(resolution: Resolution) -> Iterator[str]:
     yield f"because   {resolution.reason}"
     yield f"from      {resolution.layer} ({resolution.match}{stale})"
     if resolution.within is not None:
-        others = "no other plan that was timed to the end is faster by more"
+        timed = "no other plan that was timed to the end is faster by more"
+        others = "another plan is hardly faster by more" if resolution.prediction else timed
         yield f"sure      within {resolution.within:.1%}: {others}"
     if measured is not None:
         versions = f"jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}"

@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple
 from autochunk.device import Device
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import BYTES_PER_MB, Plan
+from autochunk.predict.prediction import Prediction
 from autochunk.resolution.rule import usual_kernel, usual_plan
 from autochunk.store.choice import Choice
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
-Match = Literal["exact", "nearest", "default", "pinned"]
+Match = Literal["exact", "predicted", "nearest", "default", "pinned"]
 
 # XLA:CPU multiplies in the inputs' own precision, or better, whichever of these is asked for.
 _ONE_ON_CPUS = {"high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "float32", "fastest"}
@@ -44,8 +45,8 @@ class Resolution:
       workload: what was asked for.
       device: where.
       plan: the answer.
-      match: "exact", "nearest" (another shape's profile), "default" (nothing known) or "pinned" (by
-        ``use``).
+      match: "exact", "predicted" (from several profiles), "nearest" (another shape's profile),
+        "default" (nothing known) or "pinned" (by ``use``).
       layer: where the answer came from.
       reason: why this plan, in words.
       source: key of the workload whose profile answered; "" for none.
@@ -54,6 +55,7 @@ class Resolution:
       rejected: the profile's other plans and what spoke against each.
       profile: the profile that answered.
       choice: what it chose.
+      prediction: what several profiles spoke for, and what that would cost.
     """
 
     workload: Workload
@@ -68,13 +70,16 @@ class Resolution:
     rejected: tuple[tuple[str, str], ...] = ()
     profile: Profile | None = field(default=None, repr=False)
     choice: Choice | None = field(default=None, repr=False)
+    prediction: Prediction | None = field(default=None, repr=False)
 
     @property
     def within(self) -> float | None:
-        """How much faster another plan that was measured could be at most.
+        """How much faster another plan that was measured, or is predicted, could be at most.
 
         None where that cannot be told, as by another workload's profile.
         """
+        if self.prediction is not None:
+            return self.prediction.within
         return self.choice.within if self.choice and self.match == "exact" else None
 
 

@@ -6,14 +6,15 @@ they have changed. Which layers there are, and in which order, is told by ``plac
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from autochunk.device import Device
+from autochunk.device import Device, device_of
 from autochunk.errors import BundleError, StoreError, WorkloadError
 from autochunk.store import bundle, files, remote
 from autochunk.store.profile import Profile
@@ -159,6 +160,29 @@ def readable_profiles(
             continue
         if profile is not None:
             yield profile
+
+
+def every_profile(layers: Sequence[Layer]) -> list[Profile]:
+    """All profiles of all devices that can be read; of one device and workload the first layer's.
+
+    It reads everything: for people, not for tracing.
+    """
+    found: dict[tuple[str, str], Profile] = {}
+    for layer in layers:
+        with contextlib.suppress(StoreError, BundleError):
+            for key in set(layer.keys()) - found.keys():
+                if profile := find(layer, *key):
+                    found[key] = profile
+    return [found[key] for key in sorted(found)]
+
+
+def find(layer: Layer, device_key: str, workload_key: str) -> Profile | None:
+    """A layer's profile by the keys that it names; None if it cannot be read."""
+    device = device_of(device_key)
+    # written by a newer version, or damaged
+    with contextlib.suppress(WorkloadError, StoreError, BundleError):
+        return layer.get(device, Workload.parse(workload_key)) if device else None
+    return None
 
 
 def account(layer: Layer, device: Device, workload: Workload) -> str:

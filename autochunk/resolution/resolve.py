@@ -1,15 +1,14 @@
 """The answer to "auto", and why: who is asked, in which order.
 
 First ``use(...)`` around the call; then the layers in their order, in each the exact workload on
-the exact device; then the nearest tuned workload of this device; then the usual plan. It
-happens while JAX traces: nothing is left of it in the compiled program, which keeps its plan until
-it is traced again.
+the exact device; then a prediction from what was measured of others, here and on like devices; then
+the nearest tuned workload of this device; then the usual plan. It happens while JAX traces: nothing
+is left of it in the compiled program, which keeps its plan until it is traced again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 
 from autochunk import device as devices
@@ -27,11 +26,15 @@ from autochunk.resolution import agree, reporting, settings, snapshot
 from autochunk.resolution.answer import Request, Resolution, from_profile, over_budget, unknown
 from autochunk.resolution.layers import Layer
 from autochunk.resolution.nearest import nearest
+from autochunk.resolution.predicted import predicted
 from autochunk.resolution.settings import Settings
+from autochunk.resolution.snapshot import Snapshot
 from autochunk.store.profile import Profile
 from autochunk.workload import MODES, Mode, Workload
 
 _lock = threading.RLock()
+# An unfinished profile of fewer timed plans says less than what was measured of other workloads.
+_WORTH_ANSWERING = 3
 
 
 def resolve(
@@ -68,22 +71,29 @@ def _resolve(
         device = device or view.device or devices.detect()
         request = Request(workload, implementation, now.memory_budget_mb, device, without)
         if request not in view.answers:
-            view.answers[request] = _ask_all(request, view.layers)
+            view.answers[request] = _ask_all(request, view)
         return view.answers[request]
 
 
-def _ask_all(request: Request, layers: Sequence[Layer]) -> Resolution:
+def _ask_all(request: Request, view: Snapshot) -> Resolution:
     asked: list[tuple[str, str]] = []
     too_large: Resolution | None = None
-    for layer in layers:
+    thin: Resolution | None = None
+    for layer in view.layers:
         profile = _ask(layer, request, asked)
         if profile is None:
             continue
-        if answer := from_profile(profile, request, layer.name):
+        answer = from_profile(profile, request, layer.name)
+        if answer is None:
+            asked.append((layer.name, "its profile has no plan that fits"))
+            too_large = too_large or over_budget(profile, request)
+        elif profile.complete or sum(m.timed for m in profile.measurements) >= _WORTH_ANSWERING:
             return replace(answer, asked=tuple(asked))
-        asked.append((layer.name, "its profile has no plan that fits"))
-        too_large = too_large or over_budget(profile, request)
-    answer = nearest(layers, request, asked) or too_large or unknown(request)
+        else:
+            asked.append((layer.name, "its profile is hardly begun"))
+            thin = thin or answer
+    answer = predicted(view.curves(request.device), request) or thin
+    answer = answer or nearest(view.layers, request, asked) or too_large or unknown(request)
     return replace(answer, asked=tuple(asked))
 
 

@@ -15,6 +15,7 @@ from autochunk.device import Device
 from autochunk.resolution import agree, places
 from autochunk.resolution.answer import Request, Resolution
 from autochunk.resolution.layers import Layer, MemoryLayer, readable_profiles
+from autochunk.resolution.predicted import Curves
 from autochunk.resolution.reporting import warn_of_layer
 from autochunk.store.profile import Profile
 
@@ -33,10 +34,17 @@ class Snapshot:
         self.device = device
         self.versions = [layer.version() for layer in layers]
         self.answers: dict[Request, Resolution] = {}
+        self._curves: dict[str, Curves] = {}
 
     def current(self, places: tuple[tuple[str, str], ...]) -> bool:
         """Whether these are the places, and none has changed."""
         return places == self.places and self.versions == [layer.version() for layer in self.layers]
+
+    def curves(self, device: Device) -> Curves:
+        """What predictions for a device are made from."""
+        if device.key not in self._curves:
+            self._curves[device.key] = Curves(self.layers, device)
+        return self._curves[device.key]
 
 
 _snapshot: Snapshot | None = None

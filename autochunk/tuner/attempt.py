@@ -75,7 +75,7 @@ def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
 def _hints(task: Task, subject: Subject) -> list[Plan]:
     """What "auto" would do now, if it knows anything."""
     known = task.known(subject.workload)
-    return [known.plan] if known.match in ("exact", "nearest") else []
+    return [known.plan] if known.match in ("exact", "predicted", "nearest") else []
 
 
 def _note(task: Task, subject: Subject, outcome: Outcome) -> None:

@@ -321,8 +321,8 @@ def test_what_keys_have_in_common_costs_no_accuracy(
     By the root of the mean square, against float64.
     """
     shape: dict[str, Any] = {"leading": (1,), "rows": 130, "keys": 130, "heads": 2, "key_size": 32}
-    given = {"bias": (1, 2, 130, 130)} if form == "bias" else {}
-    arrays = operands(**shape, **given, dtype=dtype)
+    shape |= {"bias": (1, 2, 130, 130)} if form == "bias" else {}
+    arrays = operands(**shape, dtype=dtype)
     for name in ("query", "key", "value"):
         arrays[name] = (1.5 + 0.3 * arrays[name].astype(np.float32)).astype(dtype)
     options: dict[str, Any] = {"causal": {"is_causal": True}, "bias": {"bias": arrays.get("bias")}}

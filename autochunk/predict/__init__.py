@@ -1,0 +1,1 @@
+"""What plans that were never measured would cost, from the curves that were: numpy, no jax."""

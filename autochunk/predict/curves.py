@@ -1,0 +1,119 @@
+"""Curves: what was measured, as points that a prediction learns from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import Plan
+from autochunk.predict import work
+from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
+from autochunk.workload import DTYPES, Workload
+
+# A time is never surer than this, nor is one of fewer repeats than three surer than that.
+_LEAST_NOISE, _FEW, _NOISE_OF_FEW = 0.02, 3, 0.1
+
+
+class Sites(NamedTuple):
+    """Where plans of workloads lie.
+
+    Attributes:
+      sizes: of each workload log2 of T', T, batch x heads and key size.
+      kinds: of each workload dtype, mode, whether positions, a bias and a mask (or lengths,
+        segments) leave keys out, as numbers.
+      of: the workload of each plan, by its row in the two.
+      names: of each plan its implementation, by its place in ``IMPLEMENTATIONS``.
+      slices: of each plan log2 of bytes of logits at once, rows of a slice and number of slices.
+    """
+
+    sizes: np.ndarray
+    kinds: np.ndarray
+    of: np.ndarray
+    names: np.ndarray
+    slices: np.ndarray
+
+
+class Curve(NamedTuple):
+    """The timed plans of one profile.
+
+    Attributes:
+      sites: where they lie.
+      seconds, noise: log of the time over that by physics, and its standard deviation.
+      temp_bytes: log of the working memory over that by accounting.
+    """
+
+    sites: Sites
+    seconds: np.ndarray
+    noise: np.ndarray
+    temp_bytes: np.ndarray
+
+
+def sites(workload: Workload, plans: Sequence[Plan]) -> Sites:
+    """Where plans of a workload lie."""
+    names = list(IMPLEMENTATIONS)
+    count = len(plans)
+    works = [work.work_of(workload, plan) for plan in plans]
+    slices = [(one.at_once, one.rows, one.slices) for one in works]
+    return Sites(
+        sizes_of(workload)[None],
+        kinds_of(workload)[None],
+        np.zeros(count, int),
+        np.array([names.index(plan.implementation) for plan in plans], int),
+        np.log2(np.array(slices, float).reshape(count, 3)),
+    )
+
+
+def sizes_of(workload: Workload) -> np.ndarray:
+    """log2 of T', T, batch x heads and key size."""
+    together = workload.batch * workload.num_heads
+    sizes = (workload.query_length, workload.key_length, together, workload.key_size)
+    return np.log2(np.array(sizes, float))
+
+
+def kinds_of(workload: Workload) -> np.ndarray:
+    """What ``Sites.kinds`` has."""
+    positions = workload.reach != (None, None)
+    masks = workload.mask != "none" or bool(workload.covering)
+    added = workload.bias != "none" or workload.alibi_slopes != "none"
+    kinds = (DTYPES.index(workload.dtype), workload.mode == "training", positions, added, masks)
+    return np.array(kinds, int)
+
+
+def curve(profile: Profile) -> Curve | None:
+    """A profile's timed plans that this version knows; None if there are none."""
+    workload, platform = profile.parsed_workload(), profile.device.platform
+    timed = [m for m in profile.measurements if m.timed and m.implementation in IMPLEMENTATIONS]
+    timed = [m for m in timed if m.ratio > 0 and m.seconds_median > 0]
+    if not timed:
+        return None
+    # Ratios are to one plan's time: what they compare is surer than seconds are.
+    unit = float(np.median([m.seconds_median / m.ratio for m in timed]))
+    plans = [m.plan for m in timed]
+    physics = [work.seconds(workload, plan, platform) for plan in plans]
+    held = [work.temp_bytes(workload, plan) for plan in plans]
+    took = [max(m.temp_bytes or 0, work.LEAST_BYTES) for m in timed]
+    return Curve(
+        sites(workload, plans),
+        np.log([m.ratio * unit for m in timed]) - np.log(physics),
+        np.array([_noise(m) for m in timed]),
+        np.log(took) - np.log(held),
+    )
+
+
+def _noise(measurement: Measurement) -> float:
+    repeats = len(measurement.ratios)
+    noise = measurement.spread / math.sqrt(repeats) if repeats >= _FEW else _NOISE_OF_FEW
+    return max(_LEAST_NOISE, noise)
+
+
+def joined(several: Sequence[Sites]) -> Sites:
+    """All in one."""
+    sizes, kinds, of, names, slices = (list(arrays) for arrays in zip(*several, strict=True))
+    firsts = np.cumsum([0, *(len(one) for one in sizes)])
+    of = [one + first for one, first in zip(of, firsts, strict=False)]
+    return Sites(*map(np.concatenate, (sizes, kinds, of, names, slices)))

@@ -1,0 +1,193 @@
+"""The plan that curves of other workloads, or other devices, speak for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
+from autochunk.predict import work
+from autochunk.predict.curves import Curve, Sites, joined, kinds_of, sites, sizes_of
+from autochunk.predict.process import (
+    SECONDS,
+    TEMP_BYTES,
+    Known,
+    Posterior,
+    alike,
+    posterior,
+)
+from autochunk.store.profile import sliced_shape
+from autochunk.workload import Workload
+
+MOST_CURVES = 8
+"""Of more the farthest add nothing but time."""
+
+DENSE = Plan("dense")
+# Memory is reckoned so many standard deviations higher: more than that is rare.
+_MARGIN = 1.5
+_NOISE_OF_BYTES = 0.07
+
+
+class Source(NamedTuple):
+    """A curve to learn from.
+
+    Attributes:
+      curve: of a workload.
+      likeness: of its device to the one asked about, from 0 to 1, which is the same.
+    """
+
+    curve: Curve
+    likeness: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan is expected to cost.
+
+    Attributes:
+      plan: which.
+      seconds: its time.
+      temp_bytes: its working memory in bytes; ``most_bytes`` with the margin that a budget is held
+        with.
+    """
+
+    plan: Plan
+    seconds: float
+    temp_bytes: float
+    most_bytes: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A choice among plans that were not measured.
+
+    Attributes:
+      cost: of the choice.
+      others: the other plans, fastest first.
+      within: by what fraction another plan could be faster, by one standard deviation.
+      curves: how many were learned from; ``elsewhere`` of them are another device's.
+    """
+
+    cost: Cost
+    others: tuple[Cost, ...]
+    within: float
+    curves: int
+    elsewhere: int
+
+
+def plans_of(workload: Workload, platform: str, names: Iterable[str] | None = None) -> list[Plan]:
+    """The plans to choose from: dense, the ladder of limits, fused kernels that run there.
+
+    ``names`` narrows the implementations; None is all that are installed.
+    """
+    allowed = set(names) if names is not None else set(IMPLEMENTATIONS)
+    fused = [
+        Plan(name)
+        for name, one in IMPLEMENTATIONS.items()
+        if one.fused and one.runs_on(platform) and one.takes(workload.dtype)
+        if names is not None or one.installed
+    ]
+    plans = [DENSE, *fused, *candidate_plans(sliced_shape(workload))]
+    return [plan for plan in plans if plan.implementation in allowed]
+
+
+def predict(
+    workload: Workload,
+    platform: str,
+    sources: Sequence[Source],
+    plans: Sequence[Plan],
+    *,
+    memory_budget_mb: float | None = None,
+) -> Prediction | None:
+    """The plan to run; None where nothing was measured, or no plan fits the budget.
+
+    Args:
+      workload: what was not measured.
+      platform: of the device, as in jax.
+      sources: what was, on it and on others; the nearest ``MOST_CURVES`` count.
+      plans: to choose from.
+      memory_budget_mb: most working memory, in 10^6 bytes, with a margin; None is no limit.
+    """
+    near = nearest(workload, sources)
+    if not near or not plans:
+        return None
+    asked = sites(workload, plans)
+    times = _times(near, asked, [work.seconds(workload, plan, platform) for plan in plans])
+    held = _memory(near, asked, [work.temp_bytes(workload, plan) for plan in plans])
+    costs = [
+        Cost(plan, float(second), float(likely), float(most))
+        for plan, second, likely, most in zip(
+            plans,
+            np.exp(times.mean),
+            np.exp(held.mean),
+            np.exp(held.mean + _MARGIN * np.sqrt(np.maximum(np.diag(held.covariance), 0.0))),
+            strict=True,
+        )
+    ]
+    most = math.inf if memory_budget_mb is None else memory_budget_mb * BYTES_PER_MB
+    fitting = [number for number, cost in enumerate(costs) if cost.most_bytes <= most]
+    if not fitting:
+        return None
+    # Plans that may be slower are no worse a choice for that: to prefer dense attention unless
+    # another was faster by half a standard deviation was seen to cost more than it saved.
+    chosen = min(fitting, key=lambda number: (times.mean[number], str(plans[number])))
+    others = sorted((c for c in costs if c is not costs[chosen]), key=lambda one: one.seconds)
+    return Prediction(
+        cost=costs[chosen],
+        others=tuple(others),
+        within=_within(times, chosen, fitting),
+        curves=len(near),
+        elsewhere=sum(source.likeness < 1 for source in near),
+    )
+
+
+def nearest(workload: Workload, sources: Sequence[Source]) -> list[Source]:
+    """The ``MOST_CURVES`` curves that tell most of a workload, the most alike first."""
+    if len(sources) <= MOST_CURVES:
+        return list(sources)
+    likeness = np.array([source.likeness for source in sources])
+    close = alike(
+        SECONDS,
+        (sizes_of(workload), kinds_of(workload)),
+        np.array([source.curve.sites.sizes[0] for source in sources]),
+        np.array([source.curve.sites.kinds[0] for source in sources]),
+        likeness,
+    )
+    order = np.argsort(-close, kind="stable")[:MOST_CURVES]
+    return [sources[number] for number in order]
+
+
+def _known(sources: Sequence[Source], values: str, noise: Sequence[np.ndarray]) -> Known:
+    curves = [source.curve for source in sources]
+    return Known(
+        joined([curve.sites for curve in curves]),
+        np.array([source.likeness for source in sources]),
+        np.concatenate([getattr(curve, values) for curve in curves]),
+        np.concatenate(noise),
+    )
+
+
+def _times(sources: Sequence[Source], asked: Sites, physics: Sequence[float]) -> Posterior:
+    """Logs of seconds."""
+    known = _known(sources, "seconds", [source.curve.noise for source in sources])
+    found = posterior(SECONDS, known, asked)
+    return found._replace(mean=found.mean + np.log(physics))
+
+
+def _memory(sources: Sequence[Source], asked: Sites, held: Sequence[float]) -> Posterior:
+    """Logs of bytes."""
+    noise = [np.full(len(source.curve.noise), _NOISE_OF_BYTES) for source in sources]
+    found = posterior(TEMP_BYTES, _known(sources, "temp_bytes", noise), asked)
+    return found._replace(mean=found.mean + np.log(held))
+
+
+def _within(times: Posterior, chosen: int, fitting: list[int]) -> float:
+    """By what fraction another plan may be faster, if it is by a standard deviation."""
+    unsure = times.deviation(chosen)
+    gains = [times.mean[chosen] - times.mean[n] + unsure[n] for n in fitting if n != chosen]
+    return max(0.0, 1 - math.exp(-max(gains, default=0.0)))

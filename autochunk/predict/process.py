@@ -1,0 +1,214 @@
+"""A Gaussian process over plans of workloads: what is near in size and form costs alike.
+
+Regression as in Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), section
+2.2. The covariance is a sum of three: what all plans of like workloads have in common (how far
+physics is off there), what the same slices cost at like workloads, and what they cost anywhere. Its
+parameters were fitted to the shipped curves and to those of another CPU, each workload being
+predicted from the others; ``autochunk evaluate`` shows how well they do.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
+from autochunk.predict.curves import Sites
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """The parameters.
+
+    Attributes:
+      sizes: distances in T', T, batch x heads and key size, in doublings, over which workloads stop
+        being alike.
+      halves, dtypes, modes: how alike bfloat16 and float16 are, other dtypes, and forward and
+        training.
+      kinds: how alike calls are that differ in positions, a bias or a mask.
+      slices: distances in bytes at once, rows and number of slices, in doublings.
+      plain: distance in T' and T, in doublings, for what does not slice.
+      orders, kernels, others: how alike are slices in another order, two fused kernels, and
+        implementations of different sorts.
+      common, own, general: standard deviations of the three parts.
+      elsewhere, elsewhere_plans: how alike another device's are, in what is common and in the rest.
+      noise: by how much more measurements scatter than their repeats show.
+    """
+
+    sizes: tuple[float, float, float, float]
+    halves: float
+    dtypes: float
+    modes: float
+    kinds: tuple[float, float, float]
+    slices: tuple[float, float, float]
+    plain: float
+    orders: float
+    kernels: float
+    others: float
+    common: float
+    own: float
+    general: float
+    elsewhere: float
+    elsewhere_plans: float
+    noise: float
+
+
+SECONDS = Covariance(
+    sizes=(2.7, 4.1, 3.2, 2.0),
+    halves=0.62,
+    dtypes=0.72,
+    modes=0.39,
+    kinds=(0.56, 0.99, 0.56),
+    slices=(2.25, 4.0, 3.9),
+    plain=2.5,
+    orders=0.82,
+    kernels=0.96,
+    others=0.11,
+    common=1.16,
+    own=0.4,
+    general=0.41,
+    elsewhere=0.07,
+    elsewhere_plans=0.74,
+    noise=2.6,
+)
+TEMP_BYTES = Covariance(
+    sizes=(3.9, 6.0, 5.5, 1.8),
+    halves=0.85,
+    dtypes=0.69,
+    modes=0.01,
+    kinds=(0.45, 0.95, 0.45),
+    slices=(2.0, 6.9, 1.5),
+    plain=3.9,
+    orders=0.26,
+    kernels=0.54,
+    others=0.01,
+    common=0.3,
+    own=0.35,
+    general=0.3,
+    elsewhere=0.25,
+    elsewhere_plans=0.99,
+    noise=1.0,
+)
+
+
+class Known(NamedTuple):
+    """What is known: where, how like the device asked about that is (1 is the same), and values."""
+
+    sites: Sites
+    likeness: np.ndarray
+    values: np.ndarray
+    noise: np.ndarray
+
+
+class Posterior(NamedTuple):
+    """Mean and covariance of the values asked for."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def deviation(self, one: int) -> np.ndarray:
+        """Standard deviations of the differences of all values from one of them."""
+        own = np.diag(self.covariance)
+        squares = own + own[one] - 2 * self.covariance[one]
+        return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
+
+
+def posterior(covariance: Covariance, known: Known, asked: Sites) -> Posterior:
+    """What the known values say of those asked for, on the device asked about."""
+    here = np.ones(len(asked.sizes))
+    prior = covaries(covariance, asked, here, asked, here)
+    across = covaries(covariance, asked, here, known.sites, known.likeness)
+    own = covaries(covariance, known.sites, known.likeness, known.sites, known.likeness)
+    own[np.diag_indices(len(own))] += np.square(covariance.noise * known.noise)
+    gain = np.linalg.solve(own, across.T).T
+    return Posterior(gain @ known.values, prior - gain @ across.T)
+
+
+def covaries(
+    covariance: Covariance, one: Sites, ones: np.ndarray, other: Sites, others: np.ndarray
+) -> np.ndarray:
+    """The covariance of each plan of some sites with each of others, by likenesses of devices."""
+    near = _near(one.sizes, other.sizes, covariance.sizes)
+    kinds = _kinds(covariance, one.kinds, other.kinds)
+    # Each device is as like the one asked about as it is; two others are no more alike than that.
+    same = ones[:, None] == others[None]
+    like = np.where(same, 1.0, np.minimum(ones[:, None], others[None]))
+    common = covariance.elsewhere + (1 - covariance.elsewhere) * like
+    plans = covariance.elsewhere_plans + (1 - covariance.elsewhere_plans) * like
+    plain = _near(one.sizes[:, :2], other.sizes[:, :2], (covariance.plain,) * 2)
+    fine, coarse, sliced = _plans(covariance, one, other)
+
+    def spread(by_workload: np.ndarray) -> np.ndarray:
+        return np.asarray(by_workload[one.of[:, None], other.of[None]])
+
+    broad = near**0.25  # over twice the distances
+    coarse = np.where(sliced, coarse, coarse * spread(plain))
+    return np.asarray(
+        spread(covariance.common**2 * broad * common * kinds)
+        + spread(covariance.own**2 * near * plans * kinds) * fine
+        + spread(covariance.general**2 * plans * kinds) * coarse
+    )
+
+
+def alike(
+    covariance: Covariance,
+    asked: tuple[np.ndarray, np.ndarray],
+    sizes: np.ndarray,
+    kinds: np.ndarray,
+    likeness: np.ndarray,
+) -> np.ndarray:
+    """How much workloads of some sizes and kinds tell of one asked for."""
+    near = _near(asked[0][None], sizes, covariance.sizes)[0]
+    devices = covariance.elsewhere_plans + (1 - covariance.elsewhere_plans) * likeness
+    return np.asarray(np.sqrt(near) * _kinds(covariance, asked[1][None], kinds)[0] * devices)
+
+
+def _near(one: np.ndarray, other: np.ndarray, lengths: Sequence[float]) -> np.ndarray:
+    # |a - b|^2 in one product
+    one, other = one / np.array(lengths), other / np.array(lengths)
+    squares = np.square(one).sum(-1)[:, None] + np.square(other).sum(-1)[None]
+    return np.asarray(np.exp(-0.5 * np.maximum(squares - 2 * one @ other.T, 0.0)))
+
+
+def _kinds(covariance: Covariance, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    differ = one[:, None] != other[None]
+    halves = (one[:, None, 0] > 0) & (other[None, :, 0] > 0)
+    dtypes = np.where(halves, covariance.halves, covariance.dtypes)
+    alike = np.where(differ[..., 0], dtypes, 1.0)
+    factors = (covariance.modes, *covariance.kinds)
+    for number, factor in enumerate(factors, 1):
+        alike = alike * np.where(differ[..., number], factor, 1.0)
+    return np.asarray(alike)
+
+
+def _plans(
+    covariance: Covariance, one: Sites, other: Sites
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How alike plans are in their slices, and in bytes at once; and whether both slice."""
+    alike = _implementations(covariance)[one.names[:, None], other.names[None]]
+    slicing = np.array([is_sliced(name) for name in IMPLEMENTATIONS])
+    sliced = slicing[one.names][:, None] & slicing[other.names][None]
+    by_slices = _near(one.slices, other.slices, covariance.slices)
+    by_bytes = _near(one.slices[:, :1], other.slices[:, :1], covariance.slices[:1])
+    fine, coarse = np.where(sliced, by_slices, 1.0), np.where(sliced, by_bytes, 1.0)
+    return alike * fine, alike * coarse, sliced
+
+
+@functools.lru_cache
+def _implementations(covariance: Covariance) -> np.ndarray:
+    """How alike each implementation is to each."""
+    names = list(IMPLEMENTATIONS)
+    alike = np.full((len(names), len(names)), covariance.others)
+    for one, other in itertools.product(range(len(names)), repeat=2):
+        if is_sliced(names[one]) and is_sliced(names[other]):
+            alike[one, other] = covariance.orders
+        if is_fused(names[one]) and is_fused(names[other]):
+            alike[one, other] = covariance.kernels
+        if one == other:
+            alike[one, other] = 1.0
+    return alike

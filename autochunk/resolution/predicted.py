@@ -1,0 +1,161 @@
+"""The answer of a prediction: from the curves that layers hold, of this device and like ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from autochunk.device import Device, device_of, likeness
+from autochunk.errors import BundleError, StoreError, WorkloadError
+from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
+from autochunk.plan import BYTES_PER_MB
+from autochunk.predict.curves import curve, kinds_of, sizes_of
+from autochunk.predict.prediction import (
+    MOST_CURVES,
+    Cost,
+    Prediction,
+    Source,
+    plans_of,
+    predict,
+)
+from autochunk.predict.process import SECONDS, alike
+from autochunk.resolution.answer import Request, Resolution
+from autochunk.resolution.layers import Layer, find
+from autochunk.resolution.rule import usual_kernel
+from autochunk.workload import Workload
+
+# What is less like the workload and device asked about than this says too little of it.
+_LEAST_ALIKE = 0.25
+# Fused kernels are of one kind of accelerator: what is not much like another says nothing of it.
+_LEAST_LIKENESS = {"cpu": 0.1}
+_LEAST_LIKENESS_ELSE = 0.5
+# Of one workload and device, by another jaxlib: its programs are others.
+_OTHER_VERSION = 0.8
+_SHOWN = 8  # other plans
+
+
+class _Subject(NamedTuple):
+    """What one profile is of, and the layer that has it."""
+
+    layer: Layer
+    device: str
+    workload: Workload
+    likeness: float
+
+
+class Curves:
+    """The curves of some layers, for one device; each is read when it is first needed."""
+
+    def __init__(self, layers: Sequence[Layer], device: Device) -> None:
+        self._device = device
+        self._subjects = list(_subjects(layers, device))
+        self._sizes = np.array([sizes_of(one.workload) for one in self._subjects]).reshape(-1, 4)
+        self._kinds = np.array([kinds_of(one.workload) for one in self._subjects]).reshape(-1, 5)
+        self._likeness = np.array([one.likeness for one in self._subjects])
+        self._read: dict[int, Source | None] = {}
+
+    def near(self, workload: Workload) -> list[Source]:
+        """Those that tell most of a workload, the most alike first."""
+        asked = sizes_of(workload), kinds_of(workload)
+        close = alike(SECONDS, asked, self._sizes, self._kinds, self._likeness)
+        order = [n for n in np.argsort(-close, kind="stable") if close[n] >= _LEAST_ALIKE]
+        found = (self._source(int(number)) for number in order)
+        return [one for _, one in zip(range(MOST_CURVES), filter(None, found), strict=False)]
+
+    def _source(self, number: int) -> Source | None:
+        if number not in self._read:
+            self._read[number] = self._of(self._subjects[number])
+        return self._read[number]
+
+    def _of(self, subject: _Subject) -> Source | None:
+        profile = find(subject.layer, subject.device, subject.workload.key)
+        found = curve(profile) if profile is not None else None
+        if profile is None or found is None:
+            return None
+        other = profile.device.stale_reasons(self._device)
+        return Source(found, subject.likeness * (_OTHER_VERSION if other else 1.0))
+
+
+def _subjects(layers: Sequence[Layer], device: Device) -> Iterator[_Subject]:
+    """What there is of like devices; of one device and workload the first layer's."""
+    least = _LEAST_LIKENESS.get(device.platform, _LEAST_LIKENESS_ELSE)
+    known: dict[str, float] = {}
+    seen: set[tuple[str, str]] = set()
+    for layer in layers:
+        for key, text in _keys(layer):
+            if key not in known:
+                other = device_of(key)
+                known[key] = likeness(device, other) if other else 0.0
+            if (key, text) in seen or known[key] < least:
+                continue
+            seen.add((key, text))
+            with contextlib.suppress(WorkloadError):  # written by a newer version
+                yield _Subject(layer, key, Workload.parse(text), known[key])
+
+
+def _keys(layer: Layer) -> list[tuple[str, str]]:
+    # A layer that cannot be read was told of when it was asked for the exact workload.
+    with contextlib.suppress(StoreError, BundleError):
+        return layer.keys()
+    return []
+
+
+def predicted(curves: Curves, request: Request) -> Resolution | None:
+    """What the nearest curves speak for.
+
+    None if there are none, no plan fits the budget, a kernel that they know nothing of is
+    installed, or an implementation was asked for that does not slice.
+    """
+    wanted, platform = request.implementation, request.device.platform
+    if wanted is not None and not is_sliced(wanted):
+        return None
+    sources = curves.near(request.workload)
+    installed = {name for name, one in IMPLEMENTATIONS.items() if one.installed}
+    names = {wanted} if wanted else installed - request.without
+    found = predict(
+        request.workload,
+        platform,
+        sources,
+        plans_of(request.workload, platform, names),
+        memory_budget_mb=request.memory_budget_mb,
+    )
+    if found is None or (wanted is None and _knows_no_kernel(found, sources, request)):
+        return None
+    return Resolution(
+        workload=request.workload,
+        device=request.device,
+        plan=found.cost.plan,
+        match="predicted",
+        layer="prediction",
+        reason=_reason(found, request),
+        rejected=tuple((str(one.plan), _against(one, found)) for one in found.others[:_SHOWN]),
+        prediction=found,
+    )
+
+
+def _knows_no_kernel(found: Prediction, sources: Sequence[Source], request: Request) -> bool:
+    """Whether there is a fused kernel, which mostly wins, of which the curves say nothing."""
+    if is_fused(found.cost.plan.implementation):
+        return False
+    kernel = usual_kernel(request.workload, request.device, request.without)
+    known = {number for source in sources for number in source.curve.sites.names}
+    return kernel is not None and list(IMPLEMENTATIONS).index(kernel) not in known
+
+
+def _reason(found: Prediction, request: Request) -> str:
+    here = found.curves - found.elsewhere
+    by = [f"{here} measured here"] if here else []
+    by += [f"{found.elsewhere} on other devices"] if found.elsewhere else []
+    memory = found.cost.temp_bytes / BYTES_PER_MB
+    costs = f"{found.cost.seconds * 1e3:.3g} ms and {memory:.3g} MB"
+    told = f"predicted to be the fastest, from other workloads, {' and '.join(by)}: {costs}"
+    return told if here else f"{told}; tune with: {request.workload.tune_command}"
+
+
+def _against(other: Cost, found: Prediction) -> str:
+    slower = other.seconds / found.cost.seconds - 1
+    memory = (other.temp_bytes - found.cost.temp_bytes) / BYTES_PER_MB
+    return f"predicted {slower:+.0%} time, {memory:+.0f} MB of working memory"
