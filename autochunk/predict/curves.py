@@ -85,11 +85,11 @@ def kinds_of(workload: Workload) -> np.ndarray:
 
 
 def curve(profile: Profile) -> Curve | None:
-    """A profile's timed plans that this version knows; None if there are none."""
+    """A profile's timed plans that this version knows; None if there are not two to compare."""
     workload, platform = profile.parsed_workload(), profile.device.platform
     timed = [m for m in profile.measurements if m.timed and m.implementation in IMPLEMENTATIONS]
     timed = [m for m in timed if m.ratio > 0 and m.seconds_median > 0]
-    if not timed:
+    if len(timed) < 2:
         return None
     # Ratios are to one plan's time: what they compare is surer than seconds are.
     unit = float(np.median([m.seconds_median / m.ratio for m in timed]))

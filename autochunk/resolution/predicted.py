@@ -34,6 +34,8 @@ _LEAST_LIKENESS = {"cpu": 0.1}
 _LEAST_LIKENESS_ELSE = 0.5
 # Of one workload and device, by another jaxlib: its programs are others.
 _OTHER_VERSION = 0.8
+# Of fewer the nearest alone says as much: what it did not try is not known.
+_FEWEST = 3
 _SHOWN = 8  # other plans
 
 
@@ -106,13 +108,15 @@ def _keys(layer: Layer) -> list[tuple[str, str]]:
 def predicted(curves: Curves, request: Request) -> Resolution | None:
     """What the nearest curves speak for.
 
-    None if there are none, no plan fits the budget, a kernel that they know nothing of is
+    None if there are too few, no plan fits the budget, a kernel that they know nothing of is
     installed, or an implementation was asked for that does not slice.
     """
     wanted, platform = request.implementation, request.device.platform
     if wanted is not None and not is_sliced(wanted):
         return None
     sources = curves.near(request.workload)
+    if len(sources) < _FEWEST:
+        return None
     installed = {name for name, one in IMPLEMENTATIONS.items() if one.installed}
     names = {wanted} if wanted else installed - request.without
     found = predict(

@@ -170,15 +170,22 @@ def test_folder_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert ask(make_workload("t=9,k=9")).plan.max_chunk_size_mb == 7.0
 
 
-def test_profile_of_another_device_never_answers(store: ProfileStore, shipped: Path) -> None:
-    """Neither exactly nor as the nearest."""
+@pytest.mark.parametrize("count", [2, 3])
+def test_other_devices_profiles_predict_at_most(
+    store: ProfileStore, shipped: Path, count: int
+) -> None:
+    """They never answer as if they were of this device, and of too few workloads not at all."""
     devices = [make_device(kind="Made/Up2"), make_device(platform="gpu")]
-    devices += [make_device(cores=5)]
-    workloads = (WORKLOAD, make_workload("b=2,t=1025,s=1024,h=8,k=64"))
+    workloads = [WORKLOAD, *(shape(query_length=1024 + n) for n in range(1, count))]
     profiles = [make_profile(workload, device) for device in devices for workload in workloads]
     store.put_all(profiles)
     ship(shipped / "a.json", *profiles)
-    assert ask().match == "default"
+    found = ask()
+    assert found.match == ("default" if count == 2 else "predicted")
+    if found.prediction:
+        assert found.prediction.elsewhere == found.prediction.curves == 3
+        assert "3 on other devices" in found.reason
+        assert found.plan.implementation == "xla"
 
 
 @pytest.mark.parametrize(
