@@ -12,7 +12,7 @@ holds::
     plan                     how a call runs: an implementation, a limit, the slices of these
     workload                 one tunable call, and the one text that names it
     host, nvidia, nvml       this machine, its GPUs, what disturbs those
-    device                   where a result was measured
+    device                   where a result was measured, and how alike two such places are
     store/                   what is remembered
       measurement, interval    one plan measured; how far apart two are
       choice                   the plan that follows from several

@@ -16,6 +16,10 @@ from autochunk.workload import Workload
 
 Match = Literal["exact", "predicted", "nearest", "default", "pinned"]
 
+# Of the memory here, what a plan may take that was measured where there is more of it: the rest is
+# for the arrays themselves and whatever else runs.
+_SHARE_OF_MEMORY = 0.5
+
 # XLA:CPU multiplies in the inputs' own precision, or better, whichever of these is asked for.
 _ONE_ON_CPUS = {"high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "float32", "fastest"}
 
@@ -89,7 +93,7 @@ def from_profile(profile: Profile, request: Request, layer: str) -> Resolution |
     Where it chooses no fused kernel, one that it never tried comes before what it chooses.
     """
     choice = profile.choose(
-        memory_budget_mb=request.memory_budget_mb,
+        memory_budget_mb=_budget(profile, request),
         implementation=request.implementation,
         without=request.without,
     )
@@ -126,19 +130,34 @@ def over_budget(profile: Profile, request: Request) -> Resolution | None:
 
     The plan that takes least, or smaller slices; None without a budget, or if none was measured.
     """
-    least = profile.least_memory(request.implementation)
-    if least is None or request.memory_budget_mb is None:
+    least, budget = profile.least_memory(request.implementation), _budget(profile, request)
+    if least is None or budget is None:
         return None
-    slices = request._replace(implementation=request.implementation or "xla")
+    slices = request._replace(
+        implementation=request.implementation or "xla", memory_budget_mb=budget
+    )
     plan, limit = _usual(slices)[0], least.max_chunk_size_mb
     if limit is not None and plan.max_chunk_size_mb is not None and limit <= plan.max_chunk_size_mb:
         plan = least.plan
     memory = (least.temp_bytes or 0) / BYTES_PER_MB
     reason = (
-        f"no measured plan fits the memory budget of {request.memory_budget_mb:g} MB; "
+        f"no measured plan fits the memory budget of {budget:g} MB; "
         f"the one that takes least, {least.plan}, takes {memory:.3g} MB"
     )
     return _default(request, plan, reason, profile)
+
+
+def _budget(profile: Profile, request: Request) -> float | None:
+    """Most working memory in MB for a profile's plans, if there is such a limit.
+
+    The budget asked for, and a share of this device's memory where the profile's had more: a
+    container with a lower limit is the same device, and its tuner would not have run all of them.
+    """
+    here, there = request.device.memory_gib, profile.device.memory_gib
+    fitting = here * 2**30 * _SHARE_OF_MEMORY / BYTES_PER_MB if 0 < here < there else None
+    return min(
+        (one for one in (request.memory_budget_mb, fitting) if one is not None), default=None
+    )
 
 
 def unknown(request: Request) -> Resolution:

@@ -189,6 +189,41 @@ def test_other_devices_profiles_predict_at_most(
 
 
 @pytest.mark.parametrize(
+    ("memory_gib", "budget", "implementation"),
+    [
+        (24, None, "dense"),
+        (64, None, "dense"),
+        (8, None, "xla"),
+        (1, None, "xla"),
+        (8, 50.0, "xla_rows"),
+        (0, None, "dense"),
+    ],
+)
+def test_a_container_s_memory_bounds_what_was_measured_with_more(
+    store: ProfileStore, memory_gib: int, budget: float | None, implementation: str
+) -> None:
+    """It is the same device, on which not every plan fits."""
+    measured = (
+        make_measurement("dense", None, 1.0, 5000.0),
+        make_measurement("xla", 64.0, 1.5, 500.0),
+        make_measurement("xla_rows", 4.0, 2.0, 40.0),
+    )
+    store.put(make_profile(WORKLOAD, make_device(memory_gib=24), measured))
+    with use(memory_budget_mb=budget):
+        answer = resolve.resolve(WORKLOAD, device=make_device(memory_gib=memory_gib))
+    assert (answer.match, answer.plan.implementation) == ("exact", implementation)
+
+
+def test_where_nothing_measured_fits_the_memory_there_are_slices(store: ProfileStore) -> None:
+    """As with a budget that nothing fits."""
+    large = (make_measurement("dense", None, 1.0, 5000.0),)
+    store.put(make_profile(WORKLOAD, make_device(memory_gib=24), large))
+    answer = resolve.resolve(WORKLOAD, device=make_device(memory_gib=8))
+    assert answer.plan.implementation == "xla"
+    assert "no measured plan fits the memory budget of 4294.97 MB" in answer.reason
+
+
+@pytest.mark.parametrize(
     ("platform", "precision", "match"),
     [
         ("cpu", "highest", "exact"),

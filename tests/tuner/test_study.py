@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import time
@@ -15,7 +16,7 @@ from autochunk.errors import ArgumentError, StorageError
 from autochunk.plan import Plan
 from autochunk.store.profile import Effort
 from autochunk.store.profiles import ProfileStore
-from autochunk.tuner.study import Storage, Study, liveness, open_private, study_name
+from autochunk.tuner.study import Journals, Storage, Study, liveness, open_private, study_name
 from autochunk.tuner.tune import tune
 from autochunk.workload import Workload
 
@@ -378,3 +379,17 @@ def test_a_study_of_an_older_version_goes_on(place: str) -> None:
         assert study.measured()[PLANS[0]].ratio == 0.5
     other = Storage(place).study(make_device(cores=5), WORKLOAD, "quick")
     assert other.measured() == {}
+
+
+def test_an_unfinished_journal_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Its file is named by the digest of a name that had the memory in it."""
+    device = make_device(memory_gib=24)
+    journals = Journals(tmp_path / "store", device, "quick", memory_budget_mb=None, force=False)
+    name = study_name(device, WORKLOAD, "quick").replace(" jaxlib=", " memory=24GiB jaxlib=")
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    journal = tmp_path / "store.unfinished" / f"{digest}.journal"
+    older = Study(str(journal), open_private(journal)._optuna, name)
+    older.anchor = PLANS[0]
+    measure(older, PLANS[0], 0.5)
+    assert journals.study(WORKLOAD).measured()[PLANS[0]].ratio == 0.5
+    assert list(journal.parent.glob("*.journal")) == [journal]

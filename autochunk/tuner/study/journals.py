@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autochunk.device import Device
 from autochunk.store.profile import Effort
-from autochunk.tuner.study.storage import open_private, study_name
+from autochunk.tuner.study.storage import older_study_names, open_private, study_name
 from autochunk.tuner.study.trials import Study
 from autochunk.workload import Workload
 
@@ -51,7 +51,12 @@ class Journals:
                     file.unlink()
 
     def _path(self, workload: Workload) -> Path:
-        name = study_name(self.device, workload, self.effort)
+        what = (self.device, workload, self.effort)
+        today, *older = map(self._file, (study_name(*what), *older_study_names(*what)))
+        # An older version's goes on.
+        return today if today.exists() else next(filter(Path.exists, older), today)
+
+    def _file(self, name: str) -> Path:
         if self.memory_budget_mb is not None:
             name += f" | {self.memory_budget_mb:g} MB"
         if self.force:

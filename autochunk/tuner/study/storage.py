@@ -87,6 +87,12 @@ def study_name(device: Device, workload: Workload, effort: Effort) -> str:
     return f"{device.key} jaxlib={device.jaxlib}{given} | {workload.key} | {effort}"
 
 
+def older_study_names(device: Device, workload: Workload, effort: Effort) -> list[str]:
+    """What older versions called the same study on a machine with this device's memory."""
+    rest = study_name(device, workload, effort).removeprefix(device.key)
+    return [f"{stem} memory={device.memory_gib}GiB{rest}" for stem in device.key_stems]
+
+
 def _current_name(name: str) -> str:
     """A study's name that any version gave it, as this version would."""
     key, jaxlib, rest = name.partition(" jaxlib=")
