@@ -10,7 +10,7 @@ import click
 
 from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
 from autochunk.cli.printing import make_console, print_json, print_profiles
-from autochunk.device import detect, likeness
+from autochunk.device import detect
 from autochunk.report.evaluation import (
     evaluation_record,
     evaluation_table,
@@ -112,7 +112,7 @@ def evaluate(
         profiles = [profile for place in places for profile in bundle.read(place).profiles]
     else:
         profiles = every_profile(all_layers(store))
-    replays = replay(profiles, likeness, devices=devices)
+    replays = replay(profiles, devices=devices)
     if as_json:
         print_json(evaluation_record(summaries(replays), replays))
         return

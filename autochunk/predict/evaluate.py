@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autochunk.device import Device
 from autochunk.plan import Plan
 from autochunk.predict.curves import curve
-from autochunk.predict.prediction import DENSE, Prediction, Source, predict
+from autochunk.predict.prediction import DENSE, Prediction, Source, predict, tells
 from autochunk.predict.work import LEAST_BYTES
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
@@ -78,24 +78,18 @@ TOO_SMALL = -0.25
 """Memory that is predicted too small by more than this is counted."""
 
 
-def replay(
-    profiles: Iterable[Profile],
-    likeness: Callable[[Device, Device], float],
-    *,
-    devices: bool = False,
-) -> list[Replay]:
+def replay(profiles: Iterable[Profile], *, devices: bool = False) -> list[Replay]:
     """Predicts each profile's workload from the other profiles.
 
     Args:
       profiles: of any devices; each is predicted from those of the same platform.
-      likeness: of two devices, from 0 to 1.
       devices: leave out all profiles of the device itself, not only the workload's.
     """
     curves = [(one, found) for one in profiles if (found := curve(one)) is not None]
 
     def sources(of: Profile) -> list[Source]:
         return [
-            Source(found, likeness(of.device, one.device))
+            Source(found, tells(one.device, of.device))
             for one, found in curves
             if one.device.platform == of.device.platform
             if one.device.key != of.device.key or not (devices or one.workload == of.workload)

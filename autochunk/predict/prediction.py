@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autochunk.device import Device, likeness
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
 from autochunk.predict import work
@@ -33,12 +34,21 @@ _MARGIN = 1.5
 _NOISE_OF_BYTES = 0.07
 
 
+# Of one device by another jaxlib or allocator: its programs, or their costs, are others.
+_OTHER_CONDITIONS = 0.8
+
+
+def tells(then: Device, now: Device) -> float:
+    """How much what was measured on one device tells of another, from 0 to 1."""
+    return likeness(now, then) * (_OTHER_CONDITIONS if then.stale_reasons(now) else 1.0)
+
+
 class Source(NamedTuple):
     """A curve to learn from.
 
     Attributes:
       curve: of a workload.
-      likeness: of its device to the one asked about, from 0 to 1, which is the same.
+      likeness: how much its device tells of the one asked about, by ``tells``.
     """
 
     curve: Curve

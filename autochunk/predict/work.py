@@ -49,6 +49,7 @@ _HELD: dict[tuple[str, str], tuple[float, float, float]] = {
     ("sliced", "forward"): (0.9, 1.0, 0.1),
     ("sliced", "training"): (2.5, 2.0, 0.2),
 }
+_BIAS_HELD = 0.8
 LEAST_BYTES = 2**20
 """Working memory below this makes no difference."""
 
@@ -145,6 +146,9 @@ def temp_bytes(workload: Workload, plan: Plan) -> float:
     queries = workload.batch * workload.num_heads * workload.query_length * size
     keys = workload.batch * workload.num_kv_heads * workload.key_length * size
     of_slice = queries * work.rows / workload.query_length + keys * work.keys / workload.key_length
+    if kind_of(plan.implementation) == "fused" and workload.mode == "training":
+        # A bias has a cotangent, which is summed from those of the logits.
+        logits = _BIAS_HELD if workload.bias != "none" else logits
     held = (
         logits * work.at_once
         + own * of_slice * work.share * workload.logits_itemsize

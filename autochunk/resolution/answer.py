@@ -150,14 +150,21 @@ def over_budget(profile: Profile, request: Request) -> Resolution | None:
 def _budget(profile: Profile, request: Request) -> float | None:
     """Most working memory in MB for a profile's plans, if there is such a limit.
 
-    The budget asked for, and a share of this device's memory where the profile's had more: a
-    container with a lower limit is the same device, and its tuner would not have run all of them.
+    Where the profile's device had no more memory than this one, all that was measured fits.
     """
     here, there = request.device.memory_gib, profile.device.memory_gib
-    fitting = here * 2**30 * _SHARE_OF_MEMORY / BYTES_PER_MB if 0 < here < there else None
-    return min(
-        (one for one in (request.memory_budget_mb, fitting) if one is not None), default=None
-    )
+    return most_memory(request) if 0 < here < there else request.memory_budget_mb
+
+
+def most_memory(request: Request) -> float | None:
+    """Most working memory in MB for plans that were not measured here, if there is such a limit.
+
+    The budget asked for, and a share of this device's memory: a container with a lower limit is the
+    same device, and its tuner would not have run all that ran on another.
+    """
+    here = request.device.memory_gib * 2**30 * _SHARE_OF_MEMORY / BYTES_PER_MB
+    limits = (request.memory_budget_mb, here or None)
+    return min((one for one in limits if one is not None), default=None)
 
 
 def unknown(request: Request) -> Resolution:

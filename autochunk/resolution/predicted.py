@@ -20,9 +20,10 @@ from autochunk.predict.prediction import (
     Source,
     plans_of,
     predict,
+    tells,
 )
 from autochunk.predict.process import SECONDS, alike
-from autochunk.resolution.answer import Request, Resolution
+from autochunk.resolution.answer import Request, Resolution, most_memory
 from autochunk.resolution.layers import Layer, find
 from autochunk.resolution.rule import usual_kernel
 from autochunk.workload import Workload
@@ -32,8 +33,6 @@ _LEAST_ALIKE = 0.25
 # Fused kernels are of one kind of accelerator: what is not much like another says nothing of it.
 _LEAST_LIKENESS = {"cpu": 0.1}
 _LEAST_LIKENESS_ELSE = 0.5
-# Of one workload and device, by another jaxlib: its programs are others.
-_OTHER_VERSION = 0.8
 # Of fewer the nearest alone says as much: what it did not try is not known.
 _FEWEST = 3
 _SHOWN = 8  # other plans
@@ -77,8 +76,7 @@ class Curves:
         found = curve(profile) if profile is not None else None
         if profile is None or found is None:
             return None
-        other = profile.device.stale_reasons(self._device)
-        return Source(found, subject.likeness * (_OTHER_VERSION if other else 1.0))
+        return Source(found, tells(profile.device, self._device))
 
 
 def _subjects(layers: Sequence[Layer], device: Device) -> Iterator[_Subject]:
@@ -124,7 +122,7 @@ def predicted(curves: Curves, request: Request) -> Resolution | None:
         platform,
         sources,
         plans_of(request.workload, platform, names),
-        memory_budget_mb=request.memory_budget_mb,
+        memory_budget_mb=most_memory(request),
     )
     if found is None or (wanted is None and _knows_no_kernel(found, sources, request)):
         return None

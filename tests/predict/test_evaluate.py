@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import autochunk
-from autochunk.device import likeness
 from autochunk.predict.evaluate import Replay, Summary, replay, summaries
 from autochunk.store import bundle
 
@@ -18,7 +17,7 @@ SHIPPED = sorted((Path(autochunk.__file__).parents[1] / "profiles").glob("*.json
 @functools.cache
 def replays(devices: bool) -> list[Replay]:
     profiles = [profile for file in SHIPPED for profile in bundle.read(file).profiles]
-    return replay(profiles, likeness, devices=devices)
+    return replay(profiles, devices=devices)
 
 
 def of_platform(platform: str, devices: bool) -> list[Summary]:
