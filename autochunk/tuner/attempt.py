@@ -56,6 +56,7 @@ def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
             probe.deadline = min(task.deadline, end)
         task.on_event(Measured(*subject.place, measurement, done, total))
 
+    task.build_on_earlier(study, subject.workload, probe.memory_budget_bytes)
     hints = _hints(task, subject)
     try:
         return search(

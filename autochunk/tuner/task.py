@@ -13,6 +13,7 @@ from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
 from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.earlier import anchor_of, what_stands
 from autochunk.tuner.events import Event
 from autochunk.tuner.search import Outcome
 from autochunk.tuner.study import Study
@@ -24,6 +25,7 @@ class Task:
     """One tune on one kind of device, and what has become of each workload.
 
     Attributes:
+      force: whatever is stored is measured anew.
       found: profiles that are stored.
       begun: some worker has been at it.
       spent: its share of the time is over; more is for it only when all others have had theirs.
@@ -37,6 +39,7 @@ class Task:
     device: Device
     deadline: float | None
     on_event: Callable[[Event], None]
+    force: bool = False
     found: dict[Workload, Profile] = field(default_factory=dict)
     begun: set[Workload] = field(default_factory=set)
     spent: set[Workload] = field(default_factory=set)
@@ -54,6 +57,20 @@ class Task:
         if profile is None or not profile.complete or profile.stale_reasons(self.device):
             return None
         return profile if _rank(profile.effort) >= _rank(self.effort) else None
+
+    def build_on_earlier(self, study: Study, workload: Workload, budget_bytes: int | None) -> None:
+        """Contributes to a study that has nothing yet what is stored and still stands.
+
+        Of a profile that a new kernel made stale that is all that is in it.
+        """
+        if self.force:
+            return
+        with self.storing:  # else another worker would see it half done, and measure the rest
+            profile = self.store.get(self.device, workload)
+            if profile is None or profile.device.stale_reasons(self.device):
+                return
+            if anchor := anchor_of(profile):
+                study.contribute(what_stands(profile, budget_bytes), anchor)
 
     def known(self, workload: Workload) -> Resolution:
         """What "auto" would do now."""

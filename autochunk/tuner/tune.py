@@ -86,7 +86,7 @@ def tune(
         if workloads is None:
             workloads = standard_workloads(store, device, effort)
         todo = list(dict.fromkeys(workloads(device) if callable(workloads) else workloads))
-        task = Task(effort, store, device, deadline, on_event)
+        task = Task(effort, store, device, deadline, on_event, force)
         waiting = _waiting(task, todo, force)
         if shared is not None:
             _contribute(task, shared)

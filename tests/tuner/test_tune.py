@@ -390,7 +390,7 @@ def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
         ({"effort": "quick"}, 3, ("standard", 2)),
         ({"effort": "standard", "force": True}, 1, ("standard", 2)),
         ({"effort": "standard"}, 3, ("standard", 3)),
-        ({"effort": "thorough"}, 1, ("thorough", 1)),
+        ({"effort": "thorough"}, 3, ("thorough", 3)),
     ],
 )
 def test_of_two_unfinished_profiles_the_better_stays(
