@@ -40,8 +40,8 @@ def tuned(command: tuple[str, ...], effort: Any, **options: Any) -> tuple[Profil
 
 
 def requests(log: Path, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else iter(())
-    return [request for request in lines if request["do"] == kind]
+    asked: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    return [request for request in asked if request["do"] == kind]
 
 
 @pytest.mark.parametrize(("weaker", "stronger"), [("quick", "standard"), ("standard", "thorough")])

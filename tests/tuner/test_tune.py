@@ -367,7 +367,7 @@ def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Scripted)
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
     measured(scripted(), [workload])
     events: list[Event] = []
-    options: dict[str, Any] = {"worker_command": scripted(delay=0.1), "effort": "thorough"}
+    options: dict[str, Any] = {"worker_command": scripted(delay=0.5), "effort": "thorough"}
     profiles = tune([workload], timeout=3.0, on_event=events.append, **options)
     assert kinds(events) == [Started, OutOfTime]
     assert profiles == ProfileStore().profiles()
