@@ -13,11 +13,16 @@ from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
 from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
 from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.agenda import Agenda
 from autochunk.tuner.earlier import anchor_of, what_stands
 from autochunk.tuner.events import Event
+from autochunk.tuner.probe import seconds_left
 from autochunk.tuner.search import Outcome
 from autochunk.tuner.study import Study
 from autochunk.workload import Workload
+
+FEWEST_TIMED = 2
+"""Of fewer plans there is nothing to choose."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Task:
     """One tune on one kind of device, and what has become of each workload.
 
     Attributes:
+      agenda: when which workload is begun.
       force: whatever is stored is measured anew.
       found: profiles that are stored.
       begun: some worker has been at it.
@@ -40,6 +46,7 @@ class Task:
     deadline: float | None
     on_event: Callable[[Event], None]
     force: bool = False
+    agenda: Agenda = field(default_factory=Agenda)
     found: dict[Workload, Profile] = field(default_factory=dict)
     begun: set[Workload] = field(default_factory=set)
     spent: set[Workload] = field(default_factory=set)
@@ -49,7 +56,12 @@ class Task:
 
     def is_over(self, workload: Workload) -> bool:
         """Whether no worker is to go on with a workload."""
-        return workload in self.finished or workload in self.failed
+        ended = workload in self.finished or workload in self.failed
+        return ended or self.agenda.is_over(workload)
+
+    def takes_up(self, workload: Workload) -> bool:
+        """Whether a worker is to begin a workload now, or to go on with it."""
+        return self.agenda.takes_up(workload, self.begun, seconds_left(self.deadline))
 
     def good_enough(self, workload: Workload) -> Profile | None:
         """The stored profile, if measuring again would tell nothing new."""
@@ -86,9 +98,12 @@ class Task:
     def keep(self, outcome: Outcome, study: Study, workload: Workload) -> Profile | None:
         """Stores what was found, unless that is nothing or less than is stored.
 
-        Returns what is stored then, None if nothing was found.
+        Of what is not finished a single plan is nothing: there is no choice in it, and it would
+        answer in place of a like workload that has one. Returns what is stored then, None if
+        nothing was found.
         """
-        if not any(measurement.timed for measurement in outcome.measurements):
+        timed = sum(measurement.timed for measurement in outcome.measurements)
+        if timed < (1 if outcome.complete else FEWEST_TIMED):
             return None
         with self.storing:
             # by another worker, which held the joint rounds or ended at the same time
