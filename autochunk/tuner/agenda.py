@@ -74,7 +74,8 @@ class Agenda:
             return True
         # One that was chosen may find a little less than it was promised.
         enough = self.least if workload in self.spare else self.least / 2
-        if seconds < enough:
+        # However short the time, it is for something.
+        if seconds < enough and (begun or self.standard):
             self.left_out.add(workload)
         elif self.is_known(workload):
             self.known.add(workload)

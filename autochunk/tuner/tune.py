@@ -95,7 +95,7 @@ def tune(
         agenda = make_agenda(
             wishes,
             rest,
-            [*task.found, *map(Workload.parse, store.workloads(device))],
+            [*task.found, *_finished(store, device)],
             deadline=deadline,
             least=EFFORT_SETTINGS[effort].least_share,
             workers=len(probes),
@@ -252,6 +252,14 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
         profile.parsed_workload()
         for profile in store.profiles(device)
         if profile.stale_reasons(device) or not profile.complete
+    ]
+
+
+def _finished(store: ProfileStore, device: Device) -> list[Workload]:
+    """What is measured; what was cut short is gone on with, as if nothing were there."""
+    every = store.profiles(device)
+    return [
+        one.parsed_workload() for one in every if one.complete and not one.stale_reasons(device)
     ]
 
 
