@@ -91,20 +91,7 @@ def tune(
         on_event(events.DeviceFound(device))
         wishes = _wishes(workloads, store, device, effort)
         task = Task(effort, store, device, deadline, on_event, force)
-        rest = _waiting(task, wishes.all)
-        agenda = make_agenda(
-            wishes,
-            rest,
-            [*task.found, *_finished(store, device)],
-            deadline=deadline,
-            least=EFFORT_SETTINGS[effort].least_share,
-            workers=len(probes),
-            is_known=is_known,
-        )
-        task = dataclasses.replace(task, agenda=agenda)
-        count = len(task.found) + len(agenda.order)
-        places = enumerate(agenda.order, len(task.found) + 1)
-        waiting = [Subject(workload, number, count) for number, workload in places]
+        task, waiting = _planned(task, wishes, len(probes), is_known)
         if shared is not None:
             _contribute(task, shared)
             sharing.with_other_machines(task, probes, shared, waiting)
@@ -253,6 +240,26 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
         for profile in store.profiles(device)
         if profile.stale_reasons(device) or not profile.complete
     ]
+
+
+def _planned(
+    task: Task, wishes: Wishes, workers: int, is_known: Callable[[Workload], bool]
+) -> tuple[Task, list[Subject]]:
+    """The task with its agenda, and all on that."""
+    agenda = make_agenda(
+        wishes,
+        _waiting(task, wishes.all),
+        [*task.found, *_finished(task.store, task.device)],
+        deadline=task.deadline,
+        least=EFFORT_SETTINGS[task.effort].least_share,
+        workers=workers,
+        is_known=is_known,
+    )
+    found = len(task.found)
+    places = enumerate(agenda.order, found + 1)
+    count = found + len(agenda.order)
+    subjects = [Subject(workload, number, count) for number, workload in places]
+    return dataclasses.replace(task, agenda=agenda), subjects
 
 
 def _finished(store: ProfileStore, device: Device) -> list[Workload]:
