@@ -11,10 +11,19 @@ from autochunk.device import Device
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
-from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
+from autochunk.store.profile import (
+    EFFORTS,
+    SCHEMA_VERSION,
+    Effort,
+    Profile,
+    sliced_shape,
+    utc_now,
+)
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.agenda import Agenda
-from autochunk.tuner.earlier import anchor_of, what_stands
+from autochunk.tuner.candidates import all_plans
+from autochunk.tuner.earlier import anchor_of, under_names_of, what_stands
+from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event
 from autochunk.tuner.probe import seconds_left
 from autochunk.tuner.search import Outcome
@@ -81,8 +90,12 @@ class Task:
             profile = self.store.get(self.device, workload)
             if profile is None or profile.device.stale_reasons(self.device):
                 return
-            if anchor := anchor_of(profile):
-                study.contribute(what_stands(profile, budget_bytes), anchor)
+            shape = sliced_shape(workload)
+            plans = all_plans(shape, EFFORT_SETTINGS[self.effort], self.device.platform)
+            anchor = anchor_of(under_names_of(plans, shape, profile.measurements))
+            standing = under_names_of(plans, shape, what_stands(profile, budget_bytes))
+            if anchor and standing:
+                study.contribute(standing, anchor)
 
     def known(self, workload: Workload) -> Resolution:
         """What "auto" would do now."""

@@ -54,7 +54,7 @@ def _width(profile: Profile | None) -> float:
 def _repeat(task: Task, subject: Subject, probe: Probe, between: Sequence[Plan]) -> None:
     profile = task.found[subject.workload]
     measured = {measurement.plan: measurement for measurement in profile.measurements}
-    anchor = anchor_of(profile)
+    anchor = anchor_of(profile.measurements)
     if anchor is None:
         return
     try:

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.plan import Plan
-from autochunk.store.profile import Profile
+from autochunk.store.profile import Profile, sliced_shape
 from autochunk.store.profiles import ProfileStore
-from autochunk.tuner.earlier import anchor_of, what_stands
+from autochunk.tuner.candidates import all_plans
+from autochunk.tuner.earlier import anchor_of, under_names_of, what_stands
+from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event, Measured
 from autochunk.tuner.study import Storage
 from autochunk.tuner.tune import tune
@@ -64,7 +66,7 @@ def test_no_plan_that_stands_is_measured_again(
     assert {one.plan for one in second.measurements} == stood | set(plans)
     met = {one.plan for one in second.measurements if one.joint}
     prepared = {Plan(*request["plan"]) for request in requests(log, "prepare")}
-    assert prepared <= met | set(plans) | {anchor_of(first)}
+    assert prepared <= met | set(plans) | {anchor_of(first.measurements)}
     assert {"xla, 33.6 MB", "xla_rows, 16.8 MB"} <= set(map(str, met))
     assert (second.effort, second.complete) == (stronger, True)
 
@@ -87,7 +89,7 @@ def test_joint_rounds_of_before_are_not_taken_for_new_ones(scripted: Scripted) -
     command = scripted(plans=PLANS, default={"seconds": 0.03})
     tuned(command, "quick")
     second, _ = tuned(command, "standard")
-    anchor = anchor_of(second)
+    anchor = anchor_of(second.measurements)
     most = max(one.joint for one in second.measurements)
     assert next(one.joint for one in second.measurements if one.plan == anchor) == most
 
@@ -136,7 +138,7 @@ def test_an_unfinished_profile_is_built_on_too(scripted: Scripted) -> None:
 def test_an_anchor_that_no_longer_runs_makes_all_be_measured(scripted: Scripted) -> None:
     """Ratios to it would compare with none."""
     first, _ = tuned(scripted(plans=PLANS, default={"seconds": 0.03}), "quick")
-    anchor = anchor_of(first)
+    anchor = anchor_of(first.measurements)
     second, plans = tuned(scripted(plans={str(anchor): {"do": "oom"}}), "standard")
     timed = {one.plan for one in second.measurements if one.timed}
     assert timed == {plan for plan in plans if plan != anchor}
@@ -159,6 +161,19 @@ def test_what_takes_more_than_the_budget_is_left_to_the_worker() -> None:
     profile = make_profile(measurements=curve)
     assert [one.plan for one in what_stands(profile, 100 * 10**6)] == [Plan("xla")]
     assert [one.plan for one in what_stands(profile)] == [Plan("dense"), Plan("xla")]
+
+
+def test_a_plan_stands_under_the_name_that_the_stronger_effort_has_for_it() -> None:
+    """The 1000 MB default makes the slices of a limit that only the finer ladder has."""
+    shape = sliced_shape(Workload.parse("b=2,t=4096,h=8,k=8"))
+    plans = all_plans(shape, EFFORT_SETTINGS["standard"], "cpu")
+    assert Plan("xla", 1000.0) not in plans
+    curve = [make_measurement("xla", 1000.0, 0.7), make_measurement("xla", 67.2)]
+    curve.append(make_measurement("newer_kernel"))
+    renamed = under_names_of(plans, shape, curve)
+    names = [Plan("xla", 537.6), Plan("xla", 67.2), Plan("newer_kernel")]
+    assert [one.plan for one in renamed] == names
+    assert [one.ratios for one in renamed] == [one.ratios for one in curve]
 
 
 @given(own=st.integers(1, 8), joint=st.integers(0, 30))
@@ -187,7 +202,7 @@ def test_the_anchor_is_known_by_its_ratios(
 ) -> None:
     """Exactly by joint rounds, else nearly; where none is near nothing can be built on."""
     measurements = [make_measurement(name, None, ratio, joint=n) for name, ratio, n in curve]
-    found = anchor_of(make_profile(measurements=measurements))
+    found = anchor_of(measurements)
     assert found == (Plan(anchor) if anchor else None)
 
 
