@@ -8,7 +8,7 @@ import os
 import platform
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.page_faults import HEAP_KEPT
 from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.verify import Verification, verify
+from autochunk.workload import Workload
 
 Level = Literal["ok", "note", "problem"]
 
@@ -215,7 +216,7 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unreadable rows are a finding of their own
-            mine, missed = store.profiles(device), store.missed(device)
+            mine, missed = store.profiles(device), store.misses(device)
     except StoreError:
         return  # said of the layer
     if not mine:
@@ -228,8 +229,17 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
         detail = f"{len(unfinished)} of {len(mine)} were cut short"
         yield Finding("note", "profiles", detail, unfinished[0].parsed_workload().tune_command)
     if missed:
-        detail = f'"auto" found nothing for {len(missed)} workloads, such as {missed[0].shape}'
-        yield Finding("note", "profiles", detail, "autochunk tune --missed")
+        yield Finding("note", "profiles", _misses(missed), "autochunk tune --missed")
+
+
+def _misses(missed: Mapping[Workload, int]) -> str:
+    families = len({workload.family for workload in missed})
+    kinds = "one family" if families == 1 else f"{families} families"
+    most = max(missed, key=lambda workload: missed[workload])
+    return (
+        f'"auto" found nothing for {len(missed)} workloads of {kinds}, which differ only in sizes; '
+        f"{most.shape} was asked for most, by {missed[most]} processes"
+    )
 
 
 def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:

@@ -81,7 +81,10 @@ class AutochunkWarning(UserWarning):
 
 
 class MissWarning(AutochunkWarning):
-    """A workload without a profile, met by "auto"; the text names the command that makes one."""
+    """A workload without a profile, met by "auto"; the text names the command that makes one.
+
+    Of workloads that differ only in sizes one is told of in a process.
+    """
 
 
 class BudgetWarning(AutochunkWarning):

@@ -211,6 +211,11 @@ class Workload(BaseModel):
         )
 
     @property
+    def family(self) -> str:
+        """All of the key but its sizes: workloads of one family differ in nothing else."""
+        return split_key(self.key)[1]
+
+    @property
     def tune_command(self) -> str:
         """The command line that tunes this workload."""
         return f"autochunk tune --shape {self.shape} --dtype {self.dtype} --mode {self.mode}"

@@ -25,12 +25,21 @@ from autochunk.store import bundle, files
 from autochunk.store.profile import utc_now
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.events import Event, Failed, OtherWork, OutOfTime, SharedGpu, SlowedGpu
+from autochunk.tuner.events import (
+    Event,
+    Failed,
+    LeftOut,
+    OtherWork,
+    OutOfTime,
+    SharedGpu,
+    SlowedGpu,
+)
 from autochunk.workload import Workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SHAPE = "b=2,t=64,h=2,k=8"
 PLACE = (make_workload(SHAPE), 1, 2)
+MANY = tuple(make_workload(f"t={length},k=8") for length in (64, 72, 80))
 
 
 def call(*arguments: str, stdin: bytes | None = None) -> Result:
@@ -291,6 +300,16 @@ def test_forget_asks_first_and_names_what_goes() -> None:
             "out of time, and the profile from before stays (standard); the same command goes on "
             "from here",
         ),
+        (
+            LeftOut((*MANY, make_workload("t=9,h=2,k=8,causal=yes,bias=1hts")), (), missed=True),
+            "left out for want of time: 3 of float32 forward; 1 of float32 causal=yes bias=1hts "
+            "forward; `autochunk tune --missed` goes on from here",
+        ),
+        (
+            LeftOut(MANY, (), missed=False),
+            "left out for want of time: 3 of float32 forward; the same command goes on from here",
+        ),
+        (LeftOut((), MANY, missed=True), '3 that "auto" missed need no measuring'),
         (OtherWork(0.94, 2), "other programs had 0.9 of 2 cores meanwhile: what is close"),
         (SharedGpu(1), "another program had the GPU in use as well: what is close"),
         (SharedGpu(2), "2 programs had the GPU in use as well"),
@@ -339,7 +358,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
     asked: list[Workload] = []
 
     def tune(workloads: Any, **_: Any) -> list[Any]:
-        asked.extend(workloads(make_device()))
+        asked.extend(workloads(make_device()).all)
         return []
 
     monkeypatch.setattr("autochunk.tuner.tune.tune", tune)
@@ -468,7 +487,7 @@ def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "1/" in line and "MB:" in line:
+            if re.search(r"\b3/\d+ .* ms$", line):  # enough for a choice
                 break
         asked = time.monotonic()
         process.send_signal(signal_number)

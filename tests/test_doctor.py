@@ -101,6 +101,16 @@ def test_notes_about_profiles() -> None:
     assert cures == [of_stale, SMALL.tune_command, "autochunk tune --missed"]
 
 
+def test_misses_are_told_by_families() -> None:
+    """With what was asked for most."""
+    store, here = ProfileStore(), detect()
+    for shape in ("t=100,k=8", "t=200,k=8", "t=300,k=8", "t=200,k=8", "t=100,k=8,causal=yes"):
+        store.record_miss(here, make_workload(shape))
+    (detail,) = (one.detail for one in examine() if "found nothing" in one.detail)
+    assert "4 workloads of 2 families, which differ only in sizes" in detail
+    assert "t=200,s=200,h=1,k=8 was asked for most, by 2 processes" in detail
+
+
 def test_a_gpu_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what keeps jax from it, where that can be told."""
     monkeypatch.setattr(doctor, "_nvidia_gpu_here", lambda: True)

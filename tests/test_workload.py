@@ -432,3 +432,15 @@ def test_what_blocks_are_known_by(items: str, reach: object, covering: list[str]
     workload = Workload.parse(",".join(filter(None, ["b=2,t=8,h=2,k=4", items])))
     assert workload.reach == reach
     assert workload.covering == covering
+
+
+@given(st.integers(1, 9), st.integers(1, 9999), st.sampled_from([1, 2, 4]), st.integers(1, 99))
+def test_a_family_differs_in_sizes_only(batch: int, length: int, heads: int, size: int) -> None:
+    """Whatever the sizes are; not in dtype, mode or form."""
+    sizes = f"b={batch},t={length},h={4 * heads},kv_heads={heads},k={size}"
+    one = Workload.parse(f"{sizes},causal=yes", mode="training")
+    assert one.family == Workload.parse("t=7,k=8,causal=yes", mode="training").family
+    others = [Workload.parse(sizes, mode="training"), Workload.parse(f"{sizes},causal=yes")]
+    others.append(Workload.parse(f"{sizes},causal=yes", mode="training", dtype="bfloat16"))
+    others.append(Workload.parse(f"{sizes},causal=yes,window=9:0", mode="training"))
+    assert len({one.family, *(other.family for other in others)}) == 5

@@ -37,7 +37,11 @@ _TIMEOUTS = ", ".join(
 
 @click.command()
 @shape_or_preset_options
-@click.option("--missed", is_flag=True, help='What "auto" found no profile for on this machine.')
+@click.option(
+    "--missed",
+    is_flag=True,
+    help='What "auto" found no profile for on this machine; of many, those that teach most.',
+)
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
 @click.option(
     "--timeout",
@@ -87,30 +91,34 @@ def tune(
 ) -> None:
     """Measure this machine and keep what is best.
 
-    Without --shape, --preset, --missed or --stale: what "auto" has missed here, then a standard set
-    of shapes, on a CPU in float32, on a GPU in bfloat16 and (not when quick) float32, and with
-    thorough effort in these and float16.
+    Without --shape, --preset, --missed or --stale: what "auto" has missed here, in at most half of
+    the time, and a standard set of shapes, on a CPU in float32, on a GPU in bfloat16 and (not when
+    quick) float32, and with thorough effort in these and float16.
     """
-    from autochunk.tuner.tune import stale_or_unfinished, standard_workloads
+    from autochunk.tuner.agenda import Wishes
+    from autochunk.tuner.tune import missed as missed_on
+    from autochunk.tuner.tune import stale_or_unfinished, usual_wishes
     from autochunk.tuner.tune import tune as run
 
     profile_store = ProfileStore(store)
     named = wanted.named()
-    workloads: list[Workload] = []
+    wishes: list[Workload] = []
 
-    def choose(device: Device) -> list[Workload]:
+    def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
-            workloads.extend(
-                standard_workloads(profile_store, device, effort, wanted.dtypes, wanted.modes)
-            )
-        workloads.extend(named)
-        if missed:
-            found = wanted.among(profile_store.missed(device))
-            workloads.extend(_or_say(found, '"auto" has missed nothing'))
-        if stale:
-            found = wanted.among(stale_or_unfinished(profile_store, device))
-            workloads.extend(_or_say(found, "Nothing stored is stale or unfinished"))
-        return workloads
+            usual = usual_wishes(profile_store, device, effort, wanted.dtypes, wanted.modes)
+            wishes.extend(usual.all)
+            return usual
+        kinds = wanted.dtypes, wanted.modes
+        misses = missed_on(profile_store, device, *kinds) if missed else {}
+        old = wanted.among(stale_or_unfinished(profile_store, device)) if stale else []
+        if missed and not misses:
+            _say_nothing('"auto" has missed nothing')
+        if stale and not old:
+            _say_nothing("Nothing stored is stale or unfinished")
+        chosen = Wishes(named=[*named, *old], missed=misses)
+        wishes.extend(chosen.all)
+        return chosen
 
     try:
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
@@ -140,7 +148,7 @@ def tune(
             "again with --force.",
             err=True,
         )
-    if workloads and not profiles:
+    if wishes and not profiles:
         sys.exit(1)
 
 
@@ -161,10 +169,8 @@ def _ended_like_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _or_say(found: list[Workload], nothing: str) -> list[Workload]:
-    if not found:
-        click.echo(f"{nothing} on this machine, of these dtypes and modes.", err=True)
-    return found
+def _say_nothing(what: str) -> None:
+    click.echo(f"{what} on this machine, of these dtypes and modes.", err=True)
 
 
 # --- bench ----------------------------------------------------------------------------------------

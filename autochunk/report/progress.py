@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.live import Live
@@ -25,6 +27,7 @@ from autochunk.tuner.events import (
     Event,
     Failed,
     Finished,
+    LeftOut,
     Measured,
     OtherWork,
     OutOfTime,
@@ -34,7 +37,7 @@ from autochunk.tuner.events import (
     Started,
     Subject,
 )
-from autochunk.workload import Workload
+from autochunk.workload import Workload, key_items
 
 _GOES_ON = "the same command goes on from here"
 
@@ -82,6 +85,9 @@ class TuneProgress:
                         f"{_disturbance(event)}: what is close may have been told apart wrongly, "
                         "or not at all"
                     )
+                case LeftOut():
+                    for line in _left_out(event):
+                        self._say(line)
                 case Started():
                     self._started(event)
                 case Measured():
@@ -134,6 +140,23 @@ def _disturbance(event: Disturbance) -> str:
                 f"the GPU's clocks were held down for {event.share:.0%} of the time "
                 f"({event.reason})"
             )
+
+
+def _left_out(event: LeftOut) -> Iterator[str]:
+    if event.known:
+        yield f'{len(event.known)} that "auto" missed need no measuring: their answer is known'
+    if event.workloads:
+        families = collections.Counter(_family(workload) for workload in event.workloads)
+        each = "; ".join(f"{count} of {name}" for name, count in families.most_common())
+        command = "`autochunk tune --missed`" if event.missed else "the same command"
+        yield f"left out for want of time: {each}; {command} goes on from here"
+
+
+def _family(workload: Workload) -> str:
+    """What workloads that differ only in sizes have in common, but for what most calls have."""
+    items = key_items(workload.family)  # the first of them is a dtype alone
+    forms = [f"{name}={value}" for name, value in items.items() if value not in ("", "no", "none")]
+    return " ".join([workload.dtype, *forms]).replace("mode=", "")
 
 
 def _label(event: Subject) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError, StoreWarning
@@ -15,6 +16,8 @@ from autochunk.store.profiles import ProfileStore
 
 # Of these no line tells a user where to look.
 _FRAMEWORKS = frozenset({"autochunk", "jax", "haiku", "flax", "contextlib", "functools"})
+
+_ALL_MISSED = "autochunk tune --missed"
 
 _reported: set[Any] = set()
 
@@ -31,8 +34,9 @@ def report(resolution: Resolution) -> None:
     workload, auto = resolution.workload, 'max_chunk_size_mb="auto"'
     if missed:
         text = f"{auto} found no profile for {workload.key} and uses {resolution.plan}. "
-        cure = f"To tune it on this machine: {workload.tune_command}"
-        warn_once(MissWarning, subject, text + cure)
+        # A model of many lengths is told of one of them.
+        family = (workload.family, resolution.device)
+        warn_once(MissWarning, family, lambda: text + _cure_of_miss(resolution))
     elif resolution.match == "default":
         text = f"{auto} uses {resolution.plan} for {workload.key}: {resolution.reason}"
         warn_once(BudgetWarning, subject, text)
@@ -40,6 +44,24 @@ def report(resolution: Resolution) -> None:
         text = f"{auto} uses a profile of {resolution.source} that may no longer hold: "
         cure = f"{'; '.join(resolution.stale)}. To measure again: {workload.tune_command}"
         warn_once(StaleWarning, subject, text + cure)
+
+
+def _cure_of_miss(resolution: Resolution) -> str:
+    """How to tune what was missed, and all that was missed of its family, here or earlier."""
+    workload, family = resolution.workload, 0
+    with contextlib.suppress(StoreError):
+        store = ProfileStore(settings.current().store)
+        family = store.missed_like(resolution.device, workload)
+    alone = f"To tune it on this machine: {workload.tune_command}"
+    if not family:  # nor will others be remembered
+        return alone
+    if family == 1:
+        others = "Others that differ from it only in sizes are counted and not told of"
+        return f"{others}; to tune for all of them: {_ALL_MISSED}. {alone}"
+    return (
+        f"It is one of {family} workloads missed here that differ only in sizes, of which only one "
+        f"is told. To tune for all of them on this machine: {_ALL_MISSED}"
+    )
 
 
 def _record_miss(resolution: Resolution) -> None:
@@ -54,12 +76,15 @@ def warn_of_layer(layer: Layer, error: Exception) -> None:
     warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
 
 
-def warn_once(category: type[Warning], subject: Any, text: str) -> None:
-    """Gives a warning, unless one of this category and subject was given."""
+def warn_once(category: type[Warning], subject: Any, text: str | Callable[[], str]) -> None:
+    """Gives a warning, unless one of this category and subject was given.
+
+    A text that takes time is a function, which is called only for a warning.
+    """
     if (category, subject) in _reported:
         return
     _reported.add((category, subject))
-    warnings.warn(text, category, stacklevel=_users_level())
+    warnings.warn(text if isinstance(text, str) else text(), category, stacklevel=_users_level())
 
 
 def _users_level() -> int:

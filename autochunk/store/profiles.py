@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Annotated
 
 from platformdirs import user_data_path
-from pydantic import BaseModel, Field, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+)
 
 from autochunk.device import Device, current_key
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
@@ -25,7 +32,7 @@ from autochunk.store.database import AMONG, ENDING, IN_RANGE, OF_KEY, UNCHANGED,
 from autochunk.store.files import file_identity
 from autochunk.store.profile import SCHEMA_VERSION, Profile, utc_now
 from autochunk.store.rescue import Row
-from autochunk.workload import Workload
+from autochunk.workload import Workload, split_key
 
 STORE_VARIABLE = "AUTOCHUNK_STORE"
 _FILE_NAME = "profiles.sqlite"
@@ -127,11 +134,27 @@ class ProfileStore:
 
     def missed(self, device: Device) -> list[Workload]:
         """Workloads that "auto" missed on a device, by key."""
-        workloads = []
-        for key in self._workload_keys(_MISSED, device):
+        return list(self.misses(device))
+
+    def misses(self, device: Device) -> dict[Workload, int]:
+        """How many processes missed each of those workloads, as far as that was counted."""
+        found: dict[Workload, int] = {}
+        for row in self._rows(device, table=_MISSED):
+            _, key = _is_of(row.key, device) or ("", "")
             with contextlib.suppress(WorkloadError):  # written by a newer version, or by hand
-                workloads.append(Workload.parse(key))
-        return workloads
+                miss, workload = _miss(row), Workload.parse(key)
+                found[workload] = found.get(workload, 0) + (miss.count if miss else 1)
+        return dict(sorted(found.items(), key=lambda one: one[0].key))
+
+    def missed_like(self, device: Device, workload: Workload) -> int:
+        """How many workloads of this one's family "auto" missed on a device.
+
+        None where this one is not among those that are remembered.
+        """
+        keys = self._workload_keys(_MISSED, device)
+        if workload.key not in keys:
+            return 0
+        return sum(split_key(key)[1] == workload.family for key in keys)
 
     def newer(self) -> set[tuple[str, str]]:
         """(device key, workload key) of the profiles that only a newer autochunk can read."""
@@ -152,10 +175,10 @@ class ProfileStore:
     def _unreadable(self) -> list[Row]:
         return [row for row in self._database.rows(_PROFILES) if not _whole(_PROFILES, row)]
 
-    def _rows(self, device: Device, workload_key: str = "") -> list[Row]:
-        """Rows of a device's profiles, or of those of one workload, under keys of any version."""
+    def _rows(self, device: Device, workload_key: str = "", table: str = _PROFILES) -> list[Row]:
+        """Rows of a device, or of one workload there, under keys of any version."""
         found = [
-            self._database.rows(_PROFILES, ENDING, *span, workload_key) for span in _ranges(device)
+            self._database.rows(table, ENDING, *span, workload_key) for span in _ranges(device)
         ]
         return [row for rows in found for row in rows if _is_of(row.key, device, workload_key)]
 
@@ -229,14 +252,22 @@ class ProfileStore:
         return self._delete(_MISSED, list(map(_text, self._keys(_MISSED, device))))
 
     def record_miss(self, device: Device, workload: Workload) -> None:
-        """Remembers that "auto" found no profile for a workload.
+        """Remembers that "auto" found no profile for a workload, and how often that was told.
 
-        It happens while a model is traced, so that a damaged file is left where it is.
+        It happens while a model is traced, so that a damaged file is left where it is, and that a
+        miss which is known already need not be counted where nothing can be written.
         """
-        if workload.key not in self._workload_keys(_MISSED, device):
-            key = _row_key(device.key, workload.key)
-            miss = _Miss(when=utc_now())
+        rows = self._rows(device, workload.key, _MISSED)
+        key = _text(rows[0].key) if rows else _row_key(device.key, workload.key)
+        miss = _miss(rows[0]) if rows else _Miss(when=utc_now(), count=0)
+        if miss is None:  # nothing that this version should change
+            return
+        miss = miss.model_copy(update={"count": miss.count + 1})
+        try:
             self._database.put(_MISSED, key, miss.model_dump_json(), mend=False)
+        except StoreError:
+            if not rows:
+                raise
 
     def check_writable(self) -> None:
         """Raises StoreError now, not after hours of measuring, if a profile could not be stored."""
@@ -276,14 +307,28 @@ class ProfileStore:
 
 # --- Rows -----------------------------------------------------------------------------------------
 
+_LARGEST_COUNT = 2**53  # which every reader of JSON has exactly
+
 # No device's name has it.
 _BETWEEN = " | "
 
 
 class _Miss(BaseModel):
-    """The value of a row of a missed workload."""
+    """The value of a row of a missed workload: when that was first, and how often since.
+
+    What a newer version adds is kept.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     when: str
+    count: int = 1
+
+    @field_validator("count", mode="before")
+    @classmethod
+    def _some_number(cls, value: object) -> object:
+        # A count that is none is no reason to lose the miss.
+        return value if type(value) is int and 0 <= value <= _LARGEST_COUNT else 1
 
 
 class _Newer(BaseModel):
@@ -332,6 +377,13 @@ def _profile(row: Row) -> Profile:
     if _names(row.key) != profile.key:
         raise ValueError(f"under the key {row.key!r} is the profile of {_row_key(*profile.key)}")
     return profile
+
+
+def _miss(row: Row) -> _Miss | None:
+    try:
+        return _Miss.model_validate_json(row.value or b"")
+    except ValidationError:
+        return None
 
 
 def _readable(row: Row) -> Profile | None:

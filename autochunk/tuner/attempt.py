@@ -20,7 +20,7 @@ from autochunk.tuner.events import (
 from autochunk.tuner.probe import Probe
 from autochunk.tuner.search import Interrupted, Outcome, search
 from autochunk.tuner.study import Study
-from autochunk.tuner.task import Task
+from autochunk.tuner.task import FEWEST_TIMED, Task
 
 
 def attempt(task: Task, subject: Subject, study: Study, probe: Probe, share: float) -> bool:
@@ -47,12 +47,16 @@ def attempt(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
 
 def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: float) -> Outcome:
     end = time.monotonic() + share
-    # Until a plan is measured: a share too short for one would give nothing, however often tried.
+    task.build_on_earlier(study, subject.workload, probe.memory_budget_bytes)
+    # Until plans are measured: a share too short for that would give nothing, however often tried.
     probe.deadline = task.deadline
+    timed = sum(measurement.timed for measurement in study.measured().values())
 
     def tell(measurement: Measurement, done: int, total: int) -> None:
+        nonlocal timed
+        timed += measurement.timed
         # A worker on an accelerator takes longer to start than it may be busy when its share ends.
-        if task.deadline is not None and not probe.is_accelerated:
+        if task.deadline is not None and not probe.is_accelerated and timed >= FEWEST_TIMED:
             probe.deadline = min(task.deadline, end)
         task.on_event(Measured(*subject.place, measurement, done, total))
 

@@ -18,6 +18,8 @@ class EffortSettings:
       presets: what is tuned where nothing else is asked for, the longest last: time that the others
         leave is theirs.
       more_on_gpus: what is tuned there besides; on a CPU time would not do for it.
+      least_share: seconds that a workload takes to be worth storing; of what "auto" missed no more
+        are begun than have so many.
       seconds_per_request: a measuring process that takes longer over one plan is ended.
       step: ratio between neighbouring limits in MB.
       most_slices: plans with more slices are not tried.
@@ -36,6 +38,7 @@ class EffortSettings:
     timeout: float | None
     presets: tuple[str, ...]
     more_on_gpus: tuple[str, ...]
+    least_share: float
     seconds_per_request: float
     step: int
     most_slices: int
@@ -55,6 +58,7 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         timeout=110.0,
         presets=("vision", "language-model", "long-context"),
         more_on_gpus=(),
+        least_share=18.0,
         seconds_per_request=60.0,
         step=4,
         most_slices=64,
@@ -87,6 +91,7 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
             "decode",
             "sliding-window",
         ),
+        least_share=40.0,
         seconds_per_request=120.0,
         step=2,
         most_slices=256,
@@ -104,6 +109,7 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         timeout=None,
         presets=tuple(PRESETS),
         more_on_gpus=(),
+        least_share=60.0,
         seconds_per_request=600.0,
         step=2,
         most_slices=1024,

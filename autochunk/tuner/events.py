@@ -44,6 +44,18 @@ class SlowedGpu:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """At the end, what was not begun: for want of time, or because its answer is known.
+
+    Where ``missed``, all of the first is what "auto" missed.
+    """
+
+    workloads: tuple[Workload, ...]
+    known: tuple[Workload, ...]
+    missed: bool
+
+
+@dataclass(frozen=True)
 class Subject:
     """The workload that is told of, which is number ``number`` of ``count``."""
 
@@ -114,6 +126,7 @@ Disturbance = OtherWork | SharedGpu | SlowedGpu
 Event = (
     DeviceFound
     | Disturbance
+    | LeftOut
     | Started
     | Measured
     | Finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import time
 import zlib
@@ -56,9 +57,14 @@ def _in_turn(task: Task, probe: Probe, journals: Journals, waiting: Sequence[Sub
 def _one_after_the_other(
     task: Task, probe: Probe, journals: Journals, waiting: Sequence[Subject]
 ) -> None:
-    for number, subject in enumerate(waiting):
-        workload = subject.workload
-        todo = [one.workload for one in waiting[number:]]
+    queue = collections.deque(waiting)
+    while queue:
+        subject = queue.popleft()
+        workload, todo = subject.workload, [subject.workload, *(one.workload for one in queue)]
+        if not task.takes_up(workload):
+            if not task.is_over(workload):
+                queue.append(subject)
+            continue
         try:
             study = journals.study(workload)
             attempt(task, subject, study, probe, _share(task, workload, todo, workers=1))
@@ -124,7 +130,9 @@ class _Sharing:
     def work(self, probe: Probe, number: int) -> None:
         """What one worker does, until nothing is left to do or to wait for."""
         task = self._task
-        order = _rotated(_longest_first(self._subjects), self._first + number)
+        spare = [one for one in self._subjects if one in task.agenda.spare]
+        first = [one for one in self._subjects if one not in task.agenda.spare]
+        order = [*_rotated(_longest_first(first), self._first + number), *spare]
         studies = {workload: self._study(workload) for workload in order}
         awaited: set[Workload] = set()
         while not probe.abandoned and seconds_left(task.deadline) > 0:
@@ -135,30 +143,38 @@ class _Sharing:
             if workload is None:
                 time.sleep(min(_POLL_SECONDS, max(0.0, seconds_left(task.deadline))))
                 continue
+            if not task.takes_up(workload):
+                continue
             share = _share(task, workload, self._subjects, self._workers)
             if attempt(task, self._subjects[workload], studies[workload], probe, share):
                 awaited.add(workload)
 
     def _next(self, studies: dict[Workload, Study], awaited: set[Workload]) -> Workload | None:
         """Where a worker is needed most; not where it has to wait for others."""
+        task = self._task
         workers = {workload: study.workers() for workload, study in studies.items()}
-        return min(
-            (one for one in studies if one not in awaited or not workers[one]),
-            key=lambda one: (one in self._task.spent, workers[one], one in self._task.begun),
-            default=None,
-        )
+
+        def late(one: Workload) -> tuple[bool, bool, int, bool]:
+            is_spare = one in task.agenda.spare
+            return one in task.spent, is_spare, workers[one], one in task.begun
+
+        free = (one for one in studies if one not in awaited or not workers[one])
+        return min(free, key=late, default=None)
 
 
 def _share(task: Task, workload: Workload, todo: Iterable[Workload], workers: int) -> float:
     """Seconds that a workload has of one of several workers: as long as each that is still to do.
 
-    If it had its share before, as all others had then, it has all that is left.
+    If it had its share before, as all others had then, it has all that is left. Those that are
+    begun only when time is left share that, as many as it is enough for.
     """
-    left = seconds_left(task.deadline)
+    left, spare = seconds_left(task.deadline), task.agenda.spare
     if workload in task.spent:
         return left
-    others = set(todo) - task.spent - task.finished - task.failed - {workload}
-    return left * min(1.0, workers / (1 + len(others)))
+    is_spare = workload in spare
+    rivals = {one for one in todo if (one in spare) is is_spare and not task.is_over(one)}
+    equal = left * min(1.0, workers / len((rivals - task.spent) | {workload}))
+    return max(equal, min(left, task.agenda.least)) if is_spare else equal
 
 
 def _longest_first(workloads: Iterable[Workload]) -> list[Workload]:

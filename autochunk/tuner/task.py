@@ -11,12 +11,27 @@ from autochunk.device import Device
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
-from autochunk.store.profile import EFFORTS, SCHEMA_VERSION, Effort, Profile, utc_now
+from autochunk.store.profile import (
+    EFFORTS,
+    SCHEMA_VERSION,
+    Effort,
+    Profile,
+    sliced_shape,
+    utc_now,
+)
 from autochunk.store.profiles import ProfileStore
+from autochunk.tuner.agenda import Agenda
+from autochunk.tuner.candidates import all_plans
+from autochunk.tuner.earlier import anchor_of, under_names_of, what_stands
+from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event
+from autochunk.tuner.probe import seconds_left
 from autochunk.tuner.search import Outcome
 from autochunk.tuner.study import Study
 from autochunk.workload import Workload
+
+FEWEST_TIMED = 2
+"""Of fewer plans there is nothing to choose."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,8 @@ class Task:
     """One tune on one kind of device, and what has become of each workload.
 
     Attributes:
+      agenda: when which workload is begun.
+      force: whatever is stored is measured anew.
       found: profiles that are stored.
       begun: some worker has been at it.
       spent: its share of the time is over; more is for it only when all others have had theirs.
@@ -37,6 +54,8 @@ class Task:
     device: Device
     deadline: float | None
     on_event: Callable[[Event], None]
+    force: bool = False
+    agenda: Agenda = field(default_factory=Agenda)
     found: dict[Workload, Profile] = field(default_factory=dict)
     begun: set[Workload] = field(default_factory=set)
     spent: set[Workload] = field(default_factory=set)
@@ -46,7 +65,12 @@ class Task:
 
     def is_over(self, workload: Workload) -> bool:
         """Whether no worker is to go on with a workload."""
-        return workload in self.finished or workload in self.failed
+        ended = workload in self.finished or workload in self.failed
+        return ended or self.agenda.is_over(workload)
+
+    def takes_up(self, workload: Workload) -> bool:
+        """Whether a worker is to begin a workload now, or to go on with it."""
+        return self.agenda.takes_up(workload, self.begun, seconds_left(self.deadline))
 
     def good_enough(self, workload: Workload) -> Profile | None:
         """The stored profile, if measuring again would tell nothing new."""
@@ -54,6 +78,24 @@ class Task:
         if profile is None or not profile.complete or profile.stale_reasons(self.device):
             return None
         return profile if _rank(profile.effort) >= _rank(self.effort) else None
+
+    def build_on_earlier(self, study: Study, workload: Workload, budget_bytes: int | None) -> None:
+        """Contributes to a study that has nothing yet what is stored and still stands.
+
+        Of a profile that a new kernel made stale that is all that is in it.
+        """
+        if self.force:
+            return
+        with self.storing:  # else another worker would see it half done, and measure the rest
+            profile = self.store.get(self.device, workload)
+            if profile is None or profile.device.stale_reasons(self.device):
+                return
+            shape = sliced_shape(workload)
+            plans = all_plans(shape, EFFORT_SETTINGS[self.effort], self.device.platform)
+            anchor = anchor_of(under_names_of(plans, shape, profile.measurements))
+            standing = under_names_of(plans, shape, what_stands(profile, budget_bytes))
+            if anchor and standing:
+                study.contribute(standing, anchor)
 
     def known(self, workload: Workload) -> Resolution:
         """What "auto" would do now."""
@@ -69,9 +111,12 @@ class Task:
     def keep(self, outcome: Outcome, study: Study, workload: Workload) -> Profile | None:
         """Stores what was found, unless that is nothing or less than is stored.
 
-        Returns what is stored then, None if nothing was found.
+        Of what is not finished a single plan is nothing: there is no choice in it, and it would
+        answer in place of a like workload that has one. Returns what is stored then, None if
+        nothing was found.
         """
-        if not any(measurement.timed for measurement in outcome.measurements):
+        timed = sum(measurement.timed for measurement in outcome.measurements)
+        if timed < (1 if outcome.complete else FEWEST_TIMED):
             return None
         with self.storing:
             # by another worker, which held the joint rounds or ended at the same time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,6 +14,7 @@ from autochunk.plan import BYTES_PER_MB, check_positive
 from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner import events, sharing
+from autochunk.tuner.agenda import Wishes, make_agenda
 from autochunk.tuner.effort import EFFORT_SETTINGS, standard_presets
 from autochunk.tuner.events import Event, Subject
 from autochunk.tuner.load import NOTABLE_CORES, NOTABLE_SHARE, GpuWatch, LoadOfOthers
@@ -25,7 +27,7 @@ from autochunk.workload import MODES, DType, Mode, Workload, of_kind, workloads_
 
 
 def tune(
-    workloads: Sequence[Workload] | Callable[[Device], Sequence[Workload]] | None = None,
+    workloads: Sequence[Workload] | Callable[[Device], Sequence[Workload] | Wishes] | None = None,
     *,
     effort: Effort = "standard",
     timeout: float | None = None,
@@ -36,6 +38,7 @@ def tune(
     worker_command: Sequence[str] = WORKER,
     gpus: Sequence[str] = (),
     storage: str | None = None,
+    is_known: Callable[[Workload], bool] = lambda _: False,
 ) -> list[Profile]:
     """Measures workloads on this machine, and stores a profile of each.
 
@@ -43,7 +46,9 @@ def tune(
 
     Args:
       workloads: what to measure, or a function that says so for the device that the measuring
-        processes found; None is what "auto" has missed here, then the standard set.
+        processes found; None is what "auto" has missed here, and the standard set. Of what was
+        missed it may name more than there is time for (``Wishes``): those that teach most are
+        measured, and an event says what was left out.
       effort: "quick", "standard" or "thorough". A workload with a complete, fresh profile of at
         least this effort is not measured again; by "quick" also not one for which "auto" has such
         a profile from elsewhere, as those that ship.
@@ -60,6 +65,7 @@ def tune(
       storage: where to tune together with other machines: a database's URL or the path of a journal
         file that all of them reach. Each workload is shared among the machines whose device is the
         same, and every one of them stores all profiles.
+      is_known: asked of a workload that was missed before it is begun; if so, it is not measured.
 
     Returns:
       A profile for each workload that has one now, in order.
@@ -83,24 +89,21 @@ def tune(
     ):
         device = _same_device(probes, gpus)
         on_event(events.DeviceFound(device))
-        if workloads is None:
-            workloads = standard_workloads(store, device, effort)
-        todo = list(dict.fromkeys(workloads(device) if callable(workloads) else workloads))
-        task = Task(effort, store, device, deadline, on_event)
-        waiting = _waiting(task, todo, force)
+        wishes = _wishes(workloads, store, device, effort)
+        task = Task(effort, store, device, deadline, on_event, force)
+        task, waiting = _planned(task, wishes, len(probes), is_known)
         if shared is not None:
             _contribute(task, shared)
             sharing.with_other_machines(task, probes, shared, waiting)
         else:
             journals = Journals(store.path, device, effort, memory_budget_mb, force)
             sharing.on_this_machine(task, probes, journals, waiting)
-        for subject in waiting:
-            if subject.workload not in task.begun:
-                on_event(events.OutOfTime(*subject.place, None))
+        for event in _not_begun(task, waiting):
+            on_event(event)
     if waiting:
         for event in _disturbances(device, others, watch):
             on_event(event)
-    return [task.found[workload] for workload in todo if workload in task.found]
+    return [task.found[workload] for workload in wishes.all if workload in task.found]
 
 
 def _check(
@@ -187,23 +190,43 @@ def _same_device(probes: Sequence[Probe], gpus: Sequence[str]) -> Device:
     return device
 
 
-def standard_workloads(
+def _wishes(
+    workloads: Sequence[Workload] | Callable[[Device], Sequence[Workload] | Wishes] | None,
+    store: ProfileStore,
+    device: Device,
+    effort: Effort,
+) -> Wishes:
+    if workloads is None:
+        return usual_wishes(store, device, effort)
+    found = workloads(device) if callable(workloads) else workloads
+    return found if isinstance(found, Wishes) else Wishes(named=found)
+
+
+def usual_wishes(
     store: ProfileStore,
     device: Device,
     effort: Effort = "standard",
     dtypes: Sequence[DType] = (),
     modes: Sequence[Mode] = MODES,
-) -> list[Workload]:
-    """What "auto" has missed on a device, then the standard set; both of these dtypes and modes.
+) -> Wishes:
+    """What "auto" has missed on a device, and the standard set; both of these dtypes and modes.
 
     Without dtypes what was missed is of any, and the standard set in those of
     ``presets.standard_dtypes``.
     """
     shapes = [PRESETS[name] for name in standard_presets(effort, device.platform)]
-    return [
-        *of_kind(store.missed(device), dtypes, modes),
-        *workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes),
-    ]
+    return Wishes(
+        missed=missed(store, device, dtypes, modes),
+        standard=workloads_of(shapes, dtypes or standard_dtypes(effort, device.platform), modes),
+    )
+
+
+def missed(
+    store: ProfileStore, device: Device, dtypes: Sequence[DType] = (), modes: Sequence[Mode] = MODES
+) -> dict[Workload, int]:
+    """What "auto" has missed on a device, of these dtypes or any and these modes, how often."""
+    counts = store.misses(device)
+    return {workload: counts[workload] for workload in of_kind(counts, dtypes, modes)}
 
 
 def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
@@ -219,25 +242,65 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
     ]
 
 
-def _waiting(task: Task, todo: Sequence[Workload], force: bool) -> list[Subject]:
+def _planned(
+    task: Task, wishes: Wishes, workers: int, is_known: Callable[[Workload], bool]
+) -> tuple[Task, list[Subject]]:
+    """The task with its agenda, and all on that."""
+    agenda = make_agenda(
+        wishes,
+        _waiting(task, wishes.all),
+        [*task.found, *_finished(task.store, task.device)],
+        deadline=task.deadline,
+        least=EFFORT_SETTINGS[task.effort].least_share,
+        workers=workers,
+        is_known=is_known,
+    )
+    found = len(task.found)
+    places = enumerate(agenda.order, found + 1)
+    count = found + len(agenda.order)
+    subjects = [Subject(workload, number, count) for number, workload in places]
+    return dataclasses.replace(task, agenda=agenda), subjects
+
+
+def _finished(store: ProfileStore, device: Device) -> list[Workload]:
+    """What is measured; what was cut short is gone on with, as if nothing were there."""
+    every = store.profiles(device)
+    return [
+        one.parsed_workload() for one in every if one.complete and not one.stale_reasons(device)
+    ]
+
+
+def _waiting(task: Task, todo: Sequence[Workload]) -> list[Workload]:
     """What needs measuring; what does not is told of, and found.
 
     Skipping costs nothing, so the time is shared out among those that wait.
     """
-    subjects = [Subject(workload, number, len(todo)) for number, workload in enumerate(todo, 1)]
-    if force:
-        return subjects
+    if task.force:
+        return list(todo)
     waiting = []
-    for subject in subjects:
-        layer, profile = "", task.good_enough(subject.workload)
+    for workload in todo:
+        layer, profile = "", task.good_enough(workload)
         if profile is None and task.effort == "quick":
-            layer, profile = task.answered(subject.workload)
+            layer, profile = task.answered(workload)
         if profile is None:
-            waiting.append(subject)
+            waiting.append(workload)
             continue
-        task.found[subject.workload] = profile
-        task.on_event(events.Skipped(*subject.place, profile, layer))
+        task.found[workload] = profile
+        task.on_event(events.Skipped(workload, len(task.found), len(todo), profile, layer))
     return waiting
+
+
+def _not_begun(task: Task, waiting: Sequence[Subject]) -> Iterator[Event]:
+    """What is told of workloads that no worker got to."""
+    agenda = task.agenda
+    left = agenda.not_begun(task.begun)
+    for subject in waiting:
+        if subject.workload in left and subject.workload not in agenda.teaching:
+            yield events.OutOfTime(*subject.place, None)
+    if left or agenda.known:
+        only_missed = all(workload in agenda.teaching for workload in left)
+        known = [workload for workload in agenda.order if workload in agenda.known]
+        yield events.LeftOut(tuple(left), tuple(known), only_missed)
 
 
 def _contribute(task: Task, storage: Storage) -> None:

@@ -11,6 +11,7 @@ from autochunk.errors import ProbeError
 from autochunk.plan import Plan
 from autochunk.store.profile import Profile
 from autochunk.tuner import events
+from autochunk.tuner.earlier import anchor_of
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Subject
 from autochunk.tuner.joint import JointRounds
@@ -53,7 +54,7 @@ def _width(profile: Profile | None) -> float:
 def _repeat(task: Task, subject: Subject, probe: Probe, between: Sequence[Plan]) -> None:
     profile = task.found[subject.workload]
     measured = {measurement.plan: measurement for measurement in profile.measurements}
-    anchor = _anchor(profile)
+    anchor = anchor_of(profile.measurements)
     if anchor is None:
         return
     try:
@@ -78,9 +79,3 @@ def _in_question(profile: Profile) -> list[Plan]:
     most = max(joint.values())
     timed = [measurement for measurement in profile.measurements if measurement.status == "ok"]
     return [plan for plan in undecided(timed) if joint[plan] == most]
-
-
-def _anchor(profile: Profile) -> Plan | None:
-    """The plan that all others were timed beside: in joint rounds it is as fast as itself."""
-    found = (m.plan for m in profile.measurements if set(m.joint_ratios) == {1.0})
-    return next(found, None)

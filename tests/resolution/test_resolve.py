@@ -603,6 +603,17 @@ def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
     assert store.missed(detect()) == [WORKLOAD]
 
 
+def test_a_miss_is_counted_once_by_a_process(store: ProfileStore) -> None:
+    """Every trace of a model may come by again: the file is not written for it."""
+    for _ in range(2):  # as two processes
+        used("t=100,k=32")
+        version = store.version()
+        used("t=100,k=32")
+        assert store.version() == version
+        resolve.forget_all()
+    assert list(store.misses(detect()).values()) == [2]
+
+
 def test_only_the_mode_that_ran_is_reported(store: ProfileStore) -> None:
     """Both modes are resolved.
 
@@ -613,11 +624,48 @@ def test_only_the_mode_that_ran_is_reported(store: ProfileStore) -> None:
     assert store.missed(detect()) == [WORKLOAD.with_mode("training")]
 
 
-def test_every_missed_workload_warns() -> None:
-    """Once for each workload, not once for all."""
-    for t in (1, 2):
-        with pytest.warns(MissWarning, match=f",t={t},"):
-            resolve.plans(make_workload(f"t={t},k=8"), None).used("forward")
+def used(*shapes: str, **defaults: Any) -> list[str]:
+    """What is said when these workloads come to run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for shape in shapes:
+            resolve.plans(make_workload(shape, **defaults), None).used("forward")
+    return [str(one.message) for one in caught if one.category is MissWarning]
+
+
+def test_a_family_of_missed_workloads_warns_once(store: ProfileStore) -> None:
+    """A model of sixty lengths is told of one, and how to tune for all; all are remembered."""
+    lengths = [f"t={length},h=4,k=32,bias=1hts" for length in range(100, 400, 5)]
+    (said,) = used(*lengths)
+    assert ",t=100," in said
+    assert "Others that differ from it only in sizes" in said
+    assert "autochunk tune --missed" in said
+    assert len(store.missed(detect())) == 60
+
+
+def test_a_family_that_was_missed_before_is_counted(store: ProfileStore) -> None:
+    """By other processes, whose misses the store has; the one command cures all of them."""
+    used("t=100,k=32", "t=200,k=32", "t=300,k=32,causal=yes")
+    resolve.forget_all()
+    (said,) = used("t=150,h=2,k=64")
+    assert "It is one of 3 workloads missed here that differ only in sizes" in said
+    assert said.endswith("autochunk tune --missed")
+    assert len(store.missed(detect())) == 4
+
+
+@pytest.mark.parametrize(
+    ("other", "defaults"),
+    [
+        ("t=100,k=32,causal=yes", {}),
+        ("t=100,k=32,bias=11ts", {}),
+        ("t=100,k=32", {"dtype": "bfloat16"}),
+    ],
+)
+def test_another_family_warns_too(other: str, defaults: dict[str, Any]) -> None:
+    """What differs in more than sizes is not cured by the same measurements."""
+    assert len(used("t=100,k=32")) == 1
+    assert len(used(other, **defaults)) == 1
+    assert not used("t=200,k=32")
 
 
 def test_what_is_forgotten_is_told_again() -> None:
@@ -653,8 +701,10 @@ def test_exact_and_pinned_answers_are_no_misses(store: ProfileStore) -> None:
 def test_miss_where_nothing_can_be_written(tmp_path: Path) -> None:
     """A store that cannot be written does not stop the model: the warning stands."""
     (tmp_path / "file").touch()
-    with use(store=tmp_path / "file" / "profiles.sqlite"), pytest.warns(MissWarning):
+    with use(store=tmp_path / "file" / "profiles.sqlite"), pytest.warns(MissWarning) as caught:
         resolve.plans(WORKLOAD, None).used("forward")
+    # `tune --missed` would find nothing
+    assert "--missed" not in str(caught[0].message)
 
 
 def test_miss_is_recorded_in_the_store_in_use(tmp_path: Path, store: ProfileStore) -> None:

@@ -146,6 +146,68 @@ def test_odd_names_survive(store: ProfileStore) -> None:
     assert len(store.profiles()) == 4
 
 
+def test_misses_are_counted(store: ProfileStore) -> None:
+    """Each time that one is told; of rows from before that was counted, once."""
+    for workload in (WORKLOADS[1], WORKLOADS[0], WORKLOADS[1]):
+        store.record_miss(HERE, workload)
+    with closing(sqlite3.connect(store.path)) as file, file:
+        old = (f"{HERE.key} | {WORKLOADS[2].key}", '{"when":"2026-01-02T03:04:05Z"}')
+        file.execute("INSERT INTO missed (key, value) VALUES (?, ?)", old)
+    assert store.misses(HERE) == dict(zip(WORKLOADS, (1, 2, 1), strict=True))
+    store.record_miss(HERE, WORKLOADS[2])
+    assert store.misses(HERE)[WORKLOADS[2]] == 2
+    assert store.misses(THERE) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "after"),
+    [
+        ('{"when":"2026-01-02T03:04:05Z","count":"many"}', 2),
+        ('{"when":"2026-01-02T03:04:05Z","count":-3}', 2),
+        ('{"when":"2026-01-02T03:04:05Z","count":7,"why":"newer"}', 8),
+        ("no json", 1),
+        ("{}", 1),
+    ],
+)
+def test_a_count_that_cannot_be_read(value: str, after: int, store: ProfileStore) -> None:
+    """It is one, and no reason to lose the miss or what a newer version keeps with it."""
+    store.record_miss(HERE, WORKLOADS[0])
+    with closing(sqlite3.connect(store.path)) as file, file:
+        file.execute("UPDATE missed SET value = ?", (value,))
+    store.record_miss(HERE, WORKLOADS[0])
+    assert store.misses(HERE) == {WORKLOADS[0]: after}
+    with closing(sqlite3.connect(store.path)) as file:
+        ((now,),) = file.execute("SELECT value FROM missed").fetchall()
+    assert ("newer" in now) == ("newer" in value)
+    assert now == value or json.loads(now)["count"] == after
+
+
+def test_a_known_miss_is_not_counted_where_nothing_can_be_written(
+    store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not known there is an error, which whoever asks may ignore."""
+    store.record_miss(HERE, WORKLOADS[0])
+    monkeypatch.setattr("autochunk.store.database._BUSY_MILLISECONDS", 10)
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store.record_miss(HERE, WORKLOADS[0])
+        with pytest.raises(StoreError):
+            store.record_miss(HERE, WORKLOADS[1])
+    assert store.misses(HERE) == {WORKLOADS[0]: 1}
+
+
+def test_a_family_is_counted(store: ProfileStore) -> None:
+    """Of workloads that differ in nothing but sizes, if this one is known to be missed."""
+    one, other = make_workload("t=10,k=8"), make_workload("t=20,s=30,h=4,kv_heads=2,k=16,v=8")
+    causal = make_workload("t=10,k=8,causal=yes")
+    for workload in (one, other, causal):
+        store.record_miss(HERE, workload)
+    assert store.missed_like(HERE, one) == store.missed_like(HERE, other) == 2
+    assert store.missed_like(HERE, causal) == 1
+    assert store.missed_like(HERE, make_workload("t=11,k=8")) == 0
+    assert store.missed_like(THERE, one) == 0
+
+
 def test_missed_workloads(store: ProfileStore) -> None:
     """Misses are remembered once, by device, until there is a profile."""
     for workload in (WORKLOADS[1], WORKLOADS[0], WORKLOADS[1]):
@@ -156,14 +218,6 @@ def test_missed_workloads(store: ProfileStore) -> None:
     assert store.missed(HERE) == WORKLOADS[:2]
     store.put(make_profile(WORKLOADS[0], HERE))
     assert store.missed(HERE) == WORKLOADS[1:2]
-
-
-def test_a_miss_already_recorded_writes_nothing(store: ProfileStore, store_path: Path) -> None:
-    """Every trace of a model may come by again: the file is not written for it."""
-    store.record_miss(HERE, WORKLOADS[0])
-    version = store.version()
-    store.record_miss(HERE, WORKLOADS[0])
-    assert store.version() == version
 
 
 def test_put_all_forgets_misses(store: ProfileStore) -> None:

@@ -26,6 +26,7 @@ from autochunk.tuner.events import (
     Event,
     Failed,
     Finished,
+    LeftOut,
     Measured,
     OtherWork,
     OutOfTime,
@@ -39,14 +40,14 @@ from autochunk.tuner.load import GpuWatch
 from autochunk.tuner.presets import PRESETS
 from autochunk.tuner.study import Storage
 from autochunk.tuner.task import Task
-from autochunk.tuner.tune import standard_workloads, tune
+from autochunk.tuner.tune import tune, usual_wishes
 from autochunk.workload import MODES, Workload, workloads_of
 
 WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8", "t=700,h=4,k=8")]
 
 
 def kinds(events: list[Event]) -> list[type[Event]]:
-    left_out = Measured | DeviceFound | OtherWork
+    left_out = Measured | DeviceFound | OtherWork | LeftOut
     return [type(event) for event in events if not isinstance(event, left_out)]
 
 
@@ -168,7 +169,7 @@ def test_what_was_measured_before_a_failure_is_stored(scripted: Scripted, tmp_pa
     The next call goes on.
     """
     flag = tmp_path / "flag"
-    command = scripted(plans={"dense": {"do": f"once:{flag}:die 9"}})
+    command = scripted(plans={"xla_rows, 1.05 MB": {"do": f"once:{flag}:die 9"}})
     refusing = ("sh", "-c", f'[ -e {flag} ] && exit 3; exec "$@"', "sh", *command)
     events = measured(refusing, WORKLOADS[:1])
     assert kinds(events) == [Started, Failed]
@@ -367,7 +368,7 @@ def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Scripted)
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
     measured(scripted(), [workload])
     events: list[Event] = []
-    options: dict[str, Any] = {"worker_command": scripted(delay=0.1), "effort": "thorough"}
+    options: dict[str, Any] = {"worker_command": scripted(delay=0.5), "effort": "thorough"}
     profiles = tune([workload], timeout=3.0, on_event=events.append, **options)
     assert kinds(events) == [Started, OutOfTime]
     assert profiles == ProfileStore().profiles()
@@ -390,7 +391,7 @@ def interrupted(command: tuple[str, ...], after: int, **options: Any) -> None:
         ({"effort": "quick"}, 3, ("standard", 2)),
         ({"effort": "standard", "force": True}, 1, ("standard", 2)),
         ({"effort": "standard"}, 3, ("standard", 3)),
-        ({"effort": "thorough"}, 1, ("thorough", 1)),
+        ({"effort": "thorough"}, 3, ("thorough", 3)),
     ],
 )
 def test_of_two_unfinished_profiles_the_better_stays(
@@ -487,14 +488,15 @@ def test_bad_arguments_are_told(options: dict[str, Any], words: str, scripted: S
         measured(scripted(), WORKLOADS, **options)
 
 
-def test_without_workloads_missed_ones_come_first() -> None:
-    """What "auto" missed on this device, then the standard set."""
+def test_without_workloads_what_was_missed_and_the_standard_set_are_tuned() -> None:
+    """On this device, with how often it was missed."""
     device = Device(platform="cpu", kind="scripted", cores=2, memory_gib=8)
     store = ProfileStore()
     store.record_miss(device, WORKLOADS[0])
-    todo = standard_workloads(store, device, "quick")
-    assert todo[0] == WORKLOADS[0]
-    assert len(todo) == 1 + 2 * len(EFFORT_SETTINGS["quick"].presets)
+    wishes = usual_wishes(store, device, "quick")
+    assert wishes.missed == {WORKLOADS[0]: 1}
+    assert len(wishes.standard) == 2 * len(EFFORT_SETTINGS["quick"].presets)
+    assert len(wishes.all) == 1 + len(wishes.standard)
 
 
 @pytest.mark.parametrize(
@@ -516,10 +518,10 @@ def test_the_standard_set_is_in_the_dtypes_that_models_use_there(
     Where time is no matter, every preset, too; on GPUs, where plans take less, more of them.
     """
     device = Device(platform=platform, kind="scripted", cores=0, memory_gib=8)
-    todo = standard_workloads(ProfileStore(), device, effort)
+    todo = usual_wishes(ProfileStore(), device, effort).all
     assert {workload.dtype for workload in todo} == dtypes
     assert len(todo) == len(set(todo)) == 2 * len(dtypes) * len(standard_presets(effort, platform))
-    named = standard_workloads(ProfileStore(), device, effort, ["float64"], ["forward"])
+    named = usual_wishes(ProfileStore(), device, effort, ["float64"], ["forward"]).all
     assert {(workload.dtype, workload.mode) for workload in named} == {("float64", "forward")}
 
 

@@ -13,6 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -28,6 +33,7 @@ from autochunk.tuner.study.liveness import alive, is_signed, keep_signed, sign
 
 _JOINT = "joint rounds"
 _LARGEST_LIMIT = 1e12
+_LIMITS = FloatDistribution(0.0, _LARGEST_LIMIT)
 _POLL_SECONDS = 0.05
 _LIVING = (TrialState.WAITING, TrialState.RUNNING)
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -89,6 +95,14 @@ class Study:
             for text in trial.user_attrs.get("measurements", ())
         ]
         return {measurement.plan: measurement for measurement in measurements}
+
+    def contribute(self, measurements: Sequence[Measurement], anchor: Plan) -> None:
+        """Hands in what was measured beside ``anchor`` elsewhere, unless something is there."""
+        with one_error(self._place):
+            if self._trials():
+                return
+            self._study.set_user_attr("anchor", anchor.as_data())
+            self._study.add_trials([_measured_trial(one, anchor) for one in measurements])
 
     def workers(self) -> int:
         """How many plans are being measured at this moment by living workers.
@@ -242,10 +256,8 @@ class Claim:
         self._finish(TrialState.PRUNED)
 
     def _write(self, measurements: Sequence[Measurement], anchor: Plan | None) -> None:
-        note = self._trial.set_user_attr
-        note("anchor", anchor.as_data() if anchor else None)
-        note("timed", any(measurement.timed for measurement in measurements))
-        note("measurements", [measurement.model_dump_json() for measurement in measurements])
+        for name, value in _notes(measurements, anchor).items():
+            self._trial.set_user_attr(name, value)
 
     def _suggest(self, plan: Plan) -> None:
         """Makes the plan the trial's parameters, which Optuna's own tools show.
@@ -264,6 +276,28 @@ class Claim:
             _tell(self._study, self._trial.number, state, value)
 
 
+def _notes(measurements: Sequence[Measurement], anchor: Plan | None) -> dict[str, Any]:
+    """What is written to a trial of what was measured."""
+    return {
+        "anchor": anchor.as_data() if anchor else None,
+        "timed": any(measurement.timed for measurement in measurements),
+        "measurements": [measurement.model_dump_json() for measurement in measurements],
+    }
+
+
+def _measured_trial(measurement: Measurement, anchor: Plan) -> FrozenTrial:
+    """A finished trial of a plan, as if it had been claimed and measured here."""
+    plan, timed = measurement.plan, measurement.timed
+    return optuna.trial.create_trial(
+        state=TrialState.COMPLETE if timed else TrialState.PRUNED,
+        value=measurement.ratio if timed else None,
+        params=_parameters(plan) if timed else {},
+        distributions=_distributions(plan) if timed else {},
+        user_attrs={"subject": str(plan), **_notes([measurement], anchor)},
+        intermediate_values=dict(enumerate(measurement.ratios)),
+    )
+
+
 def _tell(study: optuna.Study, number: int, state: TrialState, value: float | None = None) -> None:
     """Ends a trial, unless another worker did."""
     with contextlib.suppress(UpdateFinishedTrialError, ValueError):
@@ -277,6 +311,12 @@ def _parameters(plan: Plan) -> dict[str, Any]:
     """
     limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): plan.max_chunk_size_mb}
     return {"implementation": plan.implementation, **limit}
+
+
+def _distributions(plan: Plan) -> dict[str, BaseDistribution]:
+    """What each of a plan's parameters is one of."""
+    limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): _LIMITS}
+    return {"implementation": CategoricalDistribution(list(IMPLEMENTATIONS)), **limit}
 
 
 def _limit_of(plan: Plan) -> str:
