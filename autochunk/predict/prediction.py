@@ -32,6 +32,8 @@ DENSE = Plan("dense")
 # Memory is reckoned so many standard deviations higher: more than that is rare.
 _MARGIN = 1.5
 _NOISE_OF_BYTES = 0.07
+# With so many curves of the device itself, and no more than this to gain, a prediction is sure.
+_FEWEST_HERE, _SURE = 3, 0.05
 
 
 # Of one device by another jaxlib or allocator: its programs, or their costs, are others.
@@ -88,6 +90,16 @@ class Prediction:
     within: float
     curves: int
     elsewhere: int
+
+    @property
+    def here(self) -> int:
+        """How many of the curves are of the device asked about."""
+        return self.curves - self.elsewhere
+
+    @property
+    def sure(self) -> bool:
+        """Whether measuring would hardly find a faster plan."""
+        return self.here >= _FEWEST_HERE and self.within <= _SURE
 
 
 def plans_of(workload: Workload, platform: str, names: Iterable[str] | None = None) -> list[Plan]:

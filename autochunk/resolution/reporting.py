@@ -27,13 +27,14 @@ def report(resolution: Resolution) -> None:
     if agree.several_processes() and not agree.is_first():
         return  # process 0 says it for all
     subject = (resolution.workload, resolution.device)
-    missed = resolution.match == "default" and resolution.profile is None
-    if (missed or resolution.match == "nearest") and subject not in _reported:
+    missed, recorded = _is_missed(resolution)
+    if recorded and subject not in _reported:
         _reported.add(subject)
         _record_miss(resolution)
     workload, auto = resolution.workload, 'max_chunk_size_mb="auto"'
     if missed:
-        text = f"{auto} found no profile for {workload.key} and uses {resolution.plan}. "
+        by = ", predicted from other devices" if resolution.prediction else ""
+        text = f"{auto} found no profile for {workload.key} and uses {resolution.plan}{by}. "
         # A model of many lengths is told of one of them.
         family = (workload.family, resolution.device)
         warn_once(MissWarning, family, lambda: text + _cure_of_miss(resolution))
@@ -44,6 +45,14 @@ def report(resolution: Resolution) -> None:
         text = f"{auto} uses a profile of {resolution.source} that may no longer hold: "
         cure = f"{'; '.join(resolution.stale)}. To measure again: {workload.tune_command}"
         warn_once(StaleWarning, subject, text + cure)
+
+
+def _is_missed(resolution: Resolution) -> tuple[bool, bool]:
+    """Whether an answer is of nothing that was measured here; and whether it could be better."""
+    if found := resolution.prediction:
+        return not found.here, not found.sure
+    missed = resolution.match == "default" and resolution.profile is None
+    return missed, missed or resolution.match == "nearest"
 
 
 def _cure_of_miss(resolution: Resolution) -> str:

@@ -102,6 +102,11 @@ class Task:
         with use(store=self.store.path):
             return resolve(workload, device=self.device)
 
+    def is_known(self, workload: Workload) -> bool:
+        """Whether what was measured here foretells the answer: measuring would not better it."""
+        found = None if self.force else self.known(workload).prediction
+        return found is not None and found.sure
+
     def answered(self, workload: Workload) -> tuple[str, Profile | None]:
         """A complete, fresh profile by which "auto" has an answer, and the layer that has it."""
         known = self.known(workload)

@@ -38,7 +38,7 @@ def tune(
     worker_command: Sequence[str] = WORKER,
     gpus: Sequence[str] = (),
     storage: str | None = None,
-    is_known: Callable[[Workload], bool] = lambda _: False,
+    is_known: Callable[[Workload], bool] | None = None,
 ) -> list[Profile]:
     """Measures workloads on this machine, and stores a profile of each.
 
@@ -66,6 +66,7 @@ def tune(
         file that all of them reach. Each workload is shared among the machines whose device is the
         same, and every one of them stores all profiles.
       is_known: asked of a workload that was missed before it is begun; if so, it is not measured.
+        None is whether what was measured here by then foretells its plan, within 5%.
 
     Returns:
       A profile for each workload that has one now, in order.
@@ -243,7 +244,7 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
 
 
 def _planned(
-    task: Task, wishes: Wishes, workers: int, is_known: Callable[[Workload], bool]
+    task: Task, wishes: Wishes, workers: int, is_known: Callable[[Workload], bool] | None
 ) -> tuple[Task, list[Subject]]:
     """The task with its agenda, and all on that."""
     agenda = make_agenda(
@@ -253,7 +254,7 @@ def _planned(
         deadline=task.deadline,
         least=EFFORT_SETTINGS[task.effort].least_share,
         workers=workers,
-        is_known=is_known,
+        is_known=is_known or task.is_known,
     )
     found = len(task.found)
     places = enumerate(agenda.order, found + 1)
