@@ -17,7 +17,7 @@ holds::
       measurement, interval    one plan measured; how far apart two are
       choice                   the plan that follows from several
       profile                  all measurements of a workload on a device
-      profiles                 the user's own, in an SQLite file (database), which rescue mends
+      profiles, rows           the user's own, in an SQLite file (database), which rescue mends
       bundle                   profiles as a file that travels, of a text (json_text) at a place
                                (files, remote); merge takes it in
     predict/                 what was never measured, from curves that were (numpy only)

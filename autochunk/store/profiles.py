@@ -14,29 +14,37 @@ import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
 
 from platformdirs import user_data_path
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    ValidationError,
-    field_validator,
-)
 
-from autochunk.device import Device, current_key
+from autochunk.device import Device
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
 from autochunk.store.database import AMONG, ENDING, IN_RANGE, OF_KEY, UNCHANGED, Database
 from autochunk.store.files import file_identity
-from autochunk.store.profile import SCHEMA_VERSION, Profile, utc_now
+from autochunk.store.profile import Profile, utc_now
 from autochunk.store.rescue import Row
+from autochunk.store.rows import (
+    MISSED,
+    PROFILES,
+    TABLES,
+    Miss,
+    Newer,
+    best_of,
+    fits,
+    is_of,
+    key_text,
+    miss_of,
+    names_of,
+    profile_of,
+    ranges,
+    readable,
+    row_key,
+    whole,
+)
 from autochunk.workload import Workload, split_key
 
 STORE_VARIABLE = "AUTOCHUNK_STORE"
 _FILE_NAME = "profiles.sqlite"
-_PROFILES, _MISSED = _TABLES = "profiles", "missed"
 
 _CURE = (
     f"set {STORE_VARIABLE} to a file in a folder you may write, or move this file away to start "
@@ -76,7 +84,7 @@ class ProfileStore:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = default_path() if path is None else Path(path)
-        self._database = Database(self.path, _TABLES, _whole, _CURE)
+        self._database = Database(self.path, TABLES, whole, _CURE)
 
     def __repr__(self) -> str:
         return f"ProfileStore({str(self.path)!r})"
@@ -94,10 +102,10 @@ class ProfileStore:
         Raises:
           StoreError: also where the row is there and cannot be read.
         """
-        rows = self._database.rows(_PROFILES, OF_KEY, _row_key(device.key, workload.key))
+        rows = self._database.rows(PROFILES, OF_KEY, row_key(device.key, workload.key))
         rows = rows or self._rows(device, workload.key)
         try:
-            return next(iter(_best(rows)), None) or (_profile(rows[0]) if rows else None)
+            return next(iter(best_of(rows)), None) or (profile_of(rows[0]) if rows else None)
         except ValueError as error:
             raise StoreError(
                 f"a profile in {self.path} cannot be read ({error}); {_CURE}"
@@ -108,8 +116,8 @@ class ProfileStore:
 
         Rows that cannot be read are left out, with one StoreWarning that counts them.
         """
-        rows = self._rows(device) if device else self._database.rows(_PROFILES)
-        unreadable = sum(_readable(row) is None for row in rows)
+        rows = self._rows(device) if device else self._database.rows(PROFILES)
+        unreadable = sum(readable(row) is None for row in rows)
         if unreadable:
             warnings.warn(
                 f"{unreadable} of {len(rows)} profiles in {self.path} cannot be read "
@@ -118,19 +126,19 @@ class ProfileStore:
                 StoreWarning,
                 stacklevel=2,
             )
-        return _best(rows)
+        return best_of(rows)
 
     def workloads(self, device: Device) -> list[str]:
         """Keys of the workloads that have a profile on a device."""
-        return self._workload_keys(_PROFILES, device)
+        return self._workload_keys(PROFILES, device)
 
     def keys(self) -> list[tuple[str, str]]:
         """Device key and workload key of every profile, in order.
 
         Of rows under keys that are neither, nothing.
         """
-        keys = self._database.keys(_PROFILES)
-        return sorted({names for key in keys if (names := _names(key))})
+        keys = self._database.keys(PROFILES)
+        return sorted({names for key in keys if (names := names_of(key))})
 
     def missed(self, device: Device) -> list[Workload]:
         """Workloads that "auto" missed on a device, by key."""
@@ -139,10 +147,10 @@ class ProfileStore:
     def misses(self, device: Device) -> dict[Workload, int]:
         """How many processes missed each of those workloads, as far as that was counted."""
         found: dict[Workload, int] = {}
-        for row in self._rows(device, table=_MISSED):
-            _, key = _is_of(row.key, device) or ("", "")
+        for row in self._rows(device, table=MISSED):
+            _, key = is_of(row.key, device) or ("", "")
             with contextlib.suppress(WorkloadError):  # written by a newer version, or by hand
-                miss, workload = _miss(row), Workload.parse(key)
+                miss, workload = miss_of(row), Workload.parse(key)
                 found[workload] = found.get(workload, 0) + (miss.count if miss else 1)
         return dict(sorted(found.items(), key=lambda one: one[0].key))
 
@@ -151,49 +159,47 @@ class ProfileStore:
 
         None where this one is not among those that are remembered.
         """
-        keys = self._workload_keys(_MISSED, device)
+        keys = self._workload_keys(MISSED, device)
         if workload.key not in keys:
             return 0
         return sum(split_key(key)[1] == workload.family for key in keys)
 
     def newer(self) -> set[tuple[str, str]]:
         """(device key, workload key) of the profiles that only a newer autochunk can read."""
-        rows = self._database.rows(_PROFILES)
-        return {names for row in rows if (names := _names(row.key)) and _fits(_Newer, row)}
+        rows = self._database.rows(PROFILES)
+        return {names for row in rows if (names := names_of(row.key)) and fits(Newer, row)}
 
     def unreadable(self) -> list[str]:
         """Keys of the profiles' rows that no version can read.
 
         Their value is no JSON, no profile, or another key's. A newer version's are none of these.
         """
-        return [_text(row.key) for row in self._unreadable()]
+        return [key_text(row.key) for row in self._unreadable()]
 
     def version(self) -> tuple[int, ...] | None:
         """Changes whenever the file does; None while there is no file."""
         return file_identity(self.path)
 
     def _unreadable(self) -> list[Row]:
-        return [row for row in self._database.rows(_PROFILES) if not _whole(_PROFILES, row)]
+        return [row for row in self._database.rows(PROFILES) if not whole(PROFILES, row)]
 
-    def _rows(self, device: Device, workload_key: str = "", table: str = _PROFILES) -> list[Row]:
+    def _rows(self, device: Device, workload_key: str = "", table: str = PROFILES) -> list[Row]:
         """Rows of a device, or of one workload there, under keys of any version."""
-        found = [
-            self._database.rows(table, ENDING, *span, workload_key) for span in _ranges(device)
-        ]
-        return [row for rows in found for row in rows if _is_of(row.key, device, workload_key)]
+        found = [self._database.rows(table, ENDING, *span, workload_key) for span in ranges(device)]
+        return [row for rows in found for row in rows if is_of(row.key, device, workload_key)]
 
     def _workload_keys(self, table: str, device: Device) -> list[str]:
-        names = [_is_of(key, device) for key in self._keys(table, device)]
+        names = [is_of(key, device) for key in self._keys(table, device)]
         return sorted({workload for _, workload in filter(None, names)})
 
     def _keys(self, table: str, device: Device) -> list[bytes | None]:
         """Keys of a device's rows, of any version."""
-        found = [self._database.keys(table, IN_RANGE, *span) for span in _ranges(device)]
-        return [key for keys in found for key in keys if _is_of(key, device)]
+        found = [self._database.keys(table, IN_RANGE, *span) for span in ranges(device)]
+        return [key for keys in found for key in keys if is_of(key, device)]
 
     def _row_keys(self, table: str, names: Collection[tuple[str, str]]) -> list[str]:
         """Keys of all rows of these devices and workloads, of any version."""
-        return [_text(key) for key in self._database.keys(table) if _names(key) in names]
+        return [key_text(key) for key in self._database.keys(table) if names_of(key) in names]
 
     # --- Writing ----------------------------------------------------------------------------------
 
@@ -202,7 +208,7 @@ class ProfileStore:
 
         If it is complete, the workload is no longer one that was missed.
         """
-        self._database.put(_PROFILES, _row_key(*profile.key), profile.model_dump_json())
+        self._database.put(PROFILES, row_key(*profile.key), profile.model_dump_json())
         self._clear_up([profile])
 
     def put_all(
@@ -222,9 +228,9 @@ class ProfileStore:
         Raises:
           StoreError: also where the rows are no longer as ``expected``.
         """
-        by_key = {_row_key(*profile.key): profile for profile in profiles}
+        by_key = {row_key(*profile.key): profile for profile in profiles}
         rows = {key: profile.model_dump_json() for key, profile in by_key.items()}
-        stored = self._database.replace(_PROFILES, rows, self._values(expected or {}))
+        stored = self._database.replace(PROFILES, rows, self._values(expected or {}))
         if rows and not stored:
             raise self._changed()
         self._clear_up(by_key.values())
@@ -235,7 +241,7 @@ class ProfileStore:
         Returns how many there were.
         """
         names = {profile.key for profile in profiles}
-        return self._delete(_PROFILES, self._row_keys(_PROFILES, names))
+        return self._delete(PROFILES, self._row_keys(PROFILES, names))
 
     def forget_unreadable(self) -> int:
         """Deletes the rows that ``unreadable`` names, each only if it is still as it was.
@@ -244,12 +250,12 @@ class ProfileStore:
         """
         # One by one, because bytes that are no text fit no JSON.
         return self._database.delete(
-            _PROFILES, UNCHANGED, lambda: [(row.rowid, row.value) for row in self._unreadable()]
+            PROFILES, UNCHANGED, lambda: [(row.rowid, row.value) for row in self._unreadable()]
         )
 
     def forget_missed(self, device: Device) -> int:
         """Forgets every workload that "auto" missed on a device; returns how many there were."""
-        return self._delete(_MISSED, list(map(_text, self._keys(_MISSED, device))))
+        return self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
 
     def record_miss(self, device: Device, workload: Workload) -> None:
         """Remembers that "auto" found no profile for a workload, and how often that was told.
@@ -257,14 +263,14 @@ class ProfileStore:
         It happens while a model is traced, so that a damaged file is left where it is, and that a
         miss which is known already need not be counted where nothing can be written.
         """
-        rows = self._rows(device, workload.key, _MISSED)
-        key = _text(rows[0].key) if rows else _row_key(device.key, workload.key)
-        miss = _miss(rows[0]) if rows else _Miss(when=utc_now(), count=0)
+        rows = self._rows(device, workload.key, MISSED)
+        key = key_text(rows[0].key) if rows else row_key(device.key, workload.key)
+        miss = miss_of(rows[0]) if rows else Miss(when=utc_now(), count=0)
         if miss is None:  # nothing that this version should change
             return
         miss = miss.model_copy(update={"count": miss.count + 1})
         try:
-            self._database.put(_MISSED, key, miss.model_dump_json(), mend=False)
+            self._database.put(MISSED, key, miss.model_dump_json(), mend=False)
         except StoreError:
             if not rows:
                 raise
@@ -279,10 +285,10 @@ class ProfileStore:
         Rows under older versions' keys, and of finished ones, what was missed.
         """
         names = {profile.key for profile in stored}
-        today = {_row_key(*one) for one in names}
-        self._delete(_PROFILES, set(self._row_keys(_PROFILES, names)) - today)
+        today = {row_key(*one) for one in names}
+        self._delete(PROFILES, set(self._row_keys(PROFILES, names)) - today)
         finished = {profile.key for profile in stored if profile.complete}
-        self._delete(_MISSED, self._row_keys(_MISSED, finished))
+        self._delete(MISSED, self._row_keys(MISSED, finished))
 
     def _delete(self, table: str, keys: Collection[str]) -> int:
         text = json.dumps(sorted(keys))
@@ -290,141 +296,16 @@ class ProfileStore:
 
     def _values(self, expected: Mapping[tuple[str, str], Profile | None]) -> dict[str, bytes]:
         """The value of each expected row, by key; StoreError where it is another by now."""
-        rows = self._database.rows(_PROFILES) if expected else []
-        rows = [row for row in rows if _names(row.key) in expected]
-        found = {profile.key: profile for profile in _best(rows)}
+        rows = self._database.rows(PROFILES) if expected else []
+        rows = [row for row in rows if names_of(row.key) in expected]
+        found = {profile.key: profile for profile in best_of(rows)}
         if any(found.get(names) != profile for names, profile in expected.items()):
             raise self._changed()
-        absent = {_row_key(*names): b"" for names in expected}
-        return absent | {_text(row.key): row.value or b"" for row in rows}
+        absent = {row_key(*names): b"" for names in expected}
+        return absent | {key_text(row.key): row.value or b"" for row in rows}
 
     def _changed(self) -> StoreError:
         return StoreError(
             f"nothing was stored in {self.path}: another process changed the same profiles "
             "meanwhile; read them again and try again"
         )
-
-
-# --- Rows -----------------------------------------------------------------------------------------
-
-_LARGEST_COUNT = 2**53  # which every reader of JSON has exactly
-
-# No device's name has it.
-_BETWEEN = " | "
-
-
-class _Miss(BaseModel):
-    """The value of a row of a missed workload: when that was first, and how often since.
-
-    What a newer version adds is kept.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    when: str
-    count: int = 1
-
-    @field_validator("count", mode="before")
-    @classmethod
-    def _some_number(cls, value: object) -> object:
-        # A count that is none is no reason to lose the miss.
-        return value if type(value) is int and 0 <= value <= _LARGEST_COUNT else 1
-
-
-class _Newer(BaseModel):
-    """What there is to know about a profile that a newer version wrote."""
-
-    schema_version: Annotated[StrictInt, Field(gt=SCHEMA_VERSION)]
-
-
-def _row_key(device_key: str, workload_key: str) -> str:
-    return f"{device_key}{_BETWEEN}{workload_key}"
-
-
-def _ranges(device: Device) -> list[tuple[str, str]]:
-    """From where, included, to where the keys of a device's rows lie.
-
-    Others' may, too, as of a device whose name goes on after a space. Those of today come last:
-    whoever reads while a profile is put in an older one's place finds one of the two.
-    """
-    return [(f"{stem} ", f"{stem} \U0010ffff") for stem in reversed(device.key_stems)]
-
-
-def _is_of(row_key: bytes | None, device: Device, workload_key: str = "") -> tuple[str, str] | None:
-    """The names in a row's key, if they are a device's, and the workload's if one is asked for."""
-    names = _names(row_key)
-    ours = names and names[0] == device.key and workload_key in ("", names[1])
-    return names if ours else None
-
-
-def _names(row_key: bytes | None) -> tuple[str, str] | None:
-    """Device key, as it is today, and workload key of a row; None of one that has neither."""
-    device_key, between, workload_key = _text(row_key).partition(_BETWEEN)
-    return (current_key(device_key), workload_key) if between else None
-
-
-def _text(row_key: bytes | None) -> str:
-    """A row's key, which need be no text, for people."""
-    return (row_key or b"").decode(errors="backslashreplace")
-
-
-def _profile(row: Row) -> Profile:
-    """The profile of a row; ValueError, which says why, where it is none or another key's."""
-    try:
-        profile = Profile.model_validate_json(row.value or b"")
-    except ValidationError as error:
-        raise ValueError(f"{error.error_count()} problems, first: {_first(error)}") from error
-    if _names(row.key) != profile.key:
-        raise ValueError(f"under the key {row.key!r} is the profile of {_row_key(*profile.key)}")
-    return profile
-
-
-def _miss(row: Row) -> _Miss | None:
-    try:
-        return _Miss.model_validate_json(row.value or b"")
-    except ValidationError:
-        return None
-
-
-def _readable(row: Row) -> Profile | None:
-    try:
-        return _profile(row)
-    except ValueError:
-        return None
-
-
-def _best(rows: Iterable[Row]) -> list[Profile]:
-    """The profile of each device and workload among rows that can be read, by key.
-
-    Of several, one under today's key, else the one that was made last.
-    """
-    found = [(row.key, profile) for row in rows if (profile := _readable(row))]
-    rising = sorted(
-        found, key=lambda one: (_row_key(*one[1].key).encode() == one[0], one[1].created)
-    )
-    best = {profile.key: profile for _, profile in rising}
-    return [best[key] for key in sorted(best)]
-
-
-def _whole(table: str, row: Row) -> bool:
-    """Whether a row is what some version stored."""
-    try:
-        named = bool((row.key or b"").decode())
-    except UnicodeDecodeError:
-        return False
-    if table == _MISSED:
-        return named and _fits(_Miss, row)
-    return named and (_readable(row) is not None or _fits(_Newer, row))
-
-
-def _fits(kind: type[BaseModel], row: Row) -> bool:
-    try:
-        kind.model_validate_json(row.value or b"")
-    except ValidationError:
-        return False
-    return True
-
-
-def _first(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
