@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan
 from autochunk.predict import work
@@ -17,6 +18,7 @@ from autochunk.workload import DTYPES, Workload
 
 # A time is never surer than this, nor is one of fewer repeats than three surer than that.
 _LEAST_NOISE, _FEW, _NOISE_OF_FEW = 0.02, 3, 0.1
+_FAR = 3.0
 
 
 class Sites(NamedTuple):
@@ -72,7 +74,7 @@ def sizes_of(workload: Workload) -> np.ndarray:
     """log2 of T', T, batch x heads and key size."""
     together = workload.batch * workload.num_heads
     sizes = (workload.query_length, workload.key_length, together, workload.key_size)
-    return np.log2(np.array(sizes, float))
+    return np.asarray(np.log2(np.array(sizes, float)))
 
 
 def kinds_of(workload: Workload) -> np.ndarray:
@@ -88,7 +90,8 @@ def curve(profile: Profile) -> Curve | None:
     """A profile's timed plans that this version knows; None if there are not two to compare."""
     workload, platform = profile.parsed_workload(), profile.device.platform
     timed = [m for m in profile.measurements if m.timed and m.implementation in IMPLEMENTATIONS]
-    timed = [m for m in timed if m.ratio > 0 and m.seconds_median > 0]
+    timed = [m for m in timed if m.ratio > 0 and m.seconds_median > 0 and _runs(m.plan, workload)]
+    timed = _worth_knowing(timed)
     if len(timed) < 2:
         return None
     # Ratios are to one plan's time: what they compare is surer than seconds are.
@@ -103,6 +106,21 @@ def curve(profile: Profile) -> Curve | None:
         np.array([_noise(m) for m in timed]),
         np.log(took) - np.log(held),
     )
+
+
+def _worth_knowing(timed: list[Measurement]) -> list[Measurement]:
+    """All but slices that are slower than the best plan by far: what else they tell is little."""
+    best = min((m.ratio for m in timed), default=0.0)
+    return [m for m in timed if m.max_chunk_size_mb is None or m.ratio <= _FAR * best]
+
+
+def _runs(plan: Plan, workload: Workload) -> bool:
+    """Whether a plan from a file has slices: its limit may be too small for these sizes."""
+    try:
+        work.work_of(workload, plan)
+    except ArgumentError:
+        return False
+    return True
 
 
 def _noise(measurement: Measurement) -> float:

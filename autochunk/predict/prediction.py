@@ -25,8 +25,8 @@ from autochunk.predict.process import (
 from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
 
-MOST_CURVES = 8
-"""Of more the farthest add nothing but time."""
+MOST_POINTS = 130
+"""The nearest curves of so many plans are asked: more add little but time."""
 
 DENSE = Plan("dense")
 # Memory is reckoned so many standard deviations higher: more than that is rare.
@@ -131,7 +131,7 @@ def predict(
     Args:
       workload: what was not measured.
       platform: of the device, as in jax.
-      sources: what was, on it and on others; the nearest ``MOST_CURVES`` count.
+      sources: what was, on it and on others; the nearest count, of ``MOST_POINTS`` plans.
       plans: to choose from.
       memory_budget_mb: most working memory, in 10^6 bytes, with a margin; None is no limit.
     """
@@ -157,7 +157,8 @@ def predict(
         return None
     # Plans that may be slower are no worse a choice for that: to prefer dense attention unless
     # another was faster by half a standard deviation was seen to cost more than it saved.
-    chosen = min(fitting, key=lambda number: (times.mean[number], str(plans[number])))
+    # Rounded, because what machines compute may differ in the last bits, and the choice must not.
+    chosen = min(fitting, key=lambda one: (round(float(times.mean[one]), 6), str(plans[one])))
     others = sorted((c for c in costs if c is not costs[chosen]), key=lambda one: one.seconds)
     return Prediction(
         cost=costs[chosen],
@@ -169,19 +170,27 @@ def predict(
 
 
 def nearest(workload: Workload, sources: Sequence[Source]) -> list[Source]:
-    """The ``MOST_CURVES`` curves that tell most of a workload, the most alike first."""
-    if len(sources) <= MOST_CURVES:
-        return list(sources)
-    likeness = np.array([source.likeness for source in sources])
+    """The curves that tell most of a workload, of ``MOST_POINTS`` plans, the most alike first."""
     close = alike(
         SECONDS,
         (sizes_of(workload), kinds_of(workload)),
-        np.array([source.curve.sites.sizes[0] for source in sources]),
-        np.array([source.curve.sites.kinds[0] for source in sources]),
-        likeness,
+        np.array([source.curve.sites.sizes[0] for source in sources]).reshape(-1, 4),
+        np.array([source.curve.sites.kinds[0] for source in sources]).reshape(-1, 5),
+        np.array([source.likeness for source in sources]),
     )
-    order = np.argsort(-close, kind="stable")[:MOST_CURVES]
-    return [sources[number] for number in order]
+    return first_of(sources[number] for number in np.argsort(-close, kind="stable"))
+
+
+def first_of(sources: Iterable[Source]) -> list[Source]:
+    """As many of the first as have ``MOST_POINTS`` plans; one at least."""
+    found: list[Source] = []
+    points = 0
+    for source in sources:
+        points += len(source.curve.noise)
+        if found and points > MOST_POINTS:
+            break
+        found.append(source)
+    return found
 
 
 def _known(sources: Sequence[Source], values: str, noise: Sequence[np.ndarray]) -> Known:

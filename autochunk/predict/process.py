@@ -125,8 +125,27 @@ def posterior(covariance: Covariance, known: Known, asked: Sites) -> Posterior:
     across = covaries(covariance, asked, here, known.sites, known.likeness)
     own = covaries(covariance, known.sites, known.likeness, known.sites, known.likeness)
     own[np.diag_indices(len(own))] += np.square(covariance.noise * known.noise)
-    gain = np.linalg.solve(own, across.T).T
+    gain = _solve(own, across.T).T
     return Posterior(gain @ known.values, prior - gain @ across.T)
+
+
+# LAPACK solves larger systems by several threads, which wait for each other a hundred times as long
+# as that takes where other work has their cores.
+_SOLVED_BY_ONE_THREAD = 72
+
+
+def _solve(matrix: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The solution of a system with a covariance, by halves: Schur's complement."""
+    count = len(matrix)
+    if count <= _SOLVED_BY_ONE_THREAD:
+        return np.linalg.solve(matrix, values)
+    half = count // 2
+    upper, lower = matrix[:half], matrix[half:]
+    solved = _solve(upper[:, :half], np.concatenate([upper[:, half:], values[:half]], axis=1))
+    by_lower, first = solved[:, : count - half], solved[:, count - half :]
+    complement = lower[:, half:] - lower[:, :half] @ by_lower
+    second = _solve(complement, values[half:] - lower[:, :half] @ first)
+    return np.concatenate([first - by_lower @ second, second])
 
 
 def covaries(

@@ -7,6 +7,7 @@ learned from curves, which know the rates, the caches and the compiler.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -81,8 +82,13 @@ def kind_of(implementation: str) -> str:
     return "fused" if is_fused(implementation) else "dense"
 
 
+@functools.lru_cache(maxsize=10_000)
 def work_of(workload: Workload, plan: Plan) -> Work:
-    """What a plan computes at a workload."""
+    """What a plan computes at a workload.
+
+    Raises:
+      ArgumentError: the plan's limit is less than one logit.
+    """
     every = workload.batch * workload.num_heads * workload.query_length * workload.key_length
     if not is_sliced(plan.implementation):
         seen = _seen(workload) if is_fused(plan.implementation) else 1.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -12,12 +14,12 @@ from autochunk.device import Device, device_of, likeness
 from autochunk.errors import BundleError, StoreError, WorkloadError
 from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
 from autochunk.plan import BYTES_PER_MB
-from autochunk.predict.curves import curve, kinds_of, sizes_of
+from autochunk.predict.curves import Curve, curve, kinds_of, sizes_of
 from autochunk.predict.prediction import (
-    MOST_CURVES,
     Cost,
     Prediction,
     Source,
+    first_of,
     plans_of,
     predict,
     tells,
@@ -53,30 +55,40 @@ class Curves:
     def __init__(self, layers: Sequence[Layer], device: Device) -> None:
         self._device = device
         self._subjects = list(_subjects(layers, device))
-        self._sizes = np.array([sizes_of(one.workload) for one in self._subjects]).reshape(-1, 4)
-        self._kinds = np.array([kinds_of(one.workload) for one in self._subjects]).reshape(-1, 5)
+        places = [_place(one.workload.key) for one in self._subjects]
+        self._sizes = np.array([sizes for _, sizes, _ in places]).reshape(-1, 4)
+        self._kinds = np.array([kinds for _, _, kinds in places]).reshape(-1, 5)
         self._likeness = np.array([one.likeness for one in self._subjects])
-        self._read: dict[int, Source | None] = {}
 
     def near(self, workload: Workload) -> list[Source]:
         """Those that tell most of a workload, the most alike first."""
         asked = sizes_of(workload), kinds_of(workload)
         close = alike(SECONDS, asked, self._sizes, self._kinds, self._likeness)
         order = [n for n in np.argsort(-close, kind="stable") if close[n] >= _LEAST_ALIKE]
-        found = (self._source(int(number)) for number in order)
-        return [one for _, one in zip(range(MOST_CURVES), filter(None, found), strict=False)]
+        found = (self._source(self._subjects[number]) for number in order)
+        return first_of(one for one in found if one is not None)
 
-    def _source(self, number: int) -> Source | None:
-        if number not in self._read:
-            self._read[number] = self._of(self._subjects[number])
-        return self._read[number]
+    def _source(self, subject: _Subject) -> Source | None:
+        read = _read.setdefault(subject.layer, {})
+        key = (subject.device, subject.workload.key)
+        if key not in read:
+            profile = find(subject.layer, *key)
+            found = curve(profile) if profile is not None else None
+            read[key] = (found, profile.device) if profile and found else None
+        known = read[key]
+        return known and Source(known[0], tells(known[1], self._device))
 
-    def _of(self, subject: _Subject) -> Source | None:
-        profile = find(subject.layer, subject.device, subject.workload.key)
-        found = curve(profile) if profile is not None else None
-        if profile is None or found is None:
-            return None
-        return Source(found, tells(profile.device, self._device))
+
+# What was read of a layer, as long as that is as it was: then a new one takes its place.
+_read: WeakKeyDictionary[Layer, dict[tuple[str, str], tuple[Curve, Device] | None]]
+_read = WeakKeyDictionary()
+
+
+@functools.lru_cache(maxsize=10_000)
+def _place(key: str) -> tuple[Workload, np.ndarray, np.ndarray]:
+    """The workload of a key, and where it lies."""
+    workload = Workload.parse(key)
+    return workload, sizes_of(workload), kinds_of(workload)
 
 
 def _subjects(layers: Sequence[Layer], device: Device) -> Iterator[_Subject]:
@@ -93,7 +105,7 @@ def _subjects(layers: Sequence[Layer], device: Device) -> Iterator[_Subject]:
                 continue
             seen.add((key, text))
             with contextlib.suppress(WorkloadError):  # written by a newer version
-                yield _Subject(layer, key, Workload.parse(text), known[key])
+                yield _Subject(layer, key, _place(text)[0], known[key])
 
 
 def _keys(layer: Layer) -> list[tuple[str, str]]:

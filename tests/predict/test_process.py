@@ -9,7 +9,15 @@ from hypothesis import given
 
 from autochunk.plan import Plan
 from autochunk.predict.curves import Sites, joined, sites
-from autochunk.predict.process import SECONDS, TEMP_BYTES, Covariance, Known, covaries, posterior
+from autochunk.predict.process import (
+    SECONDS,
+    TEMP_BYTES,
+    Covariance,
+    Known,
+    _solve,
+    covaries,
+    posterior,
+)
 from autochunk.workload import Workload
 
 PLANS = [Plan("dense"), Plan("xla"), Plan("xla", 1.05), Plan("xla_rows", 4.2), Plan("cudnn")]
@@ -87,3 +95,12 @@ def test_another_form_says_less(covariance: Covariance, other: dict[str, str]) -
     same = told(asked, 1.0)
     assert told(sites(workload(**other), PLANS), 1.0) < same
     assert told(asked, 0.2) < told(asked, 0.8) < same
+
+
+@given(count=st.integers(1, 200), seed=st.integers(0, 9))
+def test_systems_are_solved_by_halves(count: int, seed: int) -> None:
+    """Of any size, as by LAPACK at once."""
+    random = np.random.default_rng(seed)
+    root = random.normal(size=(count, count))
+    matrix, values = root @ root.T + count * np.eye(count), random.normal(size=(count, 3))
+    assert np.allclose(_solve(matrix, values), np.linalg.solve(matrix, values))
