@@ -476,6 +476,34 @@ def test_explain_goes_on_without_a_damaged_store() -> None:
     assert "left out" in result.stdout
 
 
+@pytest.mark.parametrize("devices", [(), ("--devices",)], ids=["workloads", "devices"])
+def test_evaluate_tells_how_good_predictions_are(devices: tuple[str, ...], tmp_path: Path) -> None:
+    """Of files, or of all that "auto" asks; a line for each device, and the worst workloads."""
+    places: list[Path] = []
+    for name in ("One/CPU", "Other/CPU"):
+        shapes = ("t=256,h=4,k=32", "t=512,h=4,k=32", "t=1024,h=4,k=32")
+        profiles = [make_profile(make_workload(one), make_device(kind=name)) for one in shapes]
+        places.append(tmp_path / f"{len(places)}.json")
+        places[-1].write_text(bundle.dump(profiles))
+        ProfileStore().put_all(profiles)
+    found = json.loads(call("evaluate", *map(str, places), *devices, "--json").stdout)
+    assert [one["workloads"] for one in found["devices"]] == [3, 3]
+    assert {one["best"] for one in found["workloads"]} == {"xla, 16 MB"}
+    assert all(one["regret"] == 0 or one["chosen"] != one["best"] for one in found["workloads"])
+    assert found == json.loads(call("evaluate", *devices, "--json").stdout)
+    text = call("evaluate", *devices, "--worst", "2").stdout
+    assert "One/CPU" in text
+    assert text.count("attention:") == 2
+
+
+def test_evaluate_without_profiles() -> None:
+    """It says so."""
+    result = call("evaluate")
+    assert result.exit_code == 0
+    assert "Too few profiles" in result.stdout
+    assert json.loads(call("evaluate", "--json").stdout) == {"devices": [], "workloads": []}
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) -> None:
     """Whatever interrupts a tune ends it within seconds, with status 130 and the hint.

@@ -34,13 +34,14 @@ def evaluation_record(summaries: Sequence[Summary], replays: Sequence[Replay]) -
 
 
 def replay_record(replay: Replay) -> dict[str, Any]:
-    """One replay as plain data."""
+    """One replay as plain data; ``rounds`` is how often the chosen plan was timed."""
     return {
         "device": replay.profile.device.key,
         "workload": replay.profile.workload,
         "chosen": str(replay.chosen.plan),
         "best": str(replay.best.plan),
         "regret": replay.regret,
+        "rounds": len(replay.chosen.ratios),
         "within": replay.within,
         "against_dense": replay.against_dense,
         "seconds_error": replay.seconds,
@@ -73,11 +74,12 @@ def evaluation_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 def replays_table(records: Sequence[dict[str, Any]]) -> Table:
     """A line for each workload."""
-    table = _table(("regret", "foretold", "chosen", "best", "workload"))
+    table = _table(("regret", "foretold", "rounds", "chosen", "best", "workload"))
     for one in records:
         table.add_row(
             f"{one['regret']:.1%}",
             f"{one['within']:.1%}",
+            str(one["rounds"]),
             one["chosen"],
             one["best"],
             Text(one["workload"]),
