@@ -156,7 +156,8 @@ def predict(
     if not fitting:
         return None
     # Plans that may be slower are no worse a choice for that: to prefer dense attention unless
-    # another was faster by half a standard deviation was seen to cost more than it saved.
+    # another was faster by half a standard deviation was seen to cost more than it saved; so was
+    # to prefer less memory among those within 1%.
     # Rounded, because what machines compute may differ in the last bits, and the choice must not.
     chosen = min(fitting, key=lambda one: (round(float(times.mean[one]), 6), str(plans[one])))
     others = sorted((c for c in costs if c is not costs[chosen]), key=lambda one: one.seconds)
