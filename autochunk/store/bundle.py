@@ -26,7 +26,7 @@ from autochunk.store.json_text import NO_BUNDLE, checked, one_line, refuse_wide
 from autochunk.store.measurement import Record
 from autochunk.store.profile import Profile
 
-BUNDLE_VERSION: Literal[3] = 3
+BUNDLE_VERSION: Literal[4] = 4
 
 # What a terminal or a log shows as one line.
 _ONE_LINE = r"^[^\p{Cc}\u{2028}\u{2029}]*$"
@@ -161,7 +161,7 @@ class _Entry(Record):
 class _File(Record):
     """A file's content, but for what is in its profiles."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     checksum: _Digest
     # None if it was written before bundles said where they come from.
     provenance: Provenance | None
@@ -208,10 +208,16 @@ def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "schema_version": 3}
 
 
+def _from_version_3(content: dict[str, Any]) -> dict[str, Any]:
+    """Its device keys have more in them; they are read as today's."""
+    return {**content, "schema_version": 4}
+
+
 # From each older version to the next; a released one is never taken out.
 _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _from_version_1,
     2: _from_version_2,
+    3: _from_version_3,
 }
 
 

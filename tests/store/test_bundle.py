@@ -106,7 +106,7 @@ def test_layout_is_for_people_and_diffs() -> None:
     lines = TEXT.splitlines()
     assert TEXT.isascii()
     assert lines[1:4] == [
-        ' "schema_version": 3,',
+        ' "schema_version": 4,',
         f' "checksum": "{json.loads(TEXT)["checksum"]}",',
         ' "provenance": {',
     ]
@@ -204,12 +204,12 @@ def test_every_older_version_has_an_upgrade() -> None:
     assert sorted(bundle._UPGRADES) == list(range(1, bundle.BUNDLE_VERSION))
 
 
-@pytest.mark.parametrize("version", [4, 99, 10**3000])
+@pytest.mark.parametrize("version", [5, 99, 10**3000])
 def test_newer_version_says_to_upgrade(version: int) -> None:
     """It names both versions and the cure, whatever else the file has."""
     message = refused(f'{{"schema_version": {version}, "layout": [1]}}')
     assert f"its schema_version is {str(version)[:10]}" in message
-    assert "reads those up to 3; upgrade autochunk" in message
+    assert "reads those up to 4; upgrade autochunk" in message
 
 
 # --- What is no bundle ----------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def changed(**fields: Any) -> str:
 
 
 NO_BUNDLE = "not a bundle of profiles as `autochunk export` writes; "
-NO_VERSION = "schema_version must be a whole number from 1 to 3; got "
+NO_VERSION = "schema_version must be a whole number from 1 to 4; got "
 TWICE = "a name is given twice in one object"
 LATER = PROFILES[0].model_copy(update={"created": "2026-03-01T00:00:00Z"})
 

@@ -60,7 +60,7 @@ def older_store(path: Path, *profiles: Profile, missed: str = "") -> ProfileStor
 
 def older_bundle(*profiles: Profile) -> str:
     """A bundle with profiles as older versions wrote it, provenance included."""
-    content = json.loads(bundle.dump([]))
+    content = json.loads(bundle.dump([])) | {"schema_version": 3}
     pairs = [older(profile) for profile in profiles]
     entries = [bundle._entry(json.loads(text)) for _, text in pairs]
     created = sorted(profile.created for profile in profiles)
