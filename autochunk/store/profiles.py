@@ -253,9 +253,15 @@ class ProfileStore:
             PROFILES, UNCHANGED, lambda: [(row.rowid, row.value) for row in self._unreadable()]
         )
 
-    def forget_missed(self, device: Device) -> int:
-        """Forgets every workload that "auto" missed on a device; returns how many there were."""
-        return self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
+    def forget_missed(self, device: Device, workloads: Iterable[Workload] | None = None) -> int:
+        """Forgets workloads that "auto" missed on a device; returns how many there were.
+
+        None is all of them.
+        """
+        if workloads is None:
+            return self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
+        names = {(device.key, workload.key) for workload in workloads}
+        return self._delete(MISSED, self._row_keys(MISSED, names))
 
     def record_miss(self, device: Device, workload: Workload) -> None:
         """Remembers that "auto" found no profile for a workload, and how often that was told.

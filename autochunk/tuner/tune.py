@@ -101,6 +101,7 @@ def tune(
             sharing.on_this_machine(task, probes, journals, waiting)
         for event in _not_begun(task, waiting):
             on_event(event)
+        store.forget_missed(device, task.agenda.known)
     if waiting:
         for event in _disturbances(device, others, watch):
             on_event(event)

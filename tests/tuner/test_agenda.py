@@ -133,9 +133,15 @@ def test_a_long_list_is_not_begun_whole(gpus: tuple[str, ...], scripted: Scripte
 
 @pytest.mark.parametrize("gpus", [(), ("0", "1")])
 def test_what_is_known_is_not_measured(gpus: tuple[str, ...], scripted: Scripted) -> None:
-    """Asked before each that teaches; what is named is measured whatever is known."""
-    device = make_device(platform="gpu" if gpus else "cpu", kind="scripted").model_dump()
+    """Asked before each that teaches; what is named is measured whatever is known.
+
+    What is known is no longer one that was missed.
+    """
+    found = make_device(platform="gpu" if gpus else "cpu", kind="scripted")
+    device = found.model_dump()
     named, missed = of_lengths(512), of_lengths(520, 1024, 2048)
+    for workload in missed[:2]:
+        ProfileStore().record_miss(found, workload)
     asked: list[Workload] = []
 
     def is_known(workload: Workload) -> bool:
@@ -148,6 +154,7 @@ def test_what_is_known_is_not_measured(gpus: tuple[str, ...], scripted: Scripted
     assert set(asked) == set(missed)
     (rest,) = left_out(events)
     assert (rest.workloads, set(rest.known)) == ((), set(missed[:2]))
+    assert not ProfileStore().missed(found)
 
 
 def test_all_are_measured_where_there_is_time(scripted: Scripted) -> None:
