@@ -82,7 +82,8 @@ class Prediction:
       cost: of the choice.
       others: the other plans, fastest first.
       within: by what fraction another plan could be faster, by one standard deviation.
-      curves: how many were learned from; ``elsewhere`` of them are another device's.
+      curves: how many were learned from; ``elsewhere`` of them are another device's, or by other
+        versions.
     """
 
     cost: Cost
@@ -93,7 +94,7 @@ class Prediction:
 
     @property
     def here(self) -> int:
-        """How many of the curves are of the device asked about."""
+        """How many of the curves are of the device asked about, as it is today."""
         return self.curves - self.elsewhere
 
     @property

@@ -162,7 +162,7 @@ def _knows_no_kernel(found: Prediction, sources: Sequence[Source], request: Requ
 def _reason(found: Prediction, request: Request) -> str:
     here = found.curves - found.elsewhere
     by = [f"{here} measured here"] if here else []
-    by += [f"{found.elsewhere} on other devices"] if found.elsewhere else []
+    by += [f"{found.elsewhere} on other devices or by other versions"] if found.elsewhere else []
     memory = found.cost.temp_bytes / BYTES_PER_MB
     costs = f"{found.cost.seconds * 1e3:.3g} ms and {memory:.3g} MB"
     told = f"predicted to be the fastest, from other workloads, {' and '.join(by)}: {costs}"

@@ -33,7 +33,7 @@ def report(resolution: Resolution) -> None:
         _record_miss(resolution)
     workload, auto = resolution.workload, 'max_chunk_size_mb="auto"'
     if missed:
-        by = ", predicted from other devices" if resolution.prediction else ""
+        by = ", predicted from other devices or versions" if resolution.prediction else ""
         text = f"{auto} found no profile for {workload.key} and uses {resolution.plan}{by}. "
         # A model of many lengths is told of one of them.
         family = (workload.family, resolution.device)
