@@ -121,7 +121,7 @@ def test_a_long_list_is_not_begun_whole(gpus: tuple[str, ...], scripted: Scripte
     missed = dict.fromkeys(of_lengths(*range(500, 1100, 10)), 1)
     standard = of_lengths(512, 600, mode="training")
     command = scripted(delay=0.2, device=device)
-    events = run(command, Wishes((), missed, standard), timeout=12.0, gpus=gpus)
+    events = run(command, Wishes((), missed, standard), timeout=20.0, gpus=gpus)
     assert set(standard) <= set(begun(events))
     stored = ProfileStore().profiles()
     assert all(sum(one.timed for one in profile.measurements) > 1 for profile in stored)
