@@ -64,6 +64,16 @@ class Implementation:
         return not self.platforms or bool(names & set(self.platforms))
 
 
+def kernels_on(platform: str, dtype: str | None = None) -> list[str]:
+    """The fused kernels that are installed and run on a platform; that take a dtype, if given."""
+    return [
+        name
+        for name, one in IMPLEMENTATIONS.items()
+        if one.fused and one.runs_on(platform) and one.installed
+        if dtype is None or one.takes(dtype)
+    ]
+
+
 @functools.cache
 def _is_installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None

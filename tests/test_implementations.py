@@ -10,7 +10,7 @@ import pytest
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels.libraries import Kernel
-from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
+from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced, kernels_on
 from autochunk.plan import Plan
 from autochunk.workload import DTYPES
 
@@ -60,3 +60,19 @@ def test_unknown_names(name: str | None) -> None:
     """As a newer version's profile may have them: neither slices nor a kernel, and no error."""
     assert not is_sliced(name)
     assert not is_fused(name)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_kernels_of_a_platform(dtype: str | None) -> None:
+    """Those installed that run there and take the dtype, in the table's order; none on a CPU."""
+    found = kernels_on("gpu", dtype)
+    rest = [name for name in IMPLEMENTATIONS if name not in found]
+    assert kernels_on("cpu", dtype) == []
+    assert ("cudnn" in found) is (dtype in (None, "bfloat16", "float16"))
+    assert found == sorted(found, key=list(IMPLEMENTATIONS).index)
+    for name in found:
+        assert IMPLEMENTATIONS[name].fused
+    for name in rest:
+        one = IMPLEMENTATIONS[name]
+        refuses = dtype is not None and not one.takes(dtype)
+        assert not one.fused or not one.installed or refuses

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,12 +10,7 @@ import click
 from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
 from autochunk.cli.printing import make_console, print_json, print_profiles
 from autochunk.device import detect
-from autochunk.report.evaluation import (
-    evaluation_record,
-    evaluation_table,
-    replay_record,
-    replays_table,
-)
+from autochunk.report.evaluation import evaluation_record, evaluation_table, replays_table
 from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
 from autochunk.report.tables import memory_table
 from autochunk.report.text import finding_text, resolution_text
@@ -113,17 +107,18 @@ def evaluate(
     else:
         profiles = every_profile(all_layers(store))
     replays = replay(profiles, devices=devices)
+    record = evaluation_record(summaries(replays), replays)
     if as_json:
-        print_json(evaluation_record(summaries(replays), replays))
+        print_json(record)
         return
     if not replays:
         click.echo("Too few profiles: one is predicted from others. `autochunk tune` makes some.")
         return
     console = make_console()
-    console.print(evaluation_table([asdict(one) for one in summaries(replays)]))
-    shown = sorted(replays, key=lambda one: -one.regret)[:worst]
+    console.print(evaluation_table(record["devices"]))
+    shown = sorted(record["workloads"], key=lambda one: -one["regret"])[:worst]
     if shown:
-        console.print("", replays_table([replay_record(one) for one in shown]))
+        console.print("", replays_table(shown))
 
 
 @click.command()

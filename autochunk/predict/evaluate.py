@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from autochunk.device import Device
 from autochunk.plan import Plan
 from autochunk.predict.curves import curve
-from autochunk.predict.prediction import DENSE, Prediction, Source, predict, tells
+from autochunk.predict.prediction import Prediction, Source, nearest, predict, tells
 from autochunk.predict.work import LEAST_BYTES
+from autochunk.store.choice import DENSE
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 
@@ -104,7 +105,7 @@ def _replay(profile: Profile, sources: Sequence[Source]) -> Replay | None:
     if len(timed) < 2:
         return None
     workload, platform = profile.parsed_workload(), profile.device.platform
-    found = predict(workload, platform, sources, list(timed))
+    found = predict(workload, platform, nearest(workload, sources), list(timed))
     if found is None:
         return None
     chosen = timed[found.cost.plan]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autochunk.device import Device, likeness
-from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.implementations import IMPLEMENTATIONS, kernels_on
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
 from autochunk.predict import work
 from autochunk.predict.curves import Curve, Sites, joined, kinds_of, sites, sizes_of
@@ -22,13 +22,13 @@ from autochunk.predict.process import (
     alike,
     posterior,
 )
+from autochunk.store.choice import DENSE
 from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
 
 MOST_POINTS = 130
 """The nearest curves of so many plans are asked: more add little but time."""
 
-DENSE = Plan("dense")
 # Memory is reckoned so many standard deviations higher: more than that is rare.
 _MARGIN = 1.5
 _NOISE_OF_BYTES = 0.07
@@ -104,17 +104,12 @@ class Prediction:
 
 
 def plans_of(workload: Workload, platform: str, names: Iterable[str] | None = None) -> list[Plan]:
-    """The plans to choose from: dense, the ladder of limits, fused kernels that run there.
+    """The plans to choose from: dense, the ladder of limits, installed kernels that run there.
 
-    ``names`` narrows the implementations; None is all that are installed.
+    ``names`` narrows the implementations.
     """
-    allowed = set(names) if names is not None else set(IMPLEMENTATIONS)
-    fused = [
-        Plan(name)
-        for name, one in IMPLEMENTATIONS.items()
-        if one.fused and one.runs_on(platform) and one.takes(workload.dtype)
-        if names is not None or one.installed
-    ]
+    allowed = set(IMPLEMENTATIONS if names is None else names)
+    fused = map(Plan, kernels_on(platform, workload.dtype))
     plans = [DENSE, *fused, *candidate_plans(sliced_shape(workload))]
     return [plan for plan in plans if plan.implementation in allowed]
 
@@ -132,16 +127,15 @@ def predict(
     Args:
       workload: what was not measured.
       platform: of the device, as in jax.
-      sources: what was, on it and on others; the nearest count, of ``MOST_POINTS`` plans.
+      sources: what was, on it and on others; no more than ``nearest`` takes.
       plans: to choose from.
       memory_budget_mb: most working memory, in 10^6 bytes, with a margin; None is no limit.
     """
-    near = nearest(workload, sources)
-    if not near or not plans:
+    if not sources or not plans:
         return None
     asked = sites(workload, plans)
-    times = _times(near, asked, [work.seconds(workload, plan, platform) for plan in plans])
-    held = _memory(near, asked, [work.temp_bytes(workload, plan) for plan in plans])
+    times = _times(sources, asked, [work.seconds(workload, plan, platform) for plan in plans])
+    held = _memory(sources, asked, [work.temp_bytes(workload, plan) for plan in plans])
     costs = [
         Cost(plan, float(second), float(likely), float(most))
         for plan, second, likely, most in zip(
@@ -166,8 +160,8 @@ def predict(
         cost=costs[chosen],
         others=tuple(others),
         within=_within(times, chosen, fitting),
-        curves=len(near),
-        elsewhere=sum(source.likeness < 1 for source in near),
+        curves=len(sources),
+        elsewhere=sum(source.likeness < 1 for source in sources),
     )
 
 

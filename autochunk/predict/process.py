@@ -157,8 +157,7 @@ def covaries(
     # Each device is as like the one asked about as it is; two others are no more alike than that.
     same = ones[:, None] == others[None]
     like = np.where(same, 1.0, np.minimum(ones[:, None], others[None]))
-    common = covariance.elsewhere + (1 - covariance.elsewhere) * like
-    plans = covariance.elsewhere_plans + (1 - covariance.elsewhere_plans) * like
+    common, plans = _by(like, covariance.elsewhere), _by(like, covariance.elsewhere_plans)
     plain = _near(one.sizes[:, :2], other.sizes[:, :2], (covariance.plain,) * 2)
     fine, coarse, sliced = _plans(covariance, one, other)
 
@@ -183,8 +182,13 @@ def alike(
 ) -> np.ndarray:
     """How much workloads of some sizes and kinds tell of one asked for."""
     near = _near(asked[0][None], sizes, covariance.sizes)[0]
-    devices = covariance.elsewhere_plans + (1 - covariance.elsewhere_plans) * likeness
+    devices = _by(likeness, covariance.elsewhere_plans)
     return np.asarray(np.sqrt(near) * _kinds(covariance, asked[1][None], kinds)[0] * devices)
+
+
+def _by(likeness: np.ndarray, least: float) -> np.ndarray:
+    """How alike costs are on devices of some likeness: at least so much, all where it is one."""
+    return np.asarray(least + (1 - least) * likeness)
 
 
 def _near(one: np.ndarray, other: np.ndarray, lengths: Sequence[float]) -> np.ndarray:

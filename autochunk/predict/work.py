@@ -147,14 +147,14 @@ def _itemsize(workload: Workload, kind: str, platform: str) -> int:
 def temp_bytes(workload: Workload, plan: Plan) -> float:
     """Working memory by what a plan holds; at least ``LEAST_BYTES``."""
     work = work_of(workload, plan)
-    logits, own, every = _HELD[kind_of(plan.implementation), workload.mode]
+    kind, training = kind_of(plan.implementation), workload.mode == "training"
+    logits, own, every = _HELD[kind, workload.mode]
     size = workload.key_size + workload.value_size
     queries = workload.batch * workload.num_heads * workload.query_length * size
     keys = workload.batch * workload.num_kv_heads * workload.key_length * size
     of_slice = queries * work.rows / workload.query_length + keys * work.keys / workload.key_length
-    if kind_of(plan.implementation) == "fused" and workload.mode == "training":
-        # A bias has a cotangent, which is summed from those of the logits.
-        logits = _BIAS_HELD if workload.bias != "none" else logits
+    if kind == "fused" and training and workload.bias != "none":
+        logits = _BIAS_HELD  # its cotangent is summed from those of the logits
     held = (
         logits * work.at_once
         + own * of_slice * work.share * workload.logits_itemsize

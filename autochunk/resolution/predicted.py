@@ -127,8 +127,7 @@ def predicted(curves: Curves, request: Request) -> Resolution | None:
     sources = curves.near(request.workload)
     if len(sources) < _FEWEST:
         return None
-    installed = {name for name, one in IMPLEMENTATIONS.items() if one.installed}
-    names = {wanted} if wanted else installed - request.without
+    names = {wanted} if wanted else IMPLEMENTATIONS.keys() - request.without
     found = predict(
         request.workload,
         platform,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from autochunk.device import Device
-from autochunk.implementations import IMPLEMENTATIONS, is_sliced
+from autochunk.implementations import is_sliced, kernels_on
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
 from autochunk.workload import Workload
 
@@ -65,12 +65,7 @@ def usual_kernel(workload: Workload, device: Device, without: Collection[str]) -
 
     cuDNN's comes last where it would need a mask or a bias with all rows and keys.
     """
-    names = list(IMPLEMENTATIONS)
+    names = kernels_on(device.platform, workload.dtype)
     if workload.mask != "none" or workload.bias != "none":
         names.sort(key="cudnn".__eq__)
-    for name in names:
-        one = IMPLEMENTATIONS[name]
-        fits = one.runs_on(device.platform) and one.takes(workload.dtype)
-        if one.fused and fits and one.installed and name not in without:
-            return name
-    return None
+    return next((name for name in names if name not in without), None)

@@ -15,7 +15,7 @@ from pydantic import FailFast, Field, field_validator
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
-from autochunk.implementations import IMPLEMENTATIONS
+from autochunk.implementations import IMPLEMENTATIONS, kernels_on
 from autochunk.plan import LogitsShape, Plan, block_form, block_shape, same_slices
 from autochunk.store import choice
 from autochunk.store.measurement import Measurement, Record
@@ -98,12 +98,7 @@ class Profile(Record):
             return []
         tried = {measurement.implementation for measurement in self.measurements}
         dtype = self.parsed_workload().dtype
-        return [
-            name
-            for name, one in IMPLEMENTATIONS.items()
-            if one.fused and one.runs_on(now.platform) and one.takes(dtype) and one.installed
-            if name not in tried
-        ]
+        return [name for name in kernels_on(now.platform, dtype) if name not in tried]
 
     def stale_reasons(self, now: Device) -> list[str]:
         """Why it may no longer hold on ``now``, its device today; empty if it does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from autochunk.implementations import IMPLEMENTATIONS, is_fused
+from autochunk.implementations import IMPLEMENTATIONS, is_fused, kernels_on
 from autochunk.plan import LogitsShape, Plan, candidate_plans, same_slices
 from autochunk.store.choice import DEFAULT, DENSE
 from autochunk.tuner.effort import EffortSettings
@@ -19,11 +19,7 @@ def all_plans(shape: LogitsShape, settings: EffortSettings, platform: str) -> li
 
     Plans that come to the same slices once.
     """
-    fused = [
-        Plan(name)
-        for name, one in IMPLEMENTATIONS.items()
-        if one.fused and one.runs_on(platform) and one.installed
-    ]
+    fused = map(Plan, kernels_on(platform))
     ladder = candidate_plans(shape, step=settings.step, most_slices=settings.most_slices)
     plans = [DENSE, *fused, *ladder]
     return plans if equivalent(DEFAULT, plans, shape) else [*plans, DEFAULT]
