@@ -155,9 +155,26 @@ def temp_bytes(workload: Workload, plan: Plan) -> float:
     of_slice = queries * work.rows / workload.query_length + keys * work.keys / workload.key_length
     if kind == "fused" and training and workload.bias != "none":
         logits = _BIAS_HELD  # its cotangent is summed from those of the logits
+    masked = mask_bytes(workload) if kind == "fused" else 0
     held = (
         logits * work.at_once
         + own * of_slice * work.share * workload.logits_itemsize
         + every * (queries + keys) * (2 if workload.dtype in _HALVES else 4)
+        + masked
     )
     return max(held, LEAST_BYTES)
+
+
+def mask_bytes(workload: Workload) -> int:
+    """Bytes of the mask that fused kernels are given for segments and for offset positions.
+
+    One byte for each row and key, of each sequence where these differ.
+    """
+    patterns = [workload.query_segment_ids, workload.key_value_segment_ids]
+    if workload.reach != (None, None):
+        patterns.append(workload.query_offset)
+    letters = "".join(pattern for pattern in patterns if pattern != "none")
+    if not letters:
+        return 0
+    sequences = workload.batch if "b" in letters else 1
+    return sequences * workload.query_length * workload.key_length

@@ -15,12 +15,13 @@ from collections.abc import Collection
 from autochunk.device import Device
 from autochunk.implementations import is_sliced, kernels_on
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.predict.work import mask_bytes
 from autochunk.workload import Workload
 
 # On a CPU; the logits of sizes that are powers of two are cut into slices of 2**24 bytes.
 _CPU_MB = 17.0
 # Of a GPU's memory, what the logits of dense attention may take: a training step holds them several
-# times, and a model has several layers.
+# times, and a model has several layers. A mask that is made for a fused kernel may, too.
 _MODEST = 1 / 32
 # One slice of logits takes at most this share of a memory budget: weights and their cotangents live
 # beside it.
@@ -47,11 +48,12 @@ def usual_plan(
     if implementation is not None and not is_sliced(implementation):
         return Plan(implementation), f"implementation={implementation!r} was asked for"
     if implementation is None and device.platform != "cpu":
-        if kernel := usual_kernel(workload, device, without):
-            return Plan(kernel), "a fused kernel, where it takes the call, is the fastest on a GPU"
-        most = device.memory_gib * 2**30 * _MODEST
+        most = _modest(device)
         if memory_budget_mb is not None:
             most = min(most, memory_budget_mb * BYTES_PER_MB * _SHARE_OF_BUDGET)
+        kernel = usual_kernel(workload, device, without)
+        if kernel and mask_bytes(workload) <= most:
+            return Plan(kernel), "a fused kernel, where it takes the call, is the fastest on a GPU"
         if workload.logits_bytes <= most:
             return Plan("dense"), f"all logits are no more than {most / BYTES_PER_MB:.3g} MB"
     limit = _CPU_MB if device.platform == "cpu" else DEFAULT_MAX_CHUNK_SIZE_MB
@@ -60,12 +62,21 @@ def usual_plan(
     return Plan(implementation or "xla", limit), "slices of a usual size"
 
 
+def _modest(device: Device) -> float:
+    """Bytes that a mask, or all logits, may take."""
+    return device.memory_gib * 2**30 * _MODEST
+
+
 def usual_kernel(workload: Workload, device: Device, without: Collection[str]) -> str | None:
     """The first fused kernel that may be there for such a device and dtype.
 
-    cuDNN's comes last where it would need a mask or a bias with all rows and keys.
+    cuDNN's comes last where it would need a mask or a bias with all rows and keys; none does where
+    all would need a mask that takes too much.
     """
     names = kernels_on(device.platform, workload.dtype)
-    if workload.mask != "none" or workload.bias != "none":
+    masked = mask_bytes(workload)
+    if masked > _modest(device):
+        return None
+    if workload.mask != "none" or workload.bias != "none" or masked:
         names.sort(key="cudnn".__eq__)
     return next((name for name in names if name not in without), None)

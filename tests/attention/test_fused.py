@@ -326,13 +326,9 @@ def test_the_gradient_of_a_bias_is_the_kernels(recorded: Recorded) -> None:
     assert len(re.findall(r" (?:dot|custom-call)\(", text)) <= 7
 
 
-ONE_LENGTH = {"key_value_seq_lengths": np.asarray([2], np.int32)}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "refused": ({"size": 7}, "multiple of 8"),
     "other platform": ({"platforms": ("cuda",)}, "it runs on cuda, not on cpu"),
-    "window": ({"local_window_size": (3, 1)}, "reaches to the right"),
-    "window and lengths": ({"local_window_size": (3, 0), **ONE_LENGTH}, "window_size and lengths"),
-    "offset": ({"query_offset": 2, "is_causal": True}, "a query_offset"),
     "cap": ({"logits_soft_cap": 2.0}, "logits_soft_cap"),
     "slopes": ({"alibi_slopes": np.ones(2, np.float32)}, "alibi_slopes"),
     "algorithm": ({"precision": "BF16_BF16_F32"}, "precision that names an algorithm"),

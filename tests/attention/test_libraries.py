@@ -54,6 +54,8 @@ def forms_of_call(size: int) -> dict[str, dict[str, Any]]:
     lengths = {"key_value_seq_lengths": np.asarray([3, 0], np.int32)}
     padded = {**lengths, "query_seq_lengths": np.asarray([size, 4], np.int32)}
     bias = draw((1, 4, size, size), 8).astype(np.float32)
+    ids = np.sort(draw((2, size), 9) * 2).astype(np.int32)
+    segments = {"query_segment_ids": ids + np.asarray([[0], [1]]), "key_value_segment_ids": ids}
     return {
         "plain": {},
         "causal": {"is_causal": True},
@@ -79,6 +81,17 @@ def forms_of_call(size: int) -> dict[str, dict[str, Any]]:
         "cap": {"logits_soft_cap": 2.0},
         "cap and window": {"logits_soft_cap": 2.0, "local_window_size": (3, 1)},
         "offset": {"query_offset": 1, "is_causal": True},
+        "offsets": {"query_offset": np.asarray([2, -3], np.int32), "is_causal": True},
+        "offsets alone": {"query_offset": np.asarray([2, -3], np.int32)},
+        "offsets, window and lengths": {
+            "query_offset": np.asarray([2, -3], np.int32),
+            "local_window_size": (5, 0),
+            **lengths,
+        },
+        "segments": segments,
+        "causal segments and lengths": {**segments, **padded, "is_causal": True},
+        "segments and a bias": {**segments, "bias": bias},
+        "segments, window and mask": {**segments, "local_window_size": (3, 2), "mask": mask},
         "slopes": {"alibi_slopes": np.asarray([0.5, 0.25, 0.1, 0.0], np.float32)},
         "residual": {"return_residual": True},
         "highest precision": {"precision": "highest"},
@@ -92,19 +105,16 @@ MASK, LENGTHS = FORMS_OF_CALL["mask"]["mask"], FORMS_OF_CALL["key lengths"]
 # What each does not take, forward or differentiated.
 REFUSED: dict[str, set[str]] = {
     "cudnn": {
-        "window to the right",
-        "window and lengths",
         "bias of each sequence",
         "bias of one row",
         "cap",
         "cap and window",
-        "offset",
         "slopes",
         "residual",
         "algorithm",
     },
-    "tokamax_mosaic": {"offset", "slopes", "residual", "algorithm"},
-    "tokamax_triton": {"offset", "slopes", "residual", "algorithm", "cap", "cap and window"},
+    "tokamax_mosaic": {"slopes", "residual", "algorithm"},
+    "tokamax_triton": {"slopes", "residual", "algorithm", "cap", "cap and window"},
 }
 
 
@@ -213,6 +223,15 @@ UNSEEN: dict[str, tuple[dict[str, Any], Any, Any]] = {
     ),
     "mask of one row": ({"mask": np.arange(T) < 40}, slice(40, None), slice(0)),
     "mask": ({"mask": PADDED_QUERY}, slice(40, None), slice(T // 2, None)),
+    "segments": (
+        {
+            "query_segment_ids": np.where(np.arange(T) < T // 2, 1, 0),
+            "key_value_segment_ids": np.where(np.arange(T) < 40, 1, 2),
+        },
+        slice(40, None),
+        slice(T // 2, None),
+    ),
+    "offset": ({"query_offset": -9, "is_causal": True}, slice(T - 9, None), slice(9)),
 }
 
 

@@ -20,6 +20,8 @@ GPU = make_device(platform="gpu", kind="Made Up", cores=0, memory_gib=80)
 TPU = make_device(platform="tpu", kind="Made Up", cores=0, memory_gib=16)
 SMALL = "b=8,t=2048,h=16,k=64"  # 2.1 GB of logits
 LARGE = "b=8,t=4096,h=16,k=64"
+# A kernel's mask says which of them see each other: 67 MB at T=8192, 4295 MB at 65536.
+SEGMENTS = "b=1,h=16,k=64,q_segments=yes,kv_segments=yes"
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,9 @@ def extras(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         (GPU, LARGE, {"dtype": "float16"}, Plan("cudnn")),
         (GPU, SMALL, {"dtype": "float32"}, Plan("dense")),
         (GPU, LARGE, {"dtype": "float32"}, Plan("xla", 1000.0)),
+        (GPU, f"{SEGMENTS},t=8192", {"dtype": "bfloat16"}, Plan("cudnn")),
+        (GPU, f"{SEGMENTS},t=65536", {"dtype": "bfloat16"}, Plan("xla", 1000.0)),
+        (GPU, "b=8,t=65536,h=16,k=64,offset=b", {"dtype": "bfloat16"}, Plan("cudnn")),
         (TPU, SMALL, {"dtype": "bfloat16"}, Plan("xla", 1000.0)),
         (TPU, "t=256,h=4,k=64", {"dtype": "bfloat16"}, Plan("dense")),
     ],

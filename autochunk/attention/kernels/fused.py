@@ -29,7 +29,7 @@ from jax.interpreters import partial_eval
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.grid import sum_to, vary_alike
 from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import Kernel, Settings, lacking, quiet
+from autochunk.attention.kernels.libraries import Kernel, Settings, as_mask, lacking, quiet
 from autochunk.attention.kernels.seen import Seen
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
@@ -158,10 +158,10 @@ def _trace(kernel: Kernel, shapes: tuple[Any, ...], call: Call, training: bool) 
     names = [name for name, _, _ in shapes]
 
     def run(*arrays: jax.Array) -> Any:
-        inputs = _flat(Inputs(**dict(zip(names, arrays, strict=True))), kernel)
+        given = _given(kernel, Inputs(**dict(zip(names, arrays, strict=True))), call)
         if not training and not call.residual:
-            return kernel.attend(inputs, _settings(call))
-        out, _, pull = _forward(kernel, inputs, call)
+            return kernel.attend(*given)
+        out, _, pull = _forward(kernel, *given)
         return pull(out) if training and kernel.refuses_late else out
 
     abstract = [jax.ShapeDtypeStruct(*shape) for _, *shape in shapes]
@@ -183,15 +183,14 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
         out, maximum, total = with_stats(name, inputs, call)
         return [out, log_sum_exp(maximum, total)]
     seen, kernel = Seen(inputs, call), _kernel(name)
-    given = _flat(seen.for_output(kernel), kernel)
-    return [seen.restored(kernel.attend(given, _settings(call)))]
+    return [seen.restored(kernel.attend(*_given(kernel, seen.for_output(kernel), call)))]
 
 
 @_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials], the sum being one, or zero without a key."""
     seen, kernel = Seen(inputs, call), _kernel(name)
-    out, kept, _ = _forward(kernel, _flat(seen.for_output(kernel), kernel), call)
+    out, kept, _ = _forward(kernel, *_given(kernel, seen.for_output(kernel), call))
     *leading, rows, heads, groups, _ = inputs.query.shape
     if "log-sum-exp" in kept:
         lse = kept["log-sum-exp"]
@@ -219,7 +218,7 @@ def cotangent(
         # The mean of all values may be NaN, and zero times NaN is.
         out, d_out = (jnp.where(along_rows(seen.blind), 0, one) for one in (out, d_out))
         lse = jnp.where(seen.blind, _UNREACHED, lse)
-    own_out, kept, pull = _forward(kernel, _flat(seen.inputs, kernel), call)
+    own_out, kept, pull = _forward(kernel, *_given(kernel, seen.inputs, call))
     ours = {"output": out, "log-sum-exp": lse, "maximum": lse, "sum": jnp.ones_like(lse)}
     saved = {id(own): ours[what].reshape(own.shape) for what, own in kept.items()}
     leaves, tree = jax.tree.flatten(pull)
@@ -242,7 +241,7 @@ _UNREACHED = 1e30
 
 
 def _forward(
-    kernel: Kernel, inputs: Inputs, call: Call
+    kernel: Kernel, inputs: Inputs, settings: Settings
 ) -> tuple[jax.Array, dict[str, jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
     """A kernel's output, what it saved of its results, and its backward, a pytree of all saved.
 
@@ -254,7 +253,7 @@ def _forward(
     }
 
     def from_moving(moving: dict[str, jax.Array]) -> jax.Array:
-        return kernel.attend(inputs._replace(**moving), _settings(call))
+        return kernel.attend(inputs._replace(**moving), settings)
 
     query = inputs.query
     out, pull = jax.vjp(from_moving, moving)
@@ -277,8 +276,11 @@ def _is_like(leaf: Any, other: Any) -> bool:
     return same == (other.shape, other.dtype)
 
 
-def _settings(call: Call) -> Settings:
-    return Settings(call.scale, *call.reach, call.soft_cap, call.precision)
+def _given(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Settings]:
+    """What ``Kernel.attend`` is given."""
+    inputs, call = as_mask(kernel, inputs, call)
+    settings = Settings(call.scale, *call.reach, call.soft_cap, call.precision)
+    return _flat(inputs, kernel), settings
 
 
 def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels.terms import terms_of
 
 Kept = Literal["log-sum-exp", "maximum", "sum"]
 """What a kernel keeps of each row for its backward, in float32 [B, H, T']."""
@@ -51,7 +52,8 @@ class Kernel:
       keeps: what of each row is among what its derivative keeps, in this order; the output is there
         too, after the arrays that it was given.
       differentiated: the inputs whose cotangents it computes; those of others slices compute.
-      lacks: the forms of call that it does not take, by their names in FORMS.
+      lacks: the forms of call that it does not take, by their names in FORMS; those of positions
+        it is given as a mask, and segments always.
       one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
       selects: whether logits that are excluded are exchanged, whatever they are, instead of having
         something added to them.
@@ -68,7 +70,7 @@ class Kernel:
 
 
 GIVEN = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
-"""The arrays that kernels are given; for a call with others there are slices."""
+"""The arrays that kernels are given; some others become a mask, for the rest there are slices."""
 
 _LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
 # What jax calls levels; the others are algorithms, such as "BF16_BF16_F32".
@@ -127,10 +129,44 @@ _ALL_LACK = (
 
 
 def lacking(kernel: Kernel, inputs: Inputs, call: Call, *, training: bool) -> list[str]:
-    """What a call has that a kernel does not take; empty where there is nothing."""
-    form = Form(inputs, call, training)
-    arrays = [name for name in inputs.present if name not in GIVEN]
-    return arrays + [name for name in kernel.lacks if FORMS[name](form)]
+    """What a call has that a kernel does not take, nor by a mask; empty where there is nothing."""
+    form, masked = Form(inputs, call, training), _masked(kernel, inputs, call)
+    arrays = [name for name in inputs.present if name not in (*GIVEN, *masked)]
+    return arrays + [name for name in kernel.lacks if FORMS[name](form) and name not in masked]
+
+
+_SEGMENTS = ("query_segment_ids", "key_value_segment_ids")
+# By which rows and keys a query sees, from its position on.
+_POSITIONS = (
+    "a local_window_size that reaches to the right",
+    "a local_window_size of more queries than keys",
+    "a local_window_size and lengths",
+    "a query_offset",
+)
+
+
+def _masked(kernel: Kernel, inputs: Inputs, call: Call) -> list[str]:
+    """What a call has that a kernel sees by a mask alone: names of arrays and of forms."""
+    form = Form(inputs, call, training=False)
+    forms = [name for name in _POSITIONS if name in kernel.lacks and FORMS[name](form)]
+    arrays = ["query_offset"] if inputs.query_offset is not None else []
+    return [*forms, *arrays, *(name for name in _SEGMENTS if name in inputs.present)]
+
+
+def as_mask(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Call]:
+    """The same call with a mask [..., H, G, T', T] in place of what a kernel sees only by one.
+
+    It has sizes of one where all are alike: of a single sequence, and of all heads, it is [T', T].
+    """
+    masked = _masked(kernel, inputs, call)
+    if not masked:
+        return inputs, call
+    in_mask = inputs._replace(bias=None, query_seq_lengths=None, key_value_seq_lengths=None)
+    given = inputs._replace(query_segment_ids=None, key_value_segment_ids=None, query_offset=None)
+    unseen = call._replace(is_causal=False, window=None, offset=0)
+    if masked[0] in _SEGMENTS:  # the kernel sees positions by itself
+        return given._replace(mask=terms_of(in_mask, unseen).visible()), call
+    return given._replace(mask=terms_of(in_mask, call).visible()), unseen
 
 
 def _cudnn(inputs: Inputs, settings: Settings) -> jax.Array:
