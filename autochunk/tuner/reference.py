@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -129,6 +130,19 @@ def dense_on_sample(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
     training = inputs.workload.mode == "training"
     results = jax.jit(function)(arguments, *([cotangent] if training else []))
     return [as_float(result) for result in results]
+
+
+def error_of_products(inputs: WorkloadInputs) -> float:
+    """The error of a product in the workload's dtype and precision, relative to its largest value.
+
+    A GPU may round the operands of products of float32 (to TF32), but that of a single query, which
+    dense attention may have in full.
+    """
+    w = inputs.workload
+    left, right = jax.random.normal(jax.random.key(0), (2, 256, 256), w.dtype)
+    precision = None if w.precision == "default" else w.precision
+    product = jax.jit(functools.partial(jnp.matmul, precision=precision))(left, right)
+    return relative_error([as_float(product)], [_float64(left) @ _float64(right)])
 
 
 def relative_error(

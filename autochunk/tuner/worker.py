@@ -48,7 +48,12 @@ from autochunk.tuner.measure import (
     repeated,
     working_bytes,
 )
-from autochunk.tuner.reference import dense_on_sample, reference, relative_error
+from autochunk.tuner.reference import (
+    dense_on_sample,
+    error_of_products,
+    reference,
+    relative_error,
+)
 from autochunk.workload import Workload
 
 # A plan may err this many times as much as dense attention in the same dtype does, plus a few
@@ -83,7 +88,8 @@ class _Expected:
 
     def __init__(self, inputs: WorkloadInputs) -> None:
         self.results = reference(inputs)
-        usual = relative_error(dense_on_sample(inputs), self.results)
+        of_dense = relative_error(dense_on_sample(inputs), self.results)
+        usual = max(of_dense, error_of_products(inputs))
         rounding = float(jnp.finfo(inputs.workload.dtype).eps)
         self.error_limit = ERROR_FACTOR * usual + ERROR_ROUNDINGS * rounding
 

@@ -7,8 +7,13 @@ import pytest
 
 from autochunk.plan import Plan
 from autochunk.tuner.inputs import WorkloadInputs
-from autochunk.tuner.reference import dense_on_sample, reference, relative_error
-from autochunk.workload import Workload
+from autochunk.tuner.reference import (
+    dense_on_sample,
+    error_of_products,
+    reference,
+    relative_error,
+)
+from autochunk.workload import DType, Workload
 
 SHAPES = [
     "b=3,t=40,h=4,kv_heads=2,k=8,causal=yes,kv_lengths=b",
@@ -40,3 +45,21 @@ def test_every_kind_of_call_is_measured(shape: str) -> None:
     for plan in (Plan("dense"), Plan("xla", 2e-3)):
         results = jax.jit(inputs.function(plan))(*inputs.passed)
         assert relative_error(inputs.on_sample(results), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2.0**-24), ("bfloat16", 2.0**-9)])
+def test_products_err_as_their_dtype_does(dtype: DType, rounding: float) -> None:
+    """By about the rounding of one number, of the largest value."""
+    inputs = WorkloadInputs(Workload.parse("t=4,h=2,k=8", dtype=dtype))
+    assert rounding / 20 < error_of_products(inputs) < 20 * rounding
+
+
+@pytest.mark.gpu
+def test_one_query_may_err_as_products_do() -> None:
+    """On a GPU dense attention of one query is exact in float32, of more it is rounded to TF32."""
+    one, exact = (
+        error_of_products(WorkloadInputs(Workload.parse(f"t=1,s=8,h=2,k=8{more}")))
+        for more in ("", ",precision=highest")
+    )
+    assert exact < 1e-5
+    assert one > 1e-4
