@@ -7,6 +7,7 @@ Where things are; each room imports only from those above it, which ``tests/test
 holds::
 
     errors                   what callers can catch
+    text                     text from elsewhere, made safe to print
     operands                 the arrays of a call, in one table
     implementations          the ways to compute attention, in one table
     plan                     how a call runs: an implementation, a limit, the slices of these

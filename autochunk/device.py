@@ -58,11 +58,11 @@ class Device(BaseModel):
     kind: str = Field(min_length=1, max_length=200, pattern=r"^[^|\x00-\x1f\x7f]*$")
     cores: int = Field(ge=0)
     memory_gib: int = Field(ge=0)
-    jax: str = ""
-    jaxlib: str = ""
-    driver: str = ""
-    cuda: str = ""
-    cudnn: str = ""
+    jax: str = Field(default="", max_length=1000)
+    jaxlib: str = Field(default="", max_length=1000)
+    driver: str = Field(default="", max_length=1000)
+    cuda: str = Field(default="", max_length=1000)
+    cudnn: str = Field(default="", max_length=1000)
     allocator: str = Field(default="", max_length=1000)
     huge_pages: str = Field(default="", max_length=100)
 

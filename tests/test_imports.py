@@ -24,13 +24,14 @@ def _name(path: Path) -> str:
 
 MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
-WORDS = {"errors", "operands", "implementations", "plan", "workload"}
+WORDS = {"errors", "text", "operands", "implementations", "plan", "workload"}
 WORDS |= {"host", "nvidia", "nvml", "device"}
 # Each room and the other rooms it may import. A module belongs to the longest room name that it
 # starts with; "" is the package itself (for its version).
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
+    "text": set(),
     "operands": set(),
     "implementations": set(),
     "plan": {"errors", "implementations"},
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "host": set(),
     "nvidia": {"errors", "host"},
     "nvml": set(),
-    "device": {"errors", "host", "nvidia"},
+    "device": {"errors", "text", "host", "nvidia"},
     "store": WORDS | {""},
     "predict": WORDS | {"store"},
     "resolution": WORDS | {"", "store", "predict"},

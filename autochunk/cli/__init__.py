@@ -16,7 +16,9 @@ import autochunk
 from autochunk.cli.looking import doctor, evaluate, explain, show
 from autochunk.cli.measuring import bench, tune
 from autochunk.cli.moving import export, forget, import_
+from autochunk.cli.printing import prepare_streams
 from autochunk.errors import AutochunkError
+from autochunk.text import printable
 
 
 class _Commands(click.Group):
@@ -26,13 +28,14 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except AutochunkError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(autochunk.__version__, package_name="autochunk")
 def main() -> None:
     """Attention that never holds more logits than it should, tuned once for each machine."""
+    prepare_streams()
     # What only looks at a GPU must not take three quarters of its memory, as jax does unless told.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

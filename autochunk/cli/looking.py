@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
-from autochunk.cli.printing import make_console, print_json, print_profiles
+from autochunk.cli.printing import print_json, print_parts, print_profiles, say
 from autochunk.device import detect
 from autochunk.report.evaluation import evaluation_record, evaluation_table, replays_table
 from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
@@ -52,13 +52,13 @@ def show(
     if rows or (memory and as_json):
         print_profiles(rows, as_json, markdown, memory_table)
     elif memory and shown:
-        click.echo("None of these profiles has a plan that was timed.")
+        say("None of these profiles has a plan that was timed.")
     elif shown or as_json:
         print_profiles([profile_row(profile, now) for profile in shown], as_json, markdown)
     elif stale:
-        click.echo(f"No stale profiles in {place or profile_store.path}.")
+        say(f"No stale profiles in {place or profile_store.path}.")
     else:
-        click.echo(f"No profiles in {place or profile_store.path}. `autochunk tune` makes some.")
+        say(f"No profiles in {place or profile_store.path}. `autochunk tune` makes some.")
 
 
 @click.command()
@@ -85,7 +85,7 @@ def explain(
         accounts = [
             (layer.name, account(layer, resolution.device, resolution.workload)) for layer in layers
         ]
-        make_console().print(resolution_text(resolution, accounts), "")
+        print_parts(resolution_text(resolution, accounts), "")
 
 
 @click.command()
@@ -112,13 +112,12 @@ def evaluate(
         print_json(record)
         return
     if not replays:
-        click.echo("Too few profiles: one is predicted from others. `autochunk tune` makes some.")
+        say("Too few profiles: one is predicted from others. `autochunk tune` makes some.")
         return
-    console = make_console()
-    console.print(evaluation_table(record["devices"]))
+    print_parts(evaluation_table(record["devices"]))
     shown = sorted(record["workloads"], key=lambda one: -one["regret"])[:worst]
     if shown:
-        console.print("", replays_table(shown))
+        print_parts("", replays_table(shown))
 
 
 @click.command()
@@ -143,7 +142,7 @@ def doctor(count: int, store: Path | None, as_json: bool) -> None:
     for finding in examine(store, verify_count=count, page_faults=page_faults.cost):
         findings.append(finding)
         if not as_json:
-            make_console().print(finding_text(finding))
+            print_parts(finding_text(finding))
     if as_json:
         print_json([finding_record(finding) for finding in findings])
     if any(finding.level == "problem" for finding in findings):

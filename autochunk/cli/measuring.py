@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from autochunk.cli.options import Wanted, json_option, shape_or_preset_options, store_option
-from autochunk.cli.printing import make_console, print_json, print_profiles
+from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import Device, detect
 from autochunk.nvidia import visible_gpus
 from autochunk.plan import Plan
@@ -134,14 +134,14 @@ def tune(
                 storage=storage,
             )
     except KeyboardInterrupt:
-        click.echo(
+        say(
             "Interrupted. What was measured is kept; the same command goes on from here.", err=True
         )
         sys.exit(130)
     rows = [profile_row(profile) for profile in profiles]
     print_profiles(rows, as_json)
     if scattered := [row for row in rows if (row["spread"] or 0.0) > SCATTERED]:
-        click.echo(
+        say(
             f"The times of {len(scattered)} workloads scatter by more than {SCATTERED:.0%}: small "
             "differences between plans cannot be seen. It helps to end other work on this machine, "
             "to keep its clocks from changing, or to give this process cores of its own; then tune "
@@ -170,7 +170,7 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 
 def _say_nothing(what: str) -> None:
-    click.echo(f"{what} on this machine, of these dtypes and modes.", err=True)
+    say(f"{what} on this machine, of these dtypes and modes.", err=True)
 
 
 # --- bench ----------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def _contenders(
         records = [bench_record(contender) for contender in found]
         results.append({"workload": workload.key, "contenders": records})
         if not as_json:
-            make_console().print(bench_table(records, _title(workload)))
+            print_parts(bench_table(records, _title(workload)))
     return results
 
 
@@ -299,7 +299,7 @@ def _rivals(
         record = rivals_record(profile, run(profile, plans, rounds=rounds, in_layer=in_layer))
         results.append(record)
         if not as_json:
-            make_console().print(rivals_table(record, _title(profile.parsed_workload()), in_layer))
+            print_parts(rivals_table(record, _title(profile.parsed_workload()), in_layer))
     return results
 
 
@@ -315,7 +315,7 @@ def _memory(
         rows = [memory_row(profile, plan, prepared) for plan, prepared in found]
         results.extend(rows)
         if not as_json:
-            make_console().print(memory_table(rows))
+            print_parts(memory_table(rows))
     return results
 
 

@@ -14,7 +14,7 @@ from autochunk.cli.options import (
     stale_option,
     store_option,
 )
-from autochunk.cli.printing import make_console, print_json
+from autochunk.cli.printing import print_json, print_parts, say
 from autochunk.device import detect
 from autochunk.errors import ArgumentError
 from autochunk.report.records import import_records
@@ -51,7 +51,7 @@ def export(
         )
     text = bundle.dump(profiles, note)
     if place == "-":
-        click.echo(text, nl=False)
+        say(text, end="")
     else:
         files.write(place, text)
     summary = f"{len(profiles)} profiles exported"
@@ -59,7 +59,7 @@ def export(
         summary += f", {left_out} left out"
     if unfinished:
         summary += f", {unfinished} not finished"
-    click.echo(f"{summary}.", err=True)
+    say(f"{summary}.", err=True)
 
 
 def _exportable(storage: str | None, store: Path | None) -> tuple[list[Profile], int]:
@@ -94,7 +94,7 @@ def import_(
     if as_json:
         print_json(import_records(plan))
     else:
-        make_console().print(import_text(plan, dry_run))
+        print_parts(import_text(plan, dry_run))
 
 
 # --- forget ---------------------------------------------------------------------------------------
@@ -161,9 +161,9 @@ def _chosen(profiles: list[Profile], stale: bool, older_than: int | None) -> lis
 def _forget(names: list[str], what: str, forget_them: Callable[[], int], yes: bool) -> None:
     """Says what goes, asks, and lets it go."""
     if not names:
-        click.echo("There is nothing to forget.", err=True)
+        say("There is nothing to forget.", err=True)
         return
     for name in names:
-        click.echo(name, err=True)
+        say(name, err=True)
     if yes or click.confirm(f"Forget these {len(names)}?", err=True):
-        click.echo(f"{forget_them()} {what} forgotten.", err=True)
+        say(f"{forget_them()} {what} forgotten.", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -121,11 +122,13 @@ class TuneProgress:
         self._say(f"{_label(event)}: {_ending(event)}")
 
     def _say(self, line: str) -> None:
-        if self._live:
-            self.console.print(line, highlight=False, markup=False)
-        else:
-            line = f"{time.monotonic() - self._start:6.1f} s  {line}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        # A full disk under a log is no reason to end hours of measuring.
+        with contextlib.suppress(OSError):
+            if self._live:
+                self.console.print(line, highlight=False, markup=False)
+            else:
+                line = f"{time.monotonic() - self._start:6.1f} s  {line}"
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _disturbance(event: Disturbance) -> str:

@@ -17,9 +17,9 @@ _PROFILE_COLUMNS = (
     "workload",
     "mode",
     "chosen plan",
-    "time vs dense",
-    "vs 1000 MB",
-    "memory vs dense",
+    "speed-up vs dense",
+    "speed-up vs 1000 MB",
+    "memory (share of dense's)",
     "spread",
     "within",
     "notes",
@@ -36,8 +36,8 @@ def profile_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tab
             _workload(row),
             row["mode"],
             row["plan"] or "none",
-            _faster(row["speedup_vs_dense"]),
-            _faster(row["speedup_vs_default"]),
+            _speedup(row["speedup_vs_dense"]),
+            _speedup(row["speedup_vs_default"]),
             _memory(row["temp_bytes"], row["memory_vs_dense"]),
             _percent(row["spread"]),
             _within(row["within"]),
@@ -67,14 +67,14 @@ def memory_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tabl
 def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
     """The table of ``autochunk bench``."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in ("", "time", "vs haiku dense", "spread", "memory", ""):
+    for name in ("", "time", "speed-up vs haiku dense", "spread", "memory", ""):
         table.add_column(name)
     for record in records:
         seconds, ratio = record["seconds"], record["ratio"]
         table.add_row(
             record["name"],
             "-" if seconds is None else f"{seconds * 1e3:.2f} ms",
-            _faster(1 / ratio if ratio else None),
+            _speedup(1 / ratio if ratio else None),
             _percent(record["spread"]),
             _memory(record["temp_bytes"]),
             Text(record["detail"]),
@@ -119,7 +119,7 @@ def _workload(row: dict[str, Any]) -> str:
     return shape if row["dtype"] == "float32" else f"{shape} {row['dtype']}"
 
 
-def _faster(ratio: float | None) -> str:
+def _speedup(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
@@ -127,9 +127,12 @@ def _memory(temp_bytes: int | None, share: float | None = None) -> str:
     if temp_bytes is None:
         return "-"
     text = f"{temp_bytes / 1e6:.0f} MB"
-    if share is None or share < 1 / 9999:
-        return text
-    return f"{text} (1/{1 / share:.1f})" if share < 1 else f"{text} ({share:.1f}x)"
+    return text if share is None else f"{text} ({_fraction(share)})"
+
+
+def _fraction(share: float) -> str:
+    """Two digits of it, or more: 0.014, 0.25, 12.00."""
+    return f"{share:.2f}" if share >= 0.1 else f"{share:.2g}"
 
 
 def _percent(value: float | None) -> str:

@@ -63,20 +63,15 @@ def import_text(plan: ImportPlan, dry_run: bool) -> Group:
     counts = ", ".join(f"{plan.count(relation)} {relation}" for relation in get_args(Relation))
     stored = f"{len(plan.taken)} of {len(plan.entries)} profiles"
     summary = Text(f"{counts}. {stored} {'would be' if dry_run else 'were'} stored.")
-    return Group(_entries(told), summary) if told else Group(summary)
+    return Group(*map(_entry, told), summary)
 
 
-def _entries(entries: Iterable[ImportEntry]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for entry in entries:
-        table.add_row(
-            entry.relation,
-            "stored" if entry.taken else "left out",
-            Text(entry.profile.workload),
-            Text(entry.profile.device.key),
-            Text(entry.reason),
-        )
-    return table
+def _entry(entry: ImportEntry) -> Text:
+    """Two lines of what an import did with one profile."""
+    done, profile = "stored" if entry.taken else "left out", entry.profile
+    return Text(
+        f"{entry.relation}, {done}: {profile.workload} | {profile.device.key}\n  {entry.reason}"
+    )
 
 
 def finding_text(finding: Finding) -> Text:

@@ -13,6 +13,7 @@ from autochunk.resolution import agree, settings
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.layers import Layer
 from autochunk.store.profiles import ProfileStore
+from autochunk.text import one_line
 
 # Of these no line tells a user where to look.
 _FRAMEWORKS = frozenset({"autochunk", "jax", "haiku", "flax", "contextlib", "functools"})
@@ -93,7 +94,9 @@ def warn_once(category: type[Warning], subject: Any, text: str | Callable[[], st
     if (category, subject) in _reported:
         return
     _reported.add((category, subject))
-    warnings.warn(text if isinstance(text, str) else text(), category, stacklevel=_users_level())
+    # A version or an error in it may come from somebody else's file.
+    said = one_line(text if isinstance(text, str) else text())
+    warnings.warn(said, category, stacklevel=_users_level())
 
 
 def _users_level() -> int:

@@ -22,9 +22,10 @@ import autochunk
 from autochunk.device import Device, current_key
 from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import files, json_text, remote
-from autochunk.store.json_text import NO_BUNDLE, checked, one_line, refuse_wide
+from autochunk.store.json_text import NO_BUNDLE, checked, refuse_wide
 from autochunk.store.measurement import Record
 from autochunk.store.profile import Profile
+from autochunk.text import one_line
 
 BUNDLE_VERSION: Literal[4] = 4
 

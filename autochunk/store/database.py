@@ -34,6 +34,7 @@ import sqlitedict
 from autochunk.errors import StoreError, StoreWarning
 from autochunk.store import rescue
 from autochunk.store.rescue import Row
+from autochunk.text import one_line
 
 _BUSY_MILLISECONDS = 30_000
 
@@ -220,7 +221,7 @@ class Database:
             if rescue.is_damage(error) and task == "read":
                 cure = f"`autochunk tune` sets it aside and rescues what is whole in it; or {cure}"
             raise StoreError(
-                f"cannot {task} the profile store {self.path}: {error}; {cure}"
+                f"cannot {task} the profile store {self.path}: {one_line(str(error))}; {cure}"
             ) from error
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from autochunk.errors import BundleError
 from autochunk.store import json_text, remote
-from autochunk.store.json_text import checked, one_line, refuse_large
+from autochunk.store.json_text import checked, refuse_large
+from autochunk.text import one_line
 
 
 def fetch(place: str | os.PathLike[str], timeout: float = remote.TIMEOUT_SECONDS) -> bytes:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from autochunk.errors import BundleError
+from autochunk.text import one_line
 
 MOST_BYTES = 256 * 2**20
 # Python takes up to some 100 bytes for a value that JSON writes in three; a bundle has one in about
@@ -150,8 +151,3 @@ def _explanation(error: ValidationError, place: str) -> str:
         f"{NO_BUNDLE}; {error.error_count()} problem(s), first at {where[:300]}: "
         f"{one_line(problem['msg'][:300])}"
     )
-
-
-def one_line(text: str) -> str:
-    """Text from a file, with line ends and whatever else does not print escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -49,7 +49,7 @@ class Profile(Record):
     effort: Effort
     complete: bool
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
-    autochunk: str
+    autochunk: Annotated[str, Field(max_length=1000)]
 
     @field_validator("schema_version", mode="before")
     @classmethod

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from autochunk.text import one_line
+
 # How many rows at most are looked for one by one between damages: it takes some seconds.
 _MOST_LOOK_UPS = 200_000
 
@@ -100,8 +102,8 @@ def damage(path: Path, seconds: float, check: str = "quick_check") -> str:
     except sqlite3.DatabaseError as error:
         if not is_damage(error):
             raise
-        return str(error)
-    return "" if verdict == "ok" else " ".join(str(verdict).split())
+        return one_line(str(error))
+    return "" if verdict == "ok" else one_line(" ".join(str(verdict).split()))
 
 
 def mend(

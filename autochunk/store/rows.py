@@ -21,6 +21,7 @@ from pydantic import (
 from autochunk.device import Device, current_key
 from autochunk.store.profile import SCHEMA_VERSION, Profile
 from autochunk.store.rescue import Row
+from autochunk.text import one_line
 
 PROFILES, MISSED = TABLES = "profiles", "missed"
 
@@ -148,4 +149,5 @@ def fits(kind: type[BaseModel], row: Row) -> bool:
 
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    where = one_line(".".join(map(str, problem["loc"])))
+    return f"{where[:300]}: {one_line(problem['msg'][:300])}"
