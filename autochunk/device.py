@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
+import os
 import re
 from typing import Any
 
@@ -166,6 +167,25 @@ def current_key(key: str) -> str:
     return device.key if device else key
 
 
+def key_items(key: str) -> dict[str, str]:
+    """What a device's key says by name: platform, kind, a CPU's isa and caches, cores, memory."""
+    platform, _, rest = key.partition(" ")
+    kind, *others = re.split(r" (?=isa=|caches=|cores=|memory=)", rest)
+    return {"platform": platform, "kind": kind, **dict(one.split("=", 1) for one in others)}
+
+
+def difference(key: str, here: str) -> dict[str, tuple[str, str]]:
+    """What a device's key says otherwise than another's, by name: both, "none" where one is mum.
+
+    Of another platform nothing but that and the kind is worth telling.
+    """
+    theirs, ours = key_items(key), key_items(here)
+    names = [*theirs, *(name for name in ours if name not in theirs)]
+    names = names if theirs["platform"] == ours["platform"] else ["platform", "kind"]
+    pairs = {name: (theirs.get(name, "none"), ours.get(name, "none")) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def _minor(version: str) -> tuple[str, ...]:
     return tuple(version.split(".")[:2])
 
@@ -195,8 +215,9 @@ def default_device() -> Any:
     try:
         chosen = config.jax_default_device or jax.local_devices()[0]
         return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
-    except RuntimeError as error:
-        raise DeviceError(f"jax finds no device to compute on: {error}") from error
+    except (RuntimeError, AssertionError) as error:  # the latter where it has no such platform
+        why = str(error) or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}"
+        raise DeviceError(f"jax finds no device to compute on: {why}") from error
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from autochunk.cli.options import (
 )
 from autochunk.cli.printing import print_json, print_parts, say
 from autochunk.device import detect
-from autochunk.errors import ArgumentError
+from autochunk.errors import ArgumentError, DeviceError
 from autochunk.report.records import import_records
 from autochunk.report.text import import_text
 from autochunk.store import bundle, files, merge
@@ -91,10 +92,13 @@ def import_(
     --prefer lets in, or on an error none.
     """  # noqa: D205
     plan = merge.merge(ProfileStore(store), bundle.read(place), prefer, dry_run)
+    here = None
+    with contextlib.suppress(DeviceError):  # profiles may be brought where nothing computes
+        here = detect()
     if as_json:
-        print_json(import_records(plan))
+        print_json(import_records(plan, here))
     else:
-        print_parts(import_text(plan, dry_run))
+        print_parts(import_text(plan, dry_run, here))
 
 
 # --- forget ---------------------------------------------------------------------------------------

@@ -131,8 +131,11 @@ def resolution_record(resolution: Resolution) -> dict[str, Any]:
     }
 
 
-def import_records(plan: ImportPlan) -> list[dict[str, Any]]:
-    """What an import does, as plain data."""
+def import_records(plan: ImportPlan, here: Device | None = None) -> list[dict[str, Any]]:
+    """What an import does, as plain data.
+
+    ``answers_here`` says whether a profile is of the device ``here``; None if that is not known.
+    """
     return [
         {
             "device": entry.profile.device.key,
@@ -140,6 +143,7 @@ def import_records(plan: ImportPlan) -> list[dict[str, Any]]:
             "relation": entry.relation,
             "taken": entry.taken,
             "reason": entry.reason,
+            "answers_here": entry.profile.device.key == here.key if here else None,
         }
         for entry in plan.entries
     ]

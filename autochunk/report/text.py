@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -9,12 +10,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from autochunk.device import Device, difference
 from autochunk.resolution.answer import Resolution
 from autochunk.store.merge import ImportEntry, ImportPlan, Relation
 
 if TYPE_CHECKING:
     from autochunk.doctor import Finding
 
+_MOST_DEVICES = 5  # that are told of one by one
 _STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -57,13 +60,31 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def import_text(plan: ImportPlan, dry_run: bool) -> Group:
-    """What an import did, or would do: the profiles worth telling of, and counts of all kinds."""
+def import_text(plan: ImportPlan, dry_run: bool, here: Device | None = None) -> Group:
+    """What an import did, or would do: the profiles worth telling of, and counts of all kinds.
+
+    Also how many of them answer on the device ``here``, and in what the others' devices differ.
+    """
     told = [entry for entry in plan.entries if entry.relation not in ("new", "same")]
     counts = ", ".join(f"{plan.count(relation)} {relation}" for relation in get_args(Relation))
     stored = f"{len(plan.taken)} of {len(plan.entries)} profiles"
     summary = Text(f"{counts}. {stored} {'would be' if dry_run else 'were'} stored.")
-    return Group(*map(_entry, told), summary)
+    answers = Text("\n".join(_answering(plan, here))) if here and plan.entries else ""
+    return Group(*map(_entry, told), summary, answers)
+
+
+def _answering(plan: ImportPlan, here: Device) -> Iterator[str]:
+    """Which of the profiles are of this device; of the others' devices the most alike first."""
+    counts = collections.Counter(entry.profile.device.key for entry in plan.entries)
+    mine = counts.pop(here.key, 0)
+    yield f"{mine or 'None'} of them {'answer' if mine > 1 else 'answers'} on this device, {here.key}."
+    found = [(difference(key, here.key), key) for key in counts]
+    found.sort(key=lambda one: (len(one[0]), one[1]))
+    for differs, key in found[:_MOST_DEVICES]:
+        fields = ", ".join(f"{name} ({it}, here {mine})" for name, (it, mine) in differs.items())
+        yield f"{counts[key]} of a device that differs in {fields}"
+    if others := found[_MOST_DEVICES:]:
+        yield f"{sum(counts[key] for _, key in others)} of {len(others)} more devices"
 
 
 def _entry(entry: ImportEntry) -> Text:

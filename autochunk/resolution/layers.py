@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from autochunk import device as devices
 from autochunk.device import Device, device_of
 from autochunk.errors import BundleError, StoreError, WorkloadError
 from autochunk.store import bundle, files, remote
@@ -203,7 +203,7 @@ def account(layer: Layer, device: Device, workload: Workload) -> str:
     if here:
         text.append(f"the nearest differs in {_least_difference(here, workload.key, key_items)}")
     if elsewhere := [device_key for device_key, other in keys if other == workload.key]:
-        difference = _least_difference(elsewhere, device.key, _device_items)
+        difference = _least_difference(elsewhere, device.key, devices.key_items)
         text.append(f"this workload on a device that differs in {difference}")
     return "; ".join(text)
 
@@ -221,10 +221,3 @@ def _least_difference(
     return ", ".join(
         f"{name} ({value}, asked was {wanted.get(name, 'none')})" for name, value in fewest.items()
     )
-
-
-def _device_items(key: str) -> dict[str, str]:
-    platform, _, rest = key.partition(" ")
-    kind = re.split(r" (?=cores=|memory=)", rest)
-    more = dict(item.partition("=")[::2] for item in kind[1:])
-    return {"platform": platform, "kind": kind[0], **more}

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from autochunk.errors import ArgumentError, WorkloadError
 from autochunk.store.bundle import Bundle, refuse_twice
 from autochunk.store.profile import EFFORTS, Profile
-from autochunk.store.profiles import ProfileStore
+from autochunk.store.profiles import Changed, ProfileStore
 from autochunk.workload import LATER_DEFAULTS, Workload, key_items
 
 # --- Choosing what travels ------------------------------------------------------------------------
@@ -74,6 +74,7 @@ PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 
 Relation = Literal["new", "same", "newer", "older", "conflicting"]
 
+_MOST_TRIES = 100  # each that fails means that another process stored what it had
 # What is compared in turn; more is better.
 _CRITERIA: dict[Preference, tuple[str, ...]] = {
     "newest": ("created",),
@@ -149,22 +150,29 @@ def merge(
 ) -> ImportPlan:
     """Adds a bundle's profiles to a store, all that the plan takes or, on an error, none.
 
-    With ``dry_run`` only says what it would do. See ``plan_import``.
+    With ``dry_run`` only says what it would do. See ``plan_import``. Where another process changes
+    the same profiles meanwhile, it is planned anew by what is there then.
 
     Raises:
       ArgumentError: ``prefer`` is no preference.
       BundleError: the bundle has two profiles of one device and workload.
-      StoreError: the store cannot be read or written, or another process changed the same profiles
-        meanwhile.
+      StoreError: the store cannot be read or written, or others changed the same profiles again
+        and again.
     """
     _check(bundle, prefer)  # before anything is mended for it
     if not dry_run and bundle.profiles:
         store.check_writable()  # which mends a damaged store, for it to be read
-    plan = _plan(store.profiles(), bundle, prefer, store.newer())
-    if plan.taken and not dry_run:
+    for _ in range(_MOST_TRIES):
+        plan = _plan(store.profiles(), bundle, prefer, store.newer())
+        if dry_run or not plan.taken:
+            return plan
         expected = {entry.profile.key: entry.stored for entry in plan.entries if entry.taken}
-        store.put_all(plan.taken, expected=expected)
-    return plan
+        try:
+            store.put_all(plan.taken, expected=expected)
+            return plan
+        except Changed as error:
+            changed = error
+    raise changed
 
 
 def _check(bundle: Bundle, prefer: Preference) -> None:

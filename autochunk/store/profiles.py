@@ -72,6 +72,10 @@ def default_path() -> Path:
     return path / _FILE_NAME if path.is_dir() or chosen.endswith(os.sep) else path
 
 
+class Changed(StoreError):
+    """What is stored is no longer what it was when it was read: another process was there first."""
+
+
 class ProfileStore:
     """Profiles by device and workload, and the workloads that "auto" missed.
 
@@ -226,7 +230,8 @@ class ProfileStore:
             profiles are stored, nothing is stored.
 
         Raises:
-          StoreError: also where the rows are no longer as ``expected``.
+          Changed: the rows are no longer as ``expected``.
+          StoreError: as everywhere.
         """
         by_key = {row_key(*profile.key): profile for profile in profiles}
         rows = {key: profile.model_dump_json() for key, profile in by_key.items()}
@@ -310,8 +315,8 @@ class ProfileStore:
         absent = {row_key(*names): b"" for names in expected}
         return absent | {key_text(row.key): row.value or b"" for row in rows}
 
-    def _changed(self) -> StoreError:
-        return StoreError(
+    def _changed(self) -> Changed:
+        return Changed(
             f"nothing was stored in {self.path}: another process changed the same profiles "
             "meanwhile; read them again and try again"
         )
