@@ -183,11 +183,9 @@ def _store_file(store: ProfileStore) -> Iterator[Finding]:
     elif store.path.exists():
         yield from _permissions(store.path)
         yield from _unreadable_rows(store)
-    else:
-        folder = next(parent for parent in store.path.absolute().parents if parent.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            detail = f"{store.path} cannot be made: {folder} cannot be written"
-            yield Finding("problem", "store", detail, _ELSEWHERE)
+    elif obstacle := store.obstacle():
+        detail = f"{store.path} cannot be made: {obstacle}"
+        yield Finding("problem", "store", detail, _ELSEWHERE)
 
 
 def _permissions(path: Path) -> Iterator[Finding]:

@@ -545,9 +545,9 @@ def documented_commands() -> list[str]:
     text = "\n".join(blocks).replace("/shared/autochunk/", "")
     lines = re.findall(r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)", text)
     job = README.parent / "examples" / "tune-job.yaml"
-    manifest = re.search(r"command:\s*\[autochunk, (.*)\]", job.read_text())
+    manifest = re.search(r"autochunk (tune [^|]*) \|\|", job.read_text().replace("\n", " "))
     assert manifest is not None
-    return [line.strip() for line in lines] + [manifest[1].replace(",", "")]
+    return [line.strip() for line in lines] + [manifest[1]]
 
 
 @pytest.mark.parametrize("line", documented_commands())

@@ -14,7 +14,8 @@ from autochunk.report.evaluation import evaluation_record, evaluation_table, rep
 from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
 from autochunk.report.tables import memory_table
 from autochunk.report.text import finding_text, resolution_text
-from autochunk.resolution.layers import account, every_profile
+from autochunk.resolution.answer import Resolution
+from autochunk.resolution.layers import Layer, account, every_profile
 from autochunk.resolution.places import all_layers
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
@@ -57,6 +58,11 @@ def show(
         print_profiles([profile_row(profile, now) for profile in shown], as_json, markdown)
     elif stale:
         say(f"No stale profiles in {place or profile_store.path}.")
+    elif place is None and (obstacle := profile_store.obstacle()):
+        say(
+            f"No profiles in {profile_store.path}, which cannot be made ({obstacle}): name another "
+            "file by AUTOCHUNK_STORE or --store."
+        )
     else:
         say(f"No profiles in {place or profile_store.path}. `autochunk tune` makes some.")
 
@@ -82,10 +88,14 @@ def explain(
         return
     layers = all_layers(store)
     for resolution in resolutions:
-        accounts = [
-            (layer.name, account(layer, resolution.device, resolution.workload)) for layer in layers
-        ]
+        accounts = [(layer.name, _account(layer, resolution)) for layer in layers]
         print_parts(resolution_text(resolution, accounts), "")
+
+
+def _account(layer: Layer, resolution: Resolution) -> str:
+    text = account(layer, resolution.device, resolution.workload)
+    obstacle = layer.obstacle() if isinstance(layer, ProfileStore) else ""
+    return f"{text}, and cannot be made: {obstacle}" if obstacle else text
 
 
 @click.command()

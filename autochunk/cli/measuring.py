@@ -24,12 +24,16 @@ from autochunk.store import bundle
 from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.events import Ending, Event, Failed, LeftOut, OutOfTime
 from autochunk.workload import Workload, workloads_of
 
 _TIMEOUTS = ", ".join(
     f"{settings.timeout:g} s {effort}" if settings.timeout else f"none {effort}"
     for effort, settings in EFFORT_SETTINGS.items()
 )
+
+
+_NOTHING, _PARTLY = 1, 3  # exit statuses; 2 is for a wrong command line
 
 
 # --- tune -----------------------------------------------------------------------------------------
@@ -94,6 +98,9 @@ def tune(
     Without --shape, --preset, --missed or --stale: what "auto" has missed here, in at most half of
     the time, and a standard set of shapes, on a CPU in float32, on a GPU in bfloat16 and (not when
     quick) float32, and with thorough effort in these and float16.
+
+    Exit status: 0 if everything is measured, 3 if some of it could not be or was left out for want
+    of time, 1 if nothing is or on an error, 130 if interrupted.
     """
     from autochunk.tuner.agenda import Wishes
     from autochunk.tuner.tune import missed as missed_on
@@ -103,6 +110,7 @@ def tune(
     profile_store = ProfileStore(store)
     named = wanted.named()
     wishes: list[Workload] = []
+    told: list[Event] = []
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -122,6 +130,11 @@ def tune(
 
     try:
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
+
+            def tell(event: Event) -> None:
+                told.append(event)
+                progress(event)
+
             profiles = run(
                 choose,
                 effort=effort,
@@ -129,7 +142,7 @@ def tune(
                 force=force,
                 store=profile_store,
                 memory_budget_mb=memory_budget_mb,
-                on_event=progress,
+                on_event=tell,
                 gpus=visible_gpus(devices) if devices else (),
                 storage=storage,
             )
@@ -148,8 +161,26 @@ def tune(
             "again with --force.",
             err=True,
         )
-    if wishes and not profiles:
-        sys.exit(1)
+    if left := _not_measured(wishes, profiles, told):
+        say(f"{len(left)} of {len(set(wishes))} workloads were not measured.", err=True)
+        sys.exit(_NOTHING if len(left) == len(set(wishes)) else _PARTLY)
+
+
+def _not_measured(
+    wishes: Sequence[Workload], profiles: Sequence[Profile], told: Sequence[Event]
+) -> set[Workload]:
+    """What has no profile with a plan to run, or failed now, and need not stay as it is."""
+    usable = {profile.workload for profile in profiles if profile.choose()}
+    endings = {event.workload: event for event in told if isinstance(event, Ending)}
+    known = {one for event in told if isinstance(event, LeftOut) for one in event.known}
+    return {
+        workload
+        for workload in wishes
+        if workload not in known
+        and (
+            workload.key not in usable or isinstance(endings.get(workload), Failed | OutOfTime)
+        )
+    }
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from autochunk.tuner.events import (
     Awaited,
     DeviceFound,
     Disturbance,
+    Ending,
     Event,
     Failed,
     Finished,
@@ -41,9 +42,6 @@ from autochunk.tuner.events import (
 from autochunk.workload import Workload, key_items
 
 _GOES_ON = "the same command goes on from here"
-
-_Ending = Finished | Awaited | Skipped | Failed | OutOfTime
-
 
 class TuneProgress:
     """Shows the events of a tune: a live display in a terminal, plain lines elsewhere."""
@@ -116,7 +114,7 @@ class TuneProgress:
             result = _milliseconds(measurement) if measurement.timed else measurement.status
             self._say(f"  [{event.number}] {event.done}/{event.total} {measurement.plan}: {result}")
 
-    def _ended(self, event: _Ending) -> None:
+    def _ended(self, event: Ending) -> None:
         if event.workload in self._tasks:
             self._progress.remove_task(self._tasks.pop(event.workload))
         self._say(f"{_label(event)}: {_ending(event)}")
@@ -171,7 +169,7 @@ def _milliseconds(measurement: Measurement) -> str:
     return f"{measurement.seconds_median * 1e3:.1f} ms"
 
 
-def _ending(event: _Ending) -> str:
+def _ending(event: Ending) -> str:
     """What became of a workload; not measured is only what nothing is stored of."""
     match event:
         case Finished():

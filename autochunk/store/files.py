@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import sys
+import tempfile
 from pathlib import Path
 
 from autochunk.errors import BundleError
@@ -94,6 +95,26 @@ def _write_file(path: Path, data: bytes) -> None:
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def obstacle(path: Path) -> str:
+    """Why a file cannot be made where there is none; "" where it is there, or can be.
+
+    Tried with a file that is gone at once: permissions alone do not tell of every file system.
+    """
+    try:
+        if path.exists():
+            return ""
+        folder = next(parent for parent in path.resolve().parents if parent.exists())
+        if not folder.is_dir():
+            return f"{folder} is no folder"
+    except (OSError, RuntimeError) as error:  # the latter for links that lead to themselves
+        return one_line(str(error))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} takes no file, {_reason(error)}"
 
 
 def file_identity(path: str | os.PathLike[str]) -> tuple[int, ...] | None:

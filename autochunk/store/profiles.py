@@ -20,7 +20,7 @@ from platformdirs import user_data_path
 from autochunk.device import Device
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
 from autochunk.store.database import AMONG, ENDING, IN_RANGE, OF_KEY, UNCHANGED, Database
-from autochunk.store.files import file_identity
+from autochunk.store.files import file_identity, obstacle
 from autochunk.store.profile import Profile, utc_now
 from autochunk.store.rescue import Row
 from autochunk.store.rows import (
@@ -179,6 +179,10 @@ class ProfileStore:
         Their value is no JSON, no profile, or another key's. A newer version's are none of these.
         """
         return [key_text(row.key) for row in self._unreadable()]
+
+    def obstacle(self) -> str:
+        """Why the file cannot be made; "" where it is there, or can be."""
+        return obstacle(self.path)
 
     def version(self) -> tuple[int, ...] | None:
         """Changes whenever the file does; None while there is no file."""

@@ -123,15 +123,6 @@ class OutOfTime(Subject):
 
 Disturbance = OtherWork | SharedGpu | SlowedGpu
 
-Event = (
-    DeviceFound
-    | Disturbance
-    | LeftOut
-    | Started
-    | Measured
-    | Finished
-    | Awaited
-    | Skipped
-    | Failed
-    | OutOfTime
-)
+Ending = Finished | Awaited | Skipped | Failed | OutOfTime
+
+Event = DeviceFound | Disturbance | LeftOut | Started | Measured | Ending
