@@ -25,10 +25,11 @@ from autochunk import host, nvidia
 from autochunk.errors import DeviceError
 
 _GIB = 2**30
+_MOST = 999_999_999  # cores, or GiB: what a key has room for
 
 # A key of any version.
 _KEY = re.compile(
-    r"(?P<platform>[a-z_]+) (?P<kind>.+?)(?: cores=(?P<cores>[0-9]{1,9}))?"
+    r"(?P<platform>[a-z_]+) (?P<kind>.+?)(?: cores=(?P<cores>[0-9]{1,9}(?:\.[0-9]{1,2})?))?"
     r"(?: memory=~?(?P<memory_gib>[0-9]{1,9})GiB)?"
 )
 _CPU_KIND = re.compile(r"(?P<model>.*?)(?: isa=(?P<isa>\S*))?(?: caches=(?P<caches>\S*))?")
@@ -42,7 +43,8 @@ class Device(BaseModel):
       kind: the accelerator's name, or for a CPU its model, a hash of its instruction sets and its
         cache sizes, by ``host.cpu_kind``. This machine's CPU as older versions called it is read as
         that.
-      cores: CPU cores this process may use (affinity and cgroup quota); 0 on accelerators.
+      cores: CPU cores this process may use (affinity and cgroup quota), in hundredths: 1.5 are
+        another device than 2; 0 on accelerators.
       memory_gib: memory of the device in GiB, rounded; on CPU the lesser of the machine's and the
         cgroup's, on a GPU (or a slice of one) all that it has, whoever uses it. It bounds plans; on
         a CPU it names no other device, on others only where it is much more or less (see ``key``).
@@ -57,8 +59,8 @@ class Device(BaseModel):
     platform: str = Field(pattern=r"^[a-z_]{1,100}$")
     # No text that could pass for another part of a key.
     kind: str = Field(min_length=1, max_length=200, pattern=r"^[^|\x00-\x1f\x7f]*$")
-    cores: int = Field(ge=0)
-    memory_gib: int = Field(ge=0)
+    cores: int | float = Field(ge=0, le=_MOST)
+    memory_gib: int = Field(ge=0, le=_MOST)
     jax: str = Field(default="", max_length=1000)
     jaxlib: str = Field(default="", max_length=1000)
     driver: str = Field(default="", max_length=1000)
@@ -66,6 +68,12 @@ class Device(BaseModel):
     cudnn: str = Field(default="", max_length=1000)
     allocator: str = Field(default="", max_length=1000)
     huge_pages: str = Field(default="", max_length=100)
+
+    @field_validator("cores")
+    @classmethod
+    def _in_hundredths(cls, value: float) -> float:
+        value = round(value, 2)
+        return int(value) if value == int(value) else value
 
     @field_validator("kind")
     @classmethod
@@ -328,5 +336,5 @@ def _vendor(kind: str) -> str:
     return "NVIDIA" if first in ("Tesla", "Quadro", "GeForce", "GRID") else first
 
 
-def _ratio(one: int, other: int) -> float:
+def _ratio(one: float, other: float) -> float:
     return min(one, other) / max(one, other) if one != other else 1.0

@@ -173,12 +173,12 @@ def _bare_kind() -> str:
 # --- Cores and memory -----------------------------------------------------------------------------
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use.
+def usable_cores() -> float:
+    """CPU cores that this process may use: 1.5 where a quota lets it have so many.
 
-    The least of the machine's, its affinity and its cgroup's quota (rounded up).
+    The least of the machine's, its affinity and its cgroups' quotas; of these hundredths count.
     """
-    cores = (
+    cores: float = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     for folder in _cgroup_folders("cpu"):
@@ -189,8 +189,8 @@ def usable_cores() -> int:
                 read(folder / "cpu.cfs_period_us").strip(),
             )
         if quota.isdecimal() and period.isdecimal() and int(period):
-            cores = min(cores, max(1, -(-int(quota) // int(period))))
-    return cores
+            cores = min(cores, max(0.01, round(int(quota) / int(period), 2)))
+    return int(cores) if cores == int(cores) else cores
 
 
 def cpu_memory_bytes() -> int:
@@ -276,7 +276,7 @@ def _inactive_file(folder: Path) -> int:
 
 
 def _cgroup_folders(controller: str) -> list[Path]:
-    """The cgroup folders of this process for a controller, from its own up to the root.
+    """The cgroup folders of this process for a controller, from its own up to what is mounted.
 
     A limit may sit on any of them.
     """
@@ -286,10 +286,56 @@ def _cgroup_folders(controller: str) -> list[Path]:
         controllers, _, path = rest.partition(":")
         if controllers and controller not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup") / (controller if controllers else "")
-        own = root / path.lstrip("/")
-        folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
-    return folders
+        for root, own in _mounted(controller if controllers else "", path):
+            folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    return list(dict.fromkeys(folders))
+
+
+def _mounted(controller: str, path: str) -> list[tuple[Path, Path]]:
+    """Where the cgroups of a controller are mounted, and there the folder of one by its path.
+
+    Of version 2, which has one mount for all, the controller is "".
+    """
+    mounts = _cgroup_mounts(controller)
+    if not mounts:
+        usual = Path("/sys/fs/cgroup") / controller
+        return [(usual, usual / path.lstrip("/"))]
+    found = [(root, _below(inside, path)) for root, inside in mounts]
+    # Of a mount that shows others' cgroups, too, all that can be told is what it is of.
+    fitting = [one for one in found if one[1] is not None] or found
+    return [(root, root / (below or "")) for root, below in fitting]
+
+
+def _cgroup_mounts(controller: str) -> list[tuple[Path, str]]:
+    """Each mount of a controller, and the path of the cgroup that is mounted there.
+
+    Controllers may be mounted together and anywhere: ``/sys/fs/cgroup/cpu,cpuacct``, say.
+    """
+    found = []
+    for line in read("/proc/self/mountinfo").splitlines():
+        mount, _, system = line.partition(" - ")
+        fields, (kind, *more) = mount.split(), system.split() or [""]
+        controllers = more[-1].split(",") if more else []
+        ours = kind == "cgroup" and controller in controllers if controller else kind == "cgroup2"
+        if ours and len(fields) >= 5:
+            found.append((Path(_unescaped(fields[4])), _unescaped(fields[3])))
+    return found
+
+
+def _below(cgroup: str, path: str) -> str | None:
+    """A cgroup's path from another that it is in; None where it is elsewhere.
+
+    "" where one of them lies outside of this container's own cgroups, where names end.
+    """
+    if ".." in f"{cgroup}/{path}".split("/"):
+        return ""
+    above = cgroup.rstrip("/") + "/"
+    return f"{path}/".removeprefix(above).strip("/") if f"{path}/".startswith(above) else None
+
+
+def _unescaped(text: str) -> str:
+    """A path of ``/proc/self/mountinfo``, where spaces and the like are octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def busy_seconds() -> float | None:

@@ -26,7 +26,7 @@ def test_detect_is_complete() -> None:
     """Every field of this machine's CPU is known."""
     here = detect(jax.devices("cpu")[0])
     assert here.platform == "cpu"
-    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert 0 < here.cores <= (os.cpu_count() or 1)
     assert here.memory_gib >= 1
     assert here.jax == jax.__version__
     assert here.jaxlib == jaxlib.version.__version__
@@ -305,7 +305,11 @@ def test_other_versions_are_recorded_only(field: str) -> None:
         ("kind", ""),
         ("kind", "x" * 201),
         ("cores", -1),
+        ("cores", 1e300),
+        ("cores", float("nan")),
         ("memory_gib", -1),
+        ("memory_gib", 10**4000),
+        ("jaxlib", "x" * 1001),
         ("speed", 1),
     ],
 )
@@ -315,29 +319,39 @@ def test_device_is_checked(field: str, wrong: object) -> None:
         make_device(**{field: wrong})
 
 
+def test_a_core_and_a_half_is_another_device_than_two() -> None:
+    """What one has does not answer on the other; whole numbers are spelt as ever."""
+    half, two = make_device(cores=1.5), make_device(cores=2.0)
+    assert (half.key, two.key) == ("cpu Made/Up cores=1.5", "cpu Made/Up cores=2")
+    assert two == make_device(cores=2)
+    assert '"cores":2,' in two.model_dump_json()
+    assert 0.8 < likeness(half, two) < 1
+
+
 LETTERS = st.characters(exclude_categories=["C"], exclude_characters="|")
+CORES = st.integers(0, 512) | st.integers(1, 51_200).map(lambda hundredths: hundredths / 100)
 KINDS = st.text(LETTERS, min_size=1, max_size=20).filter(
     lambda kind: "cores=" not in kind and "memory=" not in kind
 )
 
 
-@given(KINDS, st.integers(0, 512), st.integers(0, 4096), st.text(max_size=9))
-def test_device_json_round_trip(kind: str, cores: int, memory: int, driver: str) -> None:
+@given(KINDS, CORES, st.integers(0, 4096), st.text(max_size=9))
+def test_device_json_round_trip(kind: str, cores: float, memory: int, driver: str) -> None:
     """A device goes through JSON unchanged."""
     one = make_device(kind=kind, cores=cores, memory_gib=memory, driver=driver)
     assert Device.model_validate_json(one.model_dump_json()) == one
     assert Device.model_validate(json.loads(json.dumps(one.model_dump(mode="json")))) == one
 
 
-@given(KINDS, KINDS, st.integers(0, 3), st.integers(0, 3))
-def test_keys_of_devices_are_injective(one: str, other: str, cores: int, more: int) -> None:
+@given(KINDS, KINDS, st.sampled_from([0, 1, 1.5, 2]), st.sampled_from([0, 1, 1.25, 2.0]))
+def test_keys_of_devices_are_injective(one: str, other: str, cores: float, more: float) -> None:
     """Different hard fields never give one key, whatever the kind's text."""
     first, second = make_device(kind=one, cores=cores), make_device(kind=other, cores=more)
     assert (first.key == second.key) == ((one, cores) == (other, more))
 
 
-@given(KINDS, st.sampled_from(["cpu", "gpu"]), st.integers(0, 512), st.integers(0, 4096))
-def test_a_key_is_read_as_itself(kind: str, platform: str, cores: int, memory: int) -> None:
+@given(KINDS, st.sampled_from(["cpu", "gpu"]), CORES, st.integers(0, 4096))
+def test_a_key_is_read_as_itself(kind: str, platform: str, cores: float, memory: int) -> None:
     """Today's as it is, and what an older version made of the same device as today's.
 
     Every version's begin with one of its stems.

@@ -283,25 +283,26 @@ print(usable_cores())
 @pytest.mark.parametrize(
     ("quota", "cores"),
     [
-        ("150000 100000\n", 2),
+        ("150000 100000\n", 1.5),
         ("100000 100000", 1),
-        ("100001 100000", 2),
-        ("50000 100000", 1),
-        ("1 1000000", 1),
+        ("100001 100000", 1),
+        ("133300 100000", 1.33),
+        ("50000 100000", 0.5),
+        ("1 1000000", 0.01),
         ("800000 50000", 16),
         ("99999999 100000", 64),
         ("max 100000\n", 64),
         ("max", 64),
         ("", 64),
-        ("0 100000", 1),
+        ("0 100000", 0.01),
         ("100000 0", 64),
         ("-1 100000", 64),
         ("garbage", 64),
         ("lots of garbage", 64),
     ],
 )
-def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
-    """The ratio of cpu.max's quota and period, rounded up, bounds the cores.
+def test_cores_by_quota_v2(files: Files, quota: str, cores: float) -> None:
+    """The ratio of cpu.max's quota and period, in hundredths, bounds the cores.
 
     "max" and what cannot be read do not.
     """
@@ -312,14 +313,14 @@ def test_cores_by_quota_v2(files: Files, quota: str, cores: int) -> None:
 @pytest.mark.parametrize(
     ("quota", "period", "cores"),
     [
-        ("150000\n", "100000\n", 2),
+        ("150000\n", "100000\n", 1.5),
         ("-1\n", "100000\n", 64),
         ("400000", "100000", 4),
         ("", "100000", 64),
         ("1", "", 64),
     ],
 )
-def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: int) -> None:
+def test_cores_by_quota_v1(files: Files, quota: str, period: str, cores: float) -> None:
     """Version 1 has quota and period in two files; -1 is no limit."""
     files["/proc/self/cgroup"] = V1
     files[f"{ROOT}/cpu/cpu.cfs_quota_us"] = quota
@@ -460,6 +461,68 @@ def test_cgroup_folders(files: Files, cgroup: str, expected: list[str]) -> None:
     assert [str(folder) for folder in host._cgroup_folders("memory")] == expected
 
 
+DOCKER = "/docker/0a1b"
+MEMORY = "/sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mounts", "expected"),
+    [
+        # mounted together, without a link of the controller's own name
+        ("4:cpu,cpuacct:/a", ["/ /sys/fs/cgroup/cpu,cpuacct - cgroup cgroup rw,cpu,cpuacct"], [
+            "/sys/fs/cgroup/cpu,cpuacct/a", "/sys/fs/cgroup/cpu,cpuacct"]),
+        # a container that sees paths of the host, and is shown its own cgroup alone
+        (f"4:cpu:{DOCKER}", [f"{DOCKER} /cg/cpu - cgroup cgroup rw,cpu"], ["/cg/cpu"]),
+        (f"4:cpu:{DOCKER}/x", [f"{DOCKER} /cg/cpu - cgroup cgroup rw,cpu"], ["/cg/cpu/x", "/cg/cpu"]),
+        # version 2 beside version 1
+        ("0::/a", ["/ /sys/fs/cgroup/unified - cgroup2 cgroup2 rw"], [
+            "/sys/fs/cgroup/unified/a", "/sys/fs/cgroup/unified"]),
+        # optional fields, and a space in a path
+        ("0::/a", ["/ /mnt/c\\040g rw shared:9 master:1 - cgroup2 none rw"], ["/mnt/c g/a", "/mnt/c g"]),
+        # somebody else's cgroup is mounted, too
+        ("4:cpu:/a", ["/ /c - cgroup x rw,cpu", "/b /d - cgroup x rw,cpu"], ["/c/a", "/c"]),
+        # names end at the edge of a namespace
+        ("0::/../../other", ["/ /c - cgroup2 x rw"], ["/c"]),
+        ("0::/a", ["/.. /c - cgroup2 x rw"], ["/c"]),
+        # another controller's mount is no place for this one's; nor is a line that says nothing
+        ("4:cpu:/a", ["/ /c - cgroup x rw,cpuset", "", " - ", "garbage - cgroup x cpu"], [
+            f"{ROOT}/cpu/a", f"{ROOT}/cpu"]),
+    ],
+)  # fmt: skip
+def test_cgroups_are_where_they_are_mounted(
+    files: Files, cgroup: str, mounts: list[str], expected: list[str]
+) -> None:
+    """By /proc/self/mountinfo; only where that says nothing, in the usual places."""
+    files["/proc/self/cgroup"] = f"{cgroup}\n"
+    lines = [f"30 23 0:26 {one}" for one in mounts]
+    files["/proc/self/mountinfo"] = "30 23 0:26 / /proc rw - proc proc rw\n" + "\n".join(lines)
+    assert [str(folder) for folder in host._cgroup_folders("cpu")] == expected
+
+
+def test_a_quota_of_this_machine_s_own_is_found() -> None:
+    """A real cgroup of half a core, wherever its controller is mounted."""
+    mounts = host._cgroup_mounts("cpu")  # of version 2 only some folders have the controller
+    if not mounts or os.geteuid() != 0:
+        pytest.skip("no cgroup can be made here")
+    cgroup = mounts[0][0] / f"autochunk-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "cpu.cfs_period_us").write_text("100000")
+        (cgroup / "cpu.cfs_quota_us").write_text("50000")
+    except OSError:
+        pytest.skip("no cgroup can be made here")
+    code = """
+import os, pathlib, sys
+pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+from autochunk.host import usable_cores
+print(usable_cores())
+"""
+    try:
+        assert run_python(code, cgroup).strip() == "0.5"
+    finally:
+        cgroup.rmdir()
+
+
 @pytest.mark.parametrize("digit", ["\u00b2", "\u2460"])
 def test_digits_that_are_no_numbers(files: Files, digit: str) -> None:
     """A superscript two is no quota, and no error."""
@@ -474,12 +537,12 @@ ascii_text = st.text(st.characters(max_codepoint=127))
 def test_garbage_never_raises(cgroup: str, limit: str, meminfo: str) -> None:
     """Files that cannot be understood bind nothing.
 
-    There is always at least one core, and never less than no memory.
+    There is always some of a core, and never less than no memory.
     """
     texts = {"/proc/self/cgroup": f"0::/{cgroup}", "/proc/meminfo": meminfo}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "read", lambda path: texts.get(str(path), limit))
-        assert usable_cores() >= 1
+        assert usable_cores() > 0
         assert available_cpu_bytes() >= 0
         assert cpu_memory_bytes() >= 0
 

@@ -25,7 +25,7 @@ class OtherWork:
     """All is measured, and meanwhile other programs had so many cores of those there are."""
 
     cores: float
-    of: int
+    of: float
 
 
 @dataclass(frozen=True)
