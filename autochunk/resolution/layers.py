@@ -7,7 +7,7 @@ they have changed. Which layers there are, and in which order, is told by ``plac
 from __future__ import annotations
 
 import contextlib
-import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -50,7 +50,13 @@ class Layer(Protocol):
 
 
 class BundleLayer:
-    """A bundle file, a folder of them (``*.json``, ``*.json.gz``), or a URL."""
+    """A bundle file, a folder of them (``*.json``, ``*.json.gz``), or a URL.
+
+    A file in a folder that cannot be read does not take the others along.
+
+    Attributes:
+      left_out: why files and profiles of a folder are not used, as far as that was seen.
+    """
 
     def __init__(self, place: str, label: str) -> None:
         self.place = place
@@ -59,6 +65,7 @@ class BundleLayer:
         self._seen: tuple[Any, Any] = (None, None)
         self._look_again = self._retry_at = 0.0
         self._loaded: list[bundle.Index] | BundleError | None = None
+        self.left_out: list[BundleError] = []
 
     def version(self) -> Any:
         """Times and sizes of the files.
@@ -71,14 +78,24 @@ class BundleLayer:
         # folder's own identity; one that is written over does not.
         own = files.file_identity(self.place)
         if own is not None and (own != self._seen[0] or time.monotonic() > self._look_again):
-            self._seen = (own, tuple(map(files.file_identity, self._files())))
+            with contextlib.suppress(BundleError):  # said when it is read
+                self._seen = (own, tuple(map(files.file_identity, self._files())))
             self._look_again = time.monotonic() + _LOOK_SECONDS
         return self._seen if own is not None else None
 
     def get(self, device: Device, workload: Workload) -> Profile | None:
-        """Of several files with one, the last by name."""
-        key = (device.key, workload.key)
-        return next((index[key] for index in reversed(self._indexes()) if key in index), None)
+        """Of several files with one that can be read, the last by name."""
+        key, wrong = (device.key, workload.key), None
+        for index in reversed(self._indexes()):
+            try:
+                if key in index:
+                    return index[key]
+            except BundleError as error:
+                wrong = error
+                self._leave_out(error)
+        if wrong is not None:
+            raise wrong
+        return None
 
     def workloads(self, device: Device) -> list[str]:
         """Those of all files."""
@@ -96,20 +113,40 @@ class BundleLayer:
             return []  # nobody named it
         if remote.is_url(self.place) or not folder.is_dir():
             return [self.place]
-        found = itertools.chain(folder.glob("*.json"), folder.glob("*.json.gz"))
-        return sorted(map(str, found))
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            raise BundleError(f"{self.place}: {error.strerror}") from error
+        return sorted(str(folder / name) for name in names if name.endswith((".json", ".json.gz")))
 
     def _indexes(self) -> list[bundle.Index]:
         failed = isinstance(self._loaded, BundleError) and remote.is_url(self.place)
         if self._loaded is None or (failed and time.monotonic() > self._retry_at):
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             try:
-                self._loaded = [bundle.scan(files.fetch(file), file) for file in self._files()]
+                self._loaded = list(self._scanned())
             except BundleError as error:
                 self._loaded = error
-        if isinstance(self._loaded, BundleError):  # said each time: half a layer must not answer
+        if isinstance(self._loaded, BundleError):  # said each time
             raise self._loaded
         return self._loaded
+
+    def _scanned(self) -> Iterator[bundle.Index]:
+        for file in self._files():
+            try:
+                in_folder = file != self.place
+                if in_folder and os.path.exists(file) and not os.path.isfile(file):
+                    raise BundleError(f"{file}: this is no file")  # to open a pipe may take for ever
+                yield bundle.scan(files.fetch(file), file)
+            except BundleError as error:
+                if not in_folder:
+                    raise
+                if os.path.lexists(file):  # it was not taken out meanwhile
+                    self._leave_out(error)
+
+    def _leave_out(self, error: BundleError) -> None:
+        if str(error) not in map(str, self.left_out):
+            self.left_out.append(error)
 
 
 class MemoryLayer:
@@ -150,6 +187,8 @@ def readable_profiles(
     except (StoreError, BundleError) as error:
         complain(error)
         return
+    for error in left_out(layer):
+        complain(error)
     for key in keys:
         try:
             profile = layer.get(device, Workload.parse(key))
@@ -160,6 +199,11 @@ def readable_profiles(
             continue
         if profile is not None:
             yield profile
+
+
+def left_out(layer: Layer) -> list[BundleError]:
+    """Why a layer that was read goes without some of its files."""
+    return list(layer.left_out) if isinstance(layer, BundleLayer) else []
 
 
 def every_profile(layers: Sequence[Layer]) -> list[Profile]:
@@ -194,18 +238,19 @@ def account(layer: Layer, device: Device, workload: Workload) -> str:
         keys = layer.keys()
     except (StoreError, BundleError) as error:
         return f"cannot be read: {error}"
+    without = [f"without {error}" for error in left_out(layer)]
     if not keys:
-        return "empty"
+        return "; ".join(["empty", *without])
     here = [other for device_key, other in keys if device_key == device.key]
     text = [f"{len(keys)} profiles, {len(here)} of them of this device"]
     if workload.key in here:
-        return f"{text[0]}, and of this workload"
+        return "; ".join([f"{text[0]}, and of this workload", *without])
     if here:
         text.append(f"the nearest differs in {_least_difference(here, workload.key, key_items)}")
     if elsewhere := [device_key for device_key, other in keys if other == workload.key]:
         difference = _least_difference(elsewhere, device.key, devices.key_items)
         text.append(f"this workload on a device that differs in {difference}")
-    return "; ".join(text)
+    return "; ".join([*text, *without])
 
 
 def _least_difference(

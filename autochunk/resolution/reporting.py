@@ -11,7 +11,7 @@ from typing import Any
 from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError, StoreWarning
 from autochunk.resolution import agree, settings
 from autochunk.resolution.answer import Resolution
-from autochunk.resolution.layers import Layer
+from autochunk.resolution.layers import Layer, left_out
 from autochunk.store.profiles import ProfileStore
 from autochunk.text import one_line
 
@@ -84,6 +84,13 @@ def _record_miss(resolution: Resolution) -> None:
 def warn_of_layer(layer: Layer, error: Exception) -> None:
     """Says that a layer cannot be read."""
     warn_once(StoreWarning, str(error), f'"auto" goes on without {layer.name}: {error}')
+
+
+def warn_of_files(layer: Layer) -> None:
+    """Says which of a folder's files are left out."""
+    for error in left_out(layer):
+        text = f'"auto" leaves out a file of {layer.name}, and uses the others: {error}'
+        warn_once(StoreWarning, str(error), text)
 
 
 def warn_once(category: type[Warning], subject: Any, text: str | Callable[[], str]) -> None:

@@ -105,6 +105,7 @@ def _ask(layer: Layer, request: Request, asked: list[tuple[str, str]]) -> Profil
         asked.append((layer.name, f"left out: {error}"))
         reporting.warn_of_layer(layer, error)
         return None
+    reporting.warn_of_files(layer)
     had = "exact match" if profile else "nothing for this workload on this device"
     asked.append((layer.name, had))
     return profile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,17 @@ from factories import make_device, make_profile, make_workload
 from rich.console import Console
 
 from autochunk import host
-from autochunk.errors import BundleError
+from autochunk.errors import BundleError, StoreWarning
 from autochunk.report.records import profile_row
 from autochunk.report.tables import profile_table
 from autochunk.resolution import layers, places
-from autochunk.resolution.layers import BundleLayer, Layer, MemoryLayer, account
+from autochunk.resolution.layers import BundleLayer, Layer, MemoryLayer, account, left_out
 from autochunk.resolution.resolve import resolve
 from autochunk.store import bundle, files
 from autochunk.store.choice import DENSE, slower_by
 from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
+from autochunk.text import one_line
 
 DEVICE, WORKLOAD = make_device(), make_workload()
 
@@ -105,13 +107,84 @@ def test_a_folder_is_read_again_only_when_it_changed(tmp_path: Path) -> None:
     assert layer.version() != before
 
 
-def test_a_layer_with_a_damaged_bundle_says_so_every_time(tmp_path: Path) -> None:
-    """Half a layer must not answer."""
-    layer = make("folder", tmp_path, make_profile())
+def test_a_damaged_bundle_that_was_named_says_so_every_time(tmp_path: Path) -> None:
+    """Whoever names a file by itself wants that one."""
     (tmp_path / "worse.json").write_text("{")
+    layer = BundleLayer(str(tmp_path / "worse.json"), "file")
     for _ in range(2):
         with pytest.raises(BundleError, match=r"worse\.json"):
             layer.get(DEVICE, WORKLOAD)
+
+
+def newer(file: Path) -> None:
+    file.write_text(bundle.dump([]).replace('"schema_version": 4', '"schema_version": 99'))
+
+
+BAD_FILES: dict[str, Callable[[Path], object]] = {
+    "empty": Path.touch,
+    "cut": lambda file: file.write_text(bundle.dump([make_profile()])[:900]),
+    "newer": newer,
+    "foreign": lambda file: file.write_text('{"name": "left-pad", "version": "1.0.0"}'),
+    "binary": lambda file: file.write_bytes(b"\0\5\x16\7\xff"),
+    "too large": lambda file: os.truncate(os.open(file, os.O_CREAT | os.O_WRONLY), 2**30),
+    "dangling link": lambda file: file.symlink_to("nowhere"),
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        *((harm, "z.json") for harm in BAD_FILES),
+        *(("foreign", name) for name in ("._x.json", "0.json.gz", "esc\x1b[31m.json")),
+    ],
+)
+def test_one_bad_file_leaves_the_others_of_a_folder_usable(
+    harm: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told once, by its name; one that is good again answers again."""
+    make("folder", tmp_path, make_profile())
+    BAD_FILES[harm](tmp_path / name)
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(tmp_path))
+    with pytest.warns(StoreWarning) as caught:
+        found = [resolve(one, device=DEVICE) for one in (WORKLOAD, make_workload("t=9,k=2"))]
+    assert found[0].match == "exact"
+    (told,) = (str(one.message) for one in caught)
+    assert "leaves out a file of" in told
+    assert one_line(name) in told
+    assert told.isprintable()
+
+
+def test_a_file_that_is_taken_out_meanwhile_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever replaces a folder's files does not have others warned."""
+    layer = make("folder", tmp_path, make_profile())
+    files = BundleLayer._files
+    gone = str(tmp_path / "gone.json")
+    monkeypatch.setattr(BundleLayer, "_files", lambda self: [*files(self), gone])
+    assert layer.get(DEVICE, WORKLOAD) == make_profile()
+    assert left_out(layer) == []
+
+
+def test_a_damaged_profile_does_not_hide_another_file_s(tmp_path: Path) -> None:
+    """The last file by name has it, and cannot be read; the one before answers."""
+    layer = make("folder", tmp_path, make_profile())
+    text = bundle.dump([make_profile()])
+    (tmp_path / "z.json").write_text(text.replace('"complete": true', '"complete": false'))
+    assert layer.get(DEVICE, WORKLOAD) == make_profile()
+    assert [str(error).split(":")[0] for error in left_out(layer)] == [str(tmp_path / "z.json")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_says_so(tmp_path: Path) -> None:
+    """It is not an empty one."""
+    (tmp_path / "locked").mkdir()
+    layer = make("folder", tmp_path / "locked", make_profile())
+    (tmp_path / "locked").chmod(0)
+    with pytest.raises(BundleError, match="Permission denied"):
+        layer.get(DEVICE, WORKLOAD)
 
 
 LONGER = make_profile(make_workload("b=2,t=2048,s=1024,h=8,k=64"))
