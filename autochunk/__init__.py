@@ -19,6 +19,7 @@ holds::
       choice                   the plan that follows from several
       profile                  all measurements of a workload on a device
       profiles, rows           the user's own, in an SQLite file (database), which rescue mends
+                               by what is on its pages
       bundle                   profiles as a file that travels, of a text (json_text) at a place
                                (files, remote); merge takes it in
     predict/                 what was never measured, from curves that were (numpy only)

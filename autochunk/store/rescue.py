@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from autochunk.store import pages
 from autochunk.text import one_line
 
-# How many rows at most are looked for one by one between damages: it takes some seconds.
-_MOST_LOOK_UPS = 200_000
+# How many rows at most are looked for one by one between damages: it takes some seconds. There may
+# be many lone trees.
+_MOST_LOOK_UPS, _OF_A_LONE_TREE = 200_000, 10_000
 
 
 class Row(NamedTuple):
@@ -129,9 +131,7 @@ def mend(
         if not wrong:
             return None
         with _held(path, seconds) as (file, content):
-            kept = {
-                table: [row for row in _rows(file, table) if whole(table, row)] for table in tables
-            }
+            kept = _whole_rows(file, content, tables, whole)
             aside = _keep(path, content)
             try:
                 _refill(file, path, kept, seconds)
@@ -140,6 +140,27 @@ def mend(
                     aside.unlink()
                 raise
     return Mended(wrong, aside, {table: len(kept[table]) for table in tables})
+
+
+def _whole_rows(
+    file: sqlite3.Connection,
+    content: bytes,
+    tables: Iterable[str],
+    whole: Callable[[str, Row], bool],
+) -> dict[str, list[Row]]:
+    """What is to be kept: what SQLite finds, and what lies where nothing leads to any more.
+
+    Of the latter it is not known which table it was of, but by what it is.
+    """
+    kept = {table: [row for row in _rows(file, table) if whole(table, row)] for table in tables}
+    known = {table: {row.key for row in rows} for table, rows in kept.items()}
+    for tree in pages.lone_trees(content):
+        for row in _rows(tree, pages.TABLE, _OF_A_LONE_TREE):
+            table = next((table for table in kept if whole(table, row)), None)
+            if table is not None and row.key not in known[table]:
+                known[table].add(row.key)
+                kept[table].append(row)
+    return kept
 
 
 @contextlib.contextmanager
@@ -204,7 +225,7 @@ def _exclusive(file: sqlite3.Connection) -> bytes | None:
         return None
 
 
-def _rows(file: sqlite3.Connection, table: str) -> list[Row]:
+def _rows(file: sqlite3.Connection, table: str, most: int = _MOST_LOOK_UPS) -> list[Row]:
     """Rows of a table that can still be read.
 
     From the front to the first damage, from the back to the last, and one by one between.
@@ -213,7 +234,7 @@ def _rows(file: sqlite3.Connection, table: str) -> list[Row]:
     select = f'SELECT {ROW} FROM "{table}" NOT INDEXED'
     low = _scan(file, f"{select} ORDER BY rowid", found)
     high = _scan(file, f"{select} ORDER BY rowid DESC", found)
-    between = range(low + 1, min(high, low + _MOST_LOOK_UPS)) if low and high else ()
+    between = range(low + 1, min(high, low + most)) if low and high else ()
     for rowid in {*between, *_indexed(file, table)} - found.keys():
         _scan(file, f"{select} WHERE rowid = {rowid}", found)
     return [found[rowid] for rowid in sorted(found)]
