@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
+import shlex
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +21,7 @@ from autochunk import device as devices
 from autochunk.device import Device
 from autochunk.errors import BundleError, DeviceError, ProbeError, StoreError
 from autochunk.resolution import layers, places
-from autochunk.resolution.layers import Layer
+from autochunk.resolution.layers import BundleLayer, Layer
 from autochunk.store.interval import Interval
 from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
@@ -81,6 +84,8 @@ def examine(
     every = places.all_layers(store)
     for layer in every:
         yield _layer(layer, device)
+        if isinstance(layer, BundleLayer):
+            yield from _open_to_all(layer.name, map(_writable_by_all, layer.paths()))
     user_store = ProfileStore(store)
     yield from _store(user_store)
     yield from _profiles(user_store, device)
@@ -163,6 +168,30 @@ def _layer(layer: Layer, device: Device) -> Finding:
     return Finding("ok", layer.name, counts)
 
 
+def _open_to_all(subject: str, places: Iterable[Iterable[Path]]) -> Iterator[Finding]:
+    """Where everybody may write files, or put others in their place."""
+    found = dict.fromkeys(itertools.chain.from_iterable(places))
+    for place in itertools.islice(found, 3):  # a folder's files are mostly all alike
+        detail = f"everybody may write {place}, and so decide what you run"
+        yield Finding("problem", subject, detail, f"chmod o-w {shlex.quote(str(place))}")
+
+
+def _writable_by_all(path: Path) -> Iterator[Path]:
+    """Of a file or folder, and all that it is in; of one that is not there, of where it would be.
+
+    In a folder that is sticky, such as /tmp, nobody replaces what is another's.
+    """
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        path = path.resolve()
+        around = [one for one in (path, *path.parents) if one.exists()]
+        for place in around:
+            mode = place.stat().st_mode
+            if mode & stat.S_IWOTH and (place == around[0] or not mode & stat.S_ISVTX):
+                yield place
+
+
 def _damaged_profiles(layer: Layer, device: Device) -> list[StoreError | BundleError]:
     damaged: list[StoreError | BundleError] = []
     if not isinstance(layer, ProfileStore):  # whose rows are looked at one by one
@@ -192,9 +221,15 @@ def _permissions(path: Path) -> Iterator[Finding]:
     if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
         detail = f"{path} cannot be written: it answers, and nothing can be tuned"
         yield Finding("note", "store", detail, _ELSEWHERE)
-    if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    status = path.stat()
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         detail = f"others may write {path} and so decide what you run"
         yield Finding("problem", "store", detail, f"chmod 600 {path}")
+    if os.name == "posix" and status.st_uid not in (0, os.geteuid()):
+        detail = f"{path} is another user's ({status.st_uid}), who so decides what you run"
+        yield Finding("problem", "store", detail, _ELSEWHERE)
+    around = [place for place in _writable_by_all(path) if place != path.resolve()]
+    yield from _open_to_all("store", [around])
 
 
 def _unreadable_rows(store: ProfileStore) -> Iterator[Finding]:

@@ -19,6 +19,8 @@ from autochunk.workload import DTYPES, Workload
 # A time is never surer than this, nor is one of fewer repeats than three surer than that.
 _LEAST_NOISE, _FEW, _NOISE_OF_FEW = 0.02, 3, 0.1
 _FAR = 3.0
+MOST_PLANS = 130
+"""As many of one curve, and of all that a prediction learns from: its time grows by the cube."""
 
 
 class Sites(NamedTuple):
@@ -91,7 +93,7 @@ def curve(profile: Profile) -> Curve | None:
     workload, platform = profile.parsed_workload(), profile.device.platform
     timed = [m for m in profile.measurements if m.timed and m.implementation in IMPLEMENTATIONS]
     timed = [m for m in timed if m.ratio > 0 and m.seconds_median > 0 and _runs(m.plan, workload)]
-    timed = _worth_knowing(timed)
+    timed = fastest(_worth_knowing(timed))
     if len(timed) < 2:
         return None
     # Ratios are to one plan's time: what they compare is surer than seconds are.
@@ -112,6 +114,12 @@ def _worth_knowing(timed: list[Measurement]) -> list[Measurement]:
     """All but slices that are slower than the best plan by far: what else they tell is little."""
     best = min((m.ratio for m in timed), default=0.0)
     return [m for m in timed if m.max_chunk_size_mb is None or m.ratio <= _FAR * best]
+
+
+def fastest(timed: list[Measurement]) -> list[Measurement]:
+    """All but the slowest where there are more than any tune tries: to learn them takes for ever."""
+    rising = sorted(range(len(timed)), key=lambda number: timed[number].ratio)
+    return [timed[number] for number in sorted(rising[:MOST_PLANS])]
 
 
 def _runs(plan: Plan, workload: Workload) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autochunk.device import Device
 from autochunk.plan import Plan
-from autochunk.predict.curves import curve
+from autochunk.predict.curves import curve, fastest
 from autochunk.predict.prediction import Prediction, Source, nearest, predict, tells
 from autochunk.predict.work import LEAST_BYTES
 from autochunk.store.choice import DENSE
@@ -101,7 +101,7 @@ def replay(profiles: Iterable[Profile], *, devices: bool = False) -> list[Replay
 
 
 def _replay(profile: Profile, sources: Sequence[Source]) -> Replay | None:
-    timed = {m.plan: m for m in profile.measurements if m.timed and m.ratio}
+    timed = {m.plan: m for m in fastest([m for m in profile.measurements if m.timed and m.ratio])}
     if len(timed) < 2:
         return None
     workload, platform = profile.parsed_workload(), profile.device.platform

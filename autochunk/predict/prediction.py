@@ -13,7 +13,7 @@ from autochunk.device import Device, likeness
 from autochunk.implementations import IMPLEMENTATIONS, kernels_on
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
 from autochunk.predict import work
-from autochunk.predict.curves import Curve, Sites, joined, kinds_of, sites, sizes_of
+from autochunk.predict.curves import MOST_PLANS, Curve, Sites, joined, kinds_of, sites, sizes_of
 from autochunk.predict.process import (
     SECONDS,
     TEMP_BYTES,
@@ -26,7 +26,7 @@ from autochunk.store.choice import DENSE
 from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
 
-MOST_POINTS = 130
+MOST_POINTS = MOST_PLANS
 """The nearest curves of so many plans are asked: more add little but time."""
 
 # Memory is reckoned so many standard deviations higher: more than that is rare.

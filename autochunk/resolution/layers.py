@@ -107,6 +107,14 @@ class BundleLayer:
         """Those of all files."""
         return sorted({key for index in self._indexes() for key in index})
 
+    def paths(self) -> list[Path]:
+        """The file, or the folder and what is read of it; nothing at a URL."""
+        if remote.is_url(self.place):
+            return []
+        with contextlib.suppress(BundleError):
+            return list(dict.fromkeys(map(Path, (self.place, *self._files()))))
+        return [Path(self.place)]
+
     def _files(self) -> list[str]:
         folder = Path(self.place)
         if self.label in (SITE, SHIPPED) and not folder.exists():

@@ -4,6 +4,21 @@ Its text is deterministic, so that the same profiles give the same bytes, and la
 and for diffs: each field on its own line, each measurement on one. Every profile stands beside the
 digest of its content, and the checksum is over the digests: a layer of many profiles checks its
 list at once, and each profile when it is asked for.
+
+A bundle decides what runs, and digests only tell damage: whoever can write one can seal it. What a
+hostile one can do at worst, to those who import it or name it:
+
+- It chooses, for the devices and workloads that it names and those like them, a plan of those that
+  this version knows: a slow one, or a memory-hungry one that claims to need none. Results are the
+  same but for rounding. It never runs code, adds a kernel, reads or writes a file, or opens a
+  connection, and no limit in it, 1e-300 or 1e300, makes a call fail that has a plan without it.
+- It takes time and memory to be refused or read: up to some 2 GB and 20 seconds for the 256 MiB and
+  16 million values that a file may have, compressed or not. A profile has at most 10,000 plans of
+  100,000 times; what a prediction or ``evaluate`` learns from has no more plans than a tune tries.
+- Its names and texts are shown to people, on one line and with all that does not print escaped.
+
+Its place may be hostile, too: a URL is of one place, https leads to https only, and neither size nor
+time are what a server says. A file that others may write is theirs: ``autochunk doctor`` tells.
 """
 
 from __future__ import annotations
@@ -24,7 +39,7 @@ from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import files, json_text, remote
 from autochunk.store.json_text import NO_BUNDLE, checked, refuse_wide
 from autochunk.store.measurement import Record
-from autochunk.store.profile import Profile
+from autochunk.store.profile import MOST_OF_A_KEY, Profile
 from autochunk.text import one_line
 
 BUNDLE_VERSION: Literal[4] = 4
@@ -180,7 +195,7 @@ class _Subject(BaseModel):
     """What a profile is of, without what was measured."""
 
     device: Device
-    workload: str
+    workload: str = Field(max_length=MOST_OF_A_KEY)
     # For which of two to take; whether they are what they must be is seen with the whole profile.
     complete: Any = False
     created: Any = ""
@@ -261,6 +276,9 @@ class Index(Mapping[tuple[str, str], Profile]):
     def __getitem__(self, key: tuple[str, str]) -> Profile:
         place, entry = self._entries[key]
         return checked(lambda: _profile(entry, key), self.source, place)
+
+    def __contains__(self, key: object) -> bool:  # else by looking at the profile closely
+        return key in self._entries
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._entries)

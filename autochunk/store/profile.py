@@ -24,6 +24,10 @@ from autochunk.workload import Workload
 SCHEMA_VERSION: Literal[2] = 2
 """Version 2 has more fields than version 1, all of them with defaults."""
 
+MOST_OF_A_KEY = 5000
+"""Characters of a workload's key: several times what the longest has."""
+_MOST_TIMES = 100_000  # of all plans, which are looked at while a model is traced
+
 Effort = Literal["quick", "standard", "thorough"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "thorough")
 
@@ -43,7 +47,7 @@ class Profile(Record):
     """
 
     schema_version: Literal[2]
-    workload: str
+    workload: Annotated[str, Field(max_length=MOST_OF_A_KEY)]
     device: Device
     measurements: Annotated[tuple[Measurement, ...], FailFast()] = Field(max_length=10_000)
     effort: Effort
@@ -67,6 +71,14 @@ class Profile(Record):
             raise ValueError(
                 f"not a canonical workload key: {value!r}; canonical is {workload.key!r}"
             )
+        return value
+
+    @field_validator("measurements")
+    @classmethod
+    def _few_enough(cls, value: tuple[Measurement, ...]) -> tuple[Measurement, ...]:
+        times = sum(len(measurement.seconds) for measurement in value)
+        if times > _MOST_TIMES:
+            raise ValueError(f"a profile has at most {_MOST_TIMES} times; this has {times}")
         return value
 
     @field_validator("created")

@@ -1,12 +1,16 @@
 """Files at URLs, through fsspec: an optional package, for a file on this machine needs none of it.
 
 fsspec reaches many kinds of store but bounds neither their time nor their size, so both are bounded
-here. Whatever goes wrong is an OSError that says why.
+here. A URL leads to one place: none through another (``simplecache::file://...``), whose files would
+be read and written on the way; nor does https lead to what is not encrypted. Whatever goes wrong is
+an OSError that says why.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +18,7 @@ from typing import Any, TypeVar
 
 TIMEOUT_SECONDS = 30.0
 _PIECE_BYTES = 2**20
+_WEB = ("http://", "https://")
 
 _T = TypeVar("_T")
 
@@ -59,7 +64,7 @@ def _read(url: str, most_bytes: int, given_up: threading.Event) -> bytes:
     files, path = _files_and_path(url)
     # By blocks, http asks for ranges up to the size that the server claims; as a stream it takes
     # what comes.
-    options = {"block_size": 0} if url.startswith(("http://", "https://")) else {}
+    options = {"block_size": 0} if url.startswith(_WEB) else {}
     pieces, left = [], most_bytes
     with contextlib.closing(files.open(path, "rb", **options)) as file:
         while left and not given_up.is_set() and (piece := file.read(min(left, _PIECE_BYTES))):
@@ -76,7 +81,11 @@ def _files_and_path(url: str) -> tuple[Any, str]:
         raise OSError(
             'URLs need fsspec, which is not installed: pip install "autochunk[remote]"'
         ) from None
+    if "::" in re.sub(r"//\[[^]/]*\]", "//", url):  # an address of IPv6 has it, too
+        raise OSError("a URL must be of one place; this one chains several with ::")
     try:
+        if url.startswith(_WEB):
+            return fsspec.filesystem(url.partition(":")[0], client_kwargs=_web_options()), url
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise OSError(
@@ -84,6 +93,26 @@ def _files_and_path(url: str) -> tuple[Any, str]:
             '"autochunk[remote]" brings that of http'
         ) from None
     return files, str(path)
+
+
+@functools.cache
+def _web_options() -> dict[str, Any]:
+    """How aiohttp asks: for bytes as they are, and for no less safety than was asked for.
+
+    What a server compressed is unfolded where its size is bounded.
+    """
+    import aiohttp
+
+    async def check(_session: object, _context: object, asked: Any) -> None:
+        target = asked.response.headers.get("Location", "")
+        scheme = asked.url.join(type(asked.url)(target)).scheme
+        if asked.url.scheme == "https" and scheme != "https":
+            raise OSError(f"the server leads from https to {scheme}, where anybody may answer")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(check)
+    headers = {"Accept-Encoding": "identity"}
+    return {"trace_configs": [trace], "auto_decompress": False, "headers": headers}
 
 
 def _within(seconds: float, work: Callable[[], _T]) -> _T:
