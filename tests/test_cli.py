@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import signal
@@ -13,13 +14,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner, Result
 from factories import make_device, make_measurement, make_profile, make_workload, one_plan
 from rich.console import Console
 
+import autochunk
 from autochunk.cli import main
 from autochunk.device import detect
+from autochunk.errors import StaleWarning
 from autochunk.report import TuneProgress
 from autochunk.store import bundle, files
 from autochunk.store.profile import utc_now
@@ -53,6 +57,164 @@ def tuned() -> list[dict[str, Any]]:
     assert result.exit_code == 0, result.output
     rows: list[dict[str, Any]] = json.loads(result.stdout)
     return rows
+
+
+SMALL = f"--shape {SHAPE} --mode forward"
+COMMANDS = {
+    "show": "show",
+    "show --memory": "show --memory",
+    "explain": f"explain {SMALL}",
+    "evaluate": "evaluate",
+    "export": "export -",
+    "import": "import --dry-run bundle.json",
+    "forget": "forget --older-than 0 --yes",
+    "tune": f"tune {SMALL} --effort quick --force",
+    "bench": f"bench {SMALL} --rounds 2",
+}
+
+
+@pytest.fixture
+def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, and a store, that have profiles of this device and of another."""
+    shapes = (SHAPE, "b=2,t=128,h=2,k=8", "b=2,t=256,h=2,k=8")
+    devices = (detect(), make_device(kind="\u00fcn\u00ef \u2713"))
+    profiles = [make_profile(make_workload(one), device) for one in shapes for device in devices]
+    ProfileStore().put_all(profiles)
+    files.write(tmp_path / "bundle.json", bundle.dump(profiles))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(line: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "autochunk.cli", *line.split()]
+    pipe = subprocess.PIPE
+    env = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, errors="replace")
+
+
+@pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
+def test_no_character_ends_a_command(line: str, filled: Path) -> None:
+    """Where the output is to be ASCII, what that has not is spelt or escaped."""
+    result = CliRunner(charset="ascii").invoke(main, line.split())
+    assert result.exit_code == 0, result.output
+    assert result.output.isascii()
+    if line in ("show", COMMANDS["tune"]):
+        assert "+-" in result.stdout
+
+
+def test_a_process_with_ascii_output_shows_profiles(filled: Path) -> None:
+    """As in a container without a locale."""
+    with start("show", PYTHONIOENCODING="ascii", NO_COLOR="1") as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "+-0.0%" in out
+    assert r"\xfcn\xef" in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+@pytest.mark.parametrize("line", ["show", "export -", COMMANDS["tune"]])
+def test_output_that_cannot_be_written_is_told_in_a_line(line: str, filled: Path) -> None:
+    """A full disk under it; what was measured is kept."""
+    command = [sys.executable, "-m", "autochunk.cli", *line.split()]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "Error: the output cannot be written: No space left on device"
+    )
+    assert "Traceback" not in done.stderr
+    assert len(ProfileStore().profiles()) == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_a_log_on_a_full_disk_does_not_end_a_tune(filled: Path) -> None:
+    """Nothing can be told of it, and all of it is measured."""
+    command = [sys.executable, "-m", "autochunk.cli", *COMMANDS["tune"].split()]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, stderr=full, text=True, timeout=120
+        )
+    assert done.returncode == 0
+    assert SHAPE.split(",h", maxsplit=1)[0] in done.stdout
+
+
+@pytest.mark.parametrize("line", ["show", "show --json"])
+def test_who_reads_a_line_and_goes_ends_a_command_quietly(line: str, filled: Path) -> None:
+    """As `| head -1` does: no traceback, no message."""
+    with start(line) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=120) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("import - <&-", 1), ("forget --older-than 0 <&-", 1), ("show >&- 2>&-", 0)],
+)
+def test_streams_that_are_closed(line: str, status: int, filled: Path) -> None:
+    """They are from and to nowhere."""
+    command = f"{shlex.quote(sys.executable)} -m autochunk.cli {line}"
+    done = subprocess.run(
+        ["sh", "-c", command], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_narrow_terminals_show_whole_words(
+    columns: int, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is a block of lines where there is no room for a table."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    for line in ("show", "show --memory", "evaluate"):
+        out = call(*line.split()).stdout
+        assert max(map(len, out.splitlines())) <= columns
+        if columns == 40:
+            assert "forward" in out.split() or line == "evaluate"
+            assert "\u2026" not in out
+
+
+HOSTILE = "\x1b[31mred\x1b]0;title\a\x9b2J\u202e[bold]x[/x] :smile:"
+
+
+def test_nothing_in_a_bundle_reaches_a_terminal_but_text(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escape sequences are escaped, brackets and colons no markup; in warnings, too."""
+    here = detect().model_copy(update={"jaxlib": f"0.0.1{HOSTILE}", "driver": HOSTILE})
+    there = make_device(kind="evil\x9b31m\u202egpu[/x] :smile:", jaxlib=HOSTILE)
+    plans = [make_measurement("xla", 16.0, 0.5), make_measurement("dense", None, detail=HOSTILE)]
+    plans.append(make_measurement("xla", 2.0, status="crashed", detail=HOSTILE))
+    shapes = ("t=64,k=8", "t=128,k=8", "t=256,k=8")
+    profiles = [
+        make_profile(make_workload(shape), device, plans, autochunk=HOSTILE)
+        for shape in shapes
+        for device in (here, there)
+    ]
+    files.write("hostile.json", bundle.dump(profiles))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", "hostile.json")
+    for line in (
+        *("show hostile.json", "show hostile.json --memory", "evaluate hostile.json"),
+        *("explain --shape t=64,k=8 --mode forward", "import hostile.json"),
+        *("show", "forget --older-than 0 --yes"),
+    ):
+        result = call(*line.split())
+        assert isinstance(result.exception, SystemExit | None), line
+        assert result.output.replace("\n", "").isprintable(), line
+    told = call("explain", "--shape", "t=64,k=8", "--mode", "forward").stdout
+    assert r"crashed: \x1b[31mred\x1b]0;title" in told
+    assert "[bold]x[/x] :smile:" in told
+    x = jnp.ones((1, 64, 1, 8))
+    with pytest.warns(StaleWarning, match=r"0\.0\.1\\x1b\[31mred\\x1b\]0;title\\x07\\x9b2J\\u202e"):
+        autochunk.dot_product_attention(x, x, x)
 
 
 def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -96,6 +258,54 @@ def test_tune_show_explain_export_import_bench(tuned: list[dict[str, Any]], tmp_
     assert names[:3] == ["haiku dense", "1000 MB", "auto"]
     assert "(exact)" in compared["contenders"][2]["detail"]
     assert compared["contenders"][0]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "status", "words"),
+    [
+        (["t=64,k=8"], [], 0, ""),
+        (["t=64,k=8", "t=2048,k=8"], ["--memory-budget-mb", "0.1"], 3, "1 of 2 workloads were not"),
+        (["t=2048,k=8"], ["--memory-budget-mb", "0.01"], 1, "1 of 1 workloads were not measured"),
+    ],
+    ids=["all", "partly", "none"],
+)
+def test_status_tells_how_much_was_measured(
+    shapes: list[str], options: list[str], status: int, words: str
+) -> None:
+    """0 for all, 3 for some, 1 for none: for scripts and schedulers."""
+    named = [part for shape in shapes for part in ("--shape", shape)]
+    result = call("tune", *named, "--mode", "forward", "--effort", "quick", *options)
+    assert result.exit_code == status, result.output
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize("above", ["/proc", "/dev/null"])
+def test_a_store_that_cannot_be_made_is_told(above: str) -> None:
+    """It is empty, and will stay so."""
+    store = ["--store", f"{above}/none/store.sqlite"]
+    shown = call("show", *store)
+    assert shown.exit_code == 0
+    assert f"cannot be made ({above} " in shown.stdout
+    assert json.loads(call("show", *store, "--json").stdout) == []
+    assert f"cannot be made: {above} " in call("explain", "--shape", SHAPE, *store).stdout
+
+
+def test_import_says_what_answers_here(tmp_path: Path) -> None:
+    """How many, and in which fields the devices of the others differ from this."""
+    here = detect()
+    devices = [here.model_copy(update={"cores": here.cores + 1}), make_device(), make_device(
+        platform="gpu", kind="NVIDIA H100", cores=0, memory_gib=80)]  # fmt: skip
+    file, both = tmp_path / "others.json", tmp_path / "both.json"
+    file.write_text(bundle.dump([make_profile(device=device) for device in devices]))
+    both.write_text(bundle.dump([make_profile(device=device) for device in (here, devices[0])]))
+    told = call("import", "--dry-run", str(file)).stdout.replace("\n", " ")
+    assert f"None of them answers on this device, {here.key}." in told
+    assert f"1 of a device that differs in cores ({here.cores + 1}, here {here.cores})" in told
+    assert "kind (Made/Up, here" in told
+    assert "1 of a device that differs in platform (gpu, here cpu), kind (NVIDIA H100, " in told
+    assert "1 of them answers on this device" in call("import", str(both)).stdout
+    records = json.loads(call("import", "--json", str(both)).stdout)
+    assert sorted(record["answers_here"] for record in records) == [False, True]
 
 
 def test_show_and_explain_without_profiles() -> None:

@@ -81,12 +81,46 @@ def test_damaged_profiles_of_a_bundle_are_a_problem(
     assert "and 1 more" in finding.detail
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
-    """In a folder without permission."""
-    tmp_path.chmod(0o500)
-    (found,) = problems(store=tmp_path / "store.sqlite")
-    assert "cannot be written" in found.detail
+@pytest.mark.parametrize("above", ["/proc", "/dev/null"])
+def test_a_store_that_cannot_be_made(above: str) -> None:
+    """Where no file can be, whatever the permissions say, or below what is no folder."""
+    (found,) = problems(store=Path(above, "none", "store.sqlite"))
+    assert f"{above} " in found.detail
+    assert "cannot be made" in found.detail
+
+
+def test_where_everybody_may_write_is_a_problem(tmp_path: Path) -> None:
+    """A site's folder, its files, and what it is in: whoever writes there decides what runs."""
+    site = tmp_path / "site" / "autochunk"  # by XDG_DATA_DIRS
+    site.mkdir(parents=True)
+    files.write(site / "b.json", bundle.dump([make_profile()]))
+
+    def open_to_all() -> list[str]:
+        return [found.cure.removeprefix("chmod o-w ") for found in problems()]
+
+    assert open_to_all() == []
+    for mode, place in ((0o777, site), (0o1777, site), (0o777, site.parent), (0o777, tmp_path)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        assert set(open_to_all()) == {str(place)}  # the shipped profiles' folder is in it, too
+        place.chmod(before)
+    site.parent.chmod(0o1777)  # nobody may replace the folder that is there
+    assert open_to_all() == []
+    (site / "b.json").chmod(0o666)
+    assert open_to_all() == [str(site / "b.json")]
+    (site / "b.json").unlink()
+    site.rmdir()  # now everybody may make one
+    assert open_to_all() == [str(site.parent)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_store_of_another_user_is_a_problem() -> None:
+    """As where it was put into /tmp before its owner could."""
+    store = ProfileStore()
+    store.put(make_profile())
+    os.chown(store.path, 12345, -1)
+    (found,) = problems()
+    assert "another user's (12345)" in found.detail
 
 
 def test_notes_about_profiles() -> None:

@@ -473,12 +473,12 @@ MEMORY = "/sys/fs/cgroup/memory"
             "/sys/fs/cgroup/cpu,cpuacct/a", "/sys/fs/cgroup/cpu,cpuacct"]),
         # a container that sees paths of the host, and is shown its own cgroup alone
         (f"4:cpu:{DOCKER}", [f"{DOCKER} /cg/cpu - cgroup cgroup rw,cpu"], ["/cg/cpu"]),
-        (f"4:cpu:{DOCKER}/x", [f"{DOCKER} /cg/cpu - cgroup cgroup rw,cpu"], ["/cg/cpu/x", "/cg/cpu"]),
+        (f"4:cpu:{DOCKER}/x", [f"{DOCKER} /c - cgroup cgroup rw,cpu"], ["/c/x", "/c"]),
         # version 2 beside version 1
         ("0::/a", ["/ /sys/fs/cgroup/unified - cgroup2 cgroup2 rw"], [
             "/sys/fs/cgroup/unified/a", "/sys/fs/cgroup/unified"]),
         # optional fields, and a space in a path
-        ("0::/a", ["/ /mnt/c\\040g rw shared:9 master:1 - cgroup2 none rw"], ["/mnt/c g/a", "/mnt/c g"]),
+        ("0::/a", ["/ /c\\040g rw shared:9 master:1 - cgroup2 none rw"], ["/c g/a", "/c g"]),
         # somebody else's cgroup is mounted, too
         ("4:cpu:/a", ["/ /c - cgroup x rw,cpu", "/b /d - cgroup x rw,cpu"], ["/c/a", "/c"]),
         # names end at the edge of a namespace

@@ -147,9 +147,7 @@ def tune(
                 storage=storage,
             )
     except KeyboardInterrupt:
-        say(
-            "Interrupted. What was measured is kept; the same command goes on from here.", err=True
-        )
+        say("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
         sys.exit(130)
     rows = [profile_row(profile) for profile in profiles]
     print_profiles(rows, as_json)
@@ -177,9 +175,7 @@ def _not_measured(
         workload
         for workload in wishes
         if workload not in known
-        and (
-            workload.key not in usable or isinstance(endings.get(workload), Failed | OutOfTime)
-        )
+        and (workload.key not in usable or isinstance(endings.get(workload), Failed | OutOfTime))
     }
 
 

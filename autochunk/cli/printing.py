@@ -96,7 +96,8 @@ def print_parts(*parts: Any) -> None:
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:
     """Prints a text as it is; to standard error it never fails."""
     with contextlib.suppress(OSError) if err else _written():
-        click.echo(printable(text) + end, nl=False, err=err)
+        # By its name: of its own accord click writes UTF-8 where ASCII is asked for.
+        click.echo(printable(text) + end, file=sys.stderr if err else sys.stdout, nl=False)
 
 
 def print_json(data: Any) -> None:

@@ -117,7 +117,7 @@ def _worth_knowing(timed: list[Measurement]) -> list[Measurement]:
 
 
 def fastest(timed: list[Measurement]) -> list[Measurement]:
-    """All but the slowest where there are more than any tune tries: to learn them takes for ever."""
+    """All but the slowest where there are more than a tune tries: to learn all takes for ever."""
     rising = sorted(range(len(timed)), key=lambda number: timed[number].ratio)
     return [timed[number] for number in sorted(rising[:MOST_PLANS])]
 

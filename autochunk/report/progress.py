@@ -43,6 +43,7 @@ from autochunk.workload import Workload, key_items
 
 _GOES_ON = "the same command goes on from here"
 
+
 class TuneProgress:
     """Shows the events of a tune: a live display in a terminal, plain lines elsewhere."""
 

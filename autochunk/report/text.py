@@ -77,11 +77,12 @@ def _answering(plan: ImportPlan, here: Device) -> Iterator[str]:
     """Which of the profiles are of this device; of the others' devices the most alike first."""
     counts = collections.Counter(entry.profile.device.key for entry in plan.entries)
     mine = counts.pop(here.key, 0)
-    yield f"{mine or 'None'} of them {'answer' if mine > 1 else 'answers'} on this device, {here.key}."
+    answer = "answer" if mine > 1 else "answers"
+    yield f"{mine or 'None'} of them {answer} on this device, {here.key}."
     found = [(difference(key, here.key), key) for key in counts]
     found.sort(key=lambda one: (len(one[0]), one[1]))
     for differs, key in found[:_MOST_DEVICES]:
-        fields = ", ".join(f"{name} ({it}, here {mine})" for name, (it, mine) in differs.items())
+        fields = ", ".join(f"{name} ({its}, here {ours})" for name, (its, ours) in differs.items())
         yield f"{counts[key]} of a device that differs in {fields}"
     if others := found[_MOST_DEVICES:]:
         yield f"{sum(counts[key] for _, key in others)} of {len(others)} more devices"

@@ -144,7 +144,9 @@ class BundleLayer:
             try:
                 in_folder = file != self.place
                 if in_folder and os.path.exists(file) and not os.path.isfile(file):
-                    raise BundleError(f"{file}: this is no file")  # to open a pipe may take for ever
+                    raise BundleError(
+                        f"{file}: this is no file"
+                    )  # to open a pipe may take for ever
                 yield bundle.scan(files.fetch(file), file)
             except BundleError as error:
                 if not in_folder:
@@ -195,8 +197,8 @@ def readable_profiles(
     except (StoreError, BundleError) as error:
         complain(error)
         return
-    for error in left_out(layer):
-        complain(error)
+    for wrong in left_out(layer):
+        complain(wrong)
     for key in keys:
         try:
             profile = layer.get(device, Workload.parse(key))

@@ -88,13 +88,26 @@ def _ask_all(request: Request, view: Snapshot) -> Resolution:
             asked.append((layer.name, "its profile has no plan that fits"))
             too_large = too_large or over_budget(profile, request)
         elif profile.complete or sum(m.timed for m in profile.measurements) >= _WORTH_ANSWERING:
-            return replace(answer, asked=tuple(asked))
+            return _possible(answer, asked)
         else:
             asked.append((layer.name, "its profile is hardly begun"))
             thin = thin or answer
     answer = predicted(view.curves(request.device), request) or thin
     answer = answer or nearest(view.layers, request, asked) or too_large or unknown(request)
-    return replace(answer, asked=tuple(asked))
+    return _possible(answer, asked)
+
+
+def _possible(answer: Resolution, asked: list[tuple[str, str]]) -> Resolution:
+    """The answer, of one logit at a time at least.
+
+    A limit that leaves no slice was never measured, or is a neighbour's.
+    """
+    plan, workload = answer.plan, answer.workload
+    if plan.max_chunk_size_mb is not None:
+        groups = workload.num_heads // workload.num_kv_heads
+        least = groups * workload.logits_itemsize / BYTES_PER_MB
+        plan = replace(plan, max_chunk_size_mb=max(least, plan.max_chunk_size_mb))
+    return replace(answer, plan=plan, asked=tuple(asked))
 
 
 def _ask(layer: Layer, request: Request, asked: list[tuple[str, str]]) -> Profile | None:

@@ -17,8 +17,8 @@ hostile one can do at worst, to those who import it or name it:
   100,000 times; what a prediction or ``evaluate`` learns from has no more plans than a tune tries.
 - Its names and texts are shown to people, on one line and with all that does not print escaped.
 
-Its place may be hostile, too: a URL is of one place, https leads to https only, and neither size nor
-time are what a server says. A file that others may write is theirs: ``autochunk doctor`` tells.
+Its place may be hostile, too: a URL is of one place, https leads to https only, and neither size
+nor time are what a server says. A file that others may write is theirs: ``autochunk doctor`` tells.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Measurement(Record):
         float64 on sampled rows.
     """
 
-    implementation: str
+    implementation: str = Field(max_length=200)
     max_chunk_size_mb: float | None
     status: Status
     detail: str = Field(default="", max_length=2000)

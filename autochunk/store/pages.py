@@ -45,7 +45,7 @@ def _page_size(content: bytes) -> int:
     """By the file's header, unless that is damaged."""
     size = int.from_bytes(content[16:18]) if content.startswith(_MAGIC) else 0
     size = 65_536 if size == 1 else size
-    return size if 512 <= size and size.bit_count() == 1 else _USUAL_SIZE
+    return size if size >= 512 and size.bit_count() == 1 else _USUAL_SIZE
 
 
 def _first_page(size: int, pages: int) -> bytes:
@@ -60,7 +60,9 @@ def _first_page(size: int, pages: int) -> bytes:
 def _tops(pages: list[bytes]) -> list[int]:
     """Numbers, from 1, of a table's pages that no other page leads to."""
     free = {number for page in pages[1:] for number in _freed(page, len(pages))}
-    used = {number: page for number, page in enumerate(pages, 1) if number > 1 and number not in free}
+    used = {
+        number: page for number, page in enumerate(pages, 1) if number > 1 and number not in free
+    }
     led_to = {child for page in used.values() if page[0] == _INTERIOR for child in _children(page)}
     return [
         number

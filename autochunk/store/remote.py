@@ -1,9 +1,9 @@
 """Files at URLs, through fsspec: an optional package, for a file on this machine needs none of it.
 
 fsspec reaches many kinds of store but bounds neither their time nor their size, so both are bounded
-here. A URL leads to one place: none through another (``simplecache::file://...``), whose files would
-be read and written on the way; nor does https lead to what is not encrypted. Whatever goes wrong is
-an OSError that says why.
+here. A URL leads to one place: none through another (``simplecache::file://...``), whose files
+would be read and written on the way; nor does https lead to what is not encrypted. Whatever goes
+wrong is an OSError that says why.
 """
 
 from __future__ import annotations

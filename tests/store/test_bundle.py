@@ -18,6 +18,7 @@ from factories import make_device, make_measurement, make_profile, make_workload
 from fuzz_bundle import check, sealed
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import bundle, files, json_text
@@ -538,6 +539,39 @@ def test_invalid_profile_is_found_when_asked_for() -> None:
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("measurements.0.detail", "measurements.0.implementation", "device.jaxlib", "device.kind"),
+        *("workload", "autochunk", "created", "effort", "device.a name that is none"),
+    ],
+)
+def test_a_text_without_end_is_refused(place: str) -> None:
+    """In whichever field: none takes more than a few thousand characters."""
+    size = 2_000_000
+
+    def change(content: dict[str, Any]) -> None:
+        value: Any = content["profiles"][0]["profile"]
+        *path, name = place.split(".")
+        for part in path:
+            value = value[int(part) if part.isdecimal() else part]
+        value[name] = "x" * size
+
+    message = refused(sealed(rewritten(change).encode()))
+    assert len(message) < 1000
+
+
+def test_plans_and_times_have_a_bound() -> None:
+    """Ten thousand plans are read; more times than can be looked at while tracing are not."""
+    plans = [make_measurement("xla", n + 1.0) for n in range(10_000)]
+    assert len(bundle.load(bundle.dump([make_profile(measurements=plans)])).profiles) == 1
+    with pytest.raises(ValidationError, match="at most 10000 items"):
+        make_profile(measurements=[*plans, plans[0]])
+    long = make_measurement("xla", 1.0, seconds=(1.0,) * 1000, ratios=(1.0,) * 1000)
+    with pytest.raises(ValidationError, match="at most 100000 times; this has 101000"):
+        make_profile(measurements=[long] * 101)
 
 
 def test_bundle_of_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_device, make_measurement, make_profile, make_workload
+from factories import make_device, make_measurement, make_profile, make_workload, start_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -241,6 +241,56 @@ def test_a_bundle_with_two_of_one_workload_is_refused(store_path: Path) -> None:
     with pytest.raises(BundleError, match=said):
         merge.merge(ProfileStore(store_path), of(at(NEW, 2), at(NEW, 1, 9.0), at(OLD, 1, 1.0)))
     assert not store_path.exists()
+
+
+IMPORT = """
+import sys
+from autochunk.store import bundle, merge
+from autochunk.store.profiles import ProfileStore
+found, store = bundle.read(sys.argv[1]), ProfileStore(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+print(len(merge.merge(store, found).entries))
+"""
+
+
+def test_eight_import_one_bundle_at_once(store_path: Path, tmp_path: Path) -> None:
+    """Each of them succeeds: who finds that another was there first plans anew."""
+    profiles = [at("2026-01-01T00:00:00Z", t) for t in range(1, 41)]
+    file = tmp_path / "bundle.json"
+    file.write_text(bundle.dump(profiles))
+    processes = [start_python(IMPORT, file, store_path) for _ in range(8)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err, out) == (0, "", "40\n")
+    assert sorted(ProfileStore(store_path).profiles(), key=lambda one: one.key) == sorted(
+        profiles, key=lambda one: one.key
+    )
+
+
+def test_what_others_store_meanwhile_is_planned_with(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A better one that comes between the plan and its being carried out stays."""
+    store, put_all = ProfileStore(store_path), ProfileStore.put_all
+    better = at("2026-03-01T00:00:00Z", limit=3.0)
+
+    def interfere(self: ProfileStore, profiles: Any, **options: Any) -> None:
+        monkeypatch.setattr(ProfileStore, "put_all", put_all)
+        store.put(better)
+        put_all(self, profiles, **options)
+
+    monkeypatch.setattr(ProfileStore, "put_all", interfere)
+    plan = merge.merge(store, of(at("2026-02-01T00:00:00Z", limit=2.0)))
+    assert [entry.relation for entry in plan.entries] == ["older"]
+    assert store.profiles() == [better]
 
 
 def test_merge_of_nothing_does_not_create_a_store(store_path: Path) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import gzip
 import http.server
 import importlib.util
+import shutil
+import ssl
+import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -72,6 +76,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _redirect(self) -> None:
         self._answer(b"", 302, {"Location": "/bundle.json"})
+
+    def _to(self) -> None:
+        self._answer(b"", 302, {"Location": self.path.partition(".")[2]})
+
+    def _bomb(self) -> None:
+        packer = zlib.compressobj(9, wbits=31)
+        body = b"".join(packer.compress(b" " * 2**20) for _ in range(64)) + packer.flush()
+        encoding = {"Content-Encoding": self.path.partition(".")[2]}
+        self._answer(body, headers=encoding)
 
     def _loop(self) -> None:
         self._answer(b"", 302, {"Location": "/loop"})
@@ -147,6 +160,30 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
+@pytest.fixture(scope="module")
+def safe_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The same by https, and the file of its certificate."""
+    pytest.importorskip("aiohttp")
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(
+        [*make.split(), *names, "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{running.server_address[1]}", certificate
+        running.shutdown()
+
+
 def refused(url: str, timeout: float = 10.0) -> str:
     """The error of a URL that cannot be read: one line that begins with the URL."""
     with pytest.raises(BundleError) as error:
@@ -187,6 +224,58 @@ def test_read_over_http(server: str, name: str) -> None:
 def test_what_a_server_may_answer(server: str, name: str, says: str) -> None:
     """The error says what the server said."""
     assert says in refused(f"{server}/{name}")
+
+
+READ = """
+import sys
+from autochunk.store import bundle
+for url in sys.argv[1:]:
+    try:
+        print(len(bundle.read(url).profiles))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_https_leads_to_https_only(
+    server: str, safe_server: tuple[str, str], tmp_path: Path
+) -> None:
+    """Where anybody on the way may answer, or to a file of this machine, it does not lead.
+
+    The other way, to more safety, it may.
+    """
+    files.write(tmp_path / "b.json", TEXT)
+    safe, certificate = safe_server
+    file = f"file://{tmp_path}/b.json"
+    urls = [f"{safe}/bundle.json", f"{safe}/redirect", f"{server}/to.{safe}/bundle.json"]
+    bad = [f"{safe}/to.{server}/bundle.json", f"{safe}/to.{file}", f"{server}/to.{file}"]
+    # aiohttp looks for certificates when it is imported.
+    told = run_python(READ, *urls, *bad, SSL_CERT_FILE=certificate).splitlines()
+    assert told[:3] == ["3", "3", "3"]
+    assert "from https to http," in told[3]
+    assert "from https to file," in told[4]
+    assert "NonHttpUrlRedirect" in told[5]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
+def test_what_unfolds_to_too_much_on_the_way(
+    server: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB in 64 KiB, whatever the server calls it."""
+    monkeypatch.setattr(json_text, "MOST_BYTES", 2**22)
+    assert "a bundle has at most 4 MiB; this has more" in refused(f"{server}/bomb.{encoding}")
+
+
+@pytest.mark.parametrize("chain", ["simplecache::", "filecache::", "zip://b.json::", "dir::"])
+def test_a_url_is_of_one_place(chain: str, tmp_path: Path) -> None:
+    """None through another, for which files of this machine would be read and written."""
+    files.write(tmp_path / "b.json", TEXT)
+    assert "must be of one place" in refused(f"{chain}file://{tmp_path}/b.json")
+
+
+def test_an_address_of_ipv6_is_no_chain() -> None:
+    """Though it has two colons."""
+    assert "Connect" in refused("http://[::1]:9/b.json")
 
 
 @pytest.mark.parametrize("name", ["silent", "dripping"])
