@@ -114,5 +114,5 @@ def _ending(subject: Subject, outcome: Outcome, profile: Profile | None) -> Even
         return Finished(*place, profile)
     if profile is None or profile.complete:
         # A finished profile is an earlier tune's, which this one has not got beyond.
-        return OutOfTime(*place, profile)
+        return OutOfTime(*place, profile, len(outcome.measurements))
     return Finished(*place, profile)

@@ -38,7 +38,7 @@ from autochunk.errors import (
     StoreWarning,
 )
 from autochunk.plan import Plan
-from autochunk.resolution import layers, nearest, places, resolve
+from autochunk.resolution import layers, nearest, places, reporting, resolve
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.layers import MemoryLayer
 from autochunk.resolution.settings import use
@@ -1104,6 +1104,6 @@ def test_a_store_that_stays_locked_holds_no_program_up(
             missed = make_workload(f"t={length},k=1024", dtype="float64")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", MissWarning)
-                resolve.plans(missed, None).on_use("forward")
+                reporting.report(resolve.resolve(missed))
         holder.communicate()
     assert ProfileStore().missed(here) == []

@@ -363,6 +363,20 @@ def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted:
     assert len(profile.measurements) == len(plans)
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(30.0, 0), (0.6, 1)])
+def test_a_time_too_short_for_a_choice_is_told(
+    seconds: float, expected: int, scripted: Scripted
+) -> None:
+    """With how many plans were measured: with none, the same command would end the same way."""
+    command = scripted(
+        default={"do": "sleep 30"}, plans={"xla, 1.05 MB": {"do": f"sleep {seconds}"}}
+    )
+    *_, last = measured(command, WORKLOADS[:1], timeout=3.0)
+    assert isinstance(last, OutOfTime)
+    assert (last.profile, last.measured) == (None, expected)
+    assert ProfileStore().profiles() == []
+
+
 def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Scripted) -> None:
     """A stronger effort that is cut short leaves the weaker, complete profile, and returns it."""
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
