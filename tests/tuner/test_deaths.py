@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,17 @@ tune([Workload.parse(shape)], effort="quick", **options)
 
 
 def tuned_in_the_end(
-    script: dict[str, Any], scripted: Scripted, folder: Path, storage: str | None
+    script: dict[str, Any], scripted: Scripted, folder: Path, storage: str | None, before: str = ""
 ) -> tuple[int, str, list[Any]]:
-    """Starts a tune again for as long as it is killed.
+    """Starts a tune again for as long as it is killed; ``before`` is run in it first.
 
     How often it was, what the last one said, and what was asked of all measuring processes.
     """
     log = folder / "log"
     command = scripted(log=str(log), **script)
     for deaths in range(10):
-        tuner = start_python(_TUNER, json.dumps([SHAPE, command, storage, str(folder / "flag")]))
+        arguments = json.dumps([SHAPE, command, storage, str(folder / "flag")])
+        tuner = start_python(before + _TUNER, arguments)
         out, complaints = tuner.communicate(timeout=60)
         if tuner.returncode == 0:
             return deaths, out, [json.loads(line) for line in log.read_text().splitlines()]
@@ -82,6 +86,53 @@ def test_a_plan_that_ends_the_tuner_is_given_up_after_two_deaths(
     assert given_up.status == "crashed"
     assert "ended the tuner itself 2 times" in given_up.detail
     assert {measurement.status for measurement in found.values()} <= {"ok", "pruned"}
+
+
+MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Iterator[Path]:
+    """A memory cgroup of 700 MB, all of whose processes are killed when the kernel kills one.
+
+    Version 2 does that by itself (``memory.oom.group``).
+    """
+    if os.geteuid() or not os.access(MEMORY_CGROUPS / "memory.oom_control", os.R_OK):
+        pytest.skip("a memory cgroup of one's own takes root and version 1")
+    folder = MEMORY_CGROUPS / f"autochunk-{os.getpid()}"
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text(str(700 * 10**6))
+    ended = threading.Event()
+
+    def kill_all() -> None:
+        killed = (folder / "memory.oom_control").read_text()
+        while not ended.wait(0.002):
+            if killed != (killed := (folder / "memory.oom_control").read_text()):
+                for process in (folder / "cgroup.procs").read_text().split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(process), signal.SIGKILL)
+
+    watch = threading.Thread(target=kill_all)
+    watch.start()
+    yield folder
+    ended.set()
+    watch.join()
+    folder.rmdir()
+
+
+def test_a_plan_for_which_a_kernel_kills_the_container_is_given_up(
+    container: Path, scripted: Scripted, tmp_path: Path
+) -> None:
+    """The real thing: it takes more memory than there is, and everything around it is killed."""
+    script = {"plans": {"dense": {"do": "take 2000"}}}
+    inside = f"open({str(container / 'cgroup.procs')!r}, 'w').write('0')\n"
+    deaths, _, _ = tuned_in_the_end(script, scripted, tmp_path, None, before=inside)
+    assert deaths == 2
+    (profile,) = ProfileStore().profiles()
+    assert profile.complete
+    statuses = {str(one.plan): one.status for one in profile.measurements}
+    assert statuses.pop("dense") == "crashed"
+    assert set(statuses.values()) <= {"ok", "pruned"}
 
 
 def test_one_death_is_no_reason_to_give_a_plan_up(
