@@ -12,10 +12,11 @@ import hypothesis.strategies as st
 import pytest
 from factories import make_device, make_measurement, start_python
 from hypothesis import given
+from optuna.trial import TrialState
 
 from autochunk.errors import StorageError
 from autochunk.plan import Plan
-from autochunk.tuner.study import Storage, Study, open_private
+from autochunk.tuner.study import Journals, Storage, Study, open_private
 from autochunk.tuner.study.journal import JournalFile, operations
 from autochunk.workload import Workload
 
@@ -179,3 +180,18 @@ def test_a_journal_of_one_s_own_that_cannot_be_read_is_begun_anew(tmp_path: Path
     """It saves work, no more."""
     (tmp_path / "journal").write_bytes(b"something else\n")
     assert open_own(tmp_path / "journal").workers() == 0
+
+
+def test_measurements_that_only_a_newer_version_reads(tmp_path: Path) -> None:
+    """They are an error where they are shared; a journal of one's own is begun anew."""
+    journals = Journals(tmp_path / "store", make_device(), "quick", None, force=False)
+    claim = journals.study(WORKLOAD).claim(PLANS[:1])
+    assert claim is not None
+    with claim:
+        claim._trial.set_user_attr("measurements", ['{"status": "from the future"}'])
+        claim._finish(TrialState.PRUNED)
+    (journal,) = (tmp_path / "store.unfinished").glob("*.journal")
+    with pytest.raises(StorageError, match="newer autochunk; upgrade this one"):
+        open_study(journal).measured()
+    measure(journals.study(WORKLOAD), PLANS[1])
+    assert list(open_study(journal).measured()) == PLANS[1:2]

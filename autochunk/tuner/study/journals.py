@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autochunk.device import Device
+from autochunk.errors import StorageError
 from autochunk.store.profile import Effort
 from autochunk.tuner.study.storage import older_study_names, open_private, study_name
 from autochunk.tuner.study.trials import Study
@@ -39,7 +40,16 @@ class Journals:
     force: bool
 
     def study(self, workload: Workload) -> Study:
-        """The study of a workload; made if it is not there."""
+        """The study of a workload; made if it is not there, or a newer version's."""
+        try:
+            study = self._study(workload)
+            study.measured()
+        except StorageError:
+            self._path(workload).unlink(missing_ok=True)
+            study = self._study(workload)
+        return study
+
+    def _study(self, workload: Workload) -> Study:
         return open_private(self._path(workload)).study(self.device, workload, self.effort)
 
     def throw_away(self, workload: Workload) -> None:

@@ -71,7 +71,7 @@ class Study:
         """The plan that all others are timed beside; ratios to another one do not compare."""
         with one_error(self._place):
             anchor = self._anchor()
-        return Plan(*anchor) if anchor else None
+            return Plan(*anchor) if anchor else None
 
     @anchor.setter
     def anchor(self, plan: Plan) -> None:
@@ -85,10 +85,7 @@ class Study:
             text = self._study.user_attrs.get("profile")
         profile = readable(text)
         if text and profile is None:
-            raise StorageError(
-                f"the profile of {self._study.study_name} in the storage was written by a newer "
-                "autochunk; upgrade this one"
-            )
+            raise self._newer("the profile")
         return profile
 
     @profile.setter
@@ -100,13 +97,15 @@ class Study:
         """What was measured beside the present anchor, by whomever; joint rounds included."""
         with one_error(self._place):
             trials, anchor = self._trials(), self._anchor()
-        counting = [trial for trial in trials if _counts(trial, anchor)]
-        counting.sort(key=lambda trial: _subject(trial) == JOINT)  # which overwrite
-        measurements = [
-            Measurement.model_validate_json(text)
-            for trial in counting
-            for text in trial.user_attrs.get("measurements", ())
-        ]
+            counting = [trial for trial in trials if _counts(trial, anchor)]
+            counting.sort(key=lambda trial: _subject(trial) == JOINT)  # which overwrite
+            texts = [
+                text for trial in counting for text in trial.user_attrs.get("measurements", ())
+            ]
+        try:
+            measurements = [Measurement.model_validate_json(text) for text in texts]
+        except ValidationError as error:  # to leave it out would be to wait for it
+            raise self._newer("a measurement") from error
         return {measurement.plan: measurement for measurement in measurements}
 
     def contribute(self, measurements: Sequence[Measurement], anchor: Plan) -> None:
@@ -185,6 +184,12 @@ class Study:
             if _subject(trial) == subject and trial.number != mine.number
         )
 
+    def _newer(self, what: str) -> StorageError:
+        return StorageError(
+            f"{what} of {self._study.study_name} in the storage was written by a newer autochunk; "
+            "upgrade this one"
+        )
+
     def _anchor(self) -> Any:
         return self._study.user_attrs.get("anchor")
 
@@ -227,7 +232,7 @@ def _subject(trial: FrozenTrial | optuna.Trial) -> Any:
 def _deaths(trials: Iterable[FrozenTrial]) -> Counter[str]:
     """How many trials ended because their worker died, by what it ran then."""
     failed = (trial.user_attrs for trial in trials if trial.state == TrialState.FAIL)
-    return Counter(found["running"] for found in failed if found.get("running"))
+    return Counter(str(found["running"]) for found in failed if found.get("running"))
 
 
 def _counts(trial: FrozenTrial, anchor: Any) -> bool:
