@@ -7,6 +7,7 @@ file system that is away for a moment, costs no more than the time that it is aw
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sqlite3
 import time
@@ -54,6 +55,8 @@ def one_error(place: str) -> Iterator[None]:
 class Patience:
     """Does again what failed and may pass, for so many seconds from the first failure on.
 
+    All that is asked of one storage, in whichever thread, has that time together.
+
     Attributes:
       returned: ``time.time()`` when it last did not fail any more.
     """
@@ -61,23 +64,27 @@ class Patience:
     def __init__(self, seconds: float) -> None:
         self.returned = 0.0
         self._seconds = seconds
+        self._failing_since: float | None = None
 
     def ask(self, action: Callable[[], _T]) -> _T:
         """What an action comes to; raises what it fails with in the end."""
-        failed_at: float | None = None
-        pause = _FIRST_PAUSE
+        since, pause = math.inf, _FIRST_PAUSE
         while True:
             try:
                 answer = action()
             except Exception as error:
-                failed_at = failed_at or time.monotonic()
-                left = failed_at + self._seconds - time.monotonic()
-                if left <= 0 or not may_pass(error):
+                if not may_pass(error):
+                    raise
+                self._failing_since = self._failing_since or time.monotonic()
+                since = min(since, self._failing_since)  # another thread's may succeed meanwhile
+                left = since + self._seconds - time.monotonic()
+                if left <= 0:
                     raise
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
-                if failed_at is not None:
+                if self._failing_since is not None:
+                    self._failing_since = None
                     self.returned = time.time()
                 return answer
 
