@@ -46,7 +46,8 @@ holds::
       effort, presets, task    how hard to look, at what, for how long
       agenda, teaching         what comes when; which few of many workloads teach most
       sharing, attempt         who measures what; what one worker does about one workload
-      search                   the loop over one workload's plans (candidates, standing)
+      search, outcome          the loop over one workload's plans (candidates, standing); what it
+                               found
       earlier                  what is not searched anew
       study/                   what is measured already, and by whom: alone or with other machines
       probe, process, worker   the measuring process, from outside, in between and from inside

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,6 +25,8 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES: tuple[DType, ...] = get_args(DType)
+
+_LONGEST_QUOTE = 400  # no shape is longer
 
 # Larger than any array that a device can hold; keeps products of sizes far from overflow in other
 # readers of the key.
@@ -157,27 +160,28 @@ class Workload(BaseModel):
         """
         fields = dict(defaults)
         given: set[str] = set()
+        quoted = _quoted(text)
         for item in text.removeprefix(_PREFIX).split(","):
             name, equals, value = item.strip().partition("=")
             if not equals or name not in _ALL_ITEMS:
                 raise WorkloadError(
-                    f"{text!r}: {item.strip()!r} is not an item of a shape; items are NAME=VALUE "
-                    f"between commas, NAME one of {', '.join(_ALL_ITEMS)}"
+                    f"{quoted}: {_quoted(item.strip())} is not an item of a shape; items are "
+                    f"NAME=VALUE between commas, NAME one of {', '.join(_ALL_ITEMS)}"
                 )
             if name in given:
-                raise WorkloadError(f"{text!r}: {name}= is given twice")
+                raise WorkloadError(f"{quoted}: {name}= is given twice")
             given.add(name)
             fields[_ALL_ITEMS[name]] = _read_value(text, name, value)
         missing = [name for name in ("t", "k") if _ITEMS[name] not in fields]
         if missing:
             raise WorkloadError(
-                f"{text!r}: {' and '.join(f'{name}=' for name in missing)} must be given; for "
+                f"{quoted}: {' and '.join(f'{name}=' for name in missing)} must be given; for "
                 "example b=1,t=4096,h=8,k=64"
             )
         try:
             return cls.make(**fields)
         except WorkloadError as error:
-            raise WorkloadError(f"{text!r}: {error}") from None
+            raise WorkloadError(f"{quoted}: {error}") from None
 
     @property
     def key(self) -> str:
@@ -302,12 +306,12 @@ def _canonical_pattern(name: str, pattern: Any, sizes: Mapping[str, Any]) -> Any
     if not re.fullmatch("".join(f"[{letter}1]" for letter in letters), pattern):
         if len(letters) == 4:
             raise ValueError(
-                f"{item}={pattern!r} is neither 'none' nor four letters like b1ts ('1' where the "
-                "array broadcasts over batch, heads, t or s)"
+                f"{item}={_quoted(pattern)} is neither 'none' nor four letters like b1ts ('1' "
+                "where the array broadcasts over batch, heads, t or s)"
             )
         raise ValueError(
-            f"{item}={pattern!r} is neither 'none' nor 'yes' nor a pattern like {letters} ('1' "
-            "where the array broadcasts)"
+            f"{item}={_quoted(pattern)} is neither 'none' nor 'yes' nor a pattern like {letters} "
+            "('1' where the array broadcasts)"
         )
     return "".join("1" if sizes.get(letter) == 1 else letter for letter in pattern)
 
@@ -318,7 +322,8 @@ def _canonical_window(window: Any) -> Any:
         return window
     if not re.fullmatch("[0-9]{1,12}(:[0-9]{1,12})?", window):
         raise ValueError(
-            f"window={window!r} is neither 'none' nor positions to both sides like 256 or 255:0"
+            f"window={_quoted(window)} is neither 'none' nor positions to both sides like 256 or "
+            "255:0"
         )
     sides = [str(int(side)) for side in window.split(":")]
     return ":".join(sides if len(sides) == 2 else sides * 2)
@@ -357,13 +362,21 @@ def _read_value(text: str, name: str, value: str) -> Any:
     value = value.strip()
     if name in _FLAGS:
         if value.lower() not in _BOOLEANS:
-            raise WorkloadError(f"{text!r}: {name}={value!r} is neither yes nor no")
+            raise WorkloadError(f"{_quoted(text)}: {name}={_quoted(value)} is neither yes nor no")
         return _BOOLEANS[value.lower()]
     if name in _TEXTS:
         return value
     if not re.fullmatch("[0-9]{1,15}", value):
-        raise WorkloadError(f"{text!r}: {name}={value!r} is not a whole number of at least 1")
+        said = f"{name}={_quoted(value)} is not a whole number of at least 1"
+        raise WorkloadError(f"{_quoted(text)}: {said}")
     return int(value)
+
+
+def _quoted(value: object) -> str:
+    """A value as an error shows it: of what is very long, both ends."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = _LONGEST_QUOTE
+    return short.repr(value)
 
 
 def _explain(error: ValidationError) -> str:
@@ -373,7 +386,7 @@ def _explain(error: ValidationError) -> str:
         location = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         details.append(
-            f"{names.get(location, location)}={problem['input']!r}: {message}"
+            f"{names.get(location, location)}={_quoted(problem['input'])}: {message}"
             if location
             else message
         )

@@ -506,6 +506,23 @@ def test_forget_asks_first_and_names_what_goes() -> None:
             "not measured: out of time; the same command goes on from here",
         ),
         (
+            OutOfTime(*PLACE, None, measured=0),
+            "the time was too short for one plan, and nothing is stored; allow more (--timeout)",
+        ),
+        (
+            OutOfTime(*PLACE, make_profile(), measured=0),
+            "too short for one plan, and the profile from before stays (standard); allow more",
+        ),
+        (
+            OutOfTime(*PLACE, None, measured=1),
+            "out of time with 1 plans measured, too few to choose from, and nothing is stored; "
+            "the same command goes on from here",
+        ),
+        (
+            OutOfTime(*PLACE, make_profile(), measured=9),
+            "out of time, and the profile from before stays (standard); the same command goes on",
+        ),
+        (
             OutOfTime(*PLACE, make_profile()),
             "out of time, and the profile from before stays (standard); the same command goes on "
             "from here",

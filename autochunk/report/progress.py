@@ -182,11 +182,19 @@ def _ending(event: Ending) -> str:
             return f"{where} ({profile.effort}, {profile.created}); --force measures again"
         case Failed():
             return f"{'failed' if event.profile else 'not measured'}: {event.detail}"
-        case OutOfTime(profile=profile):
-            if profile is None:
-                return f"not measured: out of time; {_GOES_ON}"
-            kept = f"the profile from before stays ({profile.effort})"
-            return f"out of time, and {kept}; {_GOES_ON}"
+        case OutOfTime():
+            return _out_of_time(event)
+
+
+def _out_of_time(event: OutOfTime) -> str:
+    if event.profile is None and event.measured is None:
+        return f"not measured: out of time; {_GOES_ON}"
+    stays = f"the profile from before stays ({event.profile.effort})" if event.profile else ""
+    kept = stays or "nothing is stored"
+    if event.measured == 0:  # nor would it be the next time
+        return f"the time was too short for one plan, and {kept}; allow more (--timeout)"
+    few = "" if stays else f" with {event.measured} plans measured, too few to choose from"
+    return f"out of time{few}, and {kept}; {_GOES_ON}"
 
 
 def _result(profile: Profile) -> str:

@@ -87,7 +87,9 @@ def _ends_in_host(part: str, following: str) -> bool:
 
 def make_layer(kind: str, place: str) -> Layer:
     """The layer of one of ``places``."""
-    return ProfileStore(Path(place)) if kind == STORE else BundleLayer(place, kind)
+    if kind == STORE:
+        return ProfileStore(Path(place), briefly=True)
+    return BundleLayer(place, kind)
 
 
 def all_layers(store: Path | None) -> list[Layer]:

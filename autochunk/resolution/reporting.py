@@ -60,7 +60,7 @@ def _cure_of_miss(resolution: Resolution) -> str:
     """How to tune what was missed, and all that was missed of its family, here or earlier."""
     workload, family = resolution.workload, 0
     with contextlib.suppress(StoreError):
-        store = ProfileStore(settings.current().store)
+        store = ProfileStore(settings.current().store, briefly=True)
         family = store.missed_like(resolution.device, workload)
     alone = f"To tune it on this machine: {workload.tune_command}"
     if not family:  # nor will others be remembered
@@ -77,7 +77,7 @@ def _cure_of_miss(resolution: Resolution) -> str:
 def _record_miss(resolution: Resolution) -> None:
     # Nothing to be done in a place where nothing can be written: the warning stands.
     with contextlib.suppress(StoreError):
-        store = ProfileStore(settings.current().store)
+        store = ProfileStore(settings.current().store, briefly=True)
         store.record_miss(resolution.device, resolution.workload)
 
 

@@ -37,11 +37,13 @@ from autochunk.store.rescue import Row
 from autochunk.text import one_line
 
 _BUSY_MILLISECONDS = 30_000
+_BRIEF_MILLISECONDS = 2_000
 
 # Conditions on rows.
 OF_KEY = "WHERE key = ?"
 IN_RANGE = "WHERE key >= ? AND key < ?"
 ENDING = f"{IN_RANGE} AND key LIKE '%' || ?"
+BEYOND_NEWEST = 'WHERE rowid IN (SELECT rowid FROM "{}" ORDER BY rowid DESC LIMIT -1 OFFSET ?)'
 AMONG = "WHERE key IN (SELECT value FROM json_each(?))"  # one statement: sqlitedict commits each
 UNCHANGED = "WHERE rowid = ? AND CAST(value AS BLOB) IS ?"
 
@@ -64,6 +66,9 @@ logging.getLogger("sqlitedict").setLevel(logging.CRITICAL + 1)
 # open that is being made.
 _making = threading.Lock()
 
+# Files whose locks this process has waited for in vain where it had not to be held up.
+_given_up: set[Path] = set()
+
 
 class Database:
     """One file of tables of texts by key, made when something is first stored.
@@ -75,15 +80,24 @@ class Database:
       tables: their names; of the first it is said how many rows were rescued.
       whole: whether a row of a table is to be kept when a damaged file is mended.
       cure: what a user may do about an error, in words.
+      briefly: others' locks are waited for shortly, and once that was in vain no more in this
+        process: they may be those of a machine that is gone.
     """
 
     def __init__(
-        self, path: Path, tables: tuple[str, ...], whole: Callable[[str, Row], bool], cure: str
+        self,
+        path: Path,
+        tables: tuple[str, ...],
+        whole: Callable[[str, Row], bool],
+        cure: str,
+        *,
+        briefly: bool = False,
     ) -> None:
         self.path = path
         self._tables = tables
         self._is_whole = whole
         self._cure = cure
+        self._briefly = briefly
 
     # --- Reading ----------------------------------------------------------------------------------
 
@@ -96,6 +110,11 @@ class Database:
         """Their keys alone, as bytes: texts need not be UTF-8 in the file."""
         select = f'SELECT CAST(key AS BLOB) FROM "{table}" {where} ORDER BY key'
         return [key for (key,) in self._select(table, select, *values)]
+
+    def count(self, table: str) -> int:
+        """How many rows a table has."""
+        found = self._select(table, f'SELECT count(*) FROM "{table}"')
+        return int(found[0][0]) if found else 0
 
     def _select(self, table: str, statement: str, *values: str) -> list[Any]:
         """All rows of a query, as of one moment; none where there is no such table, or no file."""
@@ -151,17 +170,17 @@ class Database:
 
         Done again where others had the file for long or put a new one in its place.
         """
-        deadline = time.monotonic() + _seconds()
+        deadline = time.monotonic() + self._seconds()
         with self._errors("write"):
             while True:
                 self._make()
-                if damage := rescue.damage(self.path, _seconds()):
+                if damage := rescue.damage(self.path, self._seconds()):
                     if not mend:
                         raise sqlite3.DatabaseError(f"it is damaged ({damage})")
                     self._mend()
                 try:
-                    rescue.make_tables(self.path, self._tables, _seconds())
-                    with _table(self.path, table) as opened:
+                    rescue.make_tables(self.path, self._tables, self._seconds())
+                    with _table(self.path, table, self._seconds()) as opened:
                         return action(opened)
                 except sqlite3.Error as error:
                     # Damage in an index quick_check does not see; who walks into it does.
@@ -172,8 +191,14 @@ class Database:
 
     # --- The file ---------------------------------------------------------------------------------
 
+    def _seconds(self) -> float:
+        """How long others' locks are waited for."""
+        if not self._briefly:
+            return _BUSY_MILLISECONDS / 1000
+        return 0.0 if self.path in _given_up else _BRIEF_MILLISECONDS / 1000
+
     def _connect(self) -> sqlite3.Connection:
-        return rescue.connect(self.path, _seconds())
+        return rescue.connect(self.path, self._seconds())
 
     def _exists(self) -> bool:
         with self._errors("read"):
@@ -195,7 +220,7 @@ class Database:
 
         False if the file is sound, as after another process did it.
         """
-        mended = rescue.mend(self.path, self._tables, self._is_whole, _seconds())
+        mended = rescue.mend(self.path, self._tables, self._is_whole, self._seconds())
         if mended:
             first = self._tables[0]
             warnings.warn(
@@ -217,6 +242,8 @@ class Database:
         except (OSError, sqlite3.Error, RuntimeError) as error:
             # sqlitedict's thread has left its connection in one, which would stay open
             traceback.clear_frames(error.__traceback__)
+            if self._briefly and rescue.is_busy(error):
+                _given_up.add(self.path)
             cure = self._cure
             if rescue.is_damage(error) and task == "read":
                 cure = f"`autochunk tune` sets it aside and rescues what is whole in it; or {cure}"
@@ -226,7 +253,7 @@ class Database:
 
 
 @contextlib.contextmanager
-def _table(path: Path, name: str) -> Iterator[Any]:
+def _table(path: Path, name: str, seconds: float) -> Iterator[Any]:
     """A table as a sqlitedict, closed on leaving."""
     options = {
         "autocommit": True,
@@ -236,7 +263,7 @@ def _table(path: Path, name: str) -> Iterator[Any]:
         "outer_stack": False,
     }
     with sqlitedict.SqliteDict(str(path), tablename=name, flag="c", **options) as table:
-        table.conn.select_one(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
+        table.conn.select_one(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
         table.conn.select_one("PRAGMA synchronous = EXTRA")
         yield table
 
@@ -248,7 +275,3 @@ def _change(table: Any, statement: str, *values: object) -> int:
     table.conn.select_one(statement, values)
     (count,) = table.conn.select_one("SELECT changes()")
     return int(count)
-
-
-def _seconds() -> float:
-    return _BUSY_MILLISECONDS / 1000

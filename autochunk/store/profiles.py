@@ -19,7 +19,15 @@ from platformdirs import user_data_path
 
 from autochunk.device import Device
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
-from autochunk.store.database import AMONG, ENDING, IN_RANGE, OF_KEY, UNCHANGED, Database
+from autochunk.store.database import (
+    AMONG,
+    BEYOND_NEWEST,
+    ENDING,
+    IN_RANGE,
+    OF_KEY,
+    UNCHANGED,
+    Database,
+)
 from autochunk.store.files import file_identity, obstacle
 from autochunk.store.profile import Profile, utc_now
 from autochunk.store.rescue import Row
@@ -44,6 +52,9 @@ from autochunk.store.rows import (
 from autochunk.workload import Workload, split_key
 
 STORE_VARIABLE = "AUTOCHUNK_STORE"
+MOST_MISSES = 1000
+"""So many missed workloads are remembered."""
+
 _FILE_NAME = "profiles.sqlite"
 
 _CURE = (
@@ -84,11 +95,18 @@ class ProfileStore:
     file: one that is damaged, or no database, is kept as ``<name>.damaged-<UTC time>`` beside
     itself, what is whole in it makes a new store, a StoreWarning says so, and the operation goes
     on. The other methods leave a damaged file where it is.
+
+    Args:
+      path: the file; None is the user's own.
+      briefly: while a program is traced: a lock of others that does not go away is waited for once
+        in the life of a process, and shortly.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, briefly: bool = False
+    ) -> None:
         self.path = default_path() if path is None else Path(path)
-        self._database = Database(self.path, TABLES, whole, _CURE)
+        self._database = Database(self.path, TABLES, whole, _CURE, briefly=briefly)
 
     def __repr__(self) -> str:
         return f"ProfileStore({str(self.path)!r})"
@@ -276,7 +294,8 @@ class ProfileStore:
         """Remembers that "auto" found no profile for a workload, and how often that was told.
 
         It happens while a model is traced, so that a damaged file is left where it is, and that a
-        miss which is known already need not be counted where nothing can be written.
+        miss which is known already need not be counted where nothing can be written. Of very many,
+        as of a program of ever new lengths, those go that were not met for longest.
         """
         rows = self._rows(device, workload.key, MISSED)
         key = key_text(rows[0].key) if rows else row_key(device.key, workload.key)
@@ -289,6 +308,9 @@ class ProfileStore:
         except StoreError:
             if not rows:
                 raise
+        if not rows and self._database.count(MISSED) > MOST_MISSES:
+            where = BEYOND_NEWEST.format(MISSED)
+            self._database.delete(MISSED, where, lambda: [(MOST_MISSES,)])
 
     def check_writable(self) -> None:
         """Raises StoreError now, not after hours of measuring, if a profile could not be stored."""

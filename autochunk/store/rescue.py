@@ -85,7 +85,12 @@ def must_reopen(error: BaseException) -> bool:
     It held the file for long, or put another one in its place.
     """
     moved = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_DBMOVED
-    return moved or _code(error) == sqlite3.SQLITE_BUSY
+    return moved or is_busy(error)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether SQLite waited in vain for another program's lock."""
+    return _code(error) == sqlite3.SQLITE_BUSY
 
 
 def _code(error: BaseException) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from autochunk.errors import StorageError
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
@@ -17,10 +18,13 @@ from autochunk.tuner.events import (
     Started,
     Subject,
 )
+from autochunk.tuner.outcome import Interrupted, Outcome, StorageLost
 from autochunk.tuner.probe import Probe
-from autochunk.tuner.search import Interrupted, Outcome, search
+from autochunk.tuner.search import search
 from autochunk.tuner.study import Study
 from autochunk.tuner.task import FEWEST_TIMED, Task
+
+_KEPT = "; what was measured before is kept, and the same command goes on from there"
 
 
 def attempt(task: Task, subject: Subject, study: Study, probe: Probe, share: float) -> bool:
@@ -74,6 +78,9 @@ def _search(task: Task, subject: Subject, study: Study, probe: Probe, share: flo
     except Interrupted as interruption:
         task.keep(interruption.outcome, study, subject.workload)
         raise
+    except StorageLost as loss:
+        profile = task.keep(loss.outcome, study, subject.workload)
+        raise StorageError(f"{loss}{_KEPT if profile else ''}") from loss
 
 
 def _hints(task: Task, subject: Subject) -> list[Plan]:
@@ -100,13 +107,12 @@ def _ending(subject: Subject, outcome: Outcome, profile: Profile | None) -> Even
     if outcome.awaited:
         return Awaited(*place)
     if outcome.failure:
-        kept = "; what was measured before is kept, and the same command goes on from there"
-        return Failed(*place, outcome.failure + (kept if profile else ""), profile)
+        return Failed(*place, outcome.failure + (_KEPT if profile else ""), profile)
     if outcome.complete:
         if profile is None:
             return Failed(*place, "no plan could be timed", None)
         return Finished(*place, profile)
     if profile is None or profile.complete:
         # A finished profile is an earlier tune's, which this one has not got beyond.
-        return OutOfTime(*place, profile)
+        return OutOfTime(*place, profile, len(outcome.measurements))
     return Finished(*place, profile)

@@ -116,9 +116,13 @@ class Failed(Subject):
 
 @dataclass(frozen=True)
 class OutOfTime(Subject):
-    """Time ran out before there was more than the profile that is stored, if any."""
+    """Time ran out before there was more than the profile that is stored, if any.
+
+    It was begun, and so many of its plans are measured; or, where ``measured`` is None, not begun.
+    """
 
     profile: Profile | None
+    measured: int | None = None
 
 
 Disturbance = OtherWork | SharedGpu | SlowedGpu

@@ -61,6 +61,7 @@ class WorkerProcess:
             )
         except OSError as error:
             raise ProbeError(f"cannot start {command[0]}: {error}") from error
+        _make_likelier_victim(self.process.pid)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._complaints: collections.deque[str] = collections.deque(maxlen=20)
         self._readers = [
@@ -126,6 +127,15 @@ class WorkerProcess:
         for stream in filter(None, streams):
             with contextlib.suppress(OSError):  # what was still to be written goes nowhere
                 stream.close()
+
+
+def _make_likelier_victim(process: int) -> None:
+    """Has the kernel, where it looks for memory, kill a process before all others.
+
+    Its death is a result; that of its parent, or of another program, a loss.
+    """
+    with contextlib.suppress(OSError):  # another system, or the process has ended
+        Path(f"/proc/{process}/oom_score_adj").write_text("1000")
 
 
 def _parsed(line: str) -> dict[str, Any]:

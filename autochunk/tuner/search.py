@@ -20,8 +20,8 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from autochunk.errors import ProbeError, StorageError
 from autochunk.plan import Plan
@@ -31,6 +31,7 @@ from autochunk.store.profile import Effort, sliced_shape
 from autochunk.tuner.candidates import all_plans, equivalent, in_order, likely
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.joint import JointRounds
+from autochunk.tuner.outcome import Interrupted, Outcome, StorageLost
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import (
@@ -39,7 +40,7 @@ from autochunk.tuner.standing import (
     best_plans,
     best_ratio,
 )
-from autochunk.tuner.study import Claim, Study
+from autochunk.tuner.study import JOINT, LOADING, MOST_DEATHS, Claim, Study
 from autochunk.workload import Workload
 
 # Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
@@ -47,31 +48,6 @@ _SHARE_OF_PLANS = 0.55
 _SHARE_ON_ACCELERATORS = 0.9
 # On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
 _JOINT_ON_ACCELERATORS = 3.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search found.
-
-    Attributes:
-      measurements: by whomever.
-      complete: whether everything was looked at.
-      awaited: whether other workers are still looking.
-      failure: why no worker could go on; empty if that is not what ended it.
-    """
-
-    measurements: tuple[Measurement, ...]
-    complete: bool
-    awaited: bool = False
-    failure: str = ""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what was measured before it."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__()
-        self.outcome = outcome
 
 
 def search(
@@ -100,7 +76,7 @@ def search(
       on_measurement: told of each measurement, with how many are done and how many there are.
 
     Raises:
-      StorageError: the study cannot be read or written.
+      StorageError: the study cannot be read or written; StorageLost once something is measured.
       Interrupted: on Ctrl-C.
     """
     try:
@@ -115,6 +91,8 @@ def search(
         return _cut_short(running.latest(), error)
     except KeyboardInterrupt as error:
         raise Interrupted(_cut_short(running.latest(), error)) from None
+    except StorageError as error:
+        raise StorageLost(str(error), _cut_short(running.measured, error)) from error
 
 
 def _cut_short(measured: dict[Plan, Measurement], error: BaseException) -> Outcome:
@@ -159,7 +137,7 @@ class _Search:
         while True:
             while claim := self.study.claim(self.plans):
                 with claim:
-                    self._load()
+                    self._load(claim)
                     self._take(claim)
                 if time.monotonic() > self._end and self._lacking() and self._takes_time():
                     return self._unfinished(self._joint_rounds())
@@ -167,9 +145,7 @@ class _Search:
                 break  # else one has died since, and its plan is free again
         if self._all_measured() and (claim := self.study.claim_joint_rounds()):
             with claim:
-                self._load()
-                self._follow_anchor()
-                measurements = self._joint_rounds()
+                measurements = self._last_rounds(claim)
                 if self._cut_short:
                     return self._unfinished(measurements)
                 claim.done(measurements, self.anchor)
@@ -196,6 +172,15 @@ class _Search:
         """Whether the next plan must be compiled."""
         plan = next(plan for plan in self.plans if plan not in self.measured)
         return plan not in self.probe.compiled and not self._needless(plan)
+
+    def _last_rounds(self, claim: Claim) -> list[Measurement]:
+        """The joint rounds of what all have measured, unless workers died of them."""
+        if claim.deaths >= MOST_DEATHS:
+            return []
+        self._load(claim)
+        self._follow_anchor()
+        claim.runs(JOINT)
+        return self._joint_rounds()
 
     def _joint_rounds(self) -> list[Measurement]:
         """What the best plans' joint rounds make of them; nothing without several."""
@@ -224,14 +209,17 @@ class _Search:
         self.measured |= self.study.measured()
         self._follow_anchor()
         measurement = self._measure(claim.plan, claim)
+        self.measured[claim.plan] = measurement  # also where it cannot be handed in
         claim.done([measurement], self.anchor)
-        self.measured[claim.plan] = measurement
         self.on_measurement(measurement, len(self.measured), len(self.plans))
         self._drop_losers()
 
     def _measure(self, plan: Plan, claim: Claim) -> Measurement:
         if reason := self._needless(plan):
             return _measurement(plan, Prepared("skipped", reason))
+        if claim.deaths >= MOST_DEATHS:
+            return _measurement(plan, Prepared("crashed", _ended_the_tuner(claim.deaths)))
+        claim.runs(str(plan))
         start = time.monotonic()
         prepared = self._failed.pop(plan, None) or self.probe.prepare(plan)
         if prepared.status != "ok":
@@ -306,20 +294,35 @@ class _Search:
 
     # The anchor
 
-    def _load(self) -> None:
+    def _load(self, claim: Claim) -> None:
         """Makes the probe ready, once there is something to measure: it takes seconds."""
         if not self._loaded:
+            deaths = self.study.deaths()
+            if deaths[LOADING] >= MOST_DEATHS:
+                raise ProbeError(
+                    f"the inputs of {self.workload.key}, or what its results should be, "
+                    f"{_ended_the_tuner(deaths[LOADING])}; where there is more memory, it is tried "
+                    "again by --force or in a new storage"
+                )
             todo = [plan for plan in self.plans if plan not in self.measured]
+            claim.runs(LOADING)
             self.probe.load(self.workload, todo)
-            self._find_anchor()
+            self._find_anchor(claim, deaths)
             self._loaded = True
 
-    def _find_anchor(self) -> None:
-        """Takes the study's anchor, or the first likely plan that runs here, dense last."""
+    def _find_anchor(self, claim: Claim, deaths: Mapping[str, int]) -> None:
+        """Takes the study's anchor, or the first likely plan that runs here, dense last.
+
+        Before it those that no worker died of.
+        """
         first = [*filter(None, [self.study.anchor]), *likely(self.plans), *self.plans]
-        for plan in dict.fromkeys([*(plan for plan in first if plan != DENSE), DENSE]):
+        plans = dict.fromkeys([*(plan for plan in first if plan != DENSE), DENSE])
+        for plan in sorted(plans, key=lambda plan: deaths[str(plan)]):
             if plan in self.measured and not self.measured[plan].timed:
                 continue
+            if deaths[str(plan)] >= MOST_DEATHS:
+                continue
+            claim.runs(str(plan))
             failed = self._try(plan)
             if failed is None:
                 self._follow_anchor(plan)
@@ -356,6 +359,10 @@ class _Search:
         if self.study.anchor != self.anchor:
             self.anchor = self.study.anchor
             self.measured = self.study.measured()  # ratios to another anchor do not compare
+
+
+def _ended_the_tuner(times: int) -> str:
+    return f"ended the tuner itself {times} times (most likely the kernel, out of memory)"
 
 
 def _measurement(plan: Plan, prepared: Prepared, **changes: object) -> Measurement:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import autochunk
 from autochunk.device import Device
+from autochunk.errors import StorageError
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
@@ -25,8 +26,8 @@ from autochunk.tuner.candidates import all_plans
 from autochunk.tuner.earlier import anchor_of, under_names_of, what_stands
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Event
+from autochunk.tuner.outcome import Outcome
 from autochunk.tuner.probe import seconds_left
-from autochunk.tuner.search import Outcome
 from autochunk.tuner.study import Study
 from autochunk.workload import Workload
 
@@ -118,23 +119,32 @@ class Task:
 
         Of what is not finished a single plan is nothing: there is no choice in it, and it would
         answer in place of a like workload that has one. Returns what is stored then, None if
-        nothing was found.
+        nothing was found. What is complete is stored also where its study can no longer be told so.
         """
         timed = sum(measurement.timed for measurement in outcome.measurements)
         if timed < (1 if outcome.complete else FEWEST_TIMED):
             return None
         with self.storing:
-            # by another worker, which held the joint rounds or ended at the same time
-            made = study.profile if outcome.complete else None
-            profile = made or self._profile(outcome, workload)
-            if outcome.complete and made is None:
-                study.profile = profile
-            old = self.store.get(self.device, workload)
-            if old is not None and _stays(old, profile):
-                profile = old
-            else:
-                self.store.put(profile)
-            self.found[workload] = profile
+            profile = self._profile(outcome, workload)
+            try:
+                # by another worker, which held the joint rounds or ended at the same time
+                made = study.profile if outcome.complete else None
+                if outcome.complete and made is None:
+                    study.profile = profile
+            except StorageError:
+                self._put(profile)
+                raise
+            return self._put(made or profile)
+
+    def _put(self, profile: Profile) -> Profile:
+        """Stores a profile, unless what is stored tells more; returns which of them is stored."""
+        workload = profile.parsed_workload()
+        old = self.store.get(self.device, workload)
+        if old is not None and _stays(old, profile):
+            profile = old
+        else:
+            self.store.put(profile)
+        self.found[workload] = profile
         return profile
 
     def _profile(self, outcome: Outcome, workload: Workload) -> Profile:

@@ -98,6 +98,7 @@ def tune(
             sharing.with_other_machines(task, probes, shared, waiting)
         else:
             journals = Journals(store.path, device, effort, memory_budget_mb, force)
+            journals.throw_away_old()
             sharing.on_this_machine(task, probes, journals, waiting)
         for event in _not_begun(task, waiting):
             on_event(event)

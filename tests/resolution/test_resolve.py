@@ -22,6 +22,7 @@ from factories import (
     make_workload,
     one_plan,
     run_python,
+    start_python,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ from autochunk.errors import (
     StoreWarning,
 )
 from autochunk.plan import Plan
-from autochunk.resolution import layers, nearest, places, resolve
+from autochunk.resolution import layers, nearest, places, reporting, resolve
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.layers import MemoryLayer
 from autochunk.resolution.settings import use
@@ -1069,3 +1070,40 @@ def test_measurements_of_the_future_do_not_answer(store: ProfileStore) -> None:
     future: tuple[Measurement, ...] = (make_measurement("splash_v9", None, 0.1, 1),)
     store.put(make_profile(measurements=future))
     assert ask().match == "default"
+
+
+_HOLD = """
+import sqlite3, sys
+file = sqlite3.connect(sys.argv[1], isolation_level=None)
+file.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_store_that_stays_locked_holds_no_program_up(
+    store_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a machine that is gone: one wait, one warning, and the other layers answer.
+
+    Were it waited for as by a command, or more than once, this would take hours.
+    """
+    monkeypatch.setattr("autochunk.store.database._BUSY_MILLISECONDS", 3_600_000)
+    monkeypatch.setattr("autochunk.store.database._BRIEF_MILLISECONDS", 100)
+    here = detect()
+    ProfileStore().put(make_profile(WORKLOAD, here, one_plan(4.0)))
+    known = make_profile(WORKLOAD, here, one_plan(8.0))
+    (shipped / "known.json").write_text(bundle.dump([known]))
+    with start_python(_HOLD, store_path) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.warns(StoreWarning, match="goes on without user store"):
+            assert resolve.resolve(WORKLOAD).plan == Plan("xla", 8.0)
+        monkeypatch.setattr("autochunk.store.database._BRIEF_MILLISECONDS", 3_600_000)
+        for length in (3, 5):  # other warnings are errors here: of the store there is none more
+            missed = make_workload(f"t={length},k=1024", dtype="float64")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MissWarning)
+                reporting.report(resolve.resolve(missed))
+        holder.communicate()
+    assert ProfileStore().missed(here) == []

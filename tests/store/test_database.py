@@ -772,6 +772,17 @@ def leave_a_hot_journal(path: Path) -> None:
     assert Path(f"{path}-journal").stat().st_size > 0
 
 
+def test_misses_do_not_grow_for_ever(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program of ever new lengths those are kept that were met last, and profiles all."""
+    monkeypatch.setattr("autochunk.store.profiles.MOST_MISSES", 5)
+    store.put(make_profile(WORKLOADS[0], HERE))
+    lengths_met = [*range(100, 106), 101, *range(106, 109)]
+    for length in lengths_met:
+        store.record_miss(HERE, make_workload(f"t={length},k=8"))
+    assert {workload.query_length for workload in store.missed(HERE)} == {101, 105, 106, 107, 108}
+    assert store.profiles() == [make_profile(WORKLOADS[0], HERE)]
+
+
 @pytest.mark.parametrize("operation", ["get", "profiles", "put", "put_all", "record_miss"])
 def test_store_recovers_from_half_a_commit(full_store: ProfileStore, operation: str) -> None:
     """After a process died in the middle of a commit the next one finds what was there before."""
@@ -810,6 +821,37 @@ def test_lock_that_is_never_released(
                 full_store.get(HERE, WORKLOADS[0])
         holder.stdin.close()
     full_store.put(make_profile(WORKLOADS[0], HERE))
+
+
+@pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
+def test_lock_is_waited_for_once_where_nothing_may_be_held_up(
+    full_store: ProfileStore, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    """Whichever store object of the process waits in vain, no other one does again.
+
+    What can be read beside the lock is; when it has gone, all is as before.
+    """
+    monkeypatch.setattr(database, "_BUSY_MILLISECONDS", 3_600_000)
+    monkeypatch.setattr(database, "_BRIEF_MILLISECONDS", 100)
+    new = make_workload("t=77,k=8")
+    with start_python(HOLD, full_store.path, lock) as holder:
+        assert holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(StoreError, match="database is locked"):
+            ProfileStore(full_store.path, briefly=True).record_miss(HERE, new)
+        monkeypatch.setattr(database, "_BRIEF_MILLISECONDS", 3_600_000)
+        brief = ProfileStore(full_store.path, briefly=True)
+        with pytest.raises(StoreError, match="database is locked"):
+            brief.record_miss(HERE, new)
+        if lock == "IMMEDIATE":
+            assert brief.get(HERE, WORKLOADS[0])
+        else:
+            with pytest.raises(StoreError, match="database is locked"):
+                brief.get(HERE, WORKLOADS[0])
+        holder.stdin.close()
+    brief.record_miss(HERE, new)
+    assert new in full_store.missed(HERE)
 
 
 def test_lock_that_is_released(full_store: ProfileStore) -> None:

@@ -112,7 +112,7 @@ def test_commits_are_synchronous(store: ProfileStore) -> None:
 
     Of SQLite's settings that is 3, EXTRA.
     """
-    with database._table(store.path, "profiles") as table:
+    with database._table(store.path, "profiles", 30.0) as table:
         assert table.conn.select_one("PRAGMA synchronous") == (3,)
         table["key"] = "value"
         assert table.conn.select_one("PRAGMA synchronous") == (3,)

@@ -82,16 +82,22 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
+@pytest.fixture
+def database(postgresql: str, tmp_path: Path) -> str:
+    """URL of a database on that server, empty."""
+    import psycopg
+
+    name = f"test_{tmp_path.name.lower().replace('-', '_')}"[:60]
+    with psycopg.connect(postgresql, autocommit=True) as server:
+        server.execute(f'DROP DATABASE IF EXISTS "{name}"')
+        server.execute(f'CREATE DATABASE "{name}"')
+    return postgresql.removesuffix("postgres") + name
+
+
 @pytest.fixture(params=["journal", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where studies are kept: each kind of storage that machines share, empty."""
     if request.param == "journal":
         return str(tmp_path / "shared" / "studies.journal")
-    url: str = request.getfixturevalue("postgresql")
-    import psycopg
-
-    name = f"test_{tmp_path.name.lower().replace('-', '_')}"[:60]
-    with psycopg.connect(url, autocommit=True) as server:
-        server.execute(f'DROP DATABASE IF EXISTS "{name}"')
-        server.execute(f'CREATE DATABASE "{name}"')
-    return url.removesuffix("postgres") + name
+    url: str = request.getfixturevalue("database")
+    return url

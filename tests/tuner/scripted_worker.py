@@ -2,11 +2,12 @@
 
 A real one does that too rarely. ``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans":
 {plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed ""
-(answer well), "die N" (by signal N), "exit N", "hang", "sleep N" (N seconds), "babble", "refuse"
-(answer with an error) or a status to answer with. "do" may begin with "time:" to happen while
-timing instead of while preparing, with "once:FILE:" to happen only until FILE exists, and with
-"after:FILE:" only then. "log" names a file that every request is appended to; times scatter by a
-fraction "jitter"; "ahead" lists the plans that it says it has compiled.
+(answer well), "die N" (by signal N), "end-parent" (as a kernel does that kills a whole container),
+"exit N", "hang", "sleep N" (N seconds), "take N" (N MB), "babble", "refuse" (answer with an error)
+or a status to answer with. "do" may begin with "time:" to happen while timing instead of while
+preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then.
+"log" names a file that every request is appended to; times scatter by a fraction "jitter"; "ahead"
+lists the plans that it says it has compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +42,9 @@ def perform(deed: str) -> str:
     name, _, argument = deed.partition(" ")
     if name == "die":
         os.kill(os.getpid(), int(argument))
+    if name == "end-parent":
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
     if name == "exit":
         print("giving up", file=sys.stderr, flush=True)
         os._exit(int(argument))
@@ -47,6 +52,9 @@ def perform(deed: str) -> str:
         time.sleep(3600)
     if name == "sleep":
         time.sleep(float(argument))
+        return ""
+    if name == "take":
+        _ = bytearray(b"x") * (int(argument) * 10**6)
         return ""
     if name == "babble":
         print("Segmentation fault imminent", flush=True)

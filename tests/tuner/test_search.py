@@ -19,8 +19,9 @@ from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Effort
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.joint import JointRounds
+from autochunk.tuner.outcome import Interrupted, Outcome
 from autochunk.tuner.probe import OutOfTime, Probe
-from autochunk.tuner.search import Interrupted, Outcome, search
+from autochunk.tuner.search import search
 from autochunk.tuner.study import Storage, Study
 from autochunk.workload import Workload
 

@@ -217,22 +217,6 @@ def test_of_two_efforts_the_better_profile_is_taken_and_a_newer_version_s_is_cou
         _ = newer.profile
 
 
-def test_a_torn_journal_of_one_s_own_is_mended(tmp_path: Path) -> None:
-    """Half a line at its end is cut off and the rest is kept.
-
-    One that cannot be read is begun anew.
-    """
-    journal = tmp_path / "journal"
-    measure(open_private(journal).study(make_device(), WORKLOAD, "quick"), PLANS[0])
-    whole = journal.read_bytes()
-    for torn in (b'{"op_code": 5, "wor', b"\0" * 64):
-        journal.write_bytes(whole + torn)
-        mended = open_private(journal).study(make_device(), WORKLOAD, "quick")
-        assert list(mended.measured()) == [PLANS[0]]
-    journal.write_bytes(b"\0" * 64 + b"\n" + whole)
-    assert open_private(journal).study(make_device(), WORKLOAD, "quick").measured() == {}
-
-
 def test_another_jaxlib_or_cudnn_is_another_study() -> None:
     """Its programs are others, and so are their times."""
     devices = [make_device(), make_device(jaxlib="0.13.0")]
@@ -268,17 +252,6 @@ def test_a_journal_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> N
     with pytest.raises(StorageError, match="there is no storage"):
         Storage(tmp_path / "shared" / "typo.journal", make=False)
     assert not (tmp_path / "shared").exists()
-
-
-@pytest.mark.parametrize(
-    "content", [b"garbage\n\x00\xff\n", b'{"op_code": 99, "x": 1}\n', b"[1]\n"]
-)
-def test_a_file_that_is_no_journal(content: bytes, tmp_path: Path) -> None:
-    """It is left as it was."""
-    (tmp_path / "journal").write_bytes(content)
-    with pytest.raises(StorageError, match=r"is no storage|cannot be used"):
-        Storage(tmp_path / "journal")
-    assert (tmp_path / "journal").read_bytes() == content
 
 
 def test_what_was_tuned_before_is_given_to_the_others(scripted: Scripted, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -363,6 +364,19 @@ def test_an_unfinished_profile_is_stored_and_finished_by_the_next_call(scripted:
     assert len(profile.measurements) == len(plans)
 
 
+@pytest.mark.parametrize(("sleep", "timeout", "expected"), [(30, 2.0, 0), (0, 5.0, 1)])
+def test_a_time_too_short_for_a_choice_is_told(
+    sleep: int, timeout: float, expected: int, scripted: Scripted
+) -> None:
+    """With how many plans were measured: with none, the same command would end the same way."""
+    first = {"xla, 1.05 MB": {"do": f"sleep {sleep}"}}
+    command = scripted(default={"do": "sleep 30"}, plans=first)
+    *_, last = measured(command, WORKLOADS[:1], timeout=timeout)
+    assert isinstance(last, OutOfTime)
+    assert (last.profile, last.measured) == (None, expected)
+    assert ProfileStore().profiles() == []
+
+
 def test_an_unfinished_profile_never_replaces_a_finished_one(scripted: Scripted) -> None:
     """A stronger effort that is cut short leaves the weaker, complete profile, and returns it."""
     workload = Workload.parse("b=2,t=2048,h=4,k=8")
@@ -412,6 +426,32 @@ def test_what_a_budget_left_out_is_measured_without_it(scripted: Scripted) -> No
     workloads = [Workload.parse("b=2,t=2048,h=4,k=8")]
     (profile,) = tune(workloads, effort="quick", worker_command=scripted())
     assert {m.status for m in profile.measurements} <= {"ok", "pruned", "skipped"}
+
+
+_FORCED = """
+import json, os, sys
+from autochunk.tuner.events import Finished
+from autochunk.tuner.tune import tune
+from autochunk.workload import Workload
+shape, command = json.loads(sys.argv[1])
+tell = lambda event: isinstance(event, Finished) and os.kill(os.getpid(), 9)
+options = {"worker_command": command, "on_event": tell, "force": True}
+tune([Workload.parse(shape)], effort="quick", gpus=["0", "1"], **options)
+"""
+
+
+def test_what_a_killed_tune_left_goes_when_nobody_went_on_with_it(scripted_gpu: Scripted) -> None:
+    """For a month, whichever command is given then; younger work stays, to be gone on with."""
+    command = scripted_gpu()
+    start_python(_FORCED, json.dumps([WORKLOADS[0].shape, command])).communicate(timeout=60)
+    folder = ProfileStore().path.with_name("profiles.sqlite.unfinished")
+    (left,) = folder.glob("*.journal")
+    young = folder / "young.journal"
+    young.touch()
+    month_ago = time.time() - 31 * 86_400
+    os.utime(left, (month_ago, month_ago))
+    measured(command, WORKLOADS[1:2])
+    assert list(folder.iterdir()) == [young]
 
 
 def test_interrupting_stores_what_was_measured(scripted: Scripted) -> None:

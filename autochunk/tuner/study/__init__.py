@@ -14,9 +14,12 @@ import warnings
 from autochunk.tuner.study.journals import Journals
 from autochunk.tuner.study.liveness import worker_name
 from autochunk.tuner.study.storage import Storage, open_private, study_name
-from autochunk.tuner.study.trials import Claim, Study
+from autochunk.tuner.study.trials import JOINT, LOADING, MOST_DEATHS, Claim, Study
 
 __all__ = [
+    "JOINT",
+    "LOADING",
+    "MOST_DEATHS",
     "Claim",
     "Journals",
     "Storage",

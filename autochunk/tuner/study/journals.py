@@ -1,20 +1,24 @@
 """A tune's own journals, which lie beside its store until a workload is finished.
 
-What is interrupted, even by a crash, goes on from there.
+What is interrupted, even by a crash, goes on from there, if within a month.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from autochunk.device import Device
+from autochunk.errors import StorageError
 from autochunk.store.profile import Effort
 from autochunk.tuner.study.storage import older_study_names, open_private, study_name
 from autochunk.tuner.study.trials import Study
 from autochunk.workload import Workload
+
+_KEPT_DAYS = 30
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,16 @@ class Journals:
     force: bool
 
     def study(self, workload: Workload) -> Study:
-        """The study of a workload; made if it is not there."""
+        """The study of a workload; made if it is not there, or a newer version's."""
+        try:
+            study = self._study(workload)
+            study.measured()
+        except StorageError:
+            self._path(workload).unlink(missing_ok=True)
+            study = self._study(workload)
+        return study
+
+    def _study(self, workload: Workload) -> Study:
         return open_private(self._path(workload)).study(self.device, workload, self.effort)
 
     def throw_away(self, workload: Workload) -> None:
@@ -50,6 +63,20 @@ class Journals:
                 with contextlib.suppress(OSError):
                     file.unlink()
 
+    def throw_away_old(self) -> None:
+        """Throws away what nobody went on with for long: all tunes', with this store.
+
+        Such are left by one that was killed, and whose command was never given again.
+        """
+        for file in self._folder.glob("*"):
+            with contextlib.suppress(OSError):  # another tune does the same
+                if time.time() - file.stat().st_mtime > _KEPT_DAYS * 86_400:
+                    file.unlink()
+
+    @property
+    def _folder(self) -> Path:
+        return self.store.with_name(f"{self.store.name}.unfinished")
+
     def _path(self, workload: Workload) -> Path:
         what = (self.device, workload, self.effort)
         today, *older = map(self._file, (study_name(*what), *older_study_names(*what)))
@@ -62,4 +89,4 @@ class Journals:
         if self.force:
             name += " | forced"
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-        return self.store.with_name(f"{self.store.name}.unfinished") / f"{digest}.journal"
+        return self._folder / f"{digest}.journal"

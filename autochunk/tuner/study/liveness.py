@@ -14,9 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, Trial
-from sqlalchemy.exc import SQLAlchemyError
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
@@ -57,8 +55,8 @@ def sign(trial: Trial) -> None:
 def keep_signed(trial: Trial, finished: threading.Event) -> None:
     """Writes the time to a trial again and again until it is finished."""
     while not finished.wait(BEAT_SECONDS):
-        # the next beat may get through
-        with contextlib.suppress(OptunaError, SQLAlchemyError, OSError):
+        # The next beat may get through, and whatever else fails is told by who does it.
+        with contextlib.suppress(Exception):
             trial.set_user_attr("alive", time.time())
 
 
@@ -67,8 +65,11 @@ def is_signed(trial: FrozenTrial) -> bool:
     return "worker" in trial.user_attrs
 
 
-def alive(trial: FrozenTrial) -> bool:
-    """Whether somebody is at work on a running trial."""
+def alive(trial: FrozenTrial, since: float = 0.0) -> bool:
+    """Whether somebody is at work on a running trial.
+
+    Silence counts from ``since`` on, by ``time.time()``: before it nobody could write.
+    """
     here, _, process = str(trial.user_attrs.get("worker", "")).rpartition(" ")
     if here == worker_name().rpartition(" ")[0] and not _process_exists(int(process)):
         return False
@@ -76,7 +77,8 @@ def alive(trial: FrozenTrial) -> bool:
     # A worker signs what it claims at once. One that has not was killed in between, or, if it is
     # only slow, finds its claim gone and makes another.
     longest = SILENT_SECONDS if here else _SIGNING_SECONDS
-    return time.time() - float(trial.user_attrs.get("alive", started)) < longest
+    heard = max(since, float(trial.user_attrs.get("alive", started)))
+    return time.time() - heard < longest
 
 
 def _process_exists(process: int) -> bool:

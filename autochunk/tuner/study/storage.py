@@ -8,22 +8,26 @@ import time
 from pathlib import Path
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from autochunk.device import Device, current_key
 from autochunk.errors import StorageError
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Profile
-from autochunk.tuner.study.failures import first_line, one_error, without_password
+from autochunk.tuner.study.failures import (
+    PATIENCE_SECONDS,
+    Patience,
+    first_line,
+    one_error,
+    patient,
+    without_password,
+)
+from autochunk.tuner.study.journal import JournalFile
 from autochunk.tuner.study.trials import Study, readable
 from autochunk.workload import Workload
 
 _ATTEMPTS = 10  # at opening a database
-# A killed process leaves its lock behind. Nobody holds one for longer than it takes to append a
-# line.
-_LOCK_SECONDS = 2
 
 
 class Storage:
@@ -33,23 +37,32 @@ class Storage:
       place: a database's URL as SQLAlchemy reads it (``postgresql://user:password@host/name``), or
         the path of a journal file.
       make: whether a journal file that is not there is made.
+      patience: seconds for which one that worked, and fails for what may pass, is waited for; None
+        is ``PATIENCE_SECONDS``.
 
     Raises:
       StorageError: it cannot be reached, or is not there and not to be made.
     """
 
-    def __init__(self, place: str | os.PathLike[str], *, make: bool = True) -> None:
+    def __init__(
+        self,
+        place: str | os.PathLike[str],
+        *,
+        make: bool = True,
+        patience: float | None = None,
+    ) -> None:
         self.place = os.fspath(place)
         _check(self.place, make)
-        try:
-            with one_error(self.place):
-                self._optuna: BaseStorage = _open(self.place)
-        # what Optuna makes of a file that it did not write
-        except (ValueError, LookupError, TypeError, AssertionError) as error:
-            raise StorageError(
-                f"{without_password(self.place)} is no storage that `autochunk tune --storage` "
-                f"made: {first_line(error)}"
-            ) from error
+        self._patience = Patience(PATIENCE_SECONDS if patience is None else patience)
+        with one_error(self.place):
+            try:
+                self._optuna = patient(_open(self.place), self._patience)
+            # what Optuna makes of content that it did not write
+            except (ValueError, LookupError, TypeError, AssertionError) as error:
+                raise StorageError(
+                    f"{without_password(self.place)} is no storage that `autochunk tune --storage` "
+                    f"made: {first_line(error)}"
+                ) from error
 
     def study(self, device: Device, workload: Workload, effort: Effort) -> Study:
         """The study of a workload; made if it is not there.
@@ -61,7 +74,8 @@ class Storage:
             # Sorted, so that all machines that share it take the same.
             names = sorted(optuna.get_all_study_names(self._optuna))
             older = (one for one in names if _current_name(one) == name)
-            return Study(self.place, self._optuna, name if name in names else next(older, name))
+            name = name if name in names else next(older, name)
+            return Study(self.place, self._optuna, name, self._patience)
 
     def profiles(self) -> tuple[list[Profile], int]:
         """Of each device and workload the profile of best effort, and the number of other studies.
@@ -102,26 +116,13 @@ def _current_name(name: str) -> str:
 def open_private(journal: Path) -> Storage:
     """The storage in a journal of this machine's own.
 
-    What a crash left torn is cut off; what cannot be read is thrown away: it saves work, no more.
+    What cannot be read is thrown away: it saves work, no more. Nor is it worth waiting for.
     """
-    with contextlib.suppress(FileNotFoundError):
-        _mend(journal)
     try:
-        return Storage(journal)
+        return Storage(journal, patience=0.0)
     except StorageError:
         journal.unlink(missing_ok=True)
-        return Storage(journal)
-
-
-def _mend(journal: Path) -> None:
-    """Cuts off what follows the last whole line."""
-    lock = _lock(journal)
-    lock.acquire()
-    try:
-        with journal.open("r+b") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-    finally:
-        lock.release()
+        return Storage(journal, patience=0.0)
 
 
 def _check(place: str, make: bool) -> None:
@@ -139,16 +140,9 @@ def _check(place: str, make: bool) -> None:
 
 
 def _open(place: str) -> BaseStorage:
-    return _open_database(place) if "://" in place else _open_journal(Path(place))
-
-
-def _open_journal(journal: Path) -> JournalStorage:
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(journal), lock_obj=_lock(journal)))
-
-
-def _lock(journal: Path) -> JournalFileOpenLock:
-    return JournalFileOpenLock(str(journal), grace_period=_LOCK_SECONDS)
+    if "://" in place:
+        return get_storage(_open_database(place))
+    return JournalStorage(JournalFile(Path(place)))
 
 
 def _open_database(url: str) -> RDBStorage:

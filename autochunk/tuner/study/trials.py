@@ -2,6 +2,10 @@
 
 A worker claims a plan by taking its trial from the queue, which the storage lets happen once. Two
 workers may queue the same plan at the same time; then the trial with the higher number is given up.
+
+What a worker is about to run is written to its trial first. Where that ends the worker itself, as a
+kernel does that kills the whole container for its memory, the next one finds it there. Plans that
+did so come last, and are given up in the end.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import optuna
@@ -28,10 +33,15 @@ from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
-from autochunk.tuner.study.failures import one_error
+from autochunk.tuner.study.failures import Patience, one_error
 from autochunk.tuner.study.liveness import alive, is_signed, keep_signed, sign
 
-_JOINT = "joint rounds"
+JOINT = "joint rounds"
+LOADING = "loading"
+"""What a worker runs that is no plan, as its trial calls it."""
+MOST_DEATHS = 2
+"""So many workers may die of a plan before it is given up: one death may have been chance."""
+
 _LARGEST_LIMIT = 1e12
 _LIMITS = FloatDistribution(0.0, _LARGEST_LIMIT)
 _POLL_SECONDS = 0.05
@@ -42,8 +52,11 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 class Study:
     """One workload's trials; made by ``Storage.study``."""
 
-    def __init__(self, place: str, storage: BaseStorage, name: str) -> None:
+    def __init__(
+        self, place: str, storage: BaseStorage, name: str, patience: Patience | None = None
+    ) -> None:
         self._place = place
+        self._patience = patience or Patience(0.0)
         self._study = optuna.create_study(
             study_name=name,
             storage=storage,
@@ -58,7 +71,7 @@ class Study:
         """The plan that all others are timed beside; ratios to another one do not compare."""
         with one_error(self._place):
             anchor = self._anchor()
-        return Plan(*anchor) if anchor else None
+            return Plan(*anchor) if anchor else None
 
     @anchor.setter
     def anchor(self, plan: Plan) -> None:
@@ -72,10 +85,7 @@ class Study:
             text = self._study.user_attrs.get("profile")
         profile = readable(text)
         if text and profile is None:
-            raise StorageError(
-                f"the profile of {self._study.study_name} in the storage was written by a newer "
-                "autochunk; upgrade this one"
-            )
+            raise self._newer("the profile")
         return profile
 
     @profile.setter
@@ -87,13 +97,15 @@ class Study:
         """What was measured beside the present anchor, by whomever; joint rounds included."""
         with one_error(self._place):
             trials, anchor = self._trials(), self._anchor()
-        counting = [trial for trial in trials if _counts(trial, anchor)]
-        counting.sort(key=lambda trial: _subject(trial) == _JOINT)  # which overwrite
-        measurements = [
-            Measurement.model_validate_json(text)
-            for trial in counting
-            for text in trial.user_attrs.get("measurements", ())
-        ]
+            counting = [trial for trial in trials if _counts(trial, anchor)]
+            counting.sort(key=lambda trial: _subject(trial) == JOINT)  # which overwrite
+            texts = [
+                text for trial in counting for text in trial.user_attrs.get("measurements", ())
+            ]
+        try:
+            measurements = [Measurement.model_validate_json(text) for text in texts]
+        except ValidationError as error:  # to leave it out would be to wait for it
+            raise self._newer("a measurement") from error
         return {measurement.plan: measurement for measurement in measurements}
 
     def contribute(self, measurements: Sequence[Measurement], anchor: Plan) -> None:
@@ -113,13 +125,21 @@ class Study:
             self._free_the_dead()
             return sum(trial.state == TrialState.RUNNING for trial in self._trials())
 
+    def deaths(self) -> Counter[str]:
+        """How many workers died while they ran what, by a plan's text, ``LOADING`` or ``JOINT``."""
+        with one_error(self._place):
+            return _deaths(self._trials())
+
     def claim(self, plans: Sequence[Plan]) -> Claim | None:
-        """The first plan that nobody has measured or is measuring; None if there is none."""
+        """The first plan that nobody has measured or is measuring; None if there is none.
+
+        Those come last that workers died of.
+        """
         return self._claim({str(plan): plan for plan in plans})
 
     def claim_joint_rounds(self) -> Claim | None:
         """The right to time the best plans together; None if somebody has it or has done it."""
-        return self._claim({_JOINT: None})
+        return self._claim({JOINT: None})
 
     def _claim(self, wanted: dict[str, Plan | None]) -> Claim | None:
         with one_error(self._place):
@@ -130,7 +150,8 @@ class Study:
                 if subject in wanted and not self._is_second(trial, subject):
                     # taken for dead already
                     with contextlib.suppress(UpdateFinishedTrialError):
-                        return Claim(self._place, self._study, trial, wanted[subject])
+                        deaths = _deaths(self._trials())[subject]
+                        return Claim(self._place, self._study, trial, wanted[subject], deaths)
                 _tell(self._study, trial.number, TrialState.FAIL)
         return None
 
@@ -143,7 +164,9 @@ class Study:
         taken = {
             _subject(trial) for trial in trials if trial.state in _LIVING or _counts(trial, anchor)
         }
-        free = next((subject for subject in wanted if subject not in taken), None)
+        deaths = _deaths(trials)
+        left = (subject for subject in wanted if subject not in taken)
+        free = min(left, key=lambda subject: deaths[subject], default=None)
         if free is not None:
             self._queue(free, wanted[free])
         return free is not None
@@ -161,6 +184,12 @@ class Study:
             if _subject(trial) == subject and trial.number != mine.number
         )
 
+    def _newer(self, what: str) -> StorageError:
+        return StorageError(
+            f"{what} of {self._study.study_name} in the storage was written by a newer autochunk; "
+            "upgrade this one"
+        )
+
     def _anchor(self) -> Any:
         return self._study.user_attrs.get("anchor")
 
@@ -173,11 +202,15 @@ class Study:
         For a name on those that were claimed a moment ago it waits: who takes them for living
         workers' leaves to others what nobody does.
         """
-        while any(alive(trial) and not is_signed(trial) for trial in self._running()):
+        while any(self._alive(trial) and not is_signed(trial) for trial in self._running()):
             time.sleep(_POLL_SECONDS)
         for trial in self._running():
-            if not alive(trial):
+            if not self._alive(trial):
                 _tell(self._study, trial.number, TrialState.FAIL)
+
+    def _alive(self, trial: FrozenTrial) -> bool:
+        # While the storage was away nobody could write to it.
+        return alive(trial, self._patience.returned)
 
     def _running(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -196,6 +229,12 @@ def _subject(trial: FrozenTrial | optuna.Trial) -> Any:
     return trial.user_attrs.get("subject")
 
 
+def _deaths(trials: Iterable[FrozenTrial]) -> Counter[str]:
+    """How many trials ended because their worker died, by what it ran then."""
+    failed = (trial.user_attrs for trial in trials if trial.state == TrialState.FAIL)
+    return Counter(str(found["running"]) for found in failed if found.get("running"))
+
+
 def _counts(trial: FrozenTrial, anchor: Any) -> bool:
     """Whether a trial has measured what need not be measured again.
 
@@ -209,12 +248,22 @@ class Claim:
     """The right to measure a plan, or (``plan`` is None) to hold the joint rounds.
 
     A context: left without ``done``, others may claim it again.
+
+    Attributes:
+      deaths: how many workers died of it before.
     """
 
     def __init__(
-        self, place: str, study: optuna.Study, trial: optuna.Trial, plan: Plan | None
+        self,
+        place: str,
+        study: optuna.Study,
+        trial: optuna.Trial,
+        plan: Plan | None,
+        deaths: int,
     ) -> None:
         self.plan = plan
+        self.deaths = deaths
+        self._running = ""
         self._place, self._study, self._trial = place, study, trial
         self._finished = threading.Event()
         sign(trial)
@@ -226,8 +275,19 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         if not self._finished.is_set():
+            self.runs("")
             self._finish(TrialState.FAIL)
         self._beat.join()
+
+    def runs(self, what: str) -> None:
+        """Notes what is run from now on: a plan's text, ``LOADING``, ``JOINT``, or "" for nothing.
+
+        A worker that dies leaves it behind.
+        """
+        if what != self._running:
+            with one_error(self._place), contextlib.suppress(UpdateFinishedTrialError):
+                self._trial.set_user_attr("running", what)
+            self._running = what
 
     def report(self, ratio: float, step: int) -> None:
         """Tells the pruner of a round."""
