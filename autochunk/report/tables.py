@@ -36,12 +36,12 @@ def profile_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tab
             _workload(row),
             row["mode"],
             row["plan"] or "none",
-            _faster(row["speedup_vs_dense"]),
-            _faster(row["speedup_vs_default"]),
-            _memory(row["temp_bytes"], row["memory_vs_dense"]),
+            faster_text(row["speedup_vs_dense"]),
+            faster_text(row["speedup_vs_default"]),
+            memory_text(row["temp_bytes"], row["memory_vs_dense"]),
             _percent(row["spread"]),
-            _within(row["within"]),
-            _notes(row),
+            within_text(row["within"]),
+            notes_text(row),
         )
     return table
 
@@ -57,8 +57,8 @@ def memory_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tabl
             _workload(row),
             row["mode"],
             row["plan"],
-            _memory(row["predicted_bytes"]),
-            _memory(row["measured_bytes"]),
+            memory_text(row["predicted_bytes"]),
+            memory_text(row["measured_bytes"]),
             "-" if share is None else f"{share:.2f}",
         )
     return table
@@ -74,9 +74,9 @@ def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
         table.add_row(
             record["name"],
             "-" if seconds is None else f"{seconds * 1e3:.2f} ms",
-            _faster(1 / ratio if ratio else None),
+            faster_text(1 / ratio if ratio else None),
             _percent(record["spread"]),
-            _memory(record["temp_bytes"]),
+            memory_text(record["temp_bytes"]),
             Text(record["detail"]),
         )
     return table
@@ -100,7 +100,7 @@ def rivals_table(record: dict[str, Any], title: str, in_layer: bool = False) -> 
             "-" if one["seconds"] is None else f"{one['seconds'] * 1e3:.2f} ms",
             "" if chosen else _bounds(one["stored"]),
             "" if chosen else _bounds(one["slower"]),
-            _memory(one["temp_bytes"]),
+            memory_text(one["temp_bytes"]),
             Text("chosen" if chosen else one["detail"]),
         )
     return table
@@ -119,11 +119,13 @@ def _workload(row: dict[str, Any]) -> str:
     return shape if row["dtype"] == "float32" else f"{shape} {row['dtype']}"
 
 
-def _faster(ratio: float | None) -> str:
+def faster_text(ratio: float | None) -> str:
+    """How many times as fast: "2.10x"."""
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def _memory(temp_bytes: int | None, share: float | None = None) -> str:
+def memory_text(temp_bytes: int | None, share: float | None = None) -> str:
+    """Megabytes, and what share of others' that is: "40 MB (1/10.0)"."""
     if temp_bytes is None:
         return "-"
     text = f"{temp_bytes / 1e6:.0f} MB"
@@ -136,11 +138,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"±{value:.1%}"
 
 
-def _within(value: float | None) -> str:
+def within_text(value: float | None) -> str:
+    """Per cent, rounded up."""
     return "-" if value is None else f"{math.ceil(100 * value)}%"
 
 
-def _notes(row: dict[str, Any]) -> str:
+def notes_text(row: dict[str, Any]) -> str:
+    """What a ``profile_row`` is to be taken with."""
     notes = [] if row["complete"] else ["unfinished"]
     if row["stale"]:
         notes.append("stale: " + "; ".join(row["stale"]))

@@ -7,6 +7,7 @@ here. Whatever goes wrong is an OSError that says why.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,6 +22,11 @@ _T = TypeVar("_T")
 def is_url(place: str) -> bool:
     """Whether a place is a URL rather than a path."""
     return "://" in place
+
+
+def without_password(place: str) -> str:
+    """A place as it may be shown."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
 
 
 def read(url: str, most_bytes: int, timeout: float = TIMEOUT_SECONDS) -> bytes:

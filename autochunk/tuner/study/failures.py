@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from autochunk.errors import StorageError
+from autochunk.store.remote import without_password
 
 _FAILURES = (
     SQLAlchemyError,
@@ -31,11 +31,6 @@ def one_error(place: str) -> Iterator[None]:
         raise StorageError(
             f"the storage {without_password(place)} cannot be used: {first_line(error)}"
         ) from error
-
-
-def without_password(place: str) -> str:
-    """A storage's place as it may be shown."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from autochunk.device import Device, current_key
 from autochunk.errors import StorageError
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Profile
-from autochunk.tuner.study.failures import first_line, one_error, without_password
+from autochunk.store.remote import without_password
+from autochunk.tuner.study.failures import first_line, one_error
 from autochunk.tuner.study.trials import Study, readable
 from autochunk.workload import Workload
 
