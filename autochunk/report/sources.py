@@ -6,9 +6,8 @@ Which of these a place is, its URL or its first bytes tell.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from autochunk.device import Device
 from autochunk.store import bundle, remote
@@ -24,8 +23,7 @@ _DATABASES = {"postgresql", "postgres", "mysql", "mariadb", "sqlite", "oracle", 
 Kind = Literal["store", "bundle", "folder", "storage"]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """What a place has.
 
     Attributes:

@@ -10,6 +10,8 @@ from rich.box import MARKDOWN
 from rich.table import Table
 from rich.text import Text
 
+from autochunk.report.scales import seconds_text
+
 SCATTERED = 0.10
 """A spread from which on times say little: the warning threshold of the pyperf package."""
 
@@ -104,6 +106,28 @@ def rivals_table(record: dict[str, Any], title: str, in_layer: bool = False) -> 
             Text("chosen" if chosen else one["detail"]),
         )
     return table
+
+
+def changes_table(changes: Sequence[dict[str, Any]]) -> Table:
+    """The table of ``autochunk report --against``."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "time", "workload", "mode", "then", "now"):
+        table.add_column(name, overflow="fold")
+    for one in changes:
+        table.add_row(
+            one["verdict"],
+            _bounds(one["slower"]),
+            Text(_workload(one)),
+            one["mode"],
+            *(Text(_side(one[side])) for side in ("then", "now")),
+        )
+    return table
+
+
+def _side(one: dict[str, Any] | None) -> str:
+    if one is None or one["plan"] is None:
+        return "-" if one is None else "no plan"
+    return f"{one['plan']}: {seconds_text(one['seconds'])}, jaxlib {one['jaxlib']}"
 
 
 def _bounds(bounds: list[float | None] | None) -> str:

@@ -13,7 +13,9 @@ from importlib import resources
 from typing import Any
 
 from autochunk.errors import ReportError
-from autochunk.report.drawing import bytes_text, color_css, curve_svg, seconds_text
+from autochunk.report.drawing import curve_svg
+from autochunk.report.scales import bytes_text, seconds_text, timed
+from autochunk.report.svg import color_css
 from autochunk.report.tables import SCATTERED, faster_text, memory_text, notes_text, within_text
 
 
@@ -62,7 +64,7 @@ def _with_figures(device: dict[str, Any], number: int) -> dict[str, Any]:
 
 def _with_figure(row: dict[str, Any], name: str) -> dict[str, Any]:
     curve = row["curve"]
-    if not any(plan["seconds"] for plan in curve["plans"]):
+    if not timed(curve):
         return {**row, "name": name, "svg": ""}
     svg, *axis = curve_svg(curve, f"{name}-", figure_label(row))
     moves = {
@@ -77,8 +79,7 @@ def _with_figure(row: dict[str, Any], name: str) -> dict[str, Any]:
 def figure_label(row: dict[str, Any]) -> str:
     """What a workload's figure shows, for those who do not see it."""
     curve = row["curve"]
-    timed = sum(plan["seconds"] is not None for plan in curve["plans"])
-    text = f"Time against working memory of {timed} plans, both on axes of logarithms."
+    text = f"Time against working memory of {len(timed(curve))} plans, both on axes of logarithms."
     if curve["chosen"] is None:
         return f"{text} None was chosen."
     plan = curve["plans"][curve["chosen"]]

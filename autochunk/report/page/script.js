@@ -52,8 +52,12 @@ const pickWithin = (moves, budgetMb) => {
   return step === undefined ? null : step.plan;
 };
 
-const budgetOf = (moves, place) =>
-  place >= 1000 ? null : (moves.least * (moves.greatest / moves.least) ** (place / 1000)) / 1e6;
+// Rounded, so that what is said is what is looked up.
+const budgetOf = (moves, place) => {
+  if (place >= 1000) return null;
+  const bytes = moves.least * (moves.greatest / moves.least) ** (place / 1000);
+  return Number((bytes / 1e6).toPrecision(3));
+};
 
 const show = (box, moves, budgetMb, place) => {
   const svg = box.closest("figure").querySelector("svg");
@@ -65,7 +69,7 @@ const show = (box, moves, budgetMb, place) => {
   const line = svg.getElementById(`${name}budget`);
   line.classList.toggle("picked", budgetMb !== null);
   line.setAttribute("transform", `translate(${(place / 1000) * moves.width} 0)`);
-  const limit = budgetMb === null ? "no budget" : `memory_budget_mb=${budgetMb.toPrecision(3)}`;
+  const limit = budgetMb === null ? "no budget" : `memory_budget_mb=${budgetMb}`;
   const words = pick === null ? "nothing that was measured fits" : moves.plans[pick];
   box.querySelector("output").textContent = `${limit} → ${words}`;
   box.querySelector("input").setAttribute("aria-valuetext", `${limit}: ${words}`);
