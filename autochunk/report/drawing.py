@@ -14,16 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autochunk.report.scales import (
-    LEAST_BYTES,
     bytes_text,
     memory_limits,
     on_axis,
     seconds_text,
+    steps,
     ticks,
     time_limits,
     timed,
 )
-from autochunk.report.svg import alone, for_a_page, ink, styled
+from autochunk.report.svg import alone, for_a_page, ink, printable, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,9 +90,9 @@ def curve_svg(curve: dict[str, Any], prefix: str, label: str) -> PageFigure:
 def curve_figure(curve: dict[str, Any], title: str) -> str:
     """The same as a file of its own, with the choice ringed."""
     figure, axes = _curve(curve, 4.1, 0.3)
-    if curve["chosen"] is not None:
+    if curve["chosen"] in dict(timed(curve)):
         _ring(axes, curve["plans"][curve["chosen"]], "chosen")
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+    axes.set_title(printable(title), loc="left", fontweight="bold", fontsize=10)
     return alone(figure, title)
 
 
@@ -105,17 +105,19 @@ def overview_figure(rows: Sequence[dict[str, Any]], title: str) -> str:
     """
     figure, axes = _figure(7.2, 1.3 + 0.24 * len(rows))
     figure.set_layout_engine("constrained")  # labels are as wide as they are
+    axes.scatter([], [], label="the plan that was chosen", **_CHOSEN)
+    axes.scatter([], [], label="a fixed limit of 1000 MB", **_DEFAULT)
     for place, row in enumerate(rows):
-        _draw_row(axes, -place, row)
+        _draw_row(axes, place, row)
     axes.axvline(1, color=ink("ink"), linewidth=1)
     axes.set_xscale("log")
     _ticks(axes.xaxis, lambda value: f"{value:g}x")
     axes.set_xlabel("times as fast as dense attention")
-    axes.set_yticks([-place for place in range(len(rows))], [_row_label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [_row_label(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axes.tick_params(axis="y", length=0, labelsize=8)
-    axes.margins(y=0.5 / max(1, len(rows)))
     _legend(figure)
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+    axes.set_title(printable(title), loc="left", fontweight="bold", fontsize=10)
     return alone(figure, title)
 
 
@@ -156,10 +158,8 @@ def _draw_curve(axes: Axes, curve: dict[str, Any]) -> None:
 
 def _draw_path(axes: Axes, curve: dict[str, Any], end: float) -> None:
     """The staircase that a memory budget walks along."""
-    steps = [(one["from_bytes"], curve["plans"][one["plan"]]["seconds"]) for one in curve["picks"]]
-    if steps:
-        x, y = zip(*steps, (end, steps[-1][1]), strict=True)
-        x = tuple(max(one, LEAST_BYTES) for one in x)
+    if found := steps(curve):
+        x, y = zip(*found, (end, found[-1][1]), strict=True)
         label = "best within a memory budget"
         axes.step(x, y, where="post", color=ink("path"), linewidth=5, zorder=1, label=label)
 
@@ -207,7 +207,7 @@ def _draw_peer(axes: Axes, peer: dict[str, Any]) -> None:
     least, greatest = axes.get_xlim()
     left = place[0] ** 2 > least * greatest  # of it there is more room
     axes.annotate(
-        peer["name"],
+        printable(peer["name"]),
         place,
         xytext=(-6 if left else 6, 3),
         textcoords="offset points",
@@ -235,18 +235,18 @@ def _ring(axes: Axes, plan: dict[str, Any], gid: str) -> None:
 # --- Parts of an overview -------------------------------------------------------------------------
 
 
+_CHOSEN: Any = {"color": ink("xla"), "s": 34, "zorder": 3}
+_DEFAULT: Any = {"facecolors": ink("paper"), "edgecolors": ink("pick"), "s": 26, "zorder": 2}
+
+
 def _draw_row(axes: Axes, y: float, row: dict[str, Any]) -> None:
     chosen, default = row["speedup_vs_dense"], row["speedup_vs_default"]
     if not chosen:
         return
-    first = y == 0
     axes.plot([1, chosen], [y, y], color=ink("path"), linewidth=4, zorder=1)
-    label = "the plan that was chosen" if first else None
-    axes.scatter([chosen], [y], color=ink("xla"), s=34, zorder=3, label=label)
+    axes.scatter([chosen], [y], **_CHOSEN)
     if default:
-        label = "a fixed limit of 1000 MB" if first else None
-        given: Any = {"marker": "o", "facecolors": ink("paper"), "edgecolors": ink("pick")}
-        axes.scatter([chosen / default], [y], s=26, zorder=2, label=label, **given)
+        axes.scatter([chosen / default], [y], **_DEFAULT)
 
 
 def _row_label(row: dict[str, Any]) -> str:

@@ -20,6 +20,19 @@ def on_axis(plan: dict[str, Any]) -> float:
     return max(float(plan["temp_bytes"] or 0), LEAST_BYTES)
 
 
+def steps(curve: dict[str, Any]) -> list[tuple[float, float]]:
+    """Where each step of what memory budgets pick begins, in bytes, and its seconds.
+
+    Of what took no time that a clock could tell there is none.
+    """
+    plans = [(one, curve["plans"][one["plan"]]) for one in curve["picks"]]
+    return [
+        (max(float(one["from_bytes"]), LEAST_BYTES), plan["seconds"])
+        for one, plan in plans
+        if plan["seconds"]
+    ]
+
+
 def memory_limits(curve: dict[str, Any]) -> tuple[float, float]:
     """Bytes at both ends of the axis of memory."""
     found = [on_axis(one) for _, one in timed(curve)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree as ET
@@ -64,7 +65,8 @@ def styled() -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise ReportError.missing("matplotlib") from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # whoever looks has other fonts
         yield
 
 
@@ -88,6 +90,11 @@ def _svg(figure: Figure) -> ET.Element:
         for name, value in element.attrib.items():
             element.set(name, re.sub("#[0-9a-f]{6}", _variable, value))
     return root
+
+
+def printable(text: str) -> str:
+    """A text without what has no place in XML."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _variable(found: re.Match[str]) -> str:
@@ -126,7 +133,7 @@ def alone(figure: Figure, title: str) -> str:
     style, name = ET.Element(f"{{{_SVG}}}style"), ET.Element(f"{{{_SVG}}}title")
     dark = f"@media (prefers-color-scheme: dark) {{ svg {{ {color_css('dark')} }} }}"
     style.text = f"svg {{ {color_css('light')} background: var(--paper) }} {dark}"
-    name.text = title
+    name.text = printable(title)
     root.insert(0, style)
     root.insert(0, name)
     return ET.tostring(root, encoding="unicode") + "\n"

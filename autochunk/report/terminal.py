@@ -12,11 +12,11 @@ from typing import Any
 
 from autochunk.errors import ReportError
 from autochunk.report.scales import (
-    LEAST_BYTES,
     bytes_text,
     memory_limits,
     on_axis,
     seconds_text,
+    steps,
     ticks,
     time_limits,
     timed,
@@ -96,14 +96,11 @@ def _signals(curve: dict[str, Any]) -> Iterator[_Signal]:
 
 def _path(curve: dict[str, Any]) -> Iterator[_Signal]:
     """The staircase that a memory budget walks along."""
-    x: list[float] = []
-    y: list[float] = []
-    for step in curve["picks"]:
-        start = max(float(step["from_bytes"]), LEAST_BYTES)
-        seconds = curve["plans"][step["plan"]]["seconds"]
-        x, y = [*x, start, start], [*y, y[-1] if y else seconds, seconds]
-    if x:
-        yield [*x, memory_limits(curve)[1]], [*y, y[-1]], _PATH
+    found = steps(curve)
+    if found:
+        ends = [*(start for start, _ in found[1:]), memory_limits(curve)[1]]
+        x = [one for (start, _), end in zip(found, ends, strict=True) for one in (start, end)]
+        yield x, [seconds for _, seconds in found for _ in range(2)], _PATH
 
 
 def _mark(plan: dict[str, Any]) -> str:
