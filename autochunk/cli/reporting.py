@@ -155,8 +155,8 @@ def _figure(record: dict[str, Any]) -> str:
     if len(rows) > 1:
         return overview_figure(rows, device["device"])
     (row,) = rows
-    title = f"{row['shape']} {row['dtype']} {row['mode']} on {device['device']}"
-    return curve_figure(row["curve"], title)
+    title = f"{row['shape']} {row['dtype']} {row['mode']}"
+    return curve_figure(row["curve"], title, device["device"])
 
 
 def _fail(changes: Iterable[dict[str, Any]], limit: float | None) -> None:

@@ -87,18 +87,22 @@ def curve_svg(curve: dict[str, Any], prefix: str, label: str) -> PageFigure:
 
 
 @styled()
-def curve_figure(curve: dict[str, Any], title: str) -> str:
-    """The same as a file of its own, with the choice ringed."""
-    figure, axes = _curve(curve, 4.1, 0.3)
+def curve_figure(curve: dict[str, Any], title: str, device: str) -> str:
+    """The same as a file of its own, with the choice ringed, and the device under the title."""
+    figure, axes = _curve(curve, 4.3, 0.5)
     if curve["chosen"] in dict(timed(curve)):
         _ring(axes, curve["plans"][curve["chosen"]], "chosen")
-    axes.set_title(printable(title), loc="left", fontweight="bold", fontsize=10)
-    return alone(figure, title)
+    axes.set_title(printable(title), loc="left", fontweight="bold", fontsize=10, pad=18)
+    given: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 8}
+    axes.annotate(printable(device), (0, 1), (0, 6), color=ink("soft"), **given)
+    return alone(figure, f"{title}, {device}")
 
 
 @styled()
 def overview_figure(rows: Sequence[dict[str, Any]], title: str) -> str:
     """How much faster than dense attention each workload's choice is, and 1000 MB, as a file.
+
+    What dtype or mode all of them have is said in the title.
 
     Raises:
       ReportError: matplotlib is not installed.
@@ -113,11 +117,13 @@ def overview_figure(rows: Sequence[dict[str, Any]], title: str) -> str:
     axes.set_xscale("log")
     _ticks(axes.xaxis, lambda value: f"{value:g}x")
     axes.set_xlabel("times as fast as dense attention")
-    axes.set_yticks(range(len(rows)), [_row_label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), _row_labels(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axes.tick_params(axis="y", length=0, labelsize=8)
     _legend(figure)
-    axes.set_title(printable(title), loc="left", fontweight="bold", fontsize=10)
+    common = [rows[0][name] for name in ("dtype", "mode") if rows and not _differ(rows, name)]
+    title = ", ".join([title, *common])
+    figure.suptitle(printable(title), x=0.01, ha="left", fontweight="bold", fontsize=10)
     return alone(figure, title)
 
 
@@ -249,8 +255,14 @@ def _draw_row(axes: Axes, y: float, row: dict[str, Any]) -> None:
         axes.scatter([chosen / default], [y], **_DEFAULT)
 
 
-def _row_label(row: dict[str, Any]) -> str:
-    return f"{row['shape']} {row['dtype']} {row['mode']}"
+def _differ(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    return len({row[name] for row in rows}) > 1
+
+
+def _row_labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a row is, but for what all have in common."""
+    several = [name for name in ("dtype", "mode") if _differ(rows, name)]
+    return [" ".join([row["shape"], *(row[name] for name in several)]) for row in rows]
 
 
 # --- Matplotlib -----------------------------------------------------------------------------------

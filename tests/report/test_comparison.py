@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from factories import make_device, make_measurement, make_profile, make_workload
 
@@ -12,7 +14,7 @@ STEADY = tuple(1 + 0.001 * step for step in range(-5, 6))
 NOISY = tuple(1 + 0.3 * (-1) ** step for step in range(11))
 
 
-def timed(seconds: float, scatter: tuple[float, ...] = STEADY, **fields: object) -> Profile:
+def timed(seconds: float, scatter: tuple[float, ...] = STEADY, **fields: Any) -> Profile:
     """A profile whose only plan takes so long."""
     times = tuple(seconds * one for one in scatter)
     one = make_measurement("xla", 16.0, seconds=times, ratios=times)

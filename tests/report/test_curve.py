@@ -32,7 +32,7 @@ def picked(picks: Sequence[dict[str, int]], budget_mb: float) -> int | None:
 def place_of(profile: Profile, budget_mb: float) -> int | None:
     """The same by ``Profile.choose``, which "auto" asks."""
     choice = profile.choose(memory_budget_mb=budget_mb)
-    return choice and profile.measurements.index(choice.measurement)
+    return profile.measurements.index(choice.measurement) if choice else None
 
 
 @st.composite

@@ -23,15 +23,17 @@ def texts(figure: str) -> list[str]:
 
 def test_a_curve_as_a_file() -> None:
     """Title, both axes, dense as a mark; letters are letters; the same bytes each time."""
-    first, second = (curve_figure(curve_record(make_profile()), "a title") for _ in range(2))
+    first, second = (
+        curve_figure(curve_record(make_profile()), "a title", "a device") for _ in range(2)
+    )
     assert first == second
-    for words in ("a title", "working memory", "dense", "100 MB"):
+    for words in ("a title", "a device", "working memory", "dense", "100 MB"):
         assert words in texts(first)
 
 
 def test_colors_are_the_readers() -> None:
     """Every color has a name, which light and dark give a value each."""
-    figure = curve_figure(curve_record(make_profile()), "title")
+    figure = curve_figure(curve_record(make_profile()), "title", "device")
     style = ET.fromstring(figure).find(f"{SVG}style")
     assert style is not None
     assert style.text is not None
@@ -49,7 +51,7 @@ def test_colors_are_the_readers() -> None:
 def test_titles_are_text(title: str) -> None:
     """Neither markup nor mathematics, nor what XML has no place for."""
     printable = title if title.isprintable() else "??"
-    assert printable in texts(curve_figure(curve_record(make_profile()), title))
+    assert printable in texts(curve_figure(curve_record(make_profile()), title, title))
 
 
 @pytest.mark.parametrize(
@@ -67,14 +69,14 @@ def test_titles_are_text(title: str) -> None:
 def test_unusual_curves_are_drawn(measurements: Any) -> None:
     """No logarithm of nothing, and no warning."""
     curve = curve_record(make_profile(measurements=measurements))
-    ET.fromstring(curve_figure(curve, "title"))
+    ET.fromstring(curve_figure(curve, "title", "device"))
     ET.fromstring(curve_svg(curve, "a-", "label").svg)
 
 
 def test_peers_are_marked() -> None:
     """By their names."""
     peers = [{"name": "torch", "ratio": 0.3, "temp_bytes": 10**7}]
-    assert "torch" in texts(curve_figure(curve_record(make_profile(), peers), "title"))
+    assert "torch" in texts(curve_figure(curve_record(make_profile(), peers), "title", "device"))
 
 
 def test_a_budget_stands_where_the_axis_says() -> None:
@@ -88,14 +90,15 @@ def test_a_budget_stands_where_the_axis_says() -> None:
 
 
 def test_how_workloads_compare() -> None:
-    """A row for each, the choice and 1000 MB on one axis."""
+    """A row for each, the choice and 1000 MB on one axis; what all have is in the title."""
     profiles = [make_profile(make_workload(shape)) for shape in ("t=64,k=8", "t=128,k=8")]
-    failed = make_profile(make_workload("t=9,k=9"), measurements=())
+    failed = make_profile(make_workload("t=9,k=9", mode="training"), measurements=())
     rows = [profile_row(profile) for profile in (*profiles, failed)]
     shown = texts(overview_figure(rows, "title"))
     for row in rows:
-        assert f"{row['shape']} float32 forward" in shown
+        assert f"{row['shape']} {row['mode']}" in shown
     assert "2x" in shown
+    assert "title, float32" in shown
 
 
 def test_settings_of_matplotlib_are_left_alone() -> None:
@@ -103,7 +106,7 @@ def test_settings_of_matplotlib_are_left_alone() -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    curve_figure(curve_record(make_profile()), "title")
+    curve_figure(curve_record(make_profile()), "title", "device")
     assert dict(matplotlib.rcParams) == before
 
 

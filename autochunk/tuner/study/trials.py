@@ -25,15 +25,16 @@ from pydantic import ValidationError
 
 from autochunk.errors import StorageError
 from autochunk.implementations import IMPLEMENTATIONS
-from autochunk.plan import Plan
+from autochunk.plan import BYTES_PER_MB, Plan
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.study.failures import one_error
 from autochunk.tuner.study.liveness import alive, is_signed, keep_signed, sign
 
 _JOINT = "joint rounds"
-_LARGEST_LIMIT = 1e12
-_LIMITS = FloatDistribution(0.0, _LARGEST_LIMIT)
+# What limits in MB are mostly between; Optuna's own tools draw axes as long.
+_SMALL_LIMIT, _LARGE_LIMIT = 1e-3, 1e5
+_VALUE = "time over that of the anchor"
 _POLL_SECONDS = 0.05
 _LIVING = (TrialState.WAITING, TrialState.RUNNING)
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -52,6 +53,9 @@ class Study:
             pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
             load_if_exists=True,
         )
+        with one_error(place):
+            if self._study.metric_names is None:
+                self._study.set_metric_names([_VALUE])
 
     @property
     def anchor(self) -> Plan | None:
@@ -249,10 +253,11 @@ class Claim:
         """
         with one_error(self._place), contextlib.suppress(UpdateFinishedTrialError):
             self._write(measurements, anchor)
-            if self.plan is not None and measurements[0].timed:
+            if self.plan is not None:
                 self._suggest(self.plan)
-                self._finish(TrialState.COMPLETE, measurements[0].ratio)
-                return
+                if measurements[0].timed:
+                    self._finish(TrialState.COMPLETE, measurements[0].ratio)
+                    return
         self._finish(TrialState.PRUNED)
 
     def _write(self, measurements: Sequence[Measurement], anchor: Plan | None) -> None:
@@ -262,13 +267,15 @@ class Claim:
     def _suggest(self, plan: Plan) -> None:
         """Makes the plan the trial's parameters, which Optuna's own tools show.
 
-        A study that a version with other implementations began goes on without: Optuna lets none be
-        added.
+        A study that a version with other implementations, or without logarithms, began goes on
+        without: Optuna lets none be added.
         """
         with contextlib.suppress(ValueError):
             self._trial.suggest_categorical("implementation", list(IMPLEMENTATIONS))
         if plan.max_chunk_size_mb is not None:
-            self._trial.suggest_float(_limit_of(plan), 0.0, _LARGEST_LIMIT)
+            limits = _limits(plan.max_chunk_size_mb)
+            with contextlib.suppress(ValueError):
+                self._trial.suggest_float(_limit_of(plan), limits.low, limits.high, log=True)
 
     def _finish(self, state: TrialState, value: float | None = None) -> None:
         self._finished.set()
@@ -281,7 +288,18 @@ def _notes(measurements: Sequence[Measurement], anchor: Plan | None) -> dict[str
     return {
         "anchor": anchor.as_data() if anchor else None,
         "timed": any(measurement.timed for measurement in measurements),
+        **(_figures(measurements[0]) if len(measurements) == 1 else {}),
         "measurements": [measurement.model_dump_json() for measurement in measurements],
+    }
+
+
+def _figures(measurement: Measurement) -> dict[str, Any]:
+    """What Optuna's own tools can draw of a plan beside its value; nothing here reads it."""
+    memory = measurement.temp_bytes
+    return {
+        "status": measurement.status,
+        **({"seconds": measurement.seconds_median} if measurement.timed else {}),
+        **({} if memory is None else {"memory_mb": memory / BYTES_PER_MB}),
     }
 
 
@@ -291,8 +309,8 @@ def _measured_trial(measurement: Measurement, anchor: Plan) -> FrozenTrial:
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE if timed else TrialState.PRUNED,
         value=measurement.ratio if timed else None,
-        params=_parameters(plan) if timed else {},
-        distributions=_distributions(plan) if timed else {},
+        params=_parameters(plan),
+        distributions=_distributions(plan),
         user_attrs={"subject": str(plan), **_notes([measurement], anchor)},
         intermediate_values=dict(enumerate(measurement.ratios)),
     )
@@ -315,8 +333,14 @@ def _parameters(plan: Plan) -> dict[str, Any]:
 
 def _distributions(plan: Plan) -> dict[str, BaseDistribution]:
     """What each of a plan's parameters is one of."""
-    limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): _LIMITS}
+    mb = plan.max_chunk_size_mb
+    limit = {} if mb is None else {_limit_of(plan): _limits(mb)}
     return {"implementation": CategoricalDistribution(list(IMPLEMENTATIONS)), **limit}
+
+
+def _limits(mb: float) -> FloatDistribution:
+    """What a limit is one of, on an axis of logarithms."""
+    return FloatDistribution(min(mb, _SMALL_LIMIT), max(mb, _LARGE_LIMIT), log=True)
 
 
 def _limit_of(plan: Plan) -> str:
