@@ -13,14 +13,15 @@ import click
 
 from autochunk.cli.options import Filters, filter_options, json_option, store_option
 from autochunk.cli.printing import make_console, print_json
-from autochunk.device import Device, detect
+from autochunk.device import detect
 from autochunk.errors import ReportError
-from autochunk.report.comparison import USUAL_LIMIT, comparison, slower
+from autochunk.report.comparison import USUAL_LIMIT, comparison, earlier, slower
 from autochunk.report.overview import report_record
 from autochunk.report.peers import read_peers
 from autochunk.report.sources import Source, read, read_store
 from autochunk.report.tables import changes_table
 from autochunk.store import files
+from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 
 _DEFAULT_FILE = "autochunk-report.html"
@@ -88,8 +89,11 @@ def report(
     now = detect()
     sources = [read(place, now) for place in places] or [read_store(ProfileStore(store), now)]
     sources = [_only(source, filters) for source in sources]
-    record = report_record(sources, now, read_peers(peers) if peers else None)
-    record |= _compared(sources, against, filters, limit, now)
+    profiles = [profile for source in sources for profile in source.profiles]
+    before = None if against is None else _only(read(against, now), filters)
+    found = {} if before is None else earlier(before.profiles, profiles)
+    record = report_record(sources, now, read_peers(peers) if peers else None, found)
+    record |= _compared(before, profiles, USUAL_LIMIT if limit is None else limit)
     if as_json:
         print_json(record)
     elif record["changes"] is not None:
@@ -106,25 +110,13 @@ def _only(source: Source, filters: Filters) -> Source:
     return source._replace(profiles=tuple(filters.select(source.profiles)), misses={})
 
 
-def _compared(
-    sources: Sequence[Source],
-    against: str | None,
-    filters: Filters,
-    limit: float | None,
-    now: Device,
-) -> dict[str, Any]:
+def _compared(before: Source | None, profiles: Sequence[Profile], limit: float) -> dict[str, Any]:
     """What a report's record has of changes."""
-    if against is None:
+    if before is None:
         return {"changes": None}
-    before = _only(read(against, now), filters)
-    profiles = [profile for source in sources for profile in source.profiles]
-    changes = comparison(before.profiles, profiles, USUAL_LIMIT if limit is None else limit)
-    return {
-        "changes": changes,
-        "against": before.name,
-        "limit": USUAL_LIMIT if limit is None else limit,
-        "counts": dict(collections.Counter(one["verdict"] for one in changes)),
-    }
+    changes = comparison(before.profiles, profiles, limit)
+    counts = dict(collections.Counter(one["verdict"] for one in changes))
+    return {"changes": changes, "against": before.name, "limit": limit, "counts": counts}
 
 
 def _write(file: str, record: dict[str, Any]) -> None:

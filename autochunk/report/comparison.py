@@ -31,11 +31,17 @@ def comparison(
       "faster" where that is surely so and the best guess is more than ``limit``, "unclear" where it
       is more and may be chance, "no plan" where there was one and is none.
     """
-    old, new = _by_workload(then), _by_workload(now)
-    renamed = _renamed({device for device, _ in old}, {device for device, _ in new})
-    old = {(renamed.get(device, device), workload): one for (device, workload), one in old.items()}
+    now = list(now)
+    old, new = earlier(then, now), _by_workload(now)
     found = [_compared(old.get(key), new.get(key), limit) for key in {**new, **old}]
     return sorted(found, key=_worst_first)
+
+
+def earlier(then: Iterable[Profile], now: Iterable[Profile]) -> dict[tuple[str, str], Profile]:
+    """What there was then, by the keys of the profiles that it is compared with."""
+    old, new = _by_workload(then), _by_workload(now)
+    renamed = _renamed({device for device, _ in old}, {device for device, _ in new})
+    return {(renamed.get(device, device), workload): one for (device, workload), one in old.items()}
 
 
 def slower(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

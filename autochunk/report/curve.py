@@ -8,24 +8,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autochunk.plan import BYTES_PER_MB
+from autochunk.report.scales import steps
 from autochunk.store.choice import DEFAULT, DENSE, Choice
 from autochunk.store.measurement import ENOUGH_JOINT, Measurement
 from autochunk.store.profile import Profile
 
 
-def curve_record(profile: Profile, peers: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def curve_record(
+    profile: Profile, peers: Sequence[dict[str, Any]] = (), before: Profile | None = None
+) -> dict[str, Any]:
     """All that is drawn of a profile.
 
     Args:
       profile: of whichever device.
       peers: other libraries beside it, as ``bench_record`` has them.
+      before: what it is compared with.
 
     Returns:
       ``plans``, in the order of measuring, with ``seconds`` (comparable within the profile: the
       ratio to the anchor times its median), their quartiles ``low`` and ``high``, ``temp_bytes``
       and ``against``, what spoke against each; ``chosen``, ``dense`` and ``default``, places in
-      that list or None; ``picks``, what ``budget_picks`` finds; ``peers`` on the same scale; and
-      the versions that measured.
+      that list or None; ``picks``, what ``budget_picks`` finds; ``peers`` on the same scale;
+      ``before``, None or what memory budgets picked then; and the versions that measured.
     """
     choice = profile.choose()
     anchor = _anchor_seconds(profile.measurements)
@@ -41,6 +45,7 @@ def curve_record(profile: Profile, peers: Sequence[dict[str, Any]] = ()) -> dict
         "default": _place(profile, default),
         "picks": budget_picks(profile),
         "peers": list(_peers(peers, dense, anchor)),
+        "before": None if before is None else _before(before, profile),
         "versions": versions(profile),
     }
 
@@ -75,6 +80,14 @@ def versions(profile: Profile) -> dict[str, str]:
     soft = ("jax", "jaxlib", "driver", "cuda", "cudnn", "allocator", "huge_pages")
     known = {name: getattr(profile.device, name) for name in soft}
     return {name: text for name, text in {**known, "autochunk": profile.autochunk}.items() if text}
+
+
+def _before(then: Profile, now: Profile) -> dict[str, Any]:
+    """An earlier profile's staircase, as (bytes, seconds), and by what it is told from this one."""
+    names = ("jaxlib", "cudnn")
+    differing = [one for one in names if getattr(then.device, one) != getattr(now.device, one)]
+    label = ", ".join(f"{one} {getattr(then.device, one) or 'unknown'}" for one in differing)
+    return {"label": label or then.created[:10], "steps": steps(curve_record(then))}
 
 
 def _plan_record(one: Measurement, anchor: float) -> dict[str, Any]:

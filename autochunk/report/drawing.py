@@ -163,11 +163,20 @@ def _draw_curve(axes: Axes, curve: dict[str, Any]) -> None:
 
 
 def _draw_path(axes: Axes, curve: dict[str, Any], end: float) -> None:
-    """The staircase that a memory budget walks along."""
-    if found := steps(curve):
+    """The staircase that a memory budget walks along, and that of before."""
+    label = "best within a memory budget"
+    _draw_steps(axes, steps(curve), end, color=ink("path"), linewidth=5, label=label)
+    if before := curve["before"]:
+        style: Any = {"color": ink("soft"), "linewidth": 1.5, "linestyle": (0, (5, 2))}
+        _draw_steps(
+            axes, before["steps"], end, label=f"before: {printable(before['label'])}", **style
+        )
+
+
+def _draw_steps(axes: Axes, found: Sequence[tuple[float, float]], end: float, **style: Any) -> None:
+    if found:
         x, y = zip(*found, (end, found[-1][1]), strict=True)
-        label = "best within a memory budget"
-        axes.step(x, y, where="post", color=ink("path"), linewidth=5, zorder=1, label=label)
+        axes.step(x, y, where="post", zorder=1, **style)
 
 
 def _draw_plans(axes: Axes, name: str, plans: Sequence[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import autochunk
@@ -18,16 +18,22 @@ _Peers = dict[str, list[dict[str, Any]]]
 
 
 def report_record(
-    sources: Sequence[Source], now: Device, peers: _Peers | None = None
+    sources: Sequence[Source],
+    now: Device,
+    peers: _Peers | None = None,
+    before: Mapping[tuple[str, str], Profile] | None = None,
 ) -> dict[str, Any]:
     """All that a report shows of its sources.
+
+    ``before`` are profiles that they are compared with, by device and workload, as ``earlier`` has
+    them.
 
     ``peers`` are other libraries by workload key, as ``autochunk bench --json`` prints them; they
     were timed on this device, ``now``. ``not_installed`` names implementations that are in a
     profile and cannot be chosen here, and so not in this report.
     """
     devices = [
-        device_record(source, key, now, peers or {})
+        device_record(source, key, now, peers or {}, before or {})
         for source in sources
         for key in dict.fromkeys([*(one.device.key for one in source.profiles), *source.misses])
     ]
@@ -41,7 +47,13 @@ def report_record(
     }
 
 
-def device_record(source: Source, key: str, now: Device, peers: _Peers) -> dict[str, Any]:
+def device_record(
+    source: Source,
+    key: str,
+    now: Device,
+    peers: _Peers,
+    before: Mapping[tuple[str, str], Profile],
+) -> dict[str, Any]:
     """What a source has of a device: figures of all its workloads, then each of them.
 
     ``memory_vs_dense`` and the speed-ups are [least, median, greatest] over the workloads.
@@ -51,7 +63,9 @@ def device_record(source: Source, key: str, now: Device, peers: _Peers) -> dict[
     rows = [
         {
             **profile_row(profile, now),
-            "curve": curve_record(profile, own_peers.get(profile.workload, ())),
+            "curve": curve_record(
+                profile, own_peers.get(profile.workload, ()), before.get(profile.key)
+            ),
         }
         for profile in profiles
     ]

@@ -37,6 +37,7 @@ def memory_limits(curve: dict[str, Any]) -> tuple[float, float]:
     """Bytes at both ends of the axis of memory."""
     found = [on_axis(one) for _, one in timed(curve)]
     found += map(on_axis, curve["peers"])
+    found += [start for start, _ in _before(curve)]
     return _around(found)
 
 
@@ -44,7 +45,14 @@ def time_limits(curve: dict[str, Any]) -> tuple[float, float]:
     """Seconds at both ends of the axis of time."""
     plans = [one for _, one in timed(curve)]
     found = [one[name] for one in plans for name in ("low", "seconds", "high") if one[name] > 0]
-    return _around([*found, *(one["seconds"] for one in curve["peers"])])
+    found += [one["seconds"] for one in curve["peers"]]
+    found += [seconds for _, seconds in _before(curve)]
+    return _around(found)
+
+
+def _before(curve: dict[str, Any]) -> list[tuple[float, float]]:
+    """The steps of what the curve is compared with."""
+    return curve["before"]["steps"] if curve["before"] else []
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:

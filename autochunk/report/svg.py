@@ -34,6 +34,7 @@ _COLORS = {
     "peer": ("#090909", "#8a6100", "#e3b341"),
     "paper": ("#0a0a0a", "#ffffff", "#14181d"),
 }
+_FONTS = "'DejaVu Sans', Verdana, system-ui, sans-serif"  # the first as matplotlib measured them
 _NAMES = {drawn: name for name, (drawn, *_) in _COLORS.items()}
 
 
@@ -88,13 +89,18 @@ def _svg(figure: Figure) -> ET.Element:
         if element.text and not element.text.strip():
             element.text = None
         for name, value in element.attrib.items():
-            element.set(name, re.sub("#[0-9a-f]{6}", _variable, value))
+            element.set(name, _shortened(re.sub("#[0-9a-f]{6}", _variable, value)))
     return root
 
 
 def printable(text: str) -> str:
     """A text without what has no place in XML."""
     return "".join(one if one.isprintable() else "?" for one in text)
+
+
+def _shortened(value: str) -> str:
+    """An attribute without fonts, which are the page's, nor less than a hundredth of a point."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"font-family: [^;]*; ", "", value))
 
 
 def _variable(found: re.Match[str]) -> str:
@@ -132,7 +138,8 @@ def alone(figure: Figure, title: str) -> str:
     root = _svg(figure)
     style, name = ET.Element(f"{{{_SVG}}}style"), ET.Element(f"{{{_SVG}}}title")
     dark = f"@media (prefers-color-scheme: dark) {{ svg {{ {color_css('dark')} }} }}"
-    style.text = f"svg {{ {color_css('light')} background: var(--paper) }} {dark}"
+    page = f"background: var(--paper); font-family: {_FONTS}"
+    style.text = f"svg {{ {color_css('light')} {page} }} {dark}"
     name.text = printable(title)
     root.insert(0, style)
     root.insert(0, name)

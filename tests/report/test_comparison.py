@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from factories import make_device, make_measurement, make_profile, make_workload
+from factories import CURVE, make_device, make_measurement, make_profile, make_workload
 
-from autochunk.report.comparison import comparison, slower
+from autochunk.report.comparison import comparison, earlier, slower
+from autochunk.report.curve import curve_record
+from autochunk.report.drawing import curve_figure
 from autochunk.store.profile import Profile
 
 STEADY = tuple(1 + 0.001 * step for step in range(-5, 6))
@@ -75,6 +77,20 @@ def test_more_devices_are_compared_by_name_only() -> None:
     """With two on one side it would be a guess which to compare."""
     others = [timed(0.1, device=make_device(kind=kind)) for kind in ("A/1", "B/1")]
     assert {one["verdict"] for one in comparison(others, [timed(0.2)])} == {"gone", "new"}
+
+
+def test_a_curve_shows_what_it_is_compared_with() -> None:
+    """What budgets picked before, and by which version, beside what they pick now."""
+    older = make_device(jaxlib="0.10.2")
+    then = make_profile(device=older, measurements=CURVE[:3])
+    now = make_profile(measurements=CURVE)
+    before = earlier([then], [now])
+    assert before == {now.key: then}
+    curve = curve_record(now, before=before[now.key])
+    assert curve["before"]["label"] == "jaxlib 0.10.2"
+    assert curve["before"]["steps"] == [(40e6, pytest.approx(0.05))]
+    assert "before: jaxlib 0.10.2" in curve_figure(curve, "title", "device")
+    assert curve_record(now, before=now)["before"]["label"] == "2026-01-02"
 
 
 def test_versions_and_choices_of_both_sides_are_told() -> None:
