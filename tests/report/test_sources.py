@@ -14,6 +14,7 @@ from autochunk.report.peers import read_peers
 from autochunk.report.sources import Source, kind_of, read
 from autochunk.store import bundle, files
 from autochunk.store.profiles import ProfileStore
+from autochunk.store.remote import without_password
 from autochunk.tuner.study import Storage
 
 DEVICE = make_device()
@@ -77,6 +78,12 @@ def test_kinds_of_places(make: object, kind: str, tmp_path: Path) -> None:
 def test_urls(url: str, kind: str) -> None:
     """A database's scheme names a storage, any other a bundle."""
     assert kind_of(url) == kind
+
+
+@pytest.mark.parametrize("scheme", ["https", "postgresql"])
+def test_a_report_tells_no_password(scheme: str) -> None:
+    """It is for others to see."""
+    assert without_password(f"{scheme}://me:secret@host/x") == f"{scheme}://me:***@host/x"
 
 
 def test_what_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> None:
