@@ -13,8 +13,9 @@ from browser import CHROMIUM, DRIVER, Browser, started
 from factories import CURVE, make_device, make_measurement, make_profile, make_workload
 
 from autochunk.report.comparison import comparison
+from autochunk.report.curve import curve_record
 from autochunk.report.overview import report_record
-from autochunk.report.page import report_html
+from autochunk.report.page import best_first, report_html
 from autochunk.report.sources import Source
 from autochunk.store.profile import Profile
 
@@ -80,6 +81,21 @@ def test_figures_are_named_for_those_who_do_not_see_them() -> None:
     assert "3 plans" in labels[0]
     assert "Chosen is xla, 16 MB" in labels[0]
     assert "2.00x as fast as dense" in labels[0]
+
+
+def test_plans_stand_best_first() -> None:
+    """The choice, then by time, and last what has none."""
+    oom = make_measurement("xla_rows", 2.0, status="oom")
+    slow = make_measurement("xla", 1.0, 0.7, 500.0)
+    curve = curve_record(make_profile(measurements=(oom, slow, *CURVE)))
+    assert [curve["plans"][place]["plan"] for place in best_first(curve)] == [
+        "xla, 16 MB",
+        "xla, 1 MB",
+        "xla_rows, 4 MB",
+        "xla, do not chunk",
+        "dense",
+        "xla_rows, 2 MB",
+    ]
 
 
 def test_a_page_is_small_and_the_same_each_time() -> None:

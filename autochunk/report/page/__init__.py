@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from importlib import resources
 from typing import Any
 
@@ -64,8 +65,9 @@ def _with_figures(device: dict[str, Any], number: int) -> dict[str, Any]:
 
 def _with_figure(row: dict[str, Any], name: str) -> dict[str, Any]:
     curve = row["curve"]
+    row = {**row, "name": name, "svg": "", "order": best_first(curve)}
     if not timed(curve):
-        return {**row, "name": name, "svg": ""}
+        return row
     svg, *axis = curve_svg(curve, f"{name}-", figure_label(row))
     moves = {
         "picks": curve["picks"],
@@ -73,7 +75,17 @@ def _with_figure(row: dict[str, Any], name: str) -> dict[str, Any]:
         "plans": [_plan_words(plan) for plan in curve["plans"]],
         **dict(zip(("least", "greatest", "width"), axis, strict=True)),
     }
-    return {**row, "name": name, "svg": svg, "moves": moves}
+    return {**row, "svg": svg, "moves": moves}
+
+
+def best_first(curve: dict[str, Any]) -> list[int]:
+    """The places of the plans: the choice, the others by their times, those without."""
+
+    def rank(place: int) -> tuple[bool, float]:
+        seconds = curve["plans"][place]["seconds"]
+        return place != curve["chosen"], math.inf if seconds is None else seconds
+
+    return sorted(range(len(curve["plans"])), key=rank)
 
 
 def figure_label(row: dict[str, Any]) -> str:
