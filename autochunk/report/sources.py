@@ -52,7 +52,9 @@ def read(place: str, now: Device) -> Source:
         return read_store(ProfileStore(place), now)
     if kind == "storage":
         return _read_storage(place)
-    files = [place] if kind == "bundle" else sorted(map(str, Path(place).glob("*.json*")))
+    folder = Path(place)
+    inside = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
+    files = [place] if kind == "bundle" else list(map(str, inside))
     bundles = [bundle.read(file) for file in files]
     found = {profile.key: profile for one in bundles for profile in one.profiles}
     note = "; ".join(one.provenance.note for one in bundles if one.provenance.note)
