@@ -107,7 +107,9 @@ def overview_figure(rows: Sequence[dict[str, Any]], title: str) -> str:
     Raises:
       ReportError: matplotlib is not installed.
     """
-    figure, axes = _figure(7.2, 1.3 + 0.24 * len(rows))
+    labels = _row_labels(rows)
+    longest = max(map(len, labels), default=0)
+    figure, axes = _figure(4.5 + 0.06 * longest, 1.3 + 0.24 * len(rows))
     figure.set_layout_engine("constrained")  # labels are as wide as they are
     axes.scatter([], [], label="the plan that was chosen", **_CHOSEN)
     axes.scatter([], [], label="a fixed limit of 1000 MB", **_DEFAULT)
@@ -117,7 +119,7 @@ def overview_figure(rows: Sequence[dict[str, Any]], title: str) -> str:
     axes.set_xscale("log")
     _ticks(axes.xaxis, lambda value: f"{value:g}x")
     axes.set_xlabel("times as fast as dense attention")
-    axes.set_yticks(range(len(rows)), _row_labels(rows))
+    axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axes.tick_params(axis="y", length=0, labelsize=8)
     _legend(figure)
