@@ -62,10 +62,16 @@ holds::
       memory                   what plans take, each in a process of its own
       verify                   whether a profile still holds
     report/                  results as plain data (records), drawn (tables, text, progress,
-                             evaluation)
+                             evaluation); a report's pictures:
+      sources, peers           where its profiles and other libraries' times come from
+      curve, overview          a profile's memory-time curve; all that a report has
+      comparison               two sets of profiles side by side
+      scales, drawing, svg     a curve's axes; the figures, as SVG in a page's colors
+      terminal, page/          a curve in a terminal; one HTML file
     doctor                   looks over the whole set-up
     cli/                     the command: tune and bench (measuring), show, explain,
-                             evaluate and doctor (looking), export, import and forget (moving)
+                             evaluate and doctor (looking), report (reporting), export, import
+                             and forget (moving)
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ _PACKAGES = ("jax", "jaxlib", "dm-haiku", "optuna", "sqlitedict", "pydantic")
 _EXTRAS = {
     "fsspec": 'pip install "autochunk[remote]" to read bundles from URLs',
     "psycopg": 'pip install "autochunk[postgresql]" to tune through PostgreSQL',
+    "matplotlib": 'pip install "autochunk[report]" to draw what was measured',
 }
 _JAX_INSTALLATION = "https://docs.jax.dev/en/latest/installation.html"
 _COSTLY = 0.10  # what page faults may cost before a cure is worth its trouble

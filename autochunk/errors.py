@@ -10,7 +10,8 @@ Callers catch by family; a second base keeps ``except ValueError`` and ``except 
     ├── BundleError (ValueError)       a file of profiles is not what it should be
     ├── AgreementError (RuntimeError)  the processes of a program have no profiles in common
     ├── StorageError (RuntimeError)    the storage that machines tune through cannot be used
-    └── ProbeError (RuntimeError)      the measuring process cannot be started or understood
+    ├── ProbeError (RuntimeError)      the measuring process cannot be started or understood
+    └── ReportError (RuntimeError)     a report or a plot cannot be drawn
 
     AutochunkWarning (UserWarning)
     ├── MissWarning                    "auto" found no profile; names the command that makes one
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceError",
     "MissWarning",
     "ProbeError",
+    "ReportError",
     "StaleWarning",
     "StorageError",
     "StoreError",
@@ -74,6 +76,15 @@ class StorageError(AutochunkError, RuntimeError):
 
 class ProbeError(AutochunkError, RuntimeError):
     """The measuring process cannot be started, or answers what it should not."""
+
+
+class ReportError(AutochunkError, RuntimeError):
+    """A report or a plot cannot be drawn: what draws it is not installed, or there is nothing."""
+
+    @classmethod
+    def missing(cls, library: str) -> "ReportError":
+        """The error where a library of the extra ``report`` is missing."""
+        return cls(f"{library} is not installed: pip install 'autochunk[report]' brings it")
 
 
 class AutochunkWarning(UserWarning):

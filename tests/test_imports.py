@@ -58,6 +58,9 @@ ONLY_IMPORTER = {
     "haiku": "autochunk.attention.haiku",
     "click": "autochunk.cli",
     "fsspec": "autochunk.store.remote",
+    "matplotlib": "autochunk.report",
+    "jinja2": "autochunk.report.page",
+    "plotext": "autochunk.report.terminal",
 }
 
 

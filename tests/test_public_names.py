@@ -40,6 +40,7 @@ TREE = {
     "AgreementError": (errors.AutochunkError, RuntimeError),
     "StorageError": (errors.AutochunkError, RuntimeError),
     "ProbeError": (errors.AutochunkError, RuntimeError),
+    "ReportError": (errors.AutochunkError, RuntimeError),
     "AutochunkWarning": (UserWarning,),
     "MissWarning": (errors.AutochunkWarning,),
     "BudgetWarning": (errors.AutochunkWarning,),

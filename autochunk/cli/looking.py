@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
-from autochunk.cli.printing import print_json, print_parts, print_profiles, say
+from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import detect
+from autochunk.errors import ReportError
+from autochunk.report.curve import curve_record
 from autochunk.report.evaluation import evaluation_record, evaluation_table, replays_table
 from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
 from autochunk.report.tables import memory_table
+from autochunk.report.terminal import MOST_COLUMNS, curve_text
 from autochunk.report.text import finding_text, resolution_text
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.layers import Layer, account, every_profile
 from autochunk.resolution.places import all_layers
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
-from autochunk.store import bundle
+from autochunk.store import bundle, merge
+from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 
 
@@ -32,6 +37,14 @@ from autochunk.store.profiles import ProfileStore
     is_flag=True,
     help="Print working memory as XLA predicts it and as it was seen to be taken, plan by plan.",
 )
+@click.option(
+    "--plot",
+    "shapes",
+    multiple=True,
+    metavar="SHAPE",
+    help="Plot time against memory of every plan, for workloads with these items, such as "
+    "t=4096,mode=training. Repeatable. Needs the extra autochunk[report].",
+)
 @store_option
 @json_option
 def show(
@@ -39,6 +52,7 @@ def show(
     stale: bool,
     markdown: bool,
     memory: bool,
+    shapes: tuple[str, ...],
     store: Path | None,
     as_json: bool,
 ) -> None:
@@ -49,6 +63,9 @@ def show(
     now = detect()
     profiles = profile_store.profiles() if place is None else bundle.read(place).profiles
     shown = [p for p in profiles if not stale or p.stale_reasons(now)]
+    if shapes:
+        _plot(merge.select(shown, shapes=shapes), as_json)
+        return
     rows = [row for profile in shown for row in memory_rows(profile)] if memory else []
     if rows or (memory and as_json):
         print_profiles(rows, as_json, markdown, memory_table)
@@ -65,6 +82,21 @@ def show(
         )
     else:
         say(f"No profiles in {place or profile_store.path}. `autochunk tune` makes some.")
+
+
+def _plot(profiles: Sequence[Profile], as_json: bool) -> None:
+    """The memory-time curves of ``show --plot``; of no profile an error."""
+    if not profiles:
+        raise ReportError("no profile has these items; `autochunk show` lists those there are")
+    records = [{**profile_row(profile), "curve": curve_record(profile)} for profile in profiles]
+    if as_json:
+        print_json(records)
+        return
+    console = make_console()
+    for one in records:
+        title = f"{one['shape']} {one['dtype']} {one['mode']}"
+        columns = min(console.width, MOST_COLUMNS)
+        click.echo(f"{curve_text(one['curve'], title, columns)}\n")
 
 
 @click.command()

@@ -178,8 +178,8 @@ def rivals_record(profile: Profile, found: Sequence[Rival]) -> dict[str, Any]:
             {
                 "plan": str(rival.plan),
                 "seconds": rival.seconds,
-                "stored": _bounds(rival.stored),
-                "slower": _bounds(rival.slower),
+                "stored": bounds(rival.stored),
+                "slower": bounds(rival.slower),
                 "temp_bytes": rival.temp_bytes,
                 "detail": rival.detail,
             }
@@ -190,7 +190,7 @@ def rivals_record(profile: Profile, found: Sequence[Rival]) -> dict[str, Any]:
     }
 
 
-def _bounds(interval: Interval | None) -> list[float | None] | None:
+def bounds(interval: Interval | None) -> list[float | None] | None:
     """JSON has no infinity."""
     return None if interval is None else [x if math.isfinite(x) else None for x in interval]
 

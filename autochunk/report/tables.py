@@ -10,6 +10,8 @@ from rich.box import MARKDOWN
 from rich.table import Table
 from rich.text import Text
 
+from autochunk.report.scales import seconds_text
+
 SCATTERED = 0.10
 """A spread from which on times say little: the warning threshold of the pyperf package."""
 
@@ -36,12 +38,12 @@ def profile_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tab
             _workload(row),
             row["mode"],
             row["plan"] or "none",
-            _speedup(row["speedup_vs_dense"]),
-            _speedup(row["speedup_vs_default"]),
-            _memory(row["temp_bytes"], row["memory_vs_dense"]),
+            faster_text(row["speedup_vs_dense"]),
+            faster_text(row["speedup_vs_default"]),
+            memory_text(row["temp_bytes"], row["memory_vs_dense"]),
             _percent(row["spread"]),
-            _within(row["within"]),
-            _notes(row),
+            within_text(row["within"]),
+            notes_text(row),
         )
     return table
 
@@ -57,8 +59,8 @@ def memory_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> Tabl
             _workload(row),
             row["mode"],
             row["plan"],
-            _memory(row["predicted_bytes"]),
-            _memory(row["measured_bytes"]),
+            memory_text(row["predicted_bytes"]),
+            memory_text(row["measured_bytes"]),
             "-" if share is None else f"{share:.2f}",
         )
     return table
@@ -74,9 +76,9 @@ def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
         table.add_row(
             record["name"],
             "-" if seconds is None else f"{seconds * 1e3:.2f} ms",
-            _speedup(1 / ratio if ratio else None),
+            faster_text(1 / ratio if ratio else None),
             _percent(record["spread"]),
-            _memory(record["temp_bytes"]),
+            memory_text(record["temp_bytes"]),
             Text(record["detail"]),
         )
     return table
@@ -100,10 +102,32 @@ def rivals_table(record: dict[str, Any], title: str, in_layer: bool = False) -> 
             "-" if one["seconds"] is None else f"{one['seconds'] * 1e3:.2f} ms",
             "" if chosen else _bounds(one["stored"]),
             "" if chosen else _bounds(one["slower"]),
-            _memory(one["temp_bytes"]),
+            memory_text(one["temp_bytes"]),
             Text("chosen" if chosen else one["detail"]),
         )
     return table
+
+
+def changes_table(changes: Sequence[dict[str, Any]]) -> Table:
+    """The table of ``autochunk report --against``."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "time", "workload", "mode", "then", "now"):
+        table.add_column(name, overflow="fold")
+    for one in changes:
+        table.add_row(
+            one["verdict"],
+            _bounds(one["slower"]),
+            Text(_workload(one)),
+            one["mode"],
+            *(Text(_side(one[side])) for side in ("then", "now")),
+        )
+    return table
+
+
+def _side(one: dict[str, Any] | None) -> str:
+    if one is None or one["plan"] is None:
+        return "-" if one is None else "no plan"
+    return f"{one['plan']}: {seconds_text(one['seconds'])}, jaxlib {one['jaxlib']}"
 
 
 def _bounds(bounds: list[float | None] | None) -> str:
@@ -119,11 +143,13 @@ def _workload(row: dict[str, Any]) -> str:
     return shape if row["dtype"] == "float32" else f"{shape} {row['dtype']}"
 
 
-def _speedup(ratio: float | None) -> str:
+def faster_text(ratio: float | None) -> str:
+    """How many times as fast: "2.10x"."""
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def _memory(temp_bytes: int | None, share: float | None = None) -> str:
+def memory_text(temp_bytes: int | None, share: float | None = None) -> str:
+    """Megabytes, and what share of others' that is: "40 MB (1/10.0)"."""
     if temp_bytes is None:
         return "-"
     text = f"{temp_bytes / 1e6:.0f} MB"
@@ -139,11 +165,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"±{value:.1%}"
 
 
-def _within(value: float | None) -> str:
+def within_text(value: float | None) -> str:
+    """Per cent, rounded up."""
     return "-" if value is None else f"{math.ceil(100 * value)}%"
 
 
-def _notes(row: dict[str, Any]) -> str:
+def notes_text(row: dict[str, Any]) -> str:
+    """What a ``profile_row`` is to be taken with."""
     notes = [] if row["complete"] else ["unfinished"]
     if row["stale"]:
         notes.append("stale: " + "; ".join(row["stale"]))

@@ -28,6 +28,11 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
+def without_password(place: str) -> str:
+    """A place as it may be shown."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
+
+
 def read(url: str, most_bytes: int, timeout: float = TIMEOUT_SECONDS) -> bytes:
     """The bytes at a URL, or the first ``most_bytes``, whatever size the server claims.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from factories import Scripted, make_device, make_measurement, make_profile, start_python
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 
 from autochunk.errors import ArgumentError, StorageError
 from autochunk.plan import Plan
@@ -54,6 +56,57 @@ def test_what_one_measured_the_other_sees(place: str) -> None:
     claim = other.claim(PLANS)
     assert claim is not None
     assert claim.plan == PLANS[1]
+
+
+def test_trials_tell_optunas_own_tools(place: str) -> None:
+    """Each has its plan as parameters, on an axis of logarithms, and figures, if it failed, too."""
+    study = open_study(place)
+    study.anchor = PLANS[0]
+    measure(study, PLANS[0], 0.5)
+    failed = Plan("xla_rows", 2.0)
+    claim = study.claim([failed])
+    assert claim is not None
+    with claim:
+        claim.done([make_measurement("xla_rows", 2.0, status="oom")], study.anchor)
+    trials = study._study.get_trials()
+    assert [(trial.state.name, trial.value) for trial in trials] == [
+        ("COMPLETE", 0.5),
+        ("PRUNED", None),
+    ]
+    assert [trial.params for trial in trials] == [
+        {"implementation": "xla", "xla.max_chunk_size_mb": 16.0},
+        {"implementation": "xla_rows", "xla_rows.max_chunk_size_mb": 2.0},
+    ]
+    limits = trials[0].distributions["xla.max_chunk_size_mb"]
+    assert isinstance(limits, FloatDistribution)
+    assert (limits.log, limits.low, limits.high) == (True, 1e-3, 1e5)
+    assert trials[0].user_attrs["memory_mb"] == 100.0
+    assert trials[0].user_attrs["seconds"] == pytest.approx(0.05)
+    assert [trial.user_attrs["status"] for trial in trials] == ["ok", "oom"]
+    assert study._study.metric_names == ["time over that of the anchor"]
+
+
+def test_a_study_with_other_axes_goes_on(place: str) -> None:
+    """An older version's has none of logarithms, and Optuna lets no other in.
+
+    The plan's parameter is left out, its measurement is not.
+    """
+    study = open_study(place)
+    study.anchor = PLANS[0]
+    older = FloatDistribution(0.0, 1e12)
+    name = "xla.max_chunk_size_mb"
+    study._study.add_trial(create_trial(value=1.0, params={name: 4.0}, distributions={name: older}))
+    measure(study, PLANS[0], 0.5)
+    assert study.measured()[PLANS[0]].ratio == 0.5
+
+
+@pytest.mark.parametrize("limit", [1e-5, 1e-3, 1e5, 1e9])
+def test_limits_of_any_size_are_parameters(limit: float, tmp_path: Path) -> None:
+    """Also those beyond what limits mostly are."""
+    study = open_study(str(tmp_path / "journal"))
+    measure(study, Plan("xla", limit))
+    (trial,) = study._study.get_trials()
+    assert trial.params["xla.max_chunk_size_mb"] == limit
 
 
 def test_a_claim_that_is_left_is_free_again(place: str) -> None:

@@ -31,6 +31,7 @@ __all__ = [
 
 # after Optuna is imported, which sets a level of its own
 logging.getLogger("optuna").setLevel(logging.ERROR)
-# known: a plan may have more rounds than the best had time for
-for _text in ("WilcoxonPruner", "The value of `grace_period` might be too small"):
+# known, and: a plan may have more rounds than the best had time for
+_KNOWN = ("WilcoxonPruner", ".*set_metric_names", "The value of `grace_period` might be too small")
+for _text in _KNOWN:
     warnings.filterwarnings("ignore", _text)

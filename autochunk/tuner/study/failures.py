@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from optuna.storages import BaseStorage
 from sqlalchemy import exc
 
 from autochunk.errors import AutochunkError, StorageError
+from autochunk.store.remote import without_password
 
 PATIENCE_SECONDS = 120.0
 """How long what may pass is waited for."""
@@ -116,11 +116,6 @@ def may_pass(error: BaseException) -> bool:
 def _cause(error: BaseException) -> BaseException:
     """What Optuna says it has met, in place of what it guesses about it."""
     return error.__cause__ or error if isinstance(error, StorageInternalError) else error
-
-
-def without_password(place: str) -> str:
-    """A storage's place as it may be shown."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
 
 
 def first_line(error: BaseException) -> str:

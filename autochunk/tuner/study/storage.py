@@ -15,13 +15,13 @@ from autochunk.device import Device, current_key
 from autochunk.errors import StorageError
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Profile
+from autochunk.store.remote import without_password
 from autochunk.tuner.study.failures import (
     PATIENCE_SECONDS,
     Patience,
     first_line,
     one_error,
     patient,
-    without_password,
 )
 from autochunk.tuner.study.journal import JournalFile
 from autochunk.tuner.study.trials import Study, readable

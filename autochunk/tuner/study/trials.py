@@ -18,11 +18,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-)
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -35,6 +30,7 @@ from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.study.failures import Patience, one_error
 from autochunk.tuner.study.liveness import alive, is_signed, keep_signed, sign
+from autochunk.tuner.study.shown import distributions, figures, parameters
 
 JOINT = "joint rounds"
 LOADING = "loading"
@@ -42,8 +38,7 @@ LOADING = "loading"
 MOST_DEATHS = 2
 """So many workers may die of a plan before it is given up: one death may have been chance."""
 
-_LARGEST_LIMIT = 1e12
-_LIMITS = FloatDistribution(0.0, _LARGEST_LIMIT)
+_VALUE = "time over that of the anchor"
 _POLL_SECONDS = 0.05
 _LIVING = (TrialState.WAITING, TrialState.RUNNING)
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -65,6 +60,9 @@ class Study:
             pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
             load_if_exists=True,
         )
+        with one_error(place):
+            if self._study.metric_names is None:
+                self._study.set_metric_names([_VALUE])
 
     @property
     def anchor(self) -> Plan | None:
@@ -173,7 +171,7 @@ class Study:
 
     def _queue(self, subject: str, plan: Plan | None) -> None:
         self._study.enqueue_trial(
-            {} if plan is None else _parameters(plan), user_attrs={"subject": subject}
+            {} if plan is None else parameters(plan), user_attrs={"subject": subject}
         )
 
     def _is_second(self, mine: optuna.Trial, subject: str) -> bool:
@@ -309,10 +307,11 @@ class Claim:
         """
         with one_error(self._place), contextlib.suppress(UpdateFinishedTrialError):
             self._write(measurements, anchor)
-            if self.plan is not None and measurements[0].timed:
+            if self.plan is not None:
                 self._suggest(self.plan)
-                self._finish(TrialState.COMPLETE, measurements[0].ratio)
-                return
+                if measurements[0].timed:
+                    self._finish(TrialState.COMPLETE, measurements[0].ratio)
+                    return
         self._finish(TrialState.PRUNED)
 
     def _write(self, measurements: Sequence[Measurement], anchor: Plan | None) -> None:
@@ -322,13 +321,15 @@ class Claim:
     def _suggest(self, plan: Plan) -> None:
         """Makes the plan the trial's parameters, which Optuna's own tools show.
 
-        A study that a version with other implementations began goes on without: Optuna lets none be
-        added.
+        A study that a version with other implementations, or without logarithms, began goes on
+        without: Optuna lets none be added.
         """
         with contextlib.suppress(ValueError):
             self._trial.suggest_categorical("implementation", list(IMPLEMENTATIONS))
         if plan.max_chunk_size_mb is not None:
-            self._trial.suggest_float(_limit_of(plan), 0.0, _LARGEST_LIMIT)
+            limits = _limits(plan.max_chunk_size_mb)
+            with contextlib.suppress(ValueError):
+                self._trial.suggest_float(_limit_of(plan), limits.low, limits.high, log=True)
 
     def _finish(self, state: TrialState, value: float | None = None) -> None:
         self._finished.set()
@@ -341,6 +342,7 @@ def _notes(measurements: Sequence[Measurement], anchor: Plan | None) -> dict[str
     return {
         "anchor": anchor.as_data() if anchor else None,
         "timed": any(measurement.timed for measurement in measurements),
+        **(figures(measurements[0]) if len(measurements) == 1 else {}),
         "measurements": [measurement.model_dump_json() for measurement in measurements],
     }
 
@@ -351,8 +353,8 @@ def _measured_trial(measurement: Measurement, anchor: Plan) -> FrozenTrial:
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE if timed else TrialState.PRUNED,
         value=measurement.ratio if timed else None,
-        params=_parameters(plan) if timed else {},
-        distributions=_distributions(plan) if timed else {},
+        params=parameters(plan),
+        distributions=distributions(plan),
         user_attrs={"subject": str(plan), **_notes([measurement], anchor)},
         intermediate_values=dict(enumerate(measurement.ratios)),
     )
@@ -362,22 +364,3 @@ def _tell(study: optuna.Study, number: int, state: TrialState, value: float | No
     """Ends a trial, unless another worker did."""
     with contextlib.suppress(UpdateFinishedTrialError, ValueError):
         study.tell(number, value, state=state, skip_if_finished=True)
-
-
-def _parameters(plan: Plan) -> dict[str, Any]:
-    """What the plan is in Optuna's space.
-
-    An implementation; one for slices has a limit of its own.
-    """
-    limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): plan.max_chunk_size_mb}
-    return {"implementation": plan.implementation, **limit}
-
-
-def _distributions(plan: Plan) -> dict[str, BaseDistribution]:
-    """What each of a plan's parameters is one of."""
-    limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): _LIMITS}
-    return {"implementation": CategoricalDistribution(list(IMPLEMENTATIONS)), **limit}
-
-
-def _limit_of(plan: Plan) -> str:
-    return f"{plan.implementation}.max_chunk_size_mb"
