@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -78,15 +79,8 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         Raises:
           ValueError: the mask's rank is not the logits' (as in haiku), or shapes do not fit.
         """
-        return _attended(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            max_chunk_size_mb=self.max_chunk_size_mb,
-            implementation=self.implementation,
-        )
+        settings = self.max_chunk_size_mb, self.implementation
+        return _attended(*settings, self, query, key, value, mask)
 
 
 @contextlib.contextmanager
@@ -98,9 +92,10 @@ def patched(
     """Inside, every ``hk.MultiHeadAttention`` of a model runs in slices.
 
     The model is not edited: same parameters, same results. Of a subclass with a ``__call__`` of its
-    own, what that passes on to ``super().__call__`` does. What counts is where the model is applied;
-    only this thread is meant, and ``jax.jit`` traces a function anew inside. Contexts nest.
-    Interceptors of your own (``hk.intercept_methods``) that should see these calls go outside.
+    own, what that passes on to ``super().__call__`` does. What counts is where the model is
+    applied; only this thread is meant, and ``jax.jit`` traces a function anew inside. Contexts
+    nest. Interceptors of your own (``hk.intercept_methods``) that should see these calls go
+    outside.
 
     Args:
       max_chunk_size_mb: as in ``MultiHeadAttention``.
@@ -109,41 +104,50 @@ def patched(
     Raises:
       ArgumentError: there is no such limit or implementation. It is a ValueError.
     """
-    settings: dict[str, Any] = {
-        "max_chunk_size_mb": check_max_chunk_size_mb(max_chunk_size_mb),
-        "implementation": check_implementation(implementation),
-    }
-
-    def interceptor(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        is_attention = context.orig_class is hk.MultiHeadAttention
-        if is_attention and context.method_name == "__call__" and _floating(*args, **kwargs):
-            return _attended(context.module, *args, **kwargs, **settings)
-        return next_call(*args, **kwargs)
-
-    with hk.intercept_methods(interceptor), _jit_context()(tuple(settings.values())):
+    settings = check_max_chunk_size_mb(max_chunk_size_mb), check_implementation(implementation)
+    with hk.intercept_methods(_interceptor), _settings()(settings):
         yield
 
 
+def _settings() -> Any:
+    """(max_chunk_size_mb, implementation) of the innermost context around the caller.
+
+    ``jax.jit``'s cache knows of it: functions that were traced outside are traced anew.
+    """
+    with _lock:  # jax wants it made by one thread
+        return _user_context()
+
+
 @functools.cache
-def _jit_context() -> Any:
-    """What is in ``jax.jit``'s key: functions that were traced outside of it are traced anew."""
+def _user_context() -> Any:
+    # Not when this file is imported: whatever was traced before is then traced once more.
     return jax.make_user_context(None)
 
 
-def _floating(query: Any, key: Any, value: Any, **_: Any) -> bool:
-    """Whether slices take such inputs."""
-    return str(jnp.result_type(query, key, value)) in DTYPES
+_lock = threading.Lock()
+
+
+def _interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    is_attention = context.orig_class is hk.MultiHeadAttention
+    if is_attention and context.method_name == "__call__" and _floating(*args, **kwargs):
+        return _attended(*_settings().value, context.module, *args, **kwargs)
+    return call(*args, **kwargs)
+
+
+def _floating(query: Any, key: Any, value: Any, mask: Any = None) -> bool:
+    """Whether slices take such inputs; any mask."""
+    del mask
+    return all(str(jnp.result_type(one)) in DTYPES for one in (query, key, value))
 
 
 def _attended(
+    max_chunk_size_mb: float | Literal["auto"] | None,
+    implementation: str | None,
     module: hk.MultiHeadAttention,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
-    *,
-    max_chunk_size_mb: float | Literal["auto"] | None,
-    implementation: str | None,
 ) -> jax.Array:
     """What a module's ``__call__`` gives, by its own projections."""
     *leading, length, _ = query.shape

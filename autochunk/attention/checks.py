@@ -165,7 +165,7 @@ def dropout_bits(
 ) -> jax.Array:
     """Random bits of each row, from which those of its keys follow."""
     if rng is None:
-        raise ArgumentError("dropout_rng is required for a dropout_rate: a key such as jax.random.key(0)")
+        raise ArgumentError("dropout_rng is required for dropout: a key such as jax.random.key(0)")
     own = (1,) * (len(leading) + 1) if broadcast else (*leading, sizes["h"])
     try:
         return jax.random.bits(rng, (*own, sizes["t"]), jnp.uint32)

@@ -27,8 +27,9 @@ _PARAMETERS = (
     *("q_seqlen", "kv_seqlen", "local_window_size", "return_residual"),
 )
 
-# (max_chunk_size_mb, implementation) in a thread that is inside of the context. jax.jit's cache
-# knows of it: a function traced outside is traced anew inside.
+# (max_chunk_size_mb, implementation) of the innermost context around the caller. jax.jit's cache
+# knows of it: a function traced outside is traced anew inside. (This module is first imported where
+# patch_jax_nn is first used: whatever was traced before this line is traced once more, too.)
 _settings: Any = jax.make_user_context(None)
 _lock = threading.Lock()
 _inside = 0  # contexts that are open, in all threads
