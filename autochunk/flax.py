@@ -21,11 +21,11 @@ from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
 
 def attention_fn(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    query: jax.typing.ArrayLike,
+    key: jax.typing.ArrayLike,
+    value: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = None,
+    mask: jax.typing.ArrayLike | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: jax.Array | None = None,
     dropout_rate: float = 0.0,
@@ -90,7 +90,7 @@ def attention_fn(
         query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
     else:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    _check_shapes(query.shape, key.shape, value.shape)
+    _check_shapes(jnp.shape(query), jnp.shape(key), jnp.shape(value))
     out = dot_product_attention(
         query,
         key,

@@ -130,7 +130,8 @@ _lock = threading.Lock()
 def _interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     is_attention = context.orig_class is hk.MultiHeadAttention
     if is_attention and context.method_name == "__call__" and _floating(*args, **kwargs):
-        return _attended(*_settings().value, context.module, *args, **kwargs)
+        limit, implementation = _settings().value
+        return _attended(limit, implementation, context.module, *args, **kwargs)
     return call(*args, **kwargs)
 
 

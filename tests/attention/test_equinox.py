@@ -44,7 +44,7 @@ def inputs(rows: int = 6, keys: int = 5, dtype: Any = np.float32) -> list[Any]:
     return [draw((rows, 7), 1, dtype), draw((keys, 5), 2, dtype), draw((keys, 3), 3, dtype)]
 
 
-def theirs(**settings: Any) -> eqx.nn.MultiheadAttention:
+def theirs(**settings: Any) -> Any:
     return eqx.nn.MultiheadAttention(**(SIZES | settings), key=KEY)
 
 
@@ -88,8 +88,9 @@ def test_gradients() -> None:
 
     def gradients(module: Any) -> Any:
         moving, fixed = eqx.partition(module, eqx.is_array)
-        run = lambda moving: eqx.combine(moving, fixed)(*inputs(), **call)  # noqa: E731
-        return jax.tree.leaves(quick_jit(jax.grad(lambda it: jnp.sum(jnp.sin(run(it)))))(moving))
+        run: Any = lambda moving: eqx.combine(moving, fixed)(*inputs(), **call)  # noqa: E731
+        loss = lambda moving: jnp.sum(jnp.sin(run(moving)))  # noqa: E731
+        return jax.tree.leaves(quick_jit(jax.grad(loss))(moving))
 
     module = theirs(**settings)
     received = gradients(patched(module, max_chunk_size_mb=SMALLEST))
@@ -167,7 +168,7 @@ class Block(eqx.Module):
         self.others = [Named(**sizes), eqx.nn.LayerNorm(8), eqx.nn.MultiheadAttention(**sizes)]
         self.activation = jax.nn.relu
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Any) -> jax.Array:
         """Three kinds of attention."""
         named, norm, own = self.others
         x = self.activation(named(x, x, x) + self.doubling(x))
@@ -212,7 +213,7 @@ def test_a_patched_model_is_an_equinox_model() -> None:
 def test_the_limit_holds_under_vmap(training: bool) -> None:
     """It is of the whole batch that the user's ``vmap`` makes."""
     x = draw((4, 64, 8))
-    module = eqx.nn.MultiheadAttention(2, 8, key=KEY)
+    module: Any = eqx.nn.MultiheadAttention(2, 8, key=KEY)
 
     def largest(module: Any) -> int:
         run = lambda x: jnp.sum(jax.vmap(lambda one: module(one, one, one))(x) ** 2)  # noqa: E731
@@ -256,10 +257,11 @@ def test_dropout_needs_a_key() -> None:
 
 def test_dropout_of_another_kind_is_an_error() -> None:
     """What a user put in its place cannot be done in slices; the identity can."""
-    replaced = lambda one: eqx.tree_at(lambda it: it.dropout, theirs(), one)  # noqa: E731
-    assert_close(patched(replaced(eqx.nn.Identity()))(*inputs()), theirs()(*inputs()))
+    kinds: list[Any] = [eqx.nn.Identity(), eqx.nn.Lambda(jnp.tanh)]
+    identity, other = (eqx.tree_at(lambda it: it.dropout, theirs(), kind) for kind in kinds)
+    assert_close(patched(identity)(*inputs()), theirs()(*inputs()))
     with pytest.raises(ArgumentError, match=r"dropout must be an eqx.nn.Dropout.*Lambda"):
-        patched(replaced(eqx.nn.Lambda(jnp.tanh)))(*inputs())
+        patched(other)(*inputs())
 
 
 def test_a_model_without_attention_is_an_error() -> None:

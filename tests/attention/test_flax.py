@@ -25,7 +25,7 @@ Q, K, V = (2, 5, 4, 3), (2, 6, 4, 3), (2, 6, 4, 3)
 HALF = jnp.bfloat16
 
 
-def heads(*shapes: tuple[int, ...], dtypes: Any = (np.float32,) * 3) -> list[jax.Array]:
+def heads(*shapes: tuple[int, ...], dtypes: Any = (np.float32,) * 3) -> list[Any]:
     drawn = zip(shapes or (Q, K, V), dtypes, strict=True)
     return [
         jnp.asarray(draw(shape, seed)).astype(dtype) for seed, (shape, dtype) in enumerate(drawn)
@@ -35,7 +35,7 @@ def heads(*shapes: tuple[int, ...], dtypes: Any = (np.float32,) * 3) -> list[jax
 def all_three(theirs: Callable[..., Any], *arrays: jax.Array, **settings: Any) -> list[jax.Array]:
     """What Flax's function gives, and ours with the smallest slices and with none."""
     limited = (functools.partial(attention_fn, max_chunk_size_mb=one) for one in (SMALLEST, None))
-    functions = [theirs, *limited]
+    functions: list[Callable[..., Any]] = [theirs, *limited]
     found: list[jax.Array] = quick_jit(
         lambda *arrays: [function(*arrays, **settings) for function in functions]
     )(*arrays)
@@ -115,10 +115,9 @@ def test_shapes_and_dtypes(shapes: Any, dtypes: Any) -> None:
 
 def test_the_output_is_float32_where_the_softmax_must_be() -> None:
     """``force_fp32_for_softmax`` gives linen's dtype of half-precision inputs, too."""
-    arrays = heads(dtypes=(HALF,) * 3)
-    settings = {"force_fp32_for_softmax": True}
-    received = attention_fn(*arrays, **settings)
-    expected = linen.dot_product_attention(*arrays, **settings)  # type: ignore[arg-type]
+    query, key, value = heads(dtypes=(HALF,) * 3)
+    received = attention_fn(query, key, value, force_fp32_for_softmax=True)
+    expected = linen.dot_product_attention(query, key, value, force_fp32_for_softmax=True)
     assert received.dtype == expected.dtype == np.float32
     assert_close(received, expected, 2e-2)
 
@@ -137,7 +136,7 @@ def test_dropout(broadcast: bool) -> None:
     Slices make no difference.
     """
     whole = weights(attention_fn, max_chunk_size_mb=None)
-    settings = {"dropout_rate": 0.25, "broadcast_dropout": broadcast}
+    settings: dict[str, Any] = {"dropout_rate": 0.25, "broadcast_dropout": broadcast}
     drop = functools.partial(attention_fn, dropout_rng=jax.random.key(3), **settings)
     dropped = weights(functools.partial(drop, max_chunk_size_mb=None))
     kept = dropped != 0
@@ -152,14 +151,14 @@ def test_dropout(broadcast: bool) -> None:
 # --- In Flax's modules ----------------------------------------------------------------------------
 
 
-def nnx_module(function: Callable[..., Any] | None, **settings: Any) -> nnx.MultiHeadAttention:
-    given = {} if function is None else {"attention_fn": function}
+def nnx_module(function: Callable[..., Any] | None, **settings: Any) -> Any:
+    given: dict[str, Any] = {} if function is None else {"attention_fn": function}
     settings = {"num_heads": 4, "in_features": 8, "decode": False} | settings
     return nnx.MultiHeadAttention(**settings, **given, rngs=nnx.Rngs(0))
 
 
 def linen_module(function: Callable[..., Any] | None, **settings: Any) -> Any:
-    given = {} if function is None else {"attention_fn": function}
+    given: dict[str, Any] = {} if function is None else {"attention_fn": function}
     return linen.MultiHeadDotProductAttention(num_heads=4, **settings, **given)
 
 
@@ -216,7 +215,8 @@ def test_decoding_with_linen(limit: float | None) -> None:
     module = linen_module(fn, decode=True)
     variables = module.init(jax.random.key(0), x)
     whole = linen_module(fn).apply(variables, x, mask=linen.make_causal_mask(jnp.ones((2, 5))))
-    cache, outs = variables["cache"], []
+    cache = variables["cache"]
+    outs: list[jax.Array] = []
     step = quick_jit(functools.partial(module.apply, mutable=["cache"]))
     for position in range(5):
         variables = {"params": variables["params"], "cache": cache}

@@ -22,7 +22,7 @@ from autochunk.haiku import patched
 SMALLEST = 4e-6  # MB: one logit at a time
 KEY = jax.random.PRNGKey(7)
 LOGITS = 2 * 64 * 64 * 4  # bytes of those of a long input, 64 positions and 2 heads
-INIT = {"w_init": hk.initializers.VarianceScaling(0.3)}
+INIT: dict[str, Any] = {"w_init": hk.initializers.VarianceScaling(0.3)}
 
 
 class Sub(hk.MultiHeadAttention):
@@ -51,10 +51,15 @@ def model(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Modules of all kinds, by position and by name, with all settings."""
     for kind in (ImportedByName, hk.MultiHeadAttention, Sub, Scaled, Own):
         x = x + kind(2, 4, **INIT)(x, x, x, mask)
-    settings = {"value_size": 3, "model_size": 8, "with_bias": False, "name": "other"}
-    return ImportedByName(num_heads=2, key_size=5, **settings, **INIT)(
-        query=x, key=x, value=x, mask=mask
-    )
+    settings: dict[str, Any] = {
+        "value_size": 3,
+        "model_size": 8,
+        "with_bias": False,
+        "name": "other",
+        **INIT,
+    }
+    last = ImportedByName(num_heads=2, key_size=5, **settings)
+    return last(query=x, key=x, value=x, mask=mask)
 
 
 def transformed(function: Callable[..., Any] = model) -> hk.Transformed:
@@ -112,7 +117,8 @@ def test_jit_knows_of_the_context() -> None:
     """One jitted function has a program of its own for inside, and for each setting."""
     function = transformed(attention)
     x = draw((6, 8))
-    params, apply = function.init(KEY, x), jax.jit(function.apply)
+    params = function.init(KEY, x)
+    apply: Any = jax.jit(function.apply)
     apply(params, x)
     for limit, programs in ((SMALLEST, 2), (SMALLEST, 2), (None, 3)):
         with patched(max_chunk_size_mb=limit):

@@ -110,7 +110,7 @@ def test_however_it_is_called(caller: Callable[..., Any]) -> None:
 
 def test_jit_knows_of_the_context() -> None:
     """One jitted function has a program of its own for inside, and for each setting."""
-    run = jax.jit(by_attribute)
+    run: Any = jax.jit(by_attribute)
     run(*arrays())
     for limit, programs in ((SMALLEST, 2), (SMALLEST, 2), (None, 3)):
         with patch_jax_nn(max_chunk_size_mb=limit):
