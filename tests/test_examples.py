@@ -81,7 +81,7 @@ def test_the_long_gpu_example_keeps_to_its_limit() -> None:
 
 
 VIT = {"layers": 1, "heads": 2, "size": 16, "pixels": 8, "patch": 4, "batch": 32}
-GPT = {"layers": 2, "heads": 2, "size": 16, "length": 24, "batch": 4}
+GPT = {"layers": 1, "heads": 2, "size": 16, "length": 24, "batch": 4}
 
 
 @pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
