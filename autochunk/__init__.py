@@ -39,8 +39,9 @@ holds::
       arguments, checks        the arrays of a call, brought into form; what they must be
       kernels/                 the attention itself, for a given plan: jax only, but for what
                                ``libraries`` calls
-      op, haiku                the function and the module
+      op, jax_nn               the function, also in place of ``jax.nn``'s
       ring                     a sequence whose keys no device holds whole
+    haiku, flax, equinox     attention as these have it
     tuner/                   what measures
       tune, events             the loop over workloads, and what is told of it
       effort, presets, task    how hard to look, at what, for how long
@@ -80,10 +81,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autochunk.attention.haiku import MultiHeadAttention
+    from autochunk.attention.jax_nn import patch_jax_nn
     from autochunk.attention.op import dot_product_attention
     from autochunk.attention.ring import ring_attention, ring_order
     from autochunk.device import Device, detect
+    from autochunk.haiku import MultiHeadAttention
     from autochunk.plan import Plan
     from autochunk.resolution.answer import Resolution
     from autochunk.resolution.resolve import resolve
@@ -101,7 +103,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Device": "autochunk.device",
     "Measurement": "autochunk.store.measurement",
-    "MultiHeadAttention": "autochunk.attention.haiku",
+    "MultiHeadAttention": "autochunk.haiku",
     "Plan": "autochunk.plan",
     "Profile": "autochunk.store.profile",
     "ProfileStore": "autochunk.store.profiles",
@@ -109,6 +111,7 @@ _HOMES = {
     "Workload": "autochunk.workload",
     "detect": "autochunk.device",
     "dot_product_attention": "autochunk.attention.op",
+    "patch_jax_nn": "autochunk.attention.jax_nn",
     "resolve": "autochunk.resolution.resolve",
     "ring_attention": "autochunk.attention.ring",
     "ring_order": "autochunk.attention.ring",
@@ -128,6 +131,7 @@ __all__ = [
     "__version__",
     "detect",
     "dot_product_attention",
+    "patch_jax_nn",
     "resolve",
     "ring_attention",
     "ring_order",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)  # they import what they share, as when they are run
     specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
@@ -78,7 +80,68 @@ def test_the_long_gpu_example_keeps_to_its_limit() -> None:
     assert all(float(peak) < 1.5 for peak in re.findall(r"at most ([\d.]+) GB", printed))
 
 
+VIT = {"layers": 1, "heads": 2, "size": 16, "pixels": 8, "patch": 4, "batch": 32}
+GPT = {"layers": 1, "heads": 2, "size": 16, "length": 24, "batch": 4}
+
+
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
+def test_the_gpt_learns_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with dropout lowers the loss; decoding gives what the whole text gives."""
+    example = load("nnx_gpt", monkeypatch)
+    model, losses = example.train(example.Sizes(**GPT), steps=8, learning_rate=1e-2)
+    assert losses[-1] < losses[0] - 0.3
+    prompt = np.frombuffer(b"Return", np.uint8)[None]
+    written = example.write(model, prompt, 24)
+    assert (written[:, :6] == prompt).all()
+    likeliest = np.argmax(model(written[:, :-1]), axis=-1)
+    np.testing.assert_array_equal(likeliest[:, 5:], written[:, 6:])
+
+
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
+def test_the_vision_transformer_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patched model trains, with dropout."""
+    example = load("equinox_vit", monkeypatch)
+    _, losses = example.train(example.Sizes(**VIT), steps=15, learning_rate=1e-2)
+    assert losses[-1] < losses[0] - 0.3
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "nnx_gpt": GPT | {"dropout": 0.0},
+    "equinox_vit": VIT | {"dropout": 0.0},
+    "evoformer": {"residues": 7, "sequences": 6, "msa_size": 8, "pair_size": 8, "head_size": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
+@pytest.mark.parametrize(("name", "sizes"), KINDS.items(), ids=KINDS.keys())
+def test_kinds_that_are_compared_agree(
+    name: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All kinds of an example's step give the same."""
+    example = load(name, monkeypatch)
+    found = []
+    for kind in example.KINDS:
+        step, arguments = example.make(kind, example.Sizes(**sizes))
+        found.append(jax.tree.leaves(jax.jit(step, compiler_options=QUICK)(*arguments)))
+    for other in found[1:]:
+        for received, expected in zip(other, found[0], strict=True):
+            np.testing.assert_allclose(received, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_comparison_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A time and a memory of every kind, each from a process of its own."""
+    example = load("evoformer", monkeypatch)
+    sizes = example.Sizes(**KINDS["evoformer"])
+    example.compare(example.make, ["dense", "subbatch"], sizes, repeats=1, rounds=1)
+    printed = capsys.readouterr().out
+    kinds = re.findall(r"^(\w+) +[\d.]+ ms +\d+ MB   [\d.]+ of the time", printed, re.MULTILINE)
+    assert kinds == ["dense", "subbatch"]
+
+
 def test_every_example_is_tested() -> None:
     """A new example needs a test here."""
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"transformer", "long_input", "long_gpu"}
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"measuring"}  # which three import
+    assert names == {"transformer", "long_input", "long_gpu", *KINDS}

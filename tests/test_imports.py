@@ -45,6 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resolution": WORDS | {"", "store", "predict"},
     "attention.kernels": {"operands", "implementations", "plan"},
     "attention": WORDS | {"resolution", "attention.kernels"},
+    "haiku": {"plan", "workload", "attention"},
+    "flax": {"errors", "plan", "attention"},
+    "equinox": {"errors", "plan", "attention"},
     "tuner": WORDS | {"", "store", "resolution", "attention"},
     "report": WORDS | {"", "store", "predict", "resolution", "attention", "tuner"},
     "doctor": WORDS | {"", "store", "resolution", "tuner"},
@@ -55,7 +58,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IMPORTER = {
     "optuna": "autochunk.tuner.study",
     "sqlitedict": "autochunk.store.database",
-    "haiku": "autochunk.attention.haiku",
+    "haiku": "autochunk.haiku",
+    "flax": "autochunk.flax",
+    "equinox": "autochunk.equinox",
     "click": "autochunk.cli",
     "fsspec": "autochunk.store.remote",
     "matplotlib": "autochunk.report",
@@ -112,8 +117,9 @@ def test_no_jax_at_the_top_of_the_words(module: str) -> None:
         ("import autochunk.workload, autochunk.device", "optuna sqlitedict haiku jax"),
         ("import autochunk.resolution.resolve, autochunk.store.bundle", "optuna haiku jax"),
         ("from autochunk import Workload, Plan, Profile, Device", "optuna sqlitedict haiku jax"),
-        ("from autochunk import dot_product_attention", "optuna haiku"),
-        ("from autochunk import MultiHeadAttention", "optuna"),
+        ("from autochunk import dot_product_attention", "optuna haiku flax equinox"),
+        ("from autochunk import patch_jax_nn", "optuna haiku flax equinox"),
+        ("from autochunk import MultiHeadAttention", "optuna equinox"),  # haiku loads flax
     ],
 )
 def test_import_loads_no_more_than_it_needs(statement: str, forbidden: str) -> None:

@@ -21,6 +21,7 @@ NAMES = [
     "__version__",
     "detect",
     "dot_product_attention",
+    "patch_jax_nn",
     "resolve",
     "ring_attention",
     "ring_order",

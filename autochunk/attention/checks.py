@@ -131,7 +131,7 @@ def dropout_rate(value: Any) -> float:
     """``dropout_rate`` as a number."""
     rate = number("dropout_rate", value)
     if not 0 <= rate < 1:
-        raise ArgumentError(f"dropout_rate must be at least 0 and less than 1; got {value!r}")
+        raise ArgumentError(f"dropout_rate must be in the range [0, 1); got {value!r}")
     return rate
 
 
@@ -165,7 +165,7 @@ def dropout_bits(
 ) -> jax.Array:
     """Random bits of each row, from which those of its keys follow."""
     if rng is None:
-        raise ArgumentError("dropout_rate needs dropout_rng, a key such as jax.random.key(0)")
+        raise ArgumentError("dropout_rng is required for dropout: a key such as jax.random.key(0)")
     own = (1,) * (len(leading) + 1) if broadcast else (*leading, sizes["h"])
     try:
         return jax.random.bits(rng, (*own, sizes["t"]), jnp.uint32)

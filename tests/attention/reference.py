@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -209,6 +210,15 @@ def compiled_text(jitted: jax.stages.Wrapped, *arrays: Any) -> str:
     text = jitted.lower(*arrays).compile().as_text()
     assert text is not None
     return text
+
+
+def largest_array(text: str) -> int:
+    """Bytes of the largest array that a compiled program's text names."""
+    sizes = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+    shapes = re.findall(rf"\b({'|'.join(sizes)})\[([0-9,]+)\]", text)
+    return max(
+        sizes[dtype] * math.prod(int(size) for size in dims.split(",")) for dtype, dims in shapes
+    )
 
 
 def temp_bytes(function: Callable[..., Any], *arrays: Any) -> int:

@@ -18,6 +18,7 @@ from reference import (
     compiled_text,
     draw,
     exact,
+    largest_array,
     operands,
     output_and_gradients,
     quick_jit,
@@ -42,15 +43,6 @@ def gradient(
 
 
 # --- The limit ------------------------------------------------------------------------------------
-
-
-def largest_array(text: str) -> int:
-    """Bytes of the largest array that a compiled program's text names."""
-    sizes = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-    shapes = re.findall(rf"\b({'|'.join(sizes)})\[([0-9,]+)\]", text)
-    return max(
-        sizes[dtype] * math.prod(int(size) for size in dims.split(",")) for dtype, dims in shapes
-    )
 
 
 # Every operand has at most 4096 bytes, so that what is larger can only be logits; all of them are

@@ -524,8 +524,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "one segment": ({"query_segment_ids": np.zeros((2, 12), int)}, "must be given together"),
     "cap": ({"logits_soft_cap": 0.0}, "must be positive"),
     "slopes": ({"alibi_slopes": np.ones(3)}, r"\[\.\.\., H\] = \(2, 4\)"),
-    "rate": ({"dropout_rate": 1.0}, "less than 1"),
-    "no key": ({"dropout_rate": 0.5}, "dropout_rate needs dropout_rng"),
+    "rate": ({"dropout_rate": 1.0}, r"\[0, 1\)"),
+    "no key": ({"dropout_rate": 0.5}, "dropout_rng is required"),
     "bad key": ({"dropout_rate": 0.5, "dropout_rng": 3.5}, "dropout_rng must be one key"),
     "traced cap": ({"logits_soft_cap": "much"}, "known while tracing"),
 }

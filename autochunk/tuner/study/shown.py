@@ -22,23 +22,24 @@ def parameters(plan: Plan) -> dict[str, Any]:
 
     An implementation; one for slices has a limit of its own.
     """
-    limit = {} if plan.max_chunk_size_mb is None else {_limit_of(plan): plan.max_chunk_size_mb}
+    limit = {} if plan.max_chunk_size_mb is None else {limit_of(plan): plan.max_chunk_size_mb}
     return {"implementation": plan.implementation, **limit}
 
 
 def distributions(plan: Plan) -> dict[str, BaseDistribution]:
     """What each of a plan's parameters is one of."""
     mb = plan.max_chunk_size_mb
-    limit = {} if mb is None else {_limit_of(plan): _limits(mb)}
+    limit = {} if mb is None else {limit_of(plan): limits_around(mb)}
     return {"implementation": CategoricalDistribution(list(IMPLEMENTATIONS)), **limit}
 
 
-def _limits(mb: float) -> FloatDistribution:
+def limits_around(mb: float) -> FloatDistribution:
     """What a limit is one of, on an axis of logarithms."""
     return FloatDistribution(min(mb, _SMALL_LIMIT), max(mb, _LARGE_LIMIT), log=True)
 
 
-def _limit_of(plan: Plan) -> str:
+def limit_of(plan: Plan) -> str:
+    """The name of the parameter that a plan's limit is."""
     return f"{plan.implementation}.max_chunk_size_mb"
 
 

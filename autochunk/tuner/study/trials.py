@@ -30,7 +30,7 @@ from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.study.failures import Patience, one_error
 from autochunk.tuner.study.liveness import alive, is_signed, keep_signed, sign
-from autochunk.tuner.study.shown import distributions, figures, parameters
+from autochunk.tuner.study.shown import distributions, figures, limit_of, limits_around, parameters
 
 JOINT = "joint rounds"
 LOADING = "loading"
@@ -327,9 +327,9 @@ class Claim:
         with contextlib.suppress(ValueError):
             self._trial.suggest_categorical("implementation", list(IMPLEMENTATIONS))
         if plan.max_chunk_size_mb is not None:
-            limits = _limits(plan.max_chunk_size_mb)
+            limits = limits_around(plan.max_chunk_size_mb)
             with contextlib.suppress(ValueError):
-                self._trial.suggest_float(_limit_of(plan), limits.low, limits.high, log=True)
+                self._trial.suggest_float(limit_of(plan), limits.low, limits.high, log=True)
 
     def _finish(self, state: TrialState, value: float | None = None) -> None:
         self._finished.set()

@@ -1,0 +1,135 @@
+"""``patch_jax_nn``: code that calls ``jax.nn.dot_product_attention`` runs in slices, unedited.
+
+What is replaced is the function of jax that ``jax.nn.dot_product_attention`` computes by, so that
+it makes no difference how a caller came by the latter, and jax's own checks of arguments stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax._src.nn import functions
+
+from autochunk.attention.arguments import Arguments
+from autochunk.attention.op import attend
+from autochunk.errors import ArgumentError
+from autochunk.plan import check_implementation, check_max_chunk_size_mb
+
+_NAME = "_dot_product_attention_xla"
+_PARAMETERS = (
+    *("query", "key", "value", "bias", "mask", "is_causal", "scale"),
+    *("q_seqlen", "kv_seqlen", "local_window_size", "return_residual"),
+)
+
+# (max_chunk_size_mb, implementation) of the innermost context around the caller. jax.jit's cache
+# knows of it: a function traced outside is traced anew inside. (This module is first imported where
+# patch_jax_nn is first used: whatever was traced before this line is traced once more, too.)
+_settings: Any = jax.make_user_context(None)
+_lock = threading.Lock()
+_inside = 0  # contexts that are open, in all threads
+_original: Callable[..., Any] = getattr(functions, _NAME, None)  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def patch_jax_nn(
+    *,
+    max_chunk_size_mb: float | Literal["auto"] | None = "auto",
+    implementation: str | None = None,
+) -> Iterator[None]:
+    """Inside, ``jax.nn.dot_product_attention`` runs as ``autochunk.dot_product_attention``.
+
+    Whoever calls it, however it was imported: Flax's ``nnx.dot_product_attention`` without dropout
+    does. Only calls in this thread are meant. What ``implementation="cudnn"`` asks for, and what
+    slices cannot do, is left to jax. ``jax.jit`` traces a function anew inside. Contexts nest.
+
+    Args:
+      max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+      implementation: as in ``autochunk.dot_product_attention``.
+
+    Raises:
+      ArgumentError: there is no such limit or implementation, or this version of jax computes
+        attention in another way than those known here. It is a ValueError.
+    """
+    settings = check_max_chunk_size_mb(max_chunk_size_mb), check_implementation(implementation)
+    if _original is None or tuple(inspect.signature(_original).parameters) != _PARAMETERS:
+        raise ArgumentError(
+            f"patch_jax_nn must know how jax.nn.dot_product_attention computes; in jax "
+            f"{jax.__version__} it does so in a new way. Call autochunk.dot_product_attention, "
+            "which takes the same arguments, instead"
+        )
+    with _installed(), _settings(settings):
+        yield
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    """The replacement stands while any thread needs it."""
+    global _inside
+    with _lock:
+        _inside += 1
+        setattr(functions, _NAME, _attention)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                setattr(functions, _NAME, _original)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """What stands in jax's place: the original in other threads, and where slices cannot do it."""
+    if _settings.value is None:
+        return _original(*args, **kwargs)
+    try:
+        arguments = _arguments(*args, **kwargs)
+    except ArgumentError:
+        return _original(*args, **kwargs)
+    found = attend(arguments, *_settings.value)
+    if not arguments.residual:
+        return found
+    out, residual = found
+    return out, jax.lax.stop_gradient(residual)
+
+
+def _arguments(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    is_causal: bool,
+    scale: Any,
+    q_seqlen: jax.Array | None,
+    kv_seqlen: jax.Array | None,
+    local_window_size: tuple[int, int] | None,
+    return_residual: bool = False,
+) -> Arguments:
+    """A call as jax passes it on.
+
+    Raises:
+      ArgumentError: it is none that slices can do.
+    """
+    if isinstance(scale, jax.core.Tracer) and not scale.shape:  # such as one that is learnt
+        query, scale = (query * scale).astype(query.dtype), 1.0
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        bias = bias.astype(jnp.float32)
+    return Arguments.checked(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=q_seqlen,
+        key_value_seq_lengths=kv_seqlen,
+        local_window_size=local_window_size,
+        return_residual=return_residual,
+    )
