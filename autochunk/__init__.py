@@ -39,6 +39,11 @@ holds::
                                ``libraries`` calls
       op, haiku                the function and the module
       ring                     a sequence whose keys no device holds whole
+    chunks/                  any other function, for a part of its positions at a time
+      axes, reductions         what is chunked, and how results are merged
+      loop, modes              the loop, and a program for calls that are differentiated
+      call, chunked            one call; the function that makes others chunked
+      memory, rule, sizes      what a program takes, told from its jaxpr; chunks that fit
     tuner/                   what measures
       tune, events             the loop over workloads, and what is told of it
       effort, presets, task    how hard to look, at what, for how long
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
     from autochunk.attention.haiku import MultiHeadAttention
     from autochunk.attention.op import dot_product_attention
     from autochunk.attention.ring import ring_attention, ring_order
+    from autochunk.chunks.chunked import chunked
     from autochunk.device import Device, detect
     from autochunk.plan import Plan
     from autochunk.resolution.answer import Resolution
@@ -98,6 +104,7 @@ _HOMES = {
     "ProfileStore": "autochunk.store.profiles",
     "Resolution": "autochunk.resolution.answer",
     "Workload": "autochunk.workload",
+    "chunked": "autochunk.chunks.chunked",
     "detect": "autochunk.device",
     "dot_product_attention": "autochunk.attention.op",
     "resolve": "autochunk.resolution.resolve",
@@ -117,6 +124,7 @@ __all__ = [
     "Resolution",
     "Workload",
     "__version__",
+    "chunked",
     "detect",
     "dot_product_attention",
     "resolve",

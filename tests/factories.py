@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,12 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from autochunk.device import Device
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
 TESTS = Path(__file__).resolve().parent
+
+# Compiling takes most of the tests' time; how well the machine code is optimised makes no
+# difference to most of them.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 Scripted = Callable[..., tuple[str, ...]]
 """What the fixture ``scripted`` of the tuner's tests is: makes a worker's command of its script."""

@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resolution": WORDS | {"", "store", "predict"},
     "attention.kernels": {"operands", "implementations", "plan"},
     "attention": WORDS | {"resolution", "attention.kernels"},
-    "tuner": WORDS | {"", "store", "resolution", "attention"},
+    "chunks": WORDS | {"resolution", "attention.kernels"},
+    "tuner": WORDS | {"", "store", "resolution", "attention", "chunks"},
     "report": WORDS | {"", "store", "predict", "resolution", "attention", "tuner"},
     "doctor": WORDS | {"", "store", "resolution", "tuner"},
     "cli": WORDS | {"", "store", "predict", "resolution", "attention", "tuner", "report", "doctor"},
@@ -110,6 +111,7 @@ def test_no_jax_at_the_top_of_the_words(module: str) -> None:
         ("from autochunk import Workload, Plan, Profile, Device", "optuna sqlitedict haiku jax"),
         ("from autochunk import dot_product_attention", "optuna haiku"),
         ("from autochunk import MultiHeadAttention", "optuna"),
+        ("from autochunk import chunked", "optuna haiku sqlitedict"),
     ],
 )
 def test_import_loads_no_more_than_it_needs(statement: str, forbidden: str) -> None:

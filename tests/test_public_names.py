@@ -19,6 +19,7 @@ NAMES = [
     "Resolution",
     "Workload",
     "__version__",
+    "chunked",
     "detect",
     "dot_product_attention",
     "resolve",

@@ -1,0 +1,101 @@
+"""How many positions a chunk has: as the caller says, or for "auto" by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autochunk import device as devices
+from autochunk.attention.kernels.grid import vary_alike
+from autochunk.chunks.call import Call
+from autochunk.chunks.memory import peak_bytes
+from autochunk.chunks.reductions import Arrays
+from autochunk.chunks.rule import most_bytes, usual_sizes
+from autochunk.errors import ArgumentError
+from autochunk.resolution import settings
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Most positions of a chunk along each axis, for calls that are differentiated and others."""
+
+    forward: tuple[int, ...]
+    training: tuple[int, ...]
+
+    def whole(self, lengths: Sequence[int]) -> bool:
+        """Whether neither chunks anything."""
+        pairs = zip((*self.forward, *self.training), (*lengths, *lengths), strict=True)
+        return all(size >= length for size, length in pairs)
+
+
+def sizes_of(call: Call) -> Sizes:
+    """What the caller says, else what is around the call, else by the rule.
+
+    Raises:
+      ArgumentError: there is not one size for each axis.
+    """
+    given = call.settings.chunk_size
+    if given == "auto" and settings.current().chunk_size is not settings.UNSET:
+        given = settings.current().chunk_size
+    if given == "auto":
+        return _by_rule(call)
+    sizes = _for_each(given, call.lengths)
+    return Sizes(sizes, sizes)
+
+
+def _for_each(given: Any, lengths: Sequence[int]) -> tuple[int, ...]:
+    several = given if isinstance(given, tuple) else (given,) * len(lengths)
+    if len(several) != len(lengths):
+        raise ArgumentError(
+            f"chunk_size must have one entry for each of the {len(lengths)} chunked axes; got "
+            f"{given!r}"
+        )
+    pairs = zip(several, lengths, strict=True)
+    return tuple(length if size is None else size for size, length in pairs)
+
+
+def _by_rule(call: Call) -> Sizes:
+    if 0 in call.lengths:
+        return Sizes(call.lengths, call.lengths)
+    budget = call.settings.memory_budget_mb or settings.current().memory_budget_mb
+    most = most_bytes(devices.detect().memory_gib, budget)
+    forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
+    training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
+    return Sizes(forward, training)
+
+
+def _needed(call: Call, sizes: Sequence[int]) -> int:
+    """Bytes that a chunk takes at once."""
+    traced = jax.make_jaxpr(lambda arrays: call.flat(call.part(arrays, sizes)))(call.arrays)
+    return peak_bytes(traced.jaxpr)
+
+
+def _needed_to_train(call: Call, sizes: Sequence[int]) -> int:
+    """The same with its backward pass; without that where there is none."""
+    moving = [n for n, array in enumerate(call.arrays) if _is_inexact(array)]
+
+    def trained(arrays: Arrays) -> Any:
+        part = call.part(arrays, sizes)
+
+        def of_moving(*values: jax.Array) -> Arrays:
+            given = dict(zip(moving, values, strict=True))
+            results = call.flat([given.get(n, array) for n, array in enumerate(part)])
+            return [one for one in results if _is_inexact(one)]
+
+        results, backward = jax.vjp(of_moving, *(part[n] for n in moving))
+        ones = [vary_alike([jnp.ones_like(one)], [one])[0] for one in results]
+        return results, backward(ones)
+
+    try:
+        traced = jax.make_jaxpr(trained)(call.arrays)
+    except (TypeError, ValueError, NotImplementedError):  # as of a while loop
+        return _needed(call, sizes)
+    return peak_bytes(traced.jaxpr)
+
+
+def _is_inexact(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.inexact))
