@@ -227,7 +227,7 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
         yield Finding("note", "profiles", detail, "autochunk show --stale; autochunk tune --stale")
     if unfinished := [profile for profile in mine if not profile.complete]:
         detail = f"{len(unfinished)} of {len(mine)} were cut short"
-        yield Finding("note", "profiles", detail, unfinished[0].parsed_workload().tune_command)
+        yield Finding("note", "profiles", detail, unfinished[0].subject.tune_command)
     if missed:
         yield Finding("note", "profiles", _misses(missed), "autochunk tune --missed")
 
@@ -248,7 +248,9 @@ def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
     for layer in every:
         not_own = not isinstance(layer, ProfileStore)
         for profile in layers.readable_profiles(layer, device):
-            if profile.choose() is not None and profile.workload not in found:
+            if profile.function or profile.workload in found:
+                continue  # what measures a function is beside the tuner of attention
+            if profile.choose() is not None:
                 found[profile.workload] = (not_own, profile.created, profile.workload, profile)
     # No two have the same workload, so that profiles themselves are not compared.
     return [profile for *_, profile in sorted(found.values())]

@@ -48,6 +48,8 @@ class Call:
       lengths: how many positions there are along each chunked axis.
       arrays: what programs take; everything else of the arguments is in them.
       inputs: the axes of each.
+      outputs: those of each result.
+      reduction: how those without one are merged.
 
     Raises:
       ArgumentError: the axes do not fit the arguments or the results.
@@ -66,8 +68,8 @@ class Call:
         self.arrays: Arrays = [jnp.asarray(self._values[n]) for n in self._places]
         self.inputs = [pairs[n][1] for n in self._places]
         self._results = jax.eval_shape(self._function, self.arrays)
-        self._outputs = self._axes_of_results()
-        self._reduction = self._make_reduction()
+        self.outputs = self._axes_of_results()
+        self.reduction = self._make_reduction()
 
     def _drawn(self, leaf: Leaf, dims: Axes) -> tuple[Any, Axes]:
         """An argument with its axes; of a key of random numbers one for each position."""
@@ -131,7 +133,7 @@ class Call:
         reduce = self.settings.reduce
         if not isinstance(reduce, tuple):
             return NAMED[reduce or "sum"]
-        if len(self.lengths) > 1 or any(dims != (None,) for dims in self._outputs):
+        if len(self.lengths) > 1 or any(dims != (None,) for dims in self.outputs):
             raise ArgumentError(
                 "a pair (first, merge) merges all results over one chunked axis; got out_axes="
                 f"{self.settings.out_axes!r} and {len(self.lengths)} chunked axes"
@@ -141,7 +143,7 @@ class Call:
 
     def result(self, flat: Arrays) -> Any:
         """What ``chunked``'s function returns, from a program's results."""
-        like = self._reduction.initial if isinstance(self._reduction, Merge) else self._results
+        like = self.reduction.initial if isinstance(self.reduction, Merge) else self._results
         return jax.tree.unflatten(jax.tree.structure(like), flat)
 
     # --- Programs ---------------------------------------------------------------------------------
@@ -152,21 +154,22 @@ class Call:
         pairs = zip(self.lengths, sizes, strict=True)
         splits = [make_split(length, size, devices) for length, size in pairs]
         if not any(splits):
-            return self._whole
+            return self.whole
         return in_chunks(
             self.flat,
             splits,
             self.inputs,
-            self._outputs,
-            self._reduction,
+            self.outputs,
+            self.reduction,
             differentiable=differentiable,
         )
 
-    def _whole(self, arrays: Arrays) -> Arrays:
+    def whole(self, arrays: Arrays) -> Arrays:
+        """What the call is without chunks."""
         results = self.flat(arrays)
-        if not isinstance(self._reduction, Merge):
+        if not isinstance(self.reduction, Merge):
             return results
-        return self._reduction.add(self._reduction.start(results), results, 1.0)
+        return self.reduction.add(self.reduction.start(results), results, 1.0)
 
     def part(self, arrays: Arrays, sizes: Sequence[int]) -> Arrays:
         """The arrays of a chunk of these sizes: the first one."""

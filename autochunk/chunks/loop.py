@@ -106,7 +106,7 @@ def _divisors(number: int) -> list[int]:
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # JAX tells functions apart by what they are
 class Loop:
     """One chunked axis, and what is inside.
 

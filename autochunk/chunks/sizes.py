@@ -11,12 +11,15 @@ import jax.numpy as jnp
 
 from autochunk import device as devices
 from autochunk.attention.kernels.grid import vary_alike
+from autochunk.chunks import auto
 from autochunk.chunks.call import Call
 from autochunk.chunks.memory import peak_bytes
 from autochunk.chunks.reductions import Arrays
 from autochunk.chunks.rule import most_bytes, usual_sizes
 from autochunk.errors import ArgumentError
+from autochunk.plan import CHUNKS, Plan
 from autochunk.resolution import settings
+from autochunk.workload import MODES
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def sizes_of(call: Call) -> Sizes:
     if given == "auto" and settings.current().chunk_size is not settings.UNSET:
         given = settings.current().chunk_size
     if given == "auto":
-        return _by_rule(call)
+        return _auto(call)
     sizes = _for_each(given, call.lengths)
     return Sizes(sizes, sizes)
 
@@ -58,9 +61,27 @@ def _for_each(given: Any, lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(length if size is None else size for size, length in pairs)
 
 
-def _by_rule(call: Call) -> Sizes:
+def _auto(call: Call) -> Sizes:
     if 0 in call.lengths:
         return Sizes(call.lengths, call.lengths)
+    answers = auto.found_sizes(call)
+    found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
+    usual = _by_rule(call) if len(found) < len(MODES) else None
+    sizes = Sizes(*(found.get(mode) or getattr(usual, mode) for mode in MODES))
+    auto.report(call, answers, _said(sizes, call.lengths))
+    return sizes
+
+
+def _said(sizes: Sizes, lengths: Sequence[int]) -> str:
+    """Sizes in words, for a warning."""
+    each = {
+        mode: Plan(CHUNKS, None, size) if size < tuple(lengths) else "all at once"
+        for mode, size in zip(MODES, (sizes.forward, sizes.training), strict=True)
+    }
+    return " and ".join(f"{plan} ({mode})" for mode, plan in each.items())
+
+
+def _by_rule(call: Call) -> Sizes:
     budget = call.settings.memory_budget_mb or settings.current().memory_budget_mb
     most = most_bytes(devices.detect().memory_gib, budget)
     forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ def tune(
         wishes.extend(chosen.all)
         return chosen
 
+    functions: list[Profile] = []
     try:
+        if missed and not (storage or devices):
+            with _ended_like_ctrl_c():
+                functions = _missed_functions(profile_store, effort, timeout, memory_budget_mb)
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
             profiles = run(
                 choose,
@@ -138,7 +143,7 @@ def tune(
             "Interrupted. What was measured is kept; the same command goes on from here.", err=True
         )
         sys.exit(130)
-    rows = [profile_row(profile) for profile in profiles]
+    rows = [profile_row(profile) for profile in (*functions, *profiles)]
     print_profiles(rows, as_json)
     if scattered := [row for row in rows if (row["spread"] or 0.0) > SCATTERED]:
         click.echo(
@@ -150,6 +155,18 @@ def tune(
         )
     if wishes and not profiles:
         sys.exit(1)
+
+
+def _missed_functions(
+    store: ProfileStore, effort: Effort, timeout: float | None, memory_budget_mb: float | None
+) -> list[Profile]:
+    """Tunes functions that are not attention, which "auto" missed, in at most half of the time."""
+    from autochunk.tuner.functions.tune import Limits, tune_missed
+
+    limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
+    deadline = None if limit is None else time.monotonic() + limit / 2
+    limits = Limits(effort, deadline, memory_budget_mb)
+    return tune_missed(store, limits, lambda line: click.echo(line, err=True))
 
 
 @contextlib.contextmanager
@@ -231,7 +248,8 @@ def bench(
 
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
     """  # noqa: D205
-    profiles = {one.parsed_workload(): one for one in ProfileStore(store).profiles(detect())}
+    here = ProfileStore(store).profiles(detect())
+    profiles = {one.parsed_workload(): one for one in here if not one.function}
     workloads = wanted.named() or wanted.among(profiles)
     if not workloads:
         raise click.UsageError(
@@ -323,7 +341,7 @@ def _choices(place: str | None) -> dict[Workload, list[Plan]]:
     """What the profiles of a bundle choose, of whichever devices, by workload."""
     chosen: dict[Workload, list[Plan]] = {}
     for profile in bundle.read(place).profiles if place is not None else ():
-        if choice := profile.choose():
+        if not profile.function and (choice := profile.choose()):
             chosen.setdefault(profile.parsed_workload(), []).append(choice.plan)
     return chosen
 

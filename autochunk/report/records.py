@@ -32,7 +32,7 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
     None where a baseline could not be measured, or too little was to tell. ``stale`` is filled
     where the profile is of the device ``now``.
     """
-    workload = profile.parsed_workload()
+    workload = profile.subject
     choice = profile.choose()
     return {
         "workload": profile.workload,
@@ -61,18 +61,22 @@ def memory_row(profile: Profile, plan: Plan, found: Measurement | Prepared) -> d
 
     ``measured_vs_predicted`` is the second over the first; None where one of them is not known.
     """
-    workload = profile.parsed_workload()
+    workload = profile.subject
     return {
         "workload": profile.workload,
         "device": profile.device.key,
         "shape": workload.shape,
         "dtype": workload.dtype,
         "mode": workload.mode,
-        "plan": str(plan),
+        "plan": _plan_text(profile, plan),
         "predicted_bytes": found.predicted_bytes,
         "measured_bytes": found.measured_bytes,
         "measured_vs_predicted": _over(found.measured_bytes, found.predicted_bytes),
     }
+
+
+def _plan_text(profile: Profile, plan: Plan) -> str:
+    return "whole" if profile.function and plan == DENSE else str(plan)
 
 
 def _over(one: int | None, other: int | None) -> float | None:
@@ -82,7 +86,7 @@ def _over(one: int | None, other: int | None) -> float | None:
 def _chosen(profile: Profile, best: Measurement | None) -> dict[str, Any]:
     dense, default = profile.baseline(DENSE), profile.baseline(DEFAULT)
     return {
-        "plan": str(best.plan) if best else None,
+        "plan": _plan_text(profile, best.plan) if best else None,
         "implementation": best.implementation if best else None,
         "max_chunk_size_mb": best.max_chunk_size_mb if best else None,
         "seconds": best.seconds_median if best else None,

@@ -1,0 +1,77 @@
+"""A function as a program for another process, the sizes of its chunks symbolic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from autochunk.chunks.axes import Axes
+from autochunk.chunks.call import Call
+from autochunk.chunks.reductions import Arrays
+
+
+def exported(call: Call) -> tuple[dict[str, Any], bytes]:
+    """What a call's program takes, and the program.
+
+    Its arguments are first what the function has from around it, then the call's arrays; no value
+    of any of them is in it.
+
+    Raises:
+      Exception: whatever JAX raises of a function that cannot be exported: host callbacks, shapes
+        that depend on a number, operations that have no form for sizes that are symbolic.
+    """
+    if isinstance(call.settings.reduce, tuple):
+        raise ValueError("a pair (first, merge) has a function of its own, which is not exported")
+    names = ", ".join(f"c{number}" for number in range(len(call.lengths)))
+    sizes = jax.export.symbolic_shape(
+        names, constraints=[f"{one} >= 1" for one in names.split(", ")]
+    )
+    chunk = [_part(*one, sizes) for one in zip(call.arrays, call.inputs, strict=True)]
+    traced = jax.make_jaxpr(call.flat)(chunk)
+    around = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in map(jnp.asarray, traced.consts)]
+
+    def function(around: Arrays, arrays: Arrays) -> Arrays:
+        found: Arrays = jax.core.eval_jaxpr(traced.jaxpr, around, *arrays)
+        return found
+
+    program = jax.export.export(jax.jit(function))(around, chunk)
+    header = {
+        "lengths": list(call.lengths),
+        "around": [_description(one) for one in around],
+        "arrays": [_description(one) for one in call.arrays],
+        "inputs": call.inputs,
+        "outputs": call.outputs,
+        "reduce": call.settings.reduce,
+    }
+    moving = [one for one in (*around, *chunk) if jnp.issubdtype(one.dtype, jnp.inexact)]
+    return header, bytes(program.serialize(vjp_order=1 if moving else 0))
+
+
+def _part(array: jax.Array, dims: Axes, sizes: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    shape = list(array.shape)
+    for dim, size in zip(dims, sizes, strict=True):
+        if dim is not None:
+            shape[dim] = size
+    return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+
+
+def _description(array: Any) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def drawn(description: dict[str, Any], seed: int) -> jax.Array:
+    """An array of a shape and dtype: random if it is floating, zeros and ones if it is integer."""
+    shape, dtype = tuple(description["shape"]), description["dtype"]
+    key = jax.random.key(seed)
+    if dtype.startswith("key<"):
+        return jax.random.split(jax.random.key(seed, impl=dtype[4:-1]), shape)
+    kind = jnp.dtype(dtype)
+    if jnp.issubdtype(kind, jnp.inexact):
+        return jax.random.normal(key, shape, jnp.promote_types(kind, jnp.float32)).astype(kind)
+    if jnp.issubdtype(kind, jnp.bool_):
+        return jax.random.bernoulli(key, 0.5, shape)
+    return jax.random.randint(key, shape, 0, 2).astype(kind)
