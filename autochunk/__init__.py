@@ -11,6 +11,7 @@ holds::
     implementations          the ways to compute attention, in one table
     plan                     how a call runs: an implementation, a limit, the slices of these
     workload                 one tunable call, and the one text that names it
+    functions                the same of a function that is not attention
     host, nvidia, nvml       this machine, its GPUs, what disturbs those
     device                   where a result was measured, and how alike two such places are
     store/                   what is remembered
@@ -18,6 +19,7 @@ holds::
       choice                   the plan that follows from several
       profile                  all measurements of a workload on a device
       profiles, rows           the user's own, in an SQLite file (database), which rescue mends
+      programs                 of functions that were missed, beside the user's own
       bundle                   profiles as a file that travels, of a text (json_text) at a place
                                (files, remote); merge takes it in
     predict/                 what was never measured, from curves that were (numpy only)
@@ -33,6 +35,7 @@ holds::
       snapshot, agree          all layers at a moment; one for all processes of a program
       reporting                what users are told of it
       resolve                  who is asked, in which order
+      functions                the same for functions that are not attention
     attention/               what runs in the model
       arguments, checks        the arrays of a call, brought into form; what they must be
       kernels/                 the attention itself, for a given plan: jax only, but for what
@@ -43,7 +46,9 @@ holds::
       axes, reductions         what is chunked, and how results are merged
       loop, modes              the loop, and a program for calls that are differentiated
       call, chunked            one call; the function that makes others chunked
-      memory, rule, sizes      what a program takes, told from its jaxpr; chunks that fit
+      memory, rule             what a program takes, told from its jaxpr; chunks that fit
+      sizes, auto              what answers "auto"; what is left where nothing does (describe,
+                               export)
     tuner/                   what measures
       tune, events             the loop over workloads, and what is told of it
       effort, presets, task    how hard to look, at what, for how long
@@ -56,6 +61,8 @@ holds::
       autotuning               what XLA tries out for a GPU, kept
       inputs, reference        what is computed there, and what it should give
       measure                  how a program is timed, and its memory taken
+      functions/               the same for a function that is not attention: a subject, in a
+                               worker or here; tune
       joint, unsure            rounds of the plans that are close, until one is clear; once more
                                with time that is left
       load, page_faults        what disturbs a measurement, or makes it slow
@@ -88,6 +95,7 @@ if TYPE_CHECKING:
     from autochunk.store.measurement import Measurement
     from autochunk.store.profile import Profile
     from autochunk.store.profiles import ProfileStore
+    from autochunk.tuner.functions.here import tune_chunks
     from autochunk.tuner.tune import tune
     from autochunk.workload import Workload
 
@@ -111,6 +119,7 @@ _HOMES = {
     "ring_attention": "autochunk.attention.ring",
     "ring_order": "autochunk.attention.ring",
     "tune": "autochunk.tuner.tune",
+    "tune_chunks": "autochunk.tuner.functions.here",
     "use": "autochunk.resolution.settings",
 }
 
@@ -131,6 +140,7 @@ __all__ = [
     "ring_attention",
     "ring_order",
     "tune",
+    "tune_chunks",
     "use",
 ]
 

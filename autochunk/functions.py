@@ -7,7 +7,6 @@ function that has changed.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -131,4 +130,9 @@ def is_function(key: str) -> bool:
 
 def usable_name(name: str) -> str:
     """A name as a key can have it: ``<locals>.<lambda>`` and such are kept."""
-    return re.sub(r"[\s,|=\x00-\x1f\x7f]+", "_", name)[:300] or "_"
+    plain = name.encode(errors="replace").decode()
+    return "".join("_" if _ends_an_item(one) else one for one in plain)[:300] or "_"
+
+
+def _ends_an_item(character: str) -> bool:
+    return character in ",|=" or character.isspace() or not character.isprintable()

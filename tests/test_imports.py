@@ -24,7 +24,7 @@ def _name(path: Path) -> str:
 
 MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
-WORDS = {"errors", "operands", "implementations", "plan", "workload"}
+WORDS = {"errors", "operands", "implementations", "plan", "workload", "functions"}
 WORDS |= {"host", "nvidia", "nvml", "device"}
 # Each room and the other rooms it may import. A module belongs to the longest room name that it
 # starts with; "" is the package itself (for its version).
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "implementations": set(),
     "plan": {"errors", "implementations"},
     "workload": {"errors", "operands", "plan"},
+    "functions": {"errors", "workload"},
     "host": set(),
     "nvidia": {"errors", "host"},
     "nvml": set(),
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resolution": WORDS | {"", "store", "predict"},
     "attention.kernels": {"operands", "implementations", "plan"},
     "attention": WORDS | {"resolution", "attention.kernels"},
-    "chunks": WORDS | {"resolution", "attention.kernels"},
+    "chunks": WORDS | {"store", "resolution", "attention.kernels"},
     "tuner": WORDS | {"", "store", "resolution", "attention", "chunks"},
     "report": WORDS | {"", "store", "predict", "resolution", "attention", "tuner"},
     "doctor": WORDS | {"", "store", "resolution", "tuner"},

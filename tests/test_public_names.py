@@ -26,6 +26,7 @@ NAMES = [
     "ring_attention",
     "ring_order",
     "tune",
+    "tune_chunks",
     "use",
 ]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from autochunk.chunks.call import Call
 from autochunk.chunks.describe import described
 from autochunk.chunks.export import exported
-from autochunk.errors import MissWarning, StaleWarning, StoreError
+from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError
 from autochunk.functions import FunctionCall
 from autochunk.resolution import agree, settings
 from autochunk.resolution.functions import FunctionResolution, resolve_function
@@ -43,6 +43,9 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
             text = f'chunk_size="auto" uses a profile of {answer.source} that may no longer hold: '
             cure = f"{'; '.join(answer.stale)}. To measure again: {answer.workload.tune_command}"
             warn_once(StaleWarning, answer.workload, text + cure)
+        if answer.over_budget:
+            text = f'chunk_size="auto" uses {answer.sizes} for {answer.workload.key}: '
+            warn_once(BudgetWarning, answer.workload, text + answer.reason)
     missed = [one for one in answers.values() if one.match != "exact"]
     if not _has_gradients(call):
         missed = [one for one in missed if one.workload.mode == "forward"]
@@ -50,7 +53,7 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
         return
     subject = missed[0].workload
     how = _remember(call, missed)
-    if missed[0].match == "default":
+    if all(one.match == "default" for one in answers.values()):
         text = f'chunk_size="auto" found no profile for {subject.key} and uses {used}. '
         warn_once(MissWarning, subject.with_mode("forward"), text + how)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 
@@ -18,6 +18,8 @@ from autochunk.plan import check_positive
 from autochunk.resolution.settings import check_chunk_size
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+_SETTINGS = "__autochunk_settings__"
 
 
 def chunked(
@@ -99,7 +101,21 @@ def chunked(
         both = functools.partial(for_both, forward, training)
         return call.result(_sharded_as(whole, both)(call.arrays))
 
-    return functools.update_wrapper(run, fn)  # type: ignore[return-value]
+    functools.update_wrapper(run, fn)
+    setattr(run, _SETTINGS, settings)
+    return cast(_F, run)
+
+
+def call_of(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+    """A call of a function that ``chunked`` returned.
+
+    Raises:
+      ArgumentError: it is none, or does not take these arguments.
+    """
+    settings = getattr(fn, _SETTINGS, None)
+    if not isinstance(settings, Settings):
+        raise ArgumentError(f"fn must be what autochunk.chunked returned; got {fn!r}")
+    return Call(settings, args, kwargs)
 
 
 def _check_name(name: Any, fn: Callable[..., Any]) -> str:

@@ -104,6 +104,7 @@ def tune(
     profile_store = ProfileStore(store)
     named = wanted.named()
     wishes: list[Workload] = []
+    functions: list[Profile] = []
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -113,7 +114,7 @@ def tune(
         kinds = wanted.dtypes, wanted.modes
         misses = missed_on(profile_store, device, *kinds) if missed else {}
         old = wanted.among(stale_or_unfinished(profile_store, device)) if stale else []
-        if missed and not misses:
+        if missed and not misses and not functions:
             _say_nothing('"auto" has missed nothing')
         if stale and not old:
             _say_nothing("Nothing stored is stale or unfinished")
@@ -121,11 +122,10 @@ def tune(
         wishes.extend(chosen.all)
         return chosen
 
-    functions: list[Profile] = []
     try:
         if missed and not (storage or devices):
             with _ended_like_ctrl_c():
-                functions = _missed_functions(profile_store, effort, timeout, memory_budget_mb)
+                functions += _missed_functions(profile_store, effort, timeout, memory_budget_mb)
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
             profiles = run(
                 choose,

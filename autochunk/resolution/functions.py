@@ -13,7 +13,7 @@ from autochunk import device as devices
 from autochunk.device import Device
 from autochunk.errors import BundleError, StoreError
 from autochunk.functions import FunctionCall
-from autochunk.plan import Plan
+from autochunk.plan import BYTES_PER_MB, Plan
 from autochunk.resolution import agree, reporting, settings, snapshot
 from autochunk.resolution.layers import Layer
 from autochunk.store.choice import Choice
@@ -36,6 +36,7 @@ class FunctionResolution:
       source: key of the call whose profile answered; "" for none.
       stale: why the profile may no longer hold; empty if it does.
       asked: each layer that was asked and what it had.
+      over_budget: whether no plan that was measured fits the memory budget.
       choice: what the profile chose.
     """
 
@@ -48,6 +49,7 @@ class FunctionResolution:
     source: str = ""
     stale: tuple[str, ...] = ()
     asked: tuple[tuple[str, str], ...] = ()
+    over_budget: bool = False
     choice: Choice | None = None
 
 
@@ -69,11 +71,11 @@ def resolve_function(
         found = _ask(layer, device, call, asked)
         if found is None:
             continue
-        choice = found.choose(memory_budget_mb=budget)
-        if choice is None:
-            asked.append((layer.name, "its profile has no plan that fits"))
+        answer = _answer(call, device, found, budget)
+        if answer is None:
+            asked.append((layer.name, "its profile has no plan that was timed"))
             continue
-        return replace(_answer(call, device, found, choice), layer=layer.name, asked=tuple(asked))
+        return replace(answer, layer=layer.name, asked=tuple(asked))
     return FunctionResolution(call, device, asked=tuple(asked))
 
 
@@ -103,9 +105,29 @@ def _alike(layer: Layer, device: Device, call: FunctionCall) -> Profile | None:
     return layer.get(device, same[-1]) if same else None
 
 
+def mixing(profile: Profile) -> str:
+    """Why chunks of a function are refused, as far as it was measured; empty if they are not."""
+    found = [one for one in profile.measurements if one.chunk_sizes is not None]
+    return next((one.detail for one in found if one.status == "inaccurate"), "")
+
+
 def _answer(
-    call: FunctionCall, device: Device, profile: Profile, choice: Choice
-) -> FunctionResolution:
+    call: FunctionCall, device: Device, profile: Profile, budget: float | None
+) -> FunctionResolution | None:
+    """What a profile answers; where nothing fits the budget what takes least."""
+    choice, least = profile.choose(memory_budget_mb=budget), profile.least_memory()
+    if least is None:
+        return None
+    refused, reason = mixing(profile), choice.reason if choice else ""
+    sizes = sizes_of(choice.plan if choice else least.plan, call)
+    if refused:
+        sizes, reason = call.sizes, f"chunks are refused: {refused}"
+    elif choice is None:
+        memory = (least.temp_bytes or 0) / BYTES_PER_MB
+        reason = (
+            f"no measured plan fits the memory budget of {budget:g} MB; the one that takes least, "
+            f"{least.plan}, takes {memory:.3g} MB"
+        )
     changed = profile.function is not None and profile.function.fingerprint != call.fingerprint
     stale = profile.stale_reasons(device)
     if changed:
@@ -113,9 +135,10 @@ def _answer(
     return FunctionResolution(
         workload=call,
         device=device,
-        sizes=sizes_of(choice.plan, call),
+        sizes=sizes,
         match="changed" if changed else "exact",
-        reason=choice.reason if profile.complete else f"{choice.reason}; its tuning was cut short",
+        over_budget=choice is None,
+        reason=reason if profile.complete else f"{reason}; its tuning was cut short",
         source=profile.workload,
         stale=tuple(stale),
         choice=choice,

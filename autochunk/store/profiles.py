@@ -24,6 +24,7 @@ from autochunk.functions import FunctionCall, Tunable
 from autochunk.store.database import AMONG, ENDING, IN_RANGE, OF_KEY, UNCHANGED, Database
 from autochunk.store.files import file_identity
 from autochunk.store.profile import Profile, utc_now
+from autochunk.store.programs import Programs
 from autochunk.store.rescue import Row
 from autochunk.store.rows import (
     MISSED,
@@ -271,6 +272,8 @@ class ProfileStore:
         None is all of them.
         """
         if workloads is None:
+            for call in self.missed_functions(device):
+                Programs(self.path).forget(call)
             return self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
         names = {(device.key, workload.key) for workload in workloads}
         return self._delete(MISSED, self._row_keys(MISSED, names))

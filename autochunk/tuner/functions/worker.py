@@ -58,12 +58,15 @@ class Session:
         del ahead  # nothing is compiled before it is asked for
         call = FunctionCall.parse(workload)
         available = available_bytes()
-        keep_programs(programs)
-        jax.config.update("jax_enable_x64", "64[" in call.arguments)
+        self._configure(call, programs)
         self.subject = self._make(call)
         self.expected, self.prepared = None, {}
         taken = sum(one.nbytes for one in jax.tree.leaves(self.subject.passed))
         return {"available_bytes": available - taken, "ahead": []}
+
+    def _configure(self, call: FunctionCall, programs: str) -> None:
+        keep_programs(programs)
+        jax.config.update("jax_enable_x64", "64[" in call.arguments)
 
     def _make(self, call: FunctionCall) -> Subject:
         path = Path(os.environ[PROGRAM_VARIABLE])
