@@ -32,7 +32,8 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
     )
     chunk = [_part(*one, sizes) for one in zip(call.arrays, call.inputs, strict=True)]
     traced = jax.make_jaxpr(call.flat)(chunk)
-    around = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in map(jnp.asarray, traced.consts)]
+    constants = [jnp.asarray(one) for one in traced.consts]
+    around = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in constants]
 
     def function(around: Arrays, arrays: Arrays) -> Arrays:
         found: Arrays = jax.core.eval_jaxpr(traced.jaxpr, around, *arrays)
@@ -41,8 +42,8 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
     program = jax.export.export(jax.jit(function))(around, chunk)
     header = {
         "lengths": list(call.lengths),
-        "around": [_description(one) for one in around],
-        "arrays": [_description(one) for one in call.arrays],
+        "around": [description(one) for one in constants],
+        "arrays": [description(one) for one in call.arrays],
         "inputs": call.inputs,
         "outputs": call.outputs,
         "reduce": call.settings.reduce,
@@ -59,16 +60,20 @@ def _part(array: jax.Array, dims: Axes, sizes: Sequence[Any]) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
 
 
-def _description(array: Any) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+def description(array: Any) -> dict[str, Any]:
+    """Shape and dtype of an array as JSON data; of keys of random numbers their algorithm."""
+    found = {"shape": list(array.shape), "dtype": str(array.dtype)}
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        found["keys"] = str(jax.random.key_impl(array))
+    return found
 
 
-def drawn(description: dict[str, Any], seed: int) -> jax.Array:
-    """An array of a shape and dtype: random if it is floating, zeros and ones if it is integer."""
-    shape, dtype = tuple(description["shape"]), description["dtype"]
+def drawn(described: dict[str, Any], seed: int) -> jax.Array:
+    """An array as described: random if it is floating, zeros and ones if it is integer."""
+    shape, dtype = tuple(described["shape"]), described["dtype"]
     key = jax.random.key(seed)
-    if dtype.startswith("key<"):
-        return jax.random.split(jax.random.key(seed, impl=dtype[4:-1]), shape)
+    if kind := described.get("keys"):
+        return jax.random.split(jax.random.key(seed, impl=kind), shape)
     kind = jnp.dtype(dtype)
     if jnp.issubdtype(kind, jnp.inexact):
         return jax.random.normal(key, shape, jnp.promote_types(kind, jnp.float32)).astype(kind)
