@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+import autochunk
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -82,3 +84,21 @@ def test_every_example_is_tested() -> None:
     """A new example needs a test here."""
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {"transformer", "long_input", "long_gpu"}
+
+
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_functions_are_the_same_in_every_way(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared computes the same: whole, mapped, in sub-batches, in chunks."""
+    example = load("functions", monkeypatch)
+    for name, task in example.tasks(size=6, points=10).items():
+        with autochunk.use(chunk_size=4):
+            found = {
+                way: jax.tree.leaves(jax.jit(example.in_mode(run, mode))(*task.args))
+                for way, run in example.ways(name, task).items()
+            }
+        for way, results in found.items():
+            for one, whole in zip(results, found["whole"], strict=True):
+                np.testing.assert_allclose(
+                    one, whole, rtol=1e-3, atol=1e-4, err_msg=f"{name} {way}"
+                )
