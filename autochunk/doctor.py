@@ -216,7 +216,8 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unreadable rows are a finding of their own
-            mine, missed = store.profiles(device), store.misses(device)
+            mine = [one for one in store.profiles(device) if not one.function]
+            missed, functions = store.misses(device), store.missed_functions(device)
     except StoreError:
         return  # said of the layer
     if not mine:
@@ -227,9 +228,13 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
         yield Finding("note", "profiles", detail, "autochunk show --stale; autochunk tune --stale")
     if unfinished := [profile for profile in mine if not profile.complete]:
         detail = f"{len(unfinished)} of {len(mine)} were cut short"
-        yield Finding("note", "profiles", detail, unfinished[0].subject.tune_command)
+        yield Finding("note", "profiles", detail, unfinished[0].parsed_workload().tune_command)
     if missed:
         yield Finding("note", "profiles", _misses(missed), "autochunk tune --missed")
+    if functions:
+        names = ", ".join(sorted({call.name for call in functions}))
+        detail = f'"auto" found nothing for {len(functions)} calls of functions: {names}'
+        yield Finding("note", "profiles", detail[:1000], "autochunk tune --missed")
 
 
 def _misses(missed: Mapping[Workload, int]) -> str:

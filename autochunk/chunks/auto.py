@@ -46,7 +46,7 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
         if answer.over_budget:
             text = f'chunk_size="auto" uses {answer.sizes} for {answer.workload.key}: '
             warn_once(BudgetWarning, answer.workload, text + answer.reason)
-    missed = [one for one in answers.values() if one.match != "exact"]
+    missed = [one for one in answers.values() if one.match != "exact" or one.stale]
     if not _has_gradients(call):
         missed = [one for one in missed if one.workload.mode == "forward"]
     if not missed:

@@ -48,6 +48,7 @@ class Call:
       lengths: how many positions there are along each chunked axis.
       arrays: what programs take; everything else of the arguments is in them.
       inputs: the axes of each.
+      traced: the jaxpr of the function, of whole arrays.
       outputs: those of each result.
       reduction: how those without one are merged.
 
@@ -67,7 +68,8 @@ class Call:
         self._places = [n for n, (value, dims) in enumerate(pairs) if _is_traced(value, dims)]
         self.arrays: Arrays = [jnp.asarray(self._values[n]) for n in self._places]
         self.inputs = [pairs[n][1] for n in self._places]
-        self._results = jax.eval_shape(self._function, self.arrays)
+        trace = jax.make_jaxpr(self._function, return_shape=True)
+        self.traced, self._results = trace(self.arrays)
         self.outputs = self._axes_of_results()
         self.reduction = self._make_reduction()
 
@@ -91,6 +93,11 @@ class Call:
             values[place] = array
         args, kwargs = jax.tree.unflatten(self._arguments, values)
         return self.settings.fn(*args, **kwargs)
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether some size is no number, as under ``jax.export``."""
+        return not all(isinstance(size, int) for array in self.arrays for size in array.shape)
 
     def flat(self, arrays: Arrays) -> Arrays:
         """The results of the user's function as a list."""

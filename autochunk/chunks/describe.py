@@ -19,12 +19,13 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def described(call: Call, mode: Mode = "forward") -> FunctionCall | None:
-    """The call as the store knows it; None where its sizes are symbolic, or it has too many arrays.
+    """The call as the store knows it; None where its sizes are symbolic.
 
-    Chunks of arrays that a function has from around it are no arguments of its; that they are
-    there is in the fingerprint.
+    Arrays that a function has from around it are no arguments of its; that they are there is in
+    the fingerprint.
     """
-    traced = jax.make_jaxpr(call.flat)(call.arrays)
+    if call.symbolic or 0 in call.lengths:
+        return None
     pairs = zip(call.arrays, call.inputs, strict=True)
     try:
         return FunctionCall.make(
@@ -32,7 +33,7 @@ def described(call: Call, mode: Mode = "forward") -> FunctionCall | None:
             lengths="x".join(map(str, call.lengths)),
             arguments=_arguments([_array(array, dims) for array, dims in pairs]),
             mode=mode,
-            fingerprint=fingerprint(traced),
+            fingerprint=fingerprint(call.traced),
         )
     except WorkloadError:
         return None

@@ -62,7 +62,7 @@ def _for_each(given: Any, lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _auto(call: Call) -> Sizes:
-    if 0 in call.lengths:
+    if call.symbolic or 0 in call.lengths:
         return Sizes(call.lengths, call.lengths)
     answers = auto.found_sizes(call)
     found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
@@ -91,6 +91,8 @@ def _by_rule(call: Call) -> Sizes:
 
 def _needed(call: Call, sizes: Sequence[int]) -> int:
     """Bytes that a chunk takes at once."""
+    if tuple(sizes) == call.lengths:
+        return peak_bytes(call.traced.jaxpr)
     traced = jax.make_jaxpr(lambda arrays: call.flat(call.part(arrays, sizes)))(call.arrays)
     return peak_bytes(traced.jaxpr)
 

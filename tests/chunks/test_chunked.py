@@ -68,7 +68,7 @@ def test_what_is_drawn_does_not_depend_on_chunks() -> None:
     bits: Function = jax.vmap(lambda x, key: jax.random.bits(key, (4,)) + x[0].astype(jnp.uint32))
     for key in (jax.random.key(0), jax.random.PRNGKey(0)):
         expected = bits(X, jax.random.split(key, 7))
-        for size in (None, 1, 3):
+        for size in (None, 3):
             found = quick_jit(chunked(bits, (0, "split"), chunk_size=size))(X, key)
             np.testing.assert_array_equal(found, expected)
 
@@ -161,6 +161,7 @@ def test_stacked_and_joined_are_opposites(dim: int, devices: int) -> None:
 # --- What answers "auto" --------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 def test_use_answers_auto() -> None:
     """``use(chunk_size=)`` answers "auto" and leaves what is given alone."""
     run: Function = lambda: chunked(product, (0, None))  # noqa: E731  (JAX remembers what it has traced)

@@ -37,6 +37,7 @@ def test_peak_is_of_what_lives_at_once() -> None:
     assert peak_bytes(jax.make_jaxpr(jax.jit(several))(X).jaxpr) == 2 * one
 
 
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_auto_keeps_within_a_budget(mode: str) -> None:
     """What is compiled takes no more working memory than the budget, and whole it takes more."""
