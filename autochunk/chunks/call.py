@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from autochunk.chunks.axes import (
     SPLIT,
@@ -99,6 +101,14 @@ class Call:
         """Whether some size is no number, as under ``jax.export``."""
         return not all(isinstance(size, int) for array in self.arrays for size in array.shape)
 
+    @property
+    def closes_over_sharded(self) -> bool:
+        """Whether the function has arrays from around it whose types say how they are sharded.
+
+        Inside a chunk, which leaves that to XLA, JAX takes none of them.
+        """
+        return has_explicit_axes() and any(map(is_array, self.traced.consts))
+
     def flat(self, arrays: Arrays) -> Arrays:
         """The results of the user's function as a list."""
         return [jnp.asarray(one) for one in jax.tree.leaves(self._function(arrays))]
@@ -178,7 +188,35 @@ class Call:
             return results
         return self.reduction.add(self.reduction.start(results), results, 1.0)
 
-    def part(self, arrays: Arrays, sizes: Sequence[int]) -> Arrays:
+    def trace(self, function: Callable[[Arrays], Any], sizes: Sequence[Any]) -> core.ClosedJaxpr:
+        """The jaxpr of a function of this one's arrays, cut to one chunk.
+
+        As on one device; but inside ``shard_map`` with the mesh that is there.
+        """
+        if not _manual_axes():
+            return self.trace_alone(function, sizes)
+        cut = lambda arrays: function(self._part(arrays, sizes))  # noqa: E731
+        return jax.make_jaxpr(cut)(self.arrays)
+
+    def trace_alone(
+        self, function: Callable[[Arrays], Any], sizes: Sequence[Any]
+    ) -> core.ClosedJaxpr:
+        """The same as on one device, whatever mesh there is; sizes may be symbolic."""
+        with _without_mesh():
+            return jax.make_jaxpr(function)(self.shapes(sizes))
+
+    def shapes(self, sizes: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a chunk of these sizes."""
+        found = []
+        for array, dims in zip(self.arrays, self.inputs, strict=True):
+            shape = list(array.shape)
+            for dim, size in zip(dims, sizes, strict=True):
+                if dim is not None:
+                    shape[dim] = size
+            found.append(jax.ShapeDtypeStruct(tuple(shape), array.dtype))
+        return found
+
+    def _part(self, arrays: Arrays, sizes: Sequence[int]) -> Arrays:
         """The arrays of a chunk of these sizes: the first one."""
         return [self._first(*one, sizes) for one in zip(arrays, self.inputs, strict=True)]
 
@@ -195,4 +233,19 @@ def _is_traced(value: Any, dims: Axes) -> bool:
 
 def _devices() -> int:
     """How many devices arrays may be sharded over that are traced as if they were whole."""
-    return 1 if jax.sharding.get_abstract_mesh().manual_axes else jax.device_count()
+    return 1 if _manual_axes() else jax.device_count()
+
+
+def _manual_axes() -> tuple[str, ...]:
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def has_explicit_axes() -> bool:
+    """Whether the types of arrays say how they are sharded."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
+
+
+def _without_mesh() -> AbstractContextManager[Any]:
+    """A context in which JAX knows of no mesh."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))

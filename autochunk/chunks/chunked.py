@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast
 import jax
 
 from autochunk.chunks.axes import Parameters
-from autochunk.chunks.call import Call, Settings
+from autochunk.chunks.call import Call, Settings, has_explicit_axes
 from autochunk.chunks.modes import Program, for_both
 from autochunk.chunks.reductions import Arrays, check_reduce
 from autochunk.chunks.sizes import sizes_of
@@ -98,8 +98,10 @@ def chunked(
             return call.result(whole(call.arrays))
         forward = call.program(sizes.forward, differentiable=False)
         training = call.program(sizes.training, differentiable=True)
-        both = functools.partial(for_both, forward, training)
-        return call.result(_sharded_as(whole, both)(call.arrays))
+        both: Program = functools.partial(for_both, forward, training)
+        if has_explicit_axes():
+            both = _sharded_as(call, whole, both)
+        return call.result(both(call.arrays))
 
     functools.update_wrapper(run, fn)
     setattr(run, _SETTINGS, settings)
@@ -130,14 +132,16 @@ def _check_name(name: Any, fn: Callable[..., Any]) -> str:
     raise ArgumentError(f"name must be a text that is not empty, or None; got {name!r}")
 
 
-def _sharded_as(whole: Program, program: Program) -> Program:
-    """The program, where mesh axes are explicit sharded as the whole call would be.
+def _sharded_as(call: Call, whole: Program, program: Program) -> Program:
+    """The program, sharded as the whole call would be where mesh axes are explicit.
 
-    Its inside is then left to XLA's own propagation.
+    Its inside is left to XLA's own propagation.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
-        return program
+    if call.closes_over_sharded:
+        raise ArgumentError(
+            f"where mesh axes are explicit, all arrays must be arguments of {call.settings.name}, "
+            "as shared ones; it has some from around it (a closure)"
+        )
 
     def run(arrays: Arrays) -> Arrays:
         specs = [one.sharding.spec for one in jax.eval_shape(whole, arrays)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
-from autochunk.chunks.axes import Axes
 from autochunk.chunks.call import Call
 from autochunk.chunks.reductions import Arrays
 
@@ -30,8 +30,8 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
     sizes = jax.export.symbolic_shape(
         names, constraints=[f"{one} >= 1" for one in names.split(", ")]
     )
-    chunk = [_part(*one, sizes) for one in zip(call.arrays, call.inputs, strict=True)]
-    traced = jax.make_jaxpr(call.flat)(chunk)
+    chunk = call.shapes(sizes)
+    traced = call.trace_alone(call.flat, sizes)
     constants = [jnp.asarray(one) for one in traced.consts]
     around = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in constants]
 
@@ -39,7 +39,6 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         found: Arrays = jax.core.eval_jaxpr(traced.jaxpr, around, *arrays)
         return found
 
-    program = jax.export.export(jax.jit(function))(around, chunk)
     header = {
         "lengths": list(call.lengths),
         "around": [description(one) for one in constants],
@@ -49,15 +48,26 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         "reduce": call.settings.reduce,
     }
     moving = [one for one in (*around, *chunk) if jnp.issubdtype(one.dtype, jnp.inexact)]
-    return header, bytes(program.serialize(vjp_order=1 if moving else 0))
+
+    def serialized() -> bytes:
+        program = jax.export.export(jax.jit(function))(around, chunk)
+        return bytes(program.serialize(vjp_order=1 if moving else 0))
+
+    # Another thread has none of the meshes that are in force around a call that is traced, for
+    # which the program would be made.
+    with ThreadPoolExecutor(1) as thread:
+        return header, thread.submit(_with_wide(serialized)).result()
 
 
-def _part(array: jax.Array, dims: Axes, sizes: Sequence[Any]) -> jax.ShapeDtypeStruct:
-    shape = list(array.shape)
-    for dim, size in zip(dims, sizes, strict=True):
-        if dim is not None:
-            shape[dim] = size
-    return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+def _with_wide(function: Callable[[], bytes]) -> Callable[[], bytes]:
+    """The function with 64-bit types where they are in force here, for another thread."""
+    wide = bool(jax.config.read("jax_enable_x64"))
+
+    def run() -> bytes:
+        with jax.enable_x64(wide):
+            return function()
+
+    return run
 
 
 def description(array: Any) -> dict[str, Any]:

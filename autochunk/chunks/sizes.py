@@ -62,7 +62,7 @@ def _for_each(given: Any, lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _auto(call: Call) -> Sizes:
-    if call.symbolic or 0 in call.lengths:
+    if call.symbolic or 0 in call.lengths or call.closes_over_sharded:
         return Sizes(call.lengths, call.lengths)
     answers = auto.found_sizes(call)
     found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
@@ -93,17 +93,14 @@ def _needed(call: Call, sizes: Sequence[int]) -> int:
     """Bytes that a chunk takes at once."""
     if tuple(sizes) == call.lengths:
         return peak_bytes(call.traced.jaxpr)
-    traced = jax.make_jaxpr(lambda arrays: call.flat(call.part(arrays, sizes)))(call.arrays)
-    return peak_bytes(traced.jaxpr)
+    return peak_bytes(call.trace(call.flat, sizes).jaxpr)
 
 
 def _needed_to_train(call: Call, sizes: Sequence[int]) -> int:
     """The same with its backward pass; without that where there is none."""
     moving = [n for n, array in enumerate(call.arrays) if _is_inexact(array)]
 
-    def trained(arrays: Arrays) -> Any:
-        part = call.part(arrays, sizes)
-
+    def trained(part: Arrays) -> Any:
         def of_moving(*values: jax.Array) -> Arrays:
             given = dict(zip(moving, values, strict=True))
             results = call.flat([given.get(n, array) for n, array in enumerate(part)])
@@ -114,10 +111,9 @@ def _needed_to_train(call: Call, sizes: Sequence[int]) -> int:
         return results, backward(ones)
 
     try:
-        traced = jax.make_jaxpr(trained)(call.arrays)
+        return peak_bytes(call.trace(trained, sizes).jaxpr)
     except (TypeError, ValueError, NotImplementedError):  # as of a while loop
         return _needed(call, sizes)
-    return peak_bytes(traced.jaxpr)
 
 
 def _is_inexact(array: jax.Array) -> bool:

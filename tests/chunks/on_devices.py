@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,28 @@ from functions import CASES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from autochunk import chunked
+from autochunk import ProfileStore, chunked, detect
+from autochunk.plan import Plan
+from autochunk.store.programs import Programs
+from autochunk.tuner.functions.subject import Subject, of_program
 
 Function = Callable[..., Any]
 
 KINDS = ("all-gather", "all-reduce", "collective-permute", "all-to-all")
+
+
+def leaves_a_program(mesh: jax.sharding.Mesh, fn: Function, arrays: Any) -> None:
+    """What is missed here can be measured on one device."""
+    missed = chunked(fn, (0, None), name="missed")
+    if sys.argv[1] == "shard_map":
+        missed = jax.shard_map(missed, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"))
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jax.jit(missed).lower(*arrays)
+    store = ProfileStore()
+    header, program = Programs(store.path).read(store.missed_functions(detect()).popitem()[0])
+    subject = Subject(*of_program(header, program), "training")
+    jax.eval_shape(subject.function(Plan("chunks", None, (3,))), *subject.passed)
 
 
 def main() -> None:
@@ -54,6 +72,7 @@ def main() -> None:
         text = jax.jit(inside).lower(*arrays).compile().as_text() or ""
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    leaves_a_program(mesh, fn, arrays)
     print(found[0].sharding.spec, [k for k in KINDS if re.search(rf"{k}(-start)?\(", text)])
 
 
