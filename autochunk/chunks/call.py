@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from autochunk.chunks.axes import (
     SPLIT,
@@ -188,7 +187,7 @@ class Call:
             return results
         return self.reduction.add(self.reduction.start(results), results, 1.0)
 
-    def trace(self, function: Callable[[Arrays], Any], sizes: Sequence[Any]) -> core.ClosedJaxpr:
+    def trace(self, function: Callable[[Arrays], Any], sizes: Sequence[Any]) -> Any:
         """The jaxpr of a function of this one's arrays, cut to one chunk.
 
         As on one device; but inside ``shard_map`` with the mesh that is there.
@@ -198,9 +197,7 @@ class Call:
         cut = lambda arrays: function(self._part(arrays, sizes))  # noqa: E731
         return jax.make_jaxpr(cut)(self.arrays)
 
-    def trace_alone(
-        self, function: Callable[[Arrays], Any], sizes: Sequence[Any]
-    ) -> core.ClosedJaxpr:
+    def trace_alone(self, function: Callable[[Arrays], Any], sizes: Sequence[Any]) -> Any:
         """The same as on one device, whatever mesh there is; sizes may be symbolic."""
         with _without_mesh():
             return jax.make_jaxpr(function)(self.shapes(sizes))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 import jax
-from jax.extend import core
 
 from autochunk.chunks.axes import Axes
 from autochunk.chunks.call import Call
@@ -52,8 +52,8 @@ def _array(array: jax.Array, dims: Axes) -> str:
     return f"{array.dtype}[{shape}]" + ("" if set(dims) == {None} else f"@{chunked}")
 
 
-def fingerprint(traced: core.ClosedJaxpr) -> str:
-    """16 hex digits of a jaxpr's text, which has no values but those of literals.
+def fingerprint(traced: Any) -> str:
+    """16 hex digits of a closed jaxpr's text, which has no values but those of literals.
 
     Addresses of objects, which differ from process to process, are taken out; variables are named
     in order of appearance. Another version of JAX may print another text.

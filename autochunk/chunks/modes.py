@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 
 Arrays = list[jax.Array]
 Program = Callable[[Arrays], Arrays]
@@ -46,6 +45,6 @@ def for_both(forward: Program, training: Program, arrays: Arrays) -> Arrays:
     return found
 
 
-def _evaluated(program: core.ClosedJaxpr, constants: Arrays, arrays: Arrays) -> Arrays:
+def _evaluated(program: Any, constants: Arrays, arrays: Arrays) -> Arrays:
     found: Arrays = jax.core.eval_jaxpr(program.jaxpr, constants, *arrays)
     return found
