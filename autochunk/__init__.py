@@ -12,6 +12,7 @@ holds::
     implementations          the ways to compute attention, in one table
     plan                     how a call runs: an implementation, a limit, the slices of these
     workload                 one tunable call, and the one text that names it
+    functions                the same of a function that is not attention
     host, nvidia, nvml       this machine, its GPUs, what disturbs those
     device                   where a result was measured, and how alike two such places are
     store/                   what is remembered
@@ -20,6 +21,7 @@ holds::
       profile                  all measurements of a workload on a device
       profiles, rows           the user's own, in an SQLite file (database), which rescue mends
                                by what is on its pages
+      programs                 of functions that were missed, beside the user's own
       bundle                   profiles as a file that travels, of a text (json_text) at a place
                                (files, remote); merge takes it in
     predict/                 what was never measured, from curves that were (numpy only)
@@ -35,6 +37,7 @@ holds::
       snapshot, agree          all layers at a moment; one for all processes of a program
       reporting                what users are told of it
       resolve                  who is asked, in which order
+      functions                the same for functions that are not attention
     attention/               what runs in the model
       arguments, checks        the arrays of a call, brought into form; what they must be
       kernels/                 the attention itself, for a given plan: jax only, but for what
@@ -42,6 +45,13 @@ holds::
       op, jax_nn               the function, also in place of ``jax.nn``'s
       ring                     a sequence whose keys no device holds whole
     haiku, flax, equinox     attention as these have it
+    chunks/                  any other function, for a part of its positions at a time
+      axes, reductions         what is chunked, and how results are merged
+      loop, modes              the loop, and a program for calls that are differentiated
+      call, chunked            one call; the function that makes others chunked
+      memory, rule             what a program takes, told from its jaxpr; chunks that fit
+      sizes, auto              what answers "auto"; what is left where nothing does (describe,
+                               export)
     tuner/                   what measures
       tune, events             the loop over workloads, and what is told of it
       effort, presets, task    how hard to look, at what, for how long
@@ -55,6 +65,8 @@ holds::
       autotuning               what XLA tries out for a GPU, kept
       inputs, reference        what is computed there, and what it should give
       measure                  how a program is timed, and its memory taken
+      functions/               the same for a function that is not attention: a subject, in a
+                               worker or here; tune
       joint, unsure            rounds of the plans that are close, until one is clear; once more
                                with time that is left
       load, page_faults        what disturbs a measurement, or makes it slow
@@ -84,6 +96,7 @@ if TYPE_CHECKING:
     from autochunk.attention.jax_nn import patch_jax_nn
     from autochunk.attention.op import dot_product_attention
     from autochunk.attention.ring import ring_attention, ring_order
+    from autochunk.chunks.chunked import chunked
     from autochunk.device import Device, detect
     from autochunk.haiku import MultiHeadAttention
     from autochunk.plan import Plan
@@ -93,6 +106,7 @@ if TYPE_CHECKING:
     from autochunk.store.measurement import Measurement
     from autochunk.store.profile import Profile
     from autochunk.store.profiles import ProfileStore
+    from autochunk.tuner.functions.here import tune_chunks
     from autochunk.tuner.tune import tune
     from autochunk.workload import Workload
 
@@ -109,6 +123,7 @@ _HOMES = {
     "ProfileStore": "autochunk.store.profiles",
     "Resolution": "autochunk.resolution.answer",
     "Workload": "autochunk.workload",
+    "chunked": "autochunk.chunks.chunked",
     "detect": "autochunk.device",
     "dot_product_attention": "autochunk.attention.op",
     "patch_jax_nn": "autochunk.attention.jax_nn",
@@ -116,6 +131,7 @@ _HOMES = {
     "ring_attention": "autochunk.attention.ring",
     "ring_order": "autochunk.attention.ring",
     "tune": "autochunk.tuner.tune",
+    "tune_chunks": "autochunk.tuner.functions.here",
     "use": "autochunk.resolution.settings",
 }
 
@@ -129,6 +145,7 @@ __all__ = [
     "Resolution",
     "Workload",
     "__version__",
+    "chunked",
     "detect",
     "dot_product_attention",
     "patch_jax_nn",
@@ -136,6 +153,7 @@ __all__ = [
     "ring_attention",
     "ring_order",
     "tune",
+    "tune_chunks",
     "use",
 ]
 

@@ -250,7 +250,8 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unreadable rows are a finding of their own
-            mine, missed = store.profiles(device), store.misses(device)
+            mine = [one for one in store.profiles(device) if not one.function]
+            missed, functions = store.misses(device), store.missed_functions(device)
     except StoreError:
         return  # said of the layer
     if not mine:
@@ -264,6 +265,10 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
         yield Finding("note", "profiles", detail, unfinished[0].parsed_workload().tune_command)
     if missed:
         yield Finding("note", "profiles", _misses(missed), "autochunk tune --missed")
+    if functions:
+        names = ", ".join(sorted({call.name for call in functions}))
+        detail = f'"auto" found nothing for {len(functions)} calls of functions: {names}'
+        yield Finding("note", "profiles", detail[:1000], "autochunk tune --missed")
 
 
 def _misses(missed: Mapping[Workload, int]) -> str:
@@ -282,7 +287,9 @@ def _oldest(every: Sequence[Layer], device: Device) -> list[Profile]:
     for layer in every:
         not_own = not isinstance(layer, ProfileStore)
         for profile in layers.readable_profiles(layer, device):
-            if profile.choose() is not None and profile.workload not in found:
+            if profile.function or profile.workload in found:
+                continue  # what measures a function is beside the tuner of attention
+            if profile.choose() is not None:
                 found[profile.workload] = (not_own, profile.created, profile.workload, profile)
     # No two have the same workload, so that profiles themselves are not compared.
     return [profile for *_, profile in sorted(found.values())]

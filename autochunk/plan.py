@@ -21,6 +21,11 @@ DEFAULT_MAX_CHUNK_SIZE_MB = 1000.0
 """What dm-haiku pull request #679 proposed, and what "auto" falls back to."""
 
 
+CHUNKS = "chunks"
+"""In place of an implementation: a function that is not attention, in chunks; whole it is
+"dense"."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one attention call runs.
@@ -33,10 +38,13 @@ class Plan:
         precision, Hopper and newer) and ``"tokamax_triton"`` (float32 too).
       max_chunk_size_mb: most bytes of logits at a time, in 10^6 bytes; None sets no limit. Long
         causal attention is cut into blocks even so.
+      chunk_sizes: of a function that is not attention, whose ``implementation`` is CHUNKS, most
+        positions at once along each chunked axis.
     """
 
     implementation: str = "xla"
     max_chunk_size_mb: float | None = None
+    chunk_sizes: tuple[int, ...] | None = None
 
     def sliced(self) -> Plan:
         """The plan itself if it slices.
@@ -54,9 +62,12 @@ class Plan:
 
     def as_data(self) -> list[Any]:
         """The plan as JSON data, of which ``Plan(*data)`` makes it again."""
-        return [self.implementation, self.max_chunk_size_mb]
+        sizes = [] if self.chunk_sizes is None else [list(self.chunk_sizes)]
+        return [self.implementation, self.max_chunk_size_mb, *sizes]
 
     def __str__(self) -> str:
+        if self.chunk_sizes is not None:
+            return f"chunks of {'x'.join(map(str, self.chunk_sizes))}"
         if self.implementation in IMPLEMENTATIONS and not is_sliced(self.implementation):
             return self.implementation
         return f"{self.implementation}, " + (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,12 +10,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from autochunk.device import Device
+from autochunk.functions import FunctionCall
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
 
 TESTS = Path(__file__).resolve().parent
+
+# Compiling takes most of the tests' time; how well the machine code is optimised makes no
+# difference to most of them.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 Scripted = Callable[..., tuple[str, ...]]
 """What the fixture ``scripted`` of the tuner's tests is: makes a worker's command of its script."""
@@ -89,6 +103,34 @@ def make_profile(
         "autochunk": "0.1.0",
     }
     return Profile(**{**given, **fields})
+
+
+def make_call(**fields: Any) -> FunctionCall:
+    """A call of a function over 64 rows."""
+    given = {
+        "name": "model.transition",
+        "lengths": "64",
+        "arguments": "float32[64.8]@0;float32[8.16]",
+        "fingerprint": "0123456789abcdef",
+    }
+    return FunctionCall.make(**{**given, **fields})
+
+
+def make_chunks(*sizes: int, **fields: Any) -> Measurement:
+    """A function measured in chunks of these sizes."""
+    return make_measurement("chunks", None, **{"chunk_sizes": sizes, **fields})
+
+
+def make_function_profile(
+    call: FunctionCall | None = None,
+    measurements: Sequence[Measurement] = (),
+    **fields: Any,
+) -> Profile:
+    """A complete profile of a function; by default chunks of 16 are its choice."""
+    curve = (make_measurement("dense"), make_chunks(16, ratio=0.5, memory_mb=10.0))
+    key = (call or make_call()).key
+    given = {"measurements": measurements or curve, "schema_version": 3}
+    return make_profile(key, **{**given, **fields})
 
 
 def one_plan(limit: float | None, implementation: str = "xla") -> tuple[Measurement, ...]:

@@ -13,6 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from factories import quick_jit
+
+import autochunk
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -144,4 +147,18 @@ def test_a_comparison_is_printed(
 def test_every_example_is_tested() -> None:
     """A new example needs a test here."""
     names = {path.stem for path in EXAMPLES.glob("*.py")} - {"measuring"}  # which three import
-    assert names == {"transformer", "long_input", "long_gpu", *KINDS}
+    assert names == {"transformer", "long_input", "long_gpu", "functions", *KINDS}
+
+
+def test_functions_are_the_same_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared computes the same: whole, mapped, in sub-batches, in chunks."""
+    example = load("functions", monkeypatch)
+    for name, task in example.tasks(size=6, points=10).items():
+        with autochunk.use(chunk_size=4):
+            ways = example.ways(name, task).items()
+            found = {way: quick_jit(run)(*task.args) for way, run in ways}
+        for way, result in found.items():
+            expected = found["whole"]
+            np.testing.assert_allclose(
+                result, expected, rtol=1e-3, atol=1e-4, err_msg=f"{name} {way}"
+            )

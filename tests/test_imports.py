@@ -24,7 +24,7 @@ def _name(path: Path) -> str:
 
 MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
-WORDS = {"errors", "text", "operands", "implementations", "plan", "workload"}
+WORDS = {"errors", "text", "operands", "implementations", "plan", "workload", "functions"}
 WORDS |= {"host", "nvidia", "nvml", "device"}
 # Each room and the other rooms it may import. A module belongs to the longest room name that it
 # starts with; "" is the package itself (for its version).
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "implementations": set(),
     "plan": {"errors", "implementations"},
     "workload": {"errors", "operands", "plan"},
+    "functions": {"errors", "workload"},
     "host": set(),
     "nvidia": {"errors", "host"},
     "nvml": set(),
@@ -48,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "haiku": {"plan", "workload", "attention"},
     "flax": {"errors", "plan", "attention"},
     "equinox": {"errors", "plan", "attention"},
-    "tuner": WORDS | {"", "store", "resolution", "attention"},
+    "chunks": WORDS | {"store", "resolution", "attention.kernels"},
+    "tuner": WORDS | {"", "store", "resolution", "attention", "chunks"},
     "report": WORDS | {"", "store", "predict", "resolution", "attention", "tuner"},
     "doctor": WORDS | {"", "store", "resolution", "tuner"},
     "cli": WORDS | {"", "store", "predict", "resolution", "attention", "tuner", "report", "doctor"},
@@ -120,6 +122,7 @@ def test_no_jax_at_the_top_of_the_words(module: str) -> None:
         ("from autochunk import dot_product_attention", "optuna haiku flax equinox"),
         ("from autochunk import patch_jax_nn", "optuna haiku flax equinox"),
         ("from autochunk import MultiHeadAttention", "optuna equinox"),  # haiku loads flax
+        ("from autochunk import chunked", "optuna haiku"),
     ],
 )
 def test_import_loads_no_more_than_it_needs(statement: str, forbidden: str) -> None:

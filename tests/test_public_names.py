@@ -19,6 +19,7 @@ NAMES = [
     "Resolution",
     "Workload",
     "__version__",
+    "chunked",
     "detect",
     "dot_product_attention",
     "patch_jax_nn",
@@ -26,6 +27,7 @@ NAMES = [
     "ring_attention",
     "ring_order",
     "tune",
+    "tune_chunks",
     "use",
 ]
 

@@ -8,17 +8,31 @@ from pathlib import Path
 
 import click
 
-from autochunk.cli.options import Wanted, json_option, shape_options, stale_option, store_option
+from autochunk.cli.options import (
+    Wanted,
+    json_option,
+    shape_or_preset_options,
+    stale_option,
+    store_option,
+)
 from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import detect
 from autochunk.errors import ReportError
+from autochunk.functions import FunctionCall, is_function
 from autochunk.report.curve import curve_record
 from autochunk.report.evaluation import evaluation_record, evaluation_table, replays_table
-from autochunk.report.records import finding_record, memory_rows, profile_row, resolution_record
+from autochunk.report.records import (
+    finding_record,
+    function_record,
+    memory_rows,
+    profile_row,
+    resolution_record,
+)
 from autochunk.report.tables import memory_table
 from autochunk.report.terminal import MOST_COLUMNS, curve_text
-from autochunk.report.text import finding_text, resolution_text
+from autochunk.report.text import finding_text, function_text, resolution_text
 from autochunk.resolution.answer import Resolution
+from autochunk.resolution.functions import resolve_function
 from autochunk.resolution.layers import Layer, account, every_profile
 from autochunk.resolution.places import all_layers
 from autochunk.resolution.resolve import resolve
@@ -100,24 +114,39 @@ def _plot(profiles: Sequence[Profile], as_json: bool) -> None:
 
 
 @click.command()
-@shape_options
+@shape_or_preset_options
+@click.option(
+    "--function",
+    metavar="NAME",
+    help="Instead of a shape: functions with this in their name, of all that were measured or "
+    "missed here.",
+)
 @click.option("--implementation", help='As in the op; leaves "auto" less to choose.')
 @click.option("--memory-budget-mb", type=float, metavar="MB", help="As in autochunk.use.")
 @store_option
 @json_option
 def explain(
     wanted: Wanted,
+    function: str | None,
     implementation: str | None,
     memory_budget_mb: float | None,
     store: Path | None,
     as_json: bool,
 ) -> None:
     """Say what "auto" would do for a shape, and why."""
+    if not wanted.named() and function is None:
+        raise click.UsageError("name a --shape, a --preset or a --function")
     with use(memory_budget_mb=memory_budget_mb, store=store):
+        calls = [] if function is None else _functions(function, store)
+        answers = [resolve_function(call) for call in calls]
         resolutions = [resolve(workload, implementation) for workload in wanted.named()]
     if as_json:
-        print_json([resolution_record(resolution) for resolution in resolutions])
+        print_json([*map(resolution_record, resolutions), *map(function_record, answers)])
         return
+    for answer in answers:
+        make_console().print(function_text(answer), "")
+    if function is not None and not answers:
+        click.echo(f"No function with {function!r} in its name was measured or missed here.")
     layers = all_layers(store)
     for resolution in resolutions:
         accounts = [(layer.name, _account(layer, resolution)) for layer in layers]
@@ -128,6 +157,15 @@ def _account(layer: Layer, resolution: Resolution) -> str:
     text = account(layer, resolution.device, resolution.workload)
     obstacle = layer.obstacle() if isinstance(layer, ProfileStore) else ""
     return f"{text}, and cannot be made: {obstacle}" if obstacle else text
+
+
+def _functions(name: str, store: Path | None) -> list[FunctionCall]:
+    """Calls of functions with this in their name, that were measured or missed on this device."""
+    device, own = detect(), ProfileStore(store)
+    keys = {key for layer in all_layers(store) for key in layer.workloads(device)}
+    found = {FunctionCall.parse(key) for key in keys if is_function(key)}
+    calls = sorted(found | set(own.missed_functions(device)), key=lambda call: call.key)
+    return [call for call in calls if name in call.name]
 
 
 @click.command()

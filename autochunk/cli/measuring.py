@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def tune(
     named = wanted.named()
     wishes: list[Workload] = []
     told: list[Event] = []
+    functions: list[Profile] = []
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -120,7 +122,7 @@ def tune(
         kinds = wanted.dtypes, wanted.modes
         misses = missed_on(profile_store, device, *kinds) if missed else {}
         old = wanted.among(stale_or_unfinished(profile_store, device)) if stale else []
-        if missed and not misses:
+        if missed and not misses and not functions:
             _say_nothing('"auto" has missed nothing')
         if stale and not old:
             _say_nothing("Nothing stored is stale or unfinished")
@@ -129,6 +131,9 @@ def tune(
         return chosen
 
     try:
+        if missed and not (storage or devices):
+            with _ended_like_ctrl_c():
+                functions += _missed_functions(profile_store, effort, timeout, memory_budget_mb)
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
 
             def tell(event: Event) -> None:
@@ -149,7 +154,7 @@ def tune(
     except KeyboardInterrupt:
         say("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
         sys.exit(130)
-    rows = [profile_row(profile) for profile in profiles]
+    rows = [profile_row(profile) for profile in (*functions, *profiles)]
     print_profiles(rows, as_json)
     if scattered := [row for row in rows if (row["spread"] or 0.0) > SCATTERED]:
         say(
@@ -177,6 +182,18 @@ def _not_measured(
         if workload not in known
         and (workload.key not in usable or isinstance(endings.get(workload), Failed | OutOfTime))
     }
+
+
+def _missed_functions(
+    store: ProfileStore, effort: Effort, timeout: float | None, memory_budget_mb: float | None
+) -> list[Profile]:
+    """Tunes functions that are not attention, which "auto" missed, in at most half of the time."""
+    from autochunk.tuner.functions.tune import Limits, tune_missed
+
+    limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
+    deadline = None if limit is None else time.monotonic() + limit / 2
+    limits = Limits(effort, deadline, memory_budget_mb)
+    return tune_missed(store, limits, lambda line: click.echo(line, err=True))
 
 
 @contextlib.contextmanager
@@ -258,7 +275,8 @@ def bench(
 
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
     """  # noqa: D205
-    profiles = {one.parsed_workload(): one for one in ProfileStore(store).profiles(detect())}
+    here = ProfileStore(store).profiles(detect())
+    profiles = {one.parsed_workload(): one for one in here if not one.function}
     workloads = wanted.named() or wanted.among(profiles)
     if not workloads:
         raise click.UsageError(
@@ -350,7 +368,7 @@ def _choices(place: str | None) -> dict[Workload, list[Plan]]:
     """What the profiles of a bundle choose, of whichever devices, by workload."""
     chosen: dict[Workload, list[Plan]] = {}
     for profile in bundle.read(place).profiles if place is not None else ():
-        if choice := profile.choose():
+        if not profile.function and (choice := profile.choose()):
             chosen.setdefault(profile.parsed_workload(), []).append(choice.plan)
     return chosen
 

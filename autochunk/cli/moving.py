@@ -141,6 +141,7 @@ def forget(
     elif missed:
         now = detect()
         names = [workload.key for workload in profile_store.missed(now)]
+        names += [call.key for call in profile_store.missed_functions(now)]
         _forget(names, "misses", lambda: profile_store.forget_missed(now), yes)
     elif filters or stale or older_than is not None:
         chosen = _chosen(filters.select(profile_store.profiles()), stale, older_than)

@@ -77,12 +77,11 @@ class Wanted:
         return of_kind(workloads, self.dtypes, self.modes)
 
 
-def _shape(required: bool) -> _Decorator:
+def _shape() -> _Decorator:
     return click.option(
         "--shape",
         "shapes",
         multiple=True,
-        required=required,
         metavar="SHAPE",
         help=f"A workload such as {_EXAMPLE}: batch, T', T, heads, key size; also v=, kv_heads=, "
         "causal=yes, mask=b1ts, bias=1hts, window=255:0, precision=highest, and q_lengths=, "
@@ -109,8 +108,7 @@ _preset = click.option(
     help="A named shape, of a family of models. Repeatable.",
 )
 
-shape_options = _as_one("wanted", Wanted, _shape(required=True), _dtype, _mode)
-shape_or_preset_options = _as_one("wanted", Wanted, _shape(required=False), _dtype, _mode, _preset)
+shape_or_preset_options = _as_one("wanted", Wanted, _shape(), _dtype, _mode, _preset)
 
 
 # --- Profiles, to be chosen among those that are stored -------------------------------------------

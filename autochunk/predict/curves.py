@@ -89,7 +89,12 @@ def kinds_of(workload: Workload) -> np.ndarray:
 
 
 def curve(profile: Profile) -> Curve | None:
-    """A profile's timed plans that this version knows; None if there are not two to compare."""
+    """A profile's timed plans that this version knows; None if there are not two to compare.
+
+    Of functions that are not attention nothing is predicted.
+    """
+    if profile.function:
+        return None
     workload, platform = profile.parsed_workload(), profile.device.platform
     timed = [m for m in profile.measurements if m.timed and m.implementation in IMPLEMENTATIONS]
     timed = [m for m in timed if m.ratio > 0 and m.seconds_median > 0 and _runs(m.plan, workload)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autochunk.device import Device
 from autochunk.plan import Plan
 from autochunk.resolution.answer import Resolution
+from autochunk.resolution.functions import FunctionResolution
 from autochunk.store.choice import DEFAULT, DENSE
 from autochunk.store.interval import Interval
 from autochunk.store.measurement import Measurement
@@ -32,7 +33,7 @@ def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
     None where a baseline could not be measured, or too little was to tell. ``stale`` is filled
     where the profile is of the device ``now``.
     """
-    workload = profile.parsed_workload()
+    workload = profile.subject
     choice = profile.choose()
     return {
         "workload": profile.workload,
@@ -61,18 +62,22 @@ def memory_row(profile: Profile, plan: Plan, found: Measurement | Prepared) -> d
 
     ``measured_vs_predicted`` is the second over the first; None where one of them is not known.
     """
-    workload = profile.parsed_workload()
+    workload = profile.subject
     return {
         "workload": profile.workload,
         "device": profile.device.key,
         "shape": workload.shape,
         "dtype": workload.dtype,
         "mode": workload.mode,
-        "plan": str(plan),
+        "plan": _plan_text(profile, plan),
         "predicted_bytes": found.predicted_bytes,
         "measured_bytes": found.measured_bytes,
         "measured_vs_predicted": _over(found.measured_bytes, found.predicted_bytes),
     }
+
+
+def _plan_text(profile: Profile, plan: Plan) -> str:
+    return "whole" if profile.function and plan == DENSE else str(plan)
 
 
 def _over(one: int | None, other: int | None) -> float | None:
@@ -82,9 +87,10 @@ def _over(one: int | None, other: int | None) -> float | None:
 def _chosen(profile: Profile, best: Measurement | None) -> dict[str, Any]:
     dense, default = profile.baseline(DENSE), profile.baseline(DEFAULT)
     return {
-        "plan": str(best.plan) if best else None,
+        "plan": _plan_text(profile, best.plan) if best else None,
         "implementation": best.implementation if best else None,
         "max_chunk_size_mb": best.max_chunk_size_mb if best else None,
+        "chunk_sizes": list(best.chunk_sizes) if best and best.chunk_sizes else None,
         "seconds": best.seconds_median if best else None,
         "speedup_vs_dense": _speedup(dense, best),
         "speedup_vs_default": _speedup(default, best),
@@ -128,6 +134,25 @@ def resolution_record(resolution: Resolution) -> dict[str, Any]:
         "stale": list(resolution.stale),
         "asked": [{"layer": layer, "answer": answer} for layer, answer in resolution.asked],
         "rejected": [{"plan": plan, "why": why} for plan, why in resolution.rejected],
+    }
+
+
+def function_record(answer: FunctionResolution) -> dict[str, Any]:
+    """What "auto" means for a function, as plain data; no sizes are those of a rule."""
+    return {
+        "workload": answer.workload.key,
+        "device": answer.device.key,
+        "chunk_sizes": None if answer.sizes is None else list(answer.sizes),
+        "match": answer.match,
+        "layer": answer.layer,
+        "reason": answer.reason,
+        "source": answer.source,
+        "stale": list(answer.stale),
+        "asked": [{"layer": layer, "answer": had} for layer, had in answer.asked],
+        "rejected": [
+            {"plan": plan, "why": why}
+            for plan, why in (answer.choice.rejected if answer.choice else ())
+        ],
     }
 
 

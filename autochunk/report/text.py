@@ -12,6 +12,7 @@ from rich.text import Text
 
 from autochunk.device import Device, difference
 from autochunk.resolution.answer import Resolution
+from autochunk.resolution.functions import FunctionResolution
 from autochunk.store.merge import ImportEntry, ImportPlan, Relation
 
 if TYPE_CHECKING:
@@ -51,6 +52,24 @@ def _answer(resolution: Resolution) -> Iterator[str]:
     if measured is not None:
         versions = f"jaxlib {measured.device.jaxlib}, autochunk {measured.autochunk}"
         yield f"measured  {measured.created}, effort {measured.effort}, {versions}"
+
+
+def function_text(answer: FunctionResolution) -> Group:
+    """What "auto" means for a function, and why."""
+    sizes = "by the rule" if answer.sizes is None else "x".join(map(str, answer.sizes))
+    stale = f", stale: {'; '.join(answer.stale)}" if answer.stale else ""
+    told = [
+        f"function  {answer.workload.key}",
+        f"device    {answer.device.key}",
+        f'"auto" is chunk_size={sizes} of {answer.workload.lengths}',
+        f"because   {answer.reason}",
+        f"from      {answer.layer} ({answer.match}{stale})",
+    ]
+    asked = Text("\nasked, in this order:")
+    parts: list[Text | Table] = [Text("\n".join(told)), asked, _pairs(answer.asked)]
+    if answer.choice and answer.choice.rejected:
+        parts += [Text("\nother plans:"), _pairs(answer.choice.rejected)]
+    return Group(*parts)
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:

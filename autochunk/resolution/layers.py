@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from autochunk import device as devices
 from autochunk.device import Device, device_of
 from autochunk.errors import BundleError, StoreError, WorkloadError
+from autochunk.functions import Tunable, is_function, parsed
 from autochunk.store import bundle, files, remote
 from autochunk.store.profile import Profile
-from autochunk.workload import Workload, key_items
+from autochunk.workload import key_items
 
 # Between looks at each file of a folder, of which there may be many, on a slow file system.
 _LOOK_SECONDS = 1.0
@@ -39,7 +40,7 @@ class Layer(Protocol):
     def version(self) -> Any:
         """Changes whenever the layer's content may have."""
 
-    def get(self, device: Device, workload: Workload) -> Profile | None:
+    def get(self, device: Device, workload: Tunable) -> Profile | None:
         """The profile of exactly this workload on exactly this device."""
 
     def workloads(self, device: Device) -> list[str]:
@@ -83,7 +84,7 @@ class BundleLayer:
             self._look_again = time.monotonic() + _LOOK_SECONDS
         return self._seen if own is not None else None
 
-    def get(self, device: Device, workload: Workload) -> Profile | None:
+    def get(self, device: Device, workload: Tunable) -> Profile | None:
         """Of several files with one that can be read, the last by name."""
         key, wrong = (device.key, workload.key), None
         for index in reversed(self._indexes()):
@@ -170,7 +171,7 @@ class MemoryLayer:
         """They do not change."""
         return None
 
-    def get(self, device: Device, workload: Workload) -> Profile | None:
+    def get(self, device: Device, workload: Tunable) -> Profile | None:
         """Those given."""
         return self._profiles.get((device.key, workload.key))
 
@@ -201,7 +202,7 @@ def readable_profiles(
         complain(wrong)
     for key in keys:
         try:
-            profile = layer.get(device, Workload.parse(key))
+            profile = layer.get(device, parsed(key))
         except WorkloadError:  # written by a newer version
             continue
         except (StoreError, BundleError) as error:
@@ -235,11 +236,11 @@ def find(layer: Layer, device_key: str, workload_key: str) -> Profile | None:
     device = device_of(device_key)
     # written by a newer version, or damaged
     with contextlib.suppress(WorkloadError, StoreError, BundleError):
-        return layer.get(device, Workload.parse(workload_key)) if device else None
+        return layer.get(device, parsed(workload_key)) if device else None
     return None
 
 
-def account(layer: Layer, device: Device, workload: Workload) -> str:
+def account(layer: Layer, device: Device, workload: Tunable) -> str:
     """What a layer has, and which fields of the nearest differ from a workload on a device.
 
     It reads all keys: for people, not for tracing.
@@ -251,6 +252,7 @@ def account(layer: Layer, device: Device, workload: Workload) -> str:
     without = [f"without {error}" for error in left_out(layer)]
     if not keys:
         return "; ".join(["empty", *without])
+    keys = [one for one in keys if is_function(one[1]) == is_function(workload.key)]
     here = [other for device_key, other in keys if device_key == device.key]
     text = [f"{len(keys)} profiles, {len(here)} of them of this device"]
     if workload.key in here:

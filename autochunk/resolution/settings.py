@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import numbers
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,23 @@ from autochunk.errors import ArgumentError
 from autochunk.implementations import is_sliced
 from autochunk.plan import Plan, check_implementation, check_max_chunk_size_mb, check_positive
 
+UNSET: Any = object()
+"""For a setting whose None means something."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What ``use`` sets.
 
-    None leaves a setting alone. ``plan`` answers every "auto", ``implementation`` narrows the
-    choice.
+    None leaves a setting alone. ``plan`` answers every "auto" of attention, ``implementation``
+    narrows the choice; ``chunk_size`` answers every "auto" of other functions.
     """
 
     plan: Plan | None = None
     implementation: str | None = None
     memory_budget_mb: float | None = None
     store: Path | None = None
+    chunk_size: Any = UNSET
 
     def pinned(self, implementation: str | None) -> Plan | None:
         """The plan that answers a call; its limit also where that asks for other slices."""
@@ -38,7 +43,6 @@ class Settings:
 
 
 _settings = contextvars.ContextVar("autochunk_settings", default=Settings())  # noqa: B039 (frozen)
-_UNSET: Any = object()
 
 
 def current() -> Settings:
@@ -49,10 +53,11 @@ def current() -> Settings:
 @contextlib.contextmanager
 def use(
     *,
-    max_chunk_size_mb: float | None = _UNSET,
+    max_chunk_size_mb: float | None = UNSET,
     implementation: str | None = None,
     memory_budget_mb: float | None = None,
     store: str | os.PathLike[str] | None = None,
+    chunk_size: int | Sequence[int | None] | None = UNSET,
 ) -> Iterator[None]:
     """Settings for every "auto" that is resolved inside, that is, while functions are traced.
 
@@ -66,6 +71,8 @@ def use(
       memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes).
         Where none does, what takes least runs, and a BudgetWarning says how much that is.
       store: a profile store's file, in place of the user's own.
+      chunk_size: answers the "auto" of ``autochunk.chunked``: most positions at once, None for all,
+        or a tuple of these.
 
     Raises:
       ArgumentError: a value is not usable.
@@ -75,7 +82,7 @@ def use(
         "memory_budget_mb": check_positive("memory_budget_mb", memory_budget_mb, "MB"),
         "store": None if store is None else Path(store),
     }
-    if max_chunk_size_mb is not _UNSET:
+    if max_chunk_size_mb is not UNSET:
         limit = check_max_chunk_size_mb(max_chunk_size_mb)
         if limit == "auto":
             raise ArgumentError(
@@ -86,8 +93,40 @@ def use(
         slices = outer if outer is not None and is_sliced(outer) else "xla"
         changes["plan"] = Plan(implementation or slices, limit)
     given = {name: value for name, value in changes.items() if value is not None}
+    if chunk_size is not UNSET:
+        changed = check_chunk_size(chunk_size)
+        if changed == "auto":
+            raise ArgumentError(
+                'use(chunk_size=...) answers "auto", so it must be a number, a tuple or None; got '
+                '"auto"'
+            )
+        given["chunk_size"] = changed
     token = _settings.set(replace(current(), **given))
     try:
         yield
     finally:
         _settings.reset(token)
+
+
+def check_chunk_size(value: Any) -> Any:
+    """An int, None, "auto", or a tuple of ints and None.
+
+    Raises:
+      ArgumentError: it is none of these.
+    """
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    if isinstance(value, tuple | list) and value:
+        if all(one is None or _is_size(one) for one in value):
+            return tuple(None if one is None else int(one) for one in value)
+    elif _is_size(value):
+        return int(value)
+    raise ArgumentError(
+        "chunk_size must be a whole number of positions from 1 on, None (all at once), a tuple of "
+        f'these with one for each chunked axis, or "auto"; got {value!r}'
+    )
+
+
+def _is_size(value: Any) -> bool:
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_whole and int(value) >= 1

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 
 from autochunk.implementations import IMPLEMENTATIONS
-from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
+from autochunk.plan import BYTES_PER_MB, CHUNKS, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
 from autochunk.store.interval import Interval, paired, unpaired
 from autochunk.store.measurement import ENOUGH_JOINT, Measurement, Record
 
@@ -121,7 +121,8 @@ def _reason(best: Measurement, fastest: Measurement, equal: list[Measurement]) -
         return "fastest"
     if best in equal:
         return f"least memory of {len(equal)} plans whose times cannot be told apart"
-    return "no other plan is faster than dense attention"
+    whole = "the whole call" if fastest.implementation == CHUNKS else "dense attention"
+    return f"no other plan is faster than {whole}"
 
 
 def least_memory(
@@ -201,6 +202,8 @@ def _unwanted(name: str, implementation: str | None, without: Collection[str] = 
     """Why an implementation cannot be chosen, however fast; empty if it can."""
     if implementation is not None and name != implementation:
         return f"implementation={implementation!r} was asked for"
+    if name == CHUNKS:
+        return ""
     if name not in IMPLEMENTATIONS:
         return "this version of autochunk has no such implementation"
     if name in without:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from autochunk.plan import Plan, check_max_chunk_size_mb
 
@@ -29,6 +38,7 @@ ENOUGH_JOINT = 6
 # Without FailFast each wrong value of a hostile file is an error that takes memory.
 _Times = Annotated[tuple[_Seconds, ...], FailFast()]
 _Bytes = Annotated[int, Field(ge=0, le=2**60)]
+_Size = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class Record(BaseModel):
@@ -41,7 +51,8 @@ class Measurement(Record):
     """One plan, measured.
 
     Attributes:
-      implementation, max_chunk_size_mb: the plan.
+      implementation, max_chunk_size_mb, chunk_sizes: the plan; the last is of functions that are
+        not attention.
       status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others
         say why there are none ("skipped": larger limits had got slower and slower).
       detail: what happened, in words, for a status other than "ok".
@@ -72,6 +83,14 @@ class Measurement(Record):
     measured_bytes: _Bytes | None = None
     compile_seconds: _Seconds | None = None
     error: Annotated[float, Field(ge=0)] | None = None
+    chunk_sizes: tuple[_Size, ...] | None = Field(default=None, min_length=1, max_length=8)
+
+    @model_serializer(mode="wrap")
+    def _without_what_attention_lacks(self, rest: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = rest(self)
+        if self.chunk_sizes is None:  # profiles of attention are as older versions read them
+            found.pop("chunk_sizes", None)
+        return found
 
     @field_validator("implementation")
     @classmethod
@@ -101,7 +120,7 @@ class Measurement(Record):
     @property
     def plan(self) -> Plan:
         """The plan that was measured."""
-        return Plan(self.implementation, self.max_chunk_size_mb)
+        return Plan(self.implementation, self.max_chunk_size_mb, self.chunk_sizes)
 
     @property
     def timed(self) -> bool:

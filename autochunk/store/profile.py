@@ -11,18 +11,21 @@ import itertools
 from collections.abc import Collection
 from typing import Annotated, Literal
 
-from pydantic import FailFast, Field, field_validator
+from pydantic import FailFast, Field, field_validator, model_validator
 
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
+from autochunk.functions import FunctionCall, Tunable, is_function, parsed
 from autochunk.implementations import IMPLEMENTATIONS, kernels_on
 from autochunk.plan import LogitsShape, Plan, block_form, block_shape, same_slices
 from autochunk.store import choice
 from autochunk.store.measurement import Measurement, Record
 from autochunk.workload import Workload
 
-SCHEMA_VERSION: Literal[2] = 2
+ATTENTION_VERSION: Literal[2] = 2
 """Version 2 has more fields than version 1, all of them with defaults."""
+SCHEMA_VERSION: Literal[3] = 3
+"""Version 3 is of a function that is not attention; no older autochunk could choose its plans."""
 
 MOST_OF_A_KEY = 5000
 """Characters of a workload's key: several times what the longest has."""
@@ -46,7 +49,7 @@ class Profile(Record):
       autochunk: the version that measured.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[2, 3]
     workload: Annotated[str, Field(max_length=MOST_OF_A_KEY)]
     device: Device
     measurements: Annotated[tuple[Measurement, ...], FailFast()] = Field(max_length=10_000)
@@ -58,13 +61,13 @@ class Profile(Record):
     @field_validator("schema_version", mode="before")
     @classmethod
     def _brought_up_to_date(cls, value: object) -> object:
-        return SCHEMA_VERSION if type(value) is int and value == 1 else value
+        return ATTENTION_VERSION if type(value) is int and value == 1 else value
 
     @field_validator("workload")
     @classmethod
     def _canonical(cls, value: str) -> str:
         try:
-            workload = Workload.parse(value)
+            workload = parsed(value)
         except WorkloadError as error:
             raise ValueError(str(error)) from None
         if workload.key != value:
@@ -87,14 +90,35 @@ class Profile(Record):
         _parse_time(value)
         return value
 
+    @model_validator(mode="after")
+    def _version_of_its_kind(self) -> Profile:
+        version = SCHEMA_VERSION if self.function else ATTENTION_VERSION
+        if self.schema_version != version:
+            raise ValueError(f"the profile of {self.workload} must be of version {version}")
+        return self
+
     @property
     def key(self) -> tuple[str, str]:
         """(device key, workload key): of those there is one profile in a bundle and in a store."""
         return self.device.key, self.workload
 
     def parsed_workload(self) -> Workload:
-        """The workload that was measured."""
+        """The attention that was measured.
+
+        Raises:
+          WorkloadError: it is of another function.
+        """
         return Workload.parse(self.workload)
+
+    @property
+    def subject(self) -> Tunable:
+        """What was measured, of either kind."""
+        return parsed(self.workload)
+
+    @property
+    def function(self) -> FunctionCall | None:
+        """The call of a function that was measured; None of attention."""
+        return FunctionCall.parse(self.workload) if is_function(self.workload) else None
 
     def age_days(self) -> float:
         """Days since it was measured."""
@@ -106,7 +130,7 @@ class Profile(Record):
 
         None where it is of another device than this.
         """
-        if self.device.key != now.key:
+        if self.device.key != now.key or self.function:
             return []
         tried = {measurement.implementation for measurement in self.measurements}
         dtype = self.parsed_workload().dtype
@@ -123,9 +147,11 @@ class Profile(Record):
 
     def baseline(self, plan: Plan) -> Measurement | None:
         """The timed measurement of a plan, else of one that comes to the same slices; or None."""
-        shape = sliced_shape(self.parsed_workload())
         timed = [m for m in self.measurements if m.timed]
         exact = (m for m in timed if m.plan == plan)
+        if self.function:
+            return next(exact, None)
+        shape = sliced_shape(self.parsed_workload())
         same = (m for m in timed if _same_slices(m.plan, plan, shape))
         return next(itertools.chain(exact, same), None)
 

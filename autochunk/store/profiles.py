@@ -12,13 +12,15 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from platformdirs import user_data_path
 
 from autochunk.device import Device
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
+from autochunk.functions import FunctionCall, Tunable
 from autochunk.store.database import (
     AMONG,
     BEYOND_NEWEST,
@@ -30,6 +32,7 @@ from autochunk.store.database import (
 )
 from autochunk.store.files import file_identity, obstacle
 from autochunk.store.profile import Profile, utc_now
+from autochunk.store.programs import Programs
 from autochunk.store.rescue import Row
 from autochunk.store.rows import (
     MISSED,
@@ -56,6 +59,8 @@ MOST_MISSES = 1000
 """So many missed workloads are remembered."""
 
 _FILE_NAME = "profiles.sqlite"
+
+_Call = TypeVar("_Call", Workload, FunctionCall)
 
 _CURE = (
     f"set {STORE_VARIABLE} to a file in a folder you may write, or move this file away to start "
@@ -118,7 +123,7 @@ class ProfileStore:
 
     # --- Reading ----------------------------------------------------------------------------------
 
-    def get(self, device: Device, workload: Workload) -> Profile | None:
+    def get(self, device: Device, workload: Tunable) -> Profile | None:
         """The profile of a workload on a device; None if there is none.
 
         Raises:
@@ -168,11 +173,19 @@ class ProfileStore:
 
     def misses(self, device: Device) -> dict[Workload, int]:
         """How many processes missed each of those workloads, as far as that was counted."""
-        found: dict[Workload, int] = {}
+        return self._misses(device, Workload.parse)
+
+    def missed_functions(self, device: Device) -> dict[FunctionCall, int]:
+        """The same of functions that are not attention."""
+        return self._misses(device, FunctionCall.parse)
+
+    def _misses(self, device: Device, parse: Callable[[str], _Call]) -> dict[_Call, int]:
+        found: dict[_Call, int] = {}
         for row in self._rows(device, table=MISSED):
             _, key = is_of(row.key, device) or ("", "")
-            with contextlib.suppress(WorkloadError):  # written by a newer version, or by hand
-                miss, workload = miss_of(row), Workload.parse(key)
+            # of the other kind, written by a newer version, or by hand
+            with contextlib.suppress(WorkloadError):
+                miss, workload = miss_of(row), parse(key)
                 found[workload] = found.get(workload, 0) + (miss.count if miss else 1)
         return dict(sorted(found.items(), key=lambda one: one[0].key))
 
@@ -280,17 +293,19 @@ class ProfileStore:
             PROFILES, UNCHANGED, lambda: [(row.rowid, row.value) for row in self._unreadable()]
         )
 
-    def forget_missed(self, device: Device, workloads: Iterable[Workload] | None = None) -> int:
+    def forget_missed(self, device: Device, workloads: Iterable[Tunable] | None = None) -> int:
         """Forgets workloads that "auto" missed on a device; returns how many there were.
 
         None is all of them.
         """
         if workloads is None:
+            for call in self.missed_functions(device):
+                Programs(self.path).forget(call)
             return self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
         names = {(device.key, workload.key) for workload in workloads}
         return self._delete(MISSED, self._row_keys(MISSED, names))
 
-    def record_miss(self, device: Device, workload: Workload) -> None:
+    def record_miss(self, device: Device, workload: Tunable) -> None:
         """Remembers that "auto" found no profile for a workload, and how often that was told.
 
         It happens while a model is traced, so that a damaged file is left where it is, and that a

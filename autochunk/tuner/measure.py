@@ -154,6 +154,13 @@ def _platform() -> str:
     return str(devices.default_device().platform)
 
 
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float]:
+    """A function as a program for such arguments, and the seconds that compiling it took."""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    return program, time.perf_counter() - start
+
+
 def program_bytes(compiled: Any) -> tuple[int, int]:
     """(working memory, results) of a compiled program in bytes, by XLA's account.
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from autochunk.device import Device
 from autochunk.errors import ProbeError
+from autochunk.functions import Tunable
 from autochunk.plan import Plan
 from autochunk.store.measurement import Status
 from autochunk.tuner import autotuning
 from autochunk.tuner.process import WORKER, WorkerFailure, WorkerProcess
-from autochunk.workload import Workload
 
 # Share of the free memory that a plan may take: the rest is for what cannot be predicted.
 SHARE_OF_FREE_MEMORY = 0.8
@@ -79,7 +79,7 @@ class Probe:
         self._autotuning = autotuning.environment()
         self.deadline: float | None = None
         self.seconds_to_start = 0.0
-        self.workload: Workload | None = None
+        self.workload: Tunable | None = None
         self._ahead: list[Plan] = []
         self.compiled: frozenset[Plan] = frozenset()
         self.device: Device | None = None
@@ -129,7 +129,7 @@ class Probe:
         assert self.device is not None
         return self.device
 
-    def load(self, workload: Workload, ahead: Sequence[Plan] = ()) -> None:
+    def load(self, workload: Tunable, ahead: Sequence[Plan] = ()) -> None:
         """Turns to another workload; the last one's programs and memory are gone.
 
         ``ahead`` are plans that will be asked for: what takes long is begun.

@@ -18,15 +18,24 @@ from typing import Any
 from autochunk.errors import ProbeError
 from autochunk.store.measurement import Status
 
-# With -P a user's copy.py or queue.py in the working directory is not imported; what is, installed
-# or not, is the autochunk that runs here.
-_RUN_WORKER = (
-    "import sys; sys.path.insert(0, sys.argv[1]); import autochunk; del sys.path[0]; "
-    "from autochunk.tuner.worker import main; main()"
-)
 _PACKAGE_PARENT = str(Path(__file__).absolute().parents[2])
-WORKER = (sys.executable, "-P", "-c", _RUN_WORKER, _PACKAGE_PARENT)
-"""The command that starts a worker."""
+
+
+def worker_command(module: str) -> tuple[str, ...]:
+    """The command that starts a worker: a module's ``main``.
+
+    With -P a user's copy.py or queue.py in the working directory is not imported; what is,
+    installed or not, is the autochunk that runs here.
+    """
+    run = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import autochunk; del sys.path[0]; "
+        f"from {module} import main; main()"
+    )
+    return (sys.executable, "-P", "-c", run, _PACKAGE_PARENT)
+
+
+WORKER = worker_command("autochunk.tuner.worker")
+"""Starts one that measures attention."""
 
 _STOP_SECONDS = 5.0
 

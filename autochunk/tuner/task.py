@@ -13,8 +13,8 @@ from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
 from autochunk.store.profile import (
+    ATTENTION_VERSION,
     EFFORTS,
-    SCHEMA_VERSION,
     Effort,
     Profile,
     sliced_shape,
@@ -149,7 +149,7 @@ class Task:
 
     def _profile(self, outcome: Outcome, workload: Workload) -> Profile:
         return Profile(
-            schema_version=SCHEMA_VERSION,
+            schema_version=ATTENTION_VERSION,
             workload=workload.key,
             device=self.device,
             measurements=outcome.measurements,

@@ -241,7 +241,7 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
     return [
         profile.parsed_workload()
         for profile in store.profiles(device)
-        if profile.stale_reasons(device) or not profile.complete
+        if not profile.function and (profile.stale_reasons(device) or not profile.complete)
     ]
 
 
@@ -267,7 +267,7 @@ def _planned(
 
 def _finished(store: ProfileStore, device: Device) -> list[Workload]:
     """What is measured; what was cut short is gone on with, as if nothing were there."""
-    every = store.profiles(device)
+    every = [one for one in store.profiles(device) if not one.function]
     return [
         one.parsed_workload() for one in every if one.complete and not one.stale_reasons(device)
     ]

@@ -43,6 +43,7 @@ from autochunk.tuner.measure import (
     LoweredOnce,
     Timed,
     available_bytes,
+    compiled,
     measure_growth,
     program_bytes,
     repeated,
@@ -75,12 +76,6 @@ _Compiled = tuple[Any, float]
 """A program, and the seconds that it took to compile."""
 _Compilers = tuple[Callable[[], _Compiled], Callable[[], Any]]
 """What gives a plan's program, and that for short timings."""
-
-
-def _compile(function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Compiled:
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return compiled, time.perf_counter() - start
 
 
 class _Expected:
@@ -180,8 +175,8 @@ class Session:
         once, repeating = self._programs(chosen)
         assert self.expected is not None
         try:
-            compiled, compile_seconds = once()
-            temp, out = program_bytes(compiled)
+            program, compile_seconds = once()
+            temp, out = program_bytes(program)
             result = {
                 "compile_seconds": compile_seconds,
                 "temp_bytes": temp,
@@ -194,12 +189,12 @@ class Session:
                 return result | {"status": "over_budget", "detail": detail}
             expected = self.expected.result()
             start = time.perf_counter()
-            run = lambda: jax.block_until_ready(compiled(*inputs.passed))  # noqa: E731
+            run = lambda: jax.block_until_ready(program(*inputs.passed))  # noqa: E731
             results, grown = measure_growth(run)
             first = time.perf_counter() - start
             deviation = relative_error(inputs.on_sample(results), expected.results)
             del results
-            timed = Timed.of(compiled, repeating, inputs.passed, first)
+            timed = Timed.of(program, repeating, inputs.passed, first)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
@@ -227,7 +222,7 @@ class Session:
         if is_fused(plan.implementation):
             function = LoweredOnce(function, inputs.passed)
         return (
-            functools.partial(_compile, function, inputs.passed),
+            functools.partial(compiled, function, inputs.passed),
             functools.partial(repeated, function, inputs.passed),
         )
 
@@ -266,9 +261,9 @@ def keep_programs(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answers requests until there are no more."""
-    session = Session()
+def serve(requests: TextIO, replies: TextIO, session: Any = None) -> None:
+    """Answers requests until there are no more, by a session's methods of the same names."""
+    session = session or Session()
     actions: dict[str, Callable[..., dict[str, Any]]] = {
         "hello": session.hello,
         "load": session.load,
@@ -297,10 +292,15 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
+    """Serves what the parent asks for of attention."""
+    run_worker(Session())
+
+
+def run_worker(session: Any) -> None:
     """Keeps the real standard output for replies; what else is printed goes to standard error."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # Set for debugging a model, it would have every plan run operation by operation.
     jax.config.update("jax_disable_jit", False)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.stdin, replies)
+    serve(sys.stdin, replies, session)

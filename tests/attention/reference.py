@@ -15,21 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from factories import quick_jit
 
 Array = jax.Array | np.ndarray[Any, Any]
 # Numpy arrays by name; Any, so that they may be given as keywords beside others.
 Arrays = dict[str, Any]
-
-# Compiling takes most of the tests' time; how well the machine code is optimised makes no
-# difference to most of them.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
 
 MOST = float(jnp.finfo(jnp.float32).max)
 

@@ -17,9 +17,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
+from factories import quick_jit
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from reference import assert_close, compiled_text, draw, plain, quick_jit
+from reference import assert_close, compiled_text, draw, plain
 from test_fused import install
 
 from autochunk import ProfileStore, dot_product_attention, ring_attention

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, draw, draw_mask, quick_jit, structure
+from factories import quick_jit
+from reference import assert_close, draw, draw_mask, structure
 
 from autochunk import MultiHeadAttention
 from autochunk.errors import ArgumentError

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from reference import (
     assert_close,
     compiled_text,
@@ -21,7 +22,6 @@ from reference import (
     largest_array,
     operands,
     output_and_gradients,
-    quick_jit,
     temp_bytes,
 )
 

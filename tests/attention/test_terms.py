@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from hypothesis import settings
 from hypothesis import strategies as st
 from jax.experimental import jet
-from reference import MOST, Arrays, assert_close, draw, operands, plain, quick_jit, temp_bytes
+from reference import MOST, Arrays, assert_close, draw, operands, plain, temp_bytes
 
 from autochunk import dot_product_attention
 from autochunk.errors import ArgumentError

@@ -22,6 +22,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from reference import (
     assert_close,
     draw,
@@ -29,7 +30,6 @@ from reference import (
     operands,
     output_and_gradients,
     plain,
-    quick_jit,
 )
 
 from autochunk import dot_product_attention

@@ -290,7 +290,7 @@ LATER = PROFILES[0].model_copy(update={"created": "2026-03-01T00:00:00Z"})
         (changed(workload="attention:t=1\n2,k=3"), "profiles.0.workload"),
         (changed(workload=["\x1b[31m"]), "profiles.0.workload"),
         (changed(measurements=[{"implementation": "xla"}]), "profiles.0.measurements.0"),
-        (changed(schema_version=3), "profiles.0.schema_version"),
+        (changed(schema_version=4), "profiles.0.schema_version"),
         (changed(unknown=3), "profiles.0.unknown: Extra inputs"),
         (changed(created="now"), "profiles.0.created"),
         (version_1(PROFILES[0], PROFILES[0]), f"there are two of {KEYS[0][0]} | {KEYS[0][1]}"),

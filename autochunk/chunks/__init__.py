@@ -1,0 +1,1 @@
+"""Any function in chunks: what is not attention, run a part of its positions at a time."""

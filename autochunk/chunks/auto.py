@@ -1,0 +1,91 @@
+"""What "auto" is: the sizes found best, else by the rule; what was missed leaves its program."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax.numpy as jnp
+
+from autochunk.chunks.call import Call
+from autochunk.chunks.describe import described
+from autochunk.chunks.export import exported
+from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError
+from autochunk.functions import FunctionCall
+from autochunk.resolution import agree, settings
+from autochunk.resolution.functions import FunctionResolution, resolve_function
+from autochunk.resolution.reporting import warn_once
+from autochunk.store import programs
+from autochunk.store.profiles import ProfileStore
+from autochunk.workload import MODES, Mode
+
+_EXPLAIN = "measure it from your own script: autochunk.tune_chunks(fn, args)"
+
+
+def found_sizes(call: Call) -> dict[Mode, FunctionResolution]:
+    """What each mode's profile says; nothing where the call cannot be told from others."""
+    subject = described(call)
+    if subject is None:
+        return {}
+    budget = call.settings.memory_budget_mb
+    return {mode: resolve_function(subject.with_mode(mode), budget) for mode in MODES}
+
+
+def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> None:
+    """Tells, once for a call, of what was missed or may no longer hold, and remembers it.
+
+    Both modes are measured then: which one comes to run is not known while JAX traces.
+    """
+    if not answers or (agree.several_processes() and not agree.is_first()):
+        return
+    for answer in answers.values():
+        if answer.stale:
+            text = f'chunk_size="auto" uses a profile of {answer.source} that may no longer hold: '
+            cure = f"{'; '.join(answer.stale)}. To measure again: {answer.workload.tune_command}"
+            warn_once(StaleWarning, answer.workload, text + cure)
+        if answer.over_budget:
+            text = f'chunk_size="auto" uses {answer.sizes} for {answer.workload.key}: '
+            warn_once(BudgetWarning, answer.workload, text + answer.reason)
+    missed = [one for one in answers.values() if one.match != "exact" or one.stale]
+    if not _has_gradients(call):
+        missed = [one for one in missed if one.workload.mode == "forward"]
+    if not missed:
+        return
+    subject = missed[0].workload
+    how = _remember(call, missed)
+    if all(one.match == "default" for one in answers.values()):
+        text = f'chunk_size="auto" found no profile for {subject.key} and uses {used}. '
+        warn_once(MissWarning, subject.with_mode("forward"), text + how)
+
+
+def _has_gradients(call: Call) -> bool:
+    return any(jnp.issubdtype(array.dtype, jnp.inexact) for array in call.arrays)
+
+
+def _remember(call: Call, missed: list[FunctionResolution]) -> str:
+    """Records misses and their program; how to tune them, in words."""
+    store = ProfileStore(settings.current().store)
+    subject = missed[0].workload
+    with contextlib.suppress(StoreError):
+        known = store.missed_functions(missed[0].device)
+        for one in missed:
+            if one.workload not in known:
+                store.record_miss(one.device, one.workload)
+    why_not = _keep_program(call, subject, programs.Programs(store.path))
+    if why_not:
+        return f"It left no program that could be measured ({why_not}); {_EXPLAIN}"
+    return f"To tune it on this machine: {subject.tune_command}"
+
+
+def _keep_program(call: Call, subject: FunctionCall, kept: programs.Programs) -> str:
+    """Leaves the program beside the store; why not, in words."""
+    if not programs.wanted():
+        return f"{programs.VARIABLE} says so"
+    if kept.has(subject):
+        return ""
+    try:
+        header, program = exported(call)
+        kept.put(subject, header, program)
+    except Exception as error:  # whatever a user's function, traced with symbolic sizes, raises
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+    return ""

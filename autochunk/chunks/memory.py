@@ -1,0 +1,55 @@
+"""How much memory a program needs at once, told from its jaxpr: nothing is compiled for it.
+
+Every value of a jaxpr is taken to be an array from where it is computed to where it is last used.
+XLA fuses elementwise operations and computes some in place, so that it is a bound from above, by
+two to three for activations between matrix products; what a library's kernel takes for itself is
+not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+
+def peak_bytes(jaxpr: core.Jaxpr) -> int:
+    """Most bytes that are in use at once beside a program's arguments."""
+    last = _last_uses(jaxpr)
+    live: dict[Any, int] = {}
+    now = peak = 0
+    for number, equation in enumerate(jaxpr.eqns):
+        new = {one: bytes_of(one.aval) for one in equation.outvars}
+        # what is computed inside has its results there, too
+        within = max(map(peak_bytes, core.jaxprs_in_params(equation.params)), default=0)
+        peak = max(peak, now + max(sum(new.values()), within))
+        live |= new
+        done = [one for one in (*_variables(equation.invars), *new) if last.get(one, -1) <= number]
+        now += sum(new.values()) - sum(live.pop(one, 0) for one in done)
+    return peak
+
+
+def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
+    """By variable the number of the equation that needs it last; of results, after all."""
+    last: dict[Any, int] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        last |= dict.fromkeys(_variables(equation.invars), number)
+    return last | dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+
+
+def _variables(atoms: Any) -> Iterator[Any]:
+    return (one for one in atoms if not isinstance(one, core.Literal))
+
+
+def bytes_of(aval: Any) -> int:
+    """Bytes of an array of a shape and dtype; of a key of random numbers about so many."""
+    size = math.prod(getattr(aval, "shape", ()))
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None:
+        return 0
+    extended = jnp.issubdtype(dtype, jax.dtypes.extended)
+    return int(size * (16 if extended else dtype.itemsize))

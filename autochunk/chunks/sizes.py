@@ -1,0 +1,120 @@
+"""How many positions a chunk has: as the caller says, or for "auto" by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autochunk import device as devices
+from autochunk.attention.kernels.grid import vary_alike
+from autochunk.chunks import auto
+from autochunk.chunks.call import Call
+from autochunk.chunks.memory import peak_bytes
+from autochunk.chunks.reductions import Arrays
+from autochunk.chunks.rule import most_bytes, usual_sizes
+from autochunk.errors import ArgumentError
+from autochunk.plan import CHUNKS, Plan
+from autochunk.resolution import settings
+from autochunk.workload import MODES
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Most positions of a chunk along each axis, for calls that are differentiated and others."""
+
+    forward: tuple[int, ...]
+    training: tuple[int, ...]
+
+    def whole(self, lengths: Sequence[int]) -> bool:
+        """Whether neither chunks anything."""
+        pairs = zip((*self.forward, *self.training), (*lengths, *lengths), strict=True)
+        return all(size >= length for size, length in pairs)
+
+
+def sizes_of(call: Call) -> Sizes:
+    """What the caller says, else what is around the call, else by the rule.
+
+    Raises:
+      ArgumentError: there is not one size for each axis.
+    """
+    given = call.settings.chunk_size
+    if given == "auto" and settings.current().chunk_size is not settings.UNSET:
+        given = settings.current().chunk_size
+    if given == "auto":
+        return _auto(call)
+    sizes = _for_each(given, call.lengths)
+    return Sizes(sizes, sizes)
+
+
+def _for_each(given: Any, lengths: Sequence[int]) -> tuple[int, ...]:
+    several = given if isinstance(given, tuple) else (given,) * len(lengths)
+    if len(several) != len(lengths):
+        raise ArgumentError(
+            f"chunk_size must have one entry for each of the {len(lengths)} chunked axes; got "
+            f"{given!r}"
+        )
+    pairs = zip(several, lengths, strict=True)
+    return tuple(length if size is None else size for size, length in pairs)
+
+
+def _auto(call: Call) -> Sizes:
+    if call.symbolic or 0 in call.lengths or call.closes_over_sharded:
+        return Sizes(call.lengths, call.lengths)
+    answers = auto.found_sizes(call)
+    found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
+    usual = _by_rule(call) if len(found) < len(MODES) else None
+    sizes = Sizes(*(found.get(mode) or getattr(usual, mode) for mode in MODES))
+    auto.report(call, answers, _said(sizes, call.lengths))
+    return sizes
+
+
+def _said(sizes: Sizes, lengths: Sequence[int]) -> str:
+    """Sizes in words, for a warning."""
+    each = {
+        mode: Plan(CHUNKS, None, size) if size < tuple(lengths) else "all at once"
+        for mode, size in zip(MODES, (sizes.forward, sizes.training), strict=True)
+    }
+    return " and ".join(f"{plan} ({mode})" for mode, plan in each.items())
+
+
+def _by_rule(call: Call) -> Sizes:
+    budget = call.settings.memory_budget_mb or settings.current().memory_budget_mb
+    most = most_bytes(devices.detect().memory_gib, budget)
+    forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
+    training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
+    return Sizes(forward, training)
+
+
+def _needed(call: Call, sizes: Sequence[int]) -> int:
+    """Bytes that a chunk takes at once."""
+    if tuple(sizes) == call.lengths:
+        return peak_bytes(call.traced.jaxpr)
+    return peak_bytes(call.trace(call.flat, sizes).jaxpr)
+
+
+def _needed_to_train(call: Call, sizes: Sequence[int]) -> int:
+    """The same with its backward pass; without that where there is none."""
+    moving = [n for n, array in enumerate(call.arrays) if _is_inexact(array)]
+
+    def trained(part: Arrays) -> Any:
+        def of_moving(*values: jax.Array) -> Arrays:
+            given = dict(zip(moving, values, strict=True))
+            results = call.flat([given.get(n, array) for n, array in enumerate(part)])
+            return [one for one in results if _is_inexact(one)]
+
+        results, backward = jax.vjp(of_moving, *(part[n] for n in moving))
+        ones = [vary_alike([jnp.ones_like(one)], [one])[0] for one in results]
+        return results, backward(ones)
+
+    try:
+        return peak_bytes(call.trace(trained, sizes).jaxpr)
+    except (TypeError, ValueError, NotImplementedError):  # as of a while loop
+        return _needed(call, sizes)
+
+
+def _is_inexact(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.inexact))

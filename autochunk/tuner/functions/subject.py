@@ -1,0 +1,150 @@
+"""What is measured of a function: its program as a function of arrays, for each plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from autochunk.chunks.axes import Axes
+from autochunk.chunks.export import drawn
+from autochunk.chunks.loop import in_chunks, make_split
+from autochunk.chunks.reductions import NAMED, Arrays, Reduction
+from autochunk.plan import Plan
+from autochunk.workload import Mode
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function as ``chunked`` has it: of a list of arrays, with the axes that are chunked.
+
+    Attributes:
+      flat: takes the arrays, whole or chunks of them; returns a list of results.
+      lengths: positions along each chunked axis.
+      inputs, outputs: axes of each array and result.
+      reduction: how results without an axis are merged.
+      whole: what is computed of whole arrays, where that is not ``flat``.
+    """
+
+    flat: Callable[[Arrays], Arrays]
+    lengths: tuple[int, ...]
+    inputs: Sequence[Axes]
+    outputs: Sequence[Axes]
+    reduction: Reduction
+    whole: Callable[[Arrays], Arrays] | None = None
+
+
+def of_program(header: dict[str, Any], program: bytes) -> tuple[Function, Arrays]:
+    """The function of an exported program, and arrays that it takes."""
+    call: Any = jax.export.deserialize(bytearray(program)).call
+    around = len(header["around"])
+    lengths = tuple(header["lengths"])
+    function = Function(
+        flat=lambda arrays: call(arrays[:around], arrays[around:]),
+        lengths=lengths,
+        inputs=[*[(None,) * len(lengths)] * around, *map(tuple, header["inputs"])],
+        outputs=list(map(tuple, header["outputs"])),
+        reduction=NAMED[header["reduce"] or "sum"],
+    )
+    descriptions = [*header["around"], *header["arrays"]]
+    return function, [drawn(one, seed) for seed, one in enumerate(descriptions)]
+
+
+class Subject:
+    """A function, arguments for it, and how it runs by a plan.
+
+    Attributes:
+      mode: whether gradients are computed, too.
+      passed: what programs are called with.
+    """
+
+    def __init__(self, function: Function, arrays: Arrays, mode: Mode) -> None:
+        self._function, self.mode = function, mode
+        self.passed: tuple[Any, ...] = (arrays,)
+        if mode == "training":
+            results = jax.eval_shape(self._forward(Plan("dense"), differentiable=False), arrays)
+            cotangents = [
+                drawn({"shape": one.shape, "dtype": str(one.dtype)}, len(arrays) + seed)
+                for seed, one in enumerate(results)
+                if jnp.issubdtype(one.dtype, jnp.inexact)
+            ]
+            self.passed = (arrays, cotangents)
+
+    def function(self, plan: Plan) -> Callable[..., Any]:
+        """What computes the results, and in training the gradients, by a plan."""
+        if self.mode == "forward":
+            return self._forward(plan, differentiable=False)
+        run = self._forward(plan, differentiable=True)
+
+        def training(arrays: Arrays, cotangents: Arrays) -> tuple[Arrays, list[Any]]:
+            moving = [n for n, one in enumerate(arrays) if jnp.issubdtype(one.dtype, jnp.inexact)]
+
+            def of_moving(*values: jax.Array) -> tuple[Arrays, Arrays]:
+                given = dict(zip(moving, values, strict=True))
+                results = run([given.get(n, one) for n, one in enumerate(arrays)])
+                inexact = [one for one in results if jnp.issubdtype(one.dtype, jnp.inexact)]
+                return inexact, results
+
+            _, backward, results = jax.vjp(of_moving, *(arrays[n] for n in moving), has_aux=True)
+            return results, list(backward(cotangents))
+
+        return training
+
+    def _forward(self, plan: Plan, *, differentiable: bool) -> Callable[[Arrays], Arrays]:
+        one = self._function
+        pairs = zip(one.lengths, plan.chunk_sizes or one.lengths, strict=True)
+        splits = [make_split(length, size, 1) for length, size in pairs]
+        if not any(splits):
+            return one.whole or one.flat
+        return in_chunks(
+            one.flat,
+            splits,
+            one.inputs,
+            one.outputs,
+            one.reduction,
+            differentiable=differentiable,
+        )
+
+
+def as_numbers(results: Any) -> list[np.ndarray[Any, Any]]:
+    """Results as float64 on the host; keys of random numbers by their data."""
+    return [_number(one) for one in jax.tree.leaves(results) if one.dtype != jax.dtypes.float0]
+
+
+def _number(array: jax.Array) -> np.ndarray[Any, Any]:
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        array = jax.random.key_data(array)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag])
+    return np.asarray(array.astype(jnp.promote_types(array.dtype, jnp.float32)), np.float64)
+
+
+def deviation(results: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Largest difference, each relative to the largest expected value; none where both are NaN.
+
+    It is infinite where only one is finite.
+    """
+    worst = 0.0
+    for one, other in zip(results, expected, strict=True):
+        same = (one == other) | (np.isnan(one) & np.isnan(other))
+        finite = np.abs(other[np.isfinite(other)])
+        largest = max(float(finite.max(initial=0.0)), 1e-30)
+        with np.errstate(invalid="ignore"):
+            apart = np.where(same, 0.0, np.abs(one - other))
+        error = float(apart.max(initial=0.0)) / largest
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def tolerance(arrays: Sequence[jax.Array]) -> float:
+    """By what results may differ between sizes of chunks: the root of the least precise dtype's
+    rounding, which sums in another order never reach, and positions that are mixed do.
+    """  # noqa: D205
+    inexact = [one.dtype for one in arrays if jnp.issubdtype(one.dtype, jnp.inexact)]
+    return math.sqrt(max((float(jnp.finfo(dtype).eps) for dtype in inexact), default=1e-7))

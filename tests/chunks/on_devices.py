@@ -1,0 +1,79 @@
+"""Run by ``test_on_devices.py`` in a process with four devices: prints what was communicated."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import CASES
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from autochunk import ProfileStore, chunked, detect
+from autochunk.plan import Plan
+from autochunk.store.programs import Programs
+from autochunk.tuner.functions.subject import Subject, of_program
+
+Function = Callable[..., Any]
+
+KINDS = ("all-gather", "all-reduce", "collective-permute", "all-to-all")
+
+
+def leaves_a_program(mesh: jax.sharding.Mesh, fn: Function, arrays: Any) -> None:
+    """What is missed here can be measured on one device."""
+    missed = chunked(fn, (0, None), name="missed")
+    if sys.argv[1] == "shard_map":
+        missed = jax.shard_map(missed, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"))
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jax.jit(missed).lower(*arrays)
+    store = ProfileStore()
+    header, program = Programs(store.path).read(store.missed_functions(detect()).popitem()[0])
+    subject = Subject(*of_program(header, program), "training")
+    jax.eval_shape(subject.function(Plan("chunks", None, (3,))), *subject.passed)
+
+
+def main() -> None:
+    """Compares with the whole function on one device."""
+    case = CASES["transition"]
+    fn = case.fn
+    x, w = jnp.concatenate([case.args[0]] * 4), case.args[1]
+    run = chunked(fn, (0, None), chunk_size=8)  # of 28 positions: two of each device's seven
+    whole: Function = lambda x, w: jnp.sin(fn(x, w)).sum()  # noqa: E731
+    expected = fn(x, w), jax.grad(whole, (0, 1))(x, w)
+
+    kind = AxisType[sys.argv[1]] if sys.argv[1] != "shard_map" else AxisType.Auto
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(kind,))
+    arrays = (
+        jax.device_put(x, NamedSharding(mesh, P("i"))),
+        jax.device_put(w, NamedSharding(mesh, P())),
+    )
+    inside: Function = run
+    if sys.argv[1] == "shard_map":
+        inside = jax.shard_map(run, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"))
+        summed: Function = chunked(lambda x: x.sum(0), reduce="sum", chunk_size=2)
+        total = jax.shard_map(
+            lambda x: jax.lax.psum(summed(x), "i"), mesh=mesh, in_specs=P("i"), out_specs=P()
+        )
+        np.testing.assert_allclose(jax.jit(total)(arrays[0]), x.sum(0), rtol=1e-5, atol=1e-5)
+    loss: Function = lambda x, w: jnp.sin(inside(x, w)).sum()  # noqa: E731
+    both: Function = lambda x, w: (inside(x, w), jax.grad(loss, (0, 1))(x, w))  # noqa: E731
+    with jax.set_mesh(mesh):
+        found = jax.jit(both)(*arrays)
+        text = jax.jit(inside).lower(*arrays).compile().as_text() or ""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    leaves_a_program(mesh, fn, arrays)
+    print(found[0].sharding.spec, [k for k in KINDS if re.search(rf"{k}(-start)?\(", text)])
+
+
+main()

@@ -1,0 +1,163 @@
+"""What answers "auto", and what is left where nothing does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import make_chunks, make_function_profile, make_measurement, run_python
+from cases import CASES, draw
+
+import autochunk
+from autochunk import chunked
+from autochunk.chunks.chunked import call_of
+from autochunk.chunks.describe import described
+from autochunk.errors import BudgetWarning, MissWarning, StaleWarning
+from autochunk.functions import FunctionCall
+from autochunk.resolution import resolve
+from autochunk.store import bundle
+from autochunk.store.profile import Profile
+from autochunk.store.profiles import ProfileStore
+from autochunk.store.programs import Programs
+
+Function = Callable[..., Any]
+X, W = draw(64, 8), draw(8, 16)
+
+
+def transition(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w) @ w.T
+
+
+def made(fn: Function = transition, **settings: Any) -> Function:
+    """A function that nothing has traced yet."""
+    return chunked(lambda *args: fn(*args), **{"in_axes": (0, None), "name": "made", **settings})  # noqa: PLW0108
+
+
+def call(fn: Function = transition, **settings: Any) -> FunctionCall:
+    found = described(call_of(made(fn, **settings), (X, W), {}))
+    assert found is not None
+    return found
+
+
+def profile(subject: FunctionCall | None = None, **fields: Any) -> Profile:
+    given = {"device": autochunk.detect(), **fields}
+    return make_function_profile(subject or call(), **given)
+
+
+def loops(run: Function) -> int:
+    """How often the loop of a traced call goes round; 0 if there is none."""
+    _, _, after = str(jax.make_jaxpr(run)(X, W)).partition(" length=")
+    return int(after.split()[0]) if after else 0
+
+
+def test_a_profile_answers(store_path: Path) -> None:
+    """A call that was measured runs as it was best, silently."""
+    store = ProfileStore(store_path)
+    for mode in ("forward", "training"):
+        store.put(profile(call().with_mode(mode)))
+    run = made()
+    assert loops(run) == 4
+    np.testing.assert_allclose(jax.jit(run)(X, W), transition(X, W), rtol=1e-5, atol=1e-6)
+
+
+def test_a_miss_is_told_once_and_leaves_a_program(store_path: Path) -> None:
+    """With the command that cures it; both modes are missed."""
+    with pytest.warns(MissWarning, match="found no profile for function:name=made.*--missed"):
+        assert loops(made()) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loops(made())
+    missed = ProfileStore(store_path).missed_functions(autochunk.detect())
+    assert sorted(one.mode for one in missed) == ["forward", "training"]
+    assert all(Programs(store_path).has(one) for one in missed)
+
+
+def test_no_program_is_left_where_none_is_wanted(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warning says what else can be done."""
+    monkeypatch.setenv("AUTOCHUNK_PROGRAMS", "no")
+    with pytest.warns(MissWarning, match=r"AUTOCHUNK_PROGRAMS says so.*tune_chunks"):
+        loops(made())
+    assert not Programs(store_path).folder.exists()
+
+
+def test_what_cannot_be_exported_is_said() -> None:
+    """As a function that calls back to the host, or one whose shapes depend on a number."""
+    by_number = lambda x, w: transition(x, w) * int(x.shape[0])  # noqa: E731
+    calls_back = lambda x, w: jax.pure_callback(lambda x: x, jax.typeof(x), x) @ w  # noqa: E731
+    for name, fn in (("by number", by_number), ("calls back", calls_back)):
+        with pytest.warns(MissWarning, match="left no program .*tune_chunks"):
+            loops(made(fn, name=name))
+
+
+def test_a_function_that_changed_is_stale(store_path: Path) -> None:
+    """The user's own store answers for it, with a warning, and it is missed; a bundle does not."""
+    changed = lambda x, w: transition(x, w) + 1  # noqa: E731
+    store = ProfileStore(store_path)
+    for mode in ("forward", "training"):
+        store.put(profile(call(changed).with_mode(mode)))
+    with pytest.warns(StaleWarning, match="computed something else when it was measured"):
+        assert loops(made()) == 4
+    assert call() in store.missed_functions(autochunk.detect())
+
+
+@pytest.mark.parametrize(("other", "expected"), [({"name": "another"}, 4), ({}, 0)])
+def test_a_bundle_answers_by_fingerprint_only(
+    other: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the function is called there; not one of this name that computes something else."""
+    change = other or {"fingerprint": "f" * 16}
+    subject = FunctionCall.make(**{**call().model_dump(), **change})
+    found = [profile(subject.with_mode(mode)) for mode in ("forward", "training")]
+    (tmp_path / "bundle.json").write_text(bundle.dump(found))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(tmp_path / "bundle.json"))
+    resolve.forget_all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissWarning)
+        assert loops(made()) == expected
+
+
+def test_a_function_that_mixes_positions_is_not_chunked(store_path: Path) -> None:
+    """What was found by measuring holds within any budget."""
+    wrong = make_chunks(16, status="inaccurate", detail="the function mixes positions")
+    for mode in ("forward", "training"):
+        measurements = (make_measurement("dense"), wrong)
+        ProfileStore(store_path).put(profile(call().with_mode(mode), measurements=measurements))
+    with autochunk.use(memory_budget_mb=0.001), pytest.warns(BudgetWarning, match="mixes"):
+        assert loops(made()) == 0
+
+
+def test_a_budget_that_nothing_fits_is_told(store_path: Path) -> None:
+    """What takes least runs."""
+    for mode in ("forward", "training"):
+        ProfileStore(store_path).put(profile(call().with_mode(mode)))
+    with pytest.warns(BudgetWarning, match="chunks of 16, takes 10 MB"):
+        assert loops(made(memory_budget_mb=1)) == 4
+
+
+FINGERPRINTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from cases import CASES
+from autochunk.chunks.chunked import call_of
+from autochunk.chunks.describe import described
+for name in sys.argv[2:]:
+    case = CASES[name]
+    print(described(call_of(case.chunked, case.args, {})).fingerprint)
+"""
+
+
+def test_fingerprints_are_the_same_in_every_process() -> None:
+    """And differ from function to function."""
+    names = ["transition", "own rule", "recurrent", "dropout"]
+    there = run_python(FINGERPRINTS, Path(__file__).parent, *names, PYTHONHASHSEED="1").split()
+    calls = [call_of(CASES[name].chunked, CASES[name].args, {}) for name in names]
+    assert there == [one.fingerprint for one in map(described, calls) if one]
+    assert len(set(there)) == len(names)

@@ -1,0 +1,174 @@
+"""Functions that are not attention, measured: from a program, in a worker, or where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import run_python
+from hypothesis import given
+from hypothesis import strategies as st
+
+import autochunk
+from autochunk.chunks.chunked import call_of
+from autochunk.chunks.export import description, drawn, exported
+from autochunk.errors import ArgumentError
+from autochunk.plan import Plan
+from autochunk.store.choice import DENSE
+from autochunk.store.profiles import ProfileStore
+from autochunk.store.programs import Programs
+from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.functions.subject import Subject, as_numbers, deviation, of_program
+from autochunk.tuner.functions.tune import candidates
+from autochunk.tuner.functions.worker import plan_of
+
+QUICK = EFFORT_SETTINGS["quick"]
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=3))
+def test_candidates(lengths: list[int]) -> None:
+    """The whole call first, then ever smaller chunks, each once, and not too many of them."""
+    plans = candidates(lengths, QUICK)
+    assert plans[0] == DENSE
+    sizes = [plan.chunk_sizes for plan in plans[1:]]
+    assert len(set(plans)) == len(plans) <= 60
+    for one in sizes:
+        assert one is not None
+        assert all(1 <= size <= length for size, length in zip(one, lengths, strict=True))
+        chunks = [-(-length // size) for size, length in zip(one, lengths, strict=True)]
+        assert 1 < np.prod(chunks) <= QUICK.most_slices
+    assert sizes == sorted(sizes, key=lambda one: -np.prod(one or (1,)))
+
+
+def test_candidates_divide_well() -> None:
+    """Between two powers of two stands what leaves no smaller chunk."""
+    sizes = [plan.chunk_sizes for plan in candidates([768], EFFORT_SETTINGS["standard"])]
+    assert {(512,), (384,), (256,), (192,), (128,)} <= set(sizes)
+
+
+def test_a_plan_is_read_back() -> None:
+    """What a worker is told is the plan."""
+    for plan in (DENSE, Plan("chunks", None, (2, 3))):
+        assert plan_of(plan.as_data()) == plan
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_a_program_computes_what_the_function_does(mode: Any) -> None:
+    """Exported with what is around it, with sizes that are symbolic, by any plan."""
+    w = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    fn = autochunk.chunked(lambda x: (jnp.sin(x @ w), x.sum()), 0, (0, None), reduce="sum")
+    call = call_of(fn, (jnp.ones((7, 2)),), {})
+    header, program = exported(call)
+    assert header["around"] == [{"shape": [2, 2], "dtype": "float32"}]
+    function, arrays = of_program(header, program)
+    subject = Subject(function, arrays, mode)
+    results = [
+        as_numbers(jax.jit(subject.function(plan))(*subject.passed))
+        for plan in (DENSE, Plan("chunks", None, (3,)))
+    ]
+    assert len(results[0]) == (2 if mode == "forward" else 4)
+    assert deviation(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "complex64"])
+def test_arguments_of_any_dtype(dtype: str) -> None:
+    """What is drawn is as described, and finite."""
+    given = jnp.zeros((2, 3), dtype)
+    array = drawn(description(given), 0)
+    assert (array.shape, array.dtype) == (given.shape, given.dtype)
+    assert np.isfinite(as_numbers([array])[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_keys_of_any_kind(kind: str) -> None:
+    """Keys of random numbers are of the algorithm that the function had."""
+    given = jax.random.split(jax.random.key(0, impl=kind), 4)
+    array = drawn(description(given), 0)
+    assert (array.shape, array.dtype) == (given.shape, given.dtype)
+
+
+def test_deviation() -> None:
+    """Relative to the largest value; NaN where NaN is expected is right, elsewhere wrong."""
+    nan, expected = float("nan"), [np.array([1.0, -4.0])]
+    assert deviation([np.array([1.0, -4.0])], expected) == 0
+    assert deviation([np.array([1.0, -3.0])], expected) == 0.25
+    assert deviation([np.array([1.0, nan])], expected) == float("inf")
+    assert deviation([np.array([1.0, nan])], [np.array([1.0, nan])]) == 0
+    assert deviation([np.zeros(0)], [np.zeros(0)]) == 0
+
+
+MODEL = """
+import warnings
+warnings.simplefilter({warnings!r})
+import autochunk, jax, jax.numpy as jnp
+def transition(x, w):
+    return jnp.tanh(x @ w) @ w.T
+def mixes(x):
+    return x - x.mean(0)
+x, w = jnp.ones((256, 8)), jnp.ones((8, 64))
+for fn, axes, args in ((transition, (0, None), (x, w)), (mixes, 0, (x,))):
+    run = autochunk.chunked(fn, axes, name=fn.__name__)
+    print(str(jax.make_jaxpr(run)(*args)).count("scan"))
+"""
+
+
+def test_missed_in_one_process_tuned_in_another(store_path: Path) -> None:
+    """The tuner has nothing of the user's code; a third process runs what was found."""
+    run_python(MODEL.format(warnings="ignore"))
+    kept = Programs(store_path).folder
+    assert len(list(kept.iterdir())) == 2
+    tune = "import sys; from autochunk.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
+    printed = run_python(
+        tune, "tune", "--missed", "--effort", "quick", "--timeout", "200", timeout=280
+    )
+    assert "transition 256" in printed
+    store = ProfileStore(store_path)
+    profiles = store.profiles()
+    assert len(profiles) == 4
+    assert all(one.complete for one in profiles)
+    assert not store.missed_functions(autochunk.detect())
+    assert list(kept.iterdir()) == []
+    mixed = [m for one in profiles if "mixes" in one.workload for m in one.measurements]
+    assert {m.status for m in mixed if m.chunk_sizes} == {"inaccurate"}
+    assert all("mixes positions" in m.detail for m in mixed if m.chunk_sizes)
+    run_python(MODEL.format(warnings="error"))
+
+
+def test_a_function_is_measured_where_it_is(store_path: Path) -> None:
+    """What cannot be exported: a call back to the host, a merge of its own."""
+    x = jnp.ones((32, 4))
+    back = autochunk.chunked(
+        lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x), name="back"
+    )
+    merged = autochunk.chunked(
+        lambda x: jnp.exp(x).sum(0), reduce=(jnp.zeros(4), lambda a, b: a + b), name="merged"
+    )
+    said: list[str] = []
+    given: dict[str, Any] = {"modes": ("forward",), "effort": "quick", "on_line": said.append}
+    found = [*autochunk.tune_chunks(back, (x,), **given)]
+    found += autochunk.tune_chunks(merged, (x,), **given)
+    assert [one.complete for one in found] == [True, True]
+    assert said[0].startswith("back 32 forward: ")
+    assert sorted(ProfileStore(store_path).profiles(), key=str) == sorted(found, key=str)
+    assert all(m.timed for one in found for m in one.measurements)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fn": jnp.sin}, "what autochunk.chunked returned"),
+        ({"effort": "much"}, "effort must be one of"),
+        ({"modes": ()}, "modes must be some of"),
+        ({"timeout": 0}, "timeout must be"),
+        ({"args": (jnp.ones(()),)}, "axis 0 of"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    """Before anything is measured."""
+    given = {"fn": autochunk.chunked(jnp.sin), "args": (jnp.ones(3),), **arguments}
+    with pytest.raises(ArgumentError, match=message):
+        autochunk.tune_chunks(**given)
