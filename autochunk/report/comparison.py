@@ -27,7 +27,7 @@ def comparison(
     Returns:
       records with ``then`` and ``now``, what is chosen on either side (None where it has nothing),
       ``slower``, [low, best guess, high] of the fraction by which the choice takes longer now (with
-      95% confidence, as far as rounds of two sessions can tell), and a ``verdict``: "slower" or
+      95% confidence, as far as rounds of two days can tell), and a ``verdict``: "slower" or
       "faster" where that is surely so and the best guess is more than ``limit``, "unclear" where it
       is more and may be chance, "no plan" where there was one and is none.
     """
