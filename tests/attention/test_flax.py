@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from flax import linen, nnx
-from reference import assert_close, compiled_text, draw, draw_mask, largest_array, quick_jit
+from reference import assert_close, compiled_text, draw, draw_mask, largest_array
 
 from autochunk.errors import ArgumentError
 from autochunk.flax import attention_fn, make_attention_fn

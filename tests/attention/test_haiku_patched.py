@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from haiku import MultiHeadAttention as ImportedByName
-from reference import assert_close, compiled_text, draw, draw_mask, largest_array, quick_jit
+from reference import assert_close, compiled_text, draw, draw_mask, largest_array
 
 import autochunk
 from autochunk.errors import ArgumentError

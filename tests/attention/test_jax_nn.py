@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from flax import nnx
 from jax.nn import dot_product_attention as imported_by_name
-from reference import assert_close, compiled_text, draw, draw_mask, largest_array, quick_jit
+from reference import assert_close, compiled_text, draw, draw_mask, largest_array
 
 from autochunk import patch_jax_nn
 from autochunk.attention import jax_nn

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import make_chunks, make_function_profile, make_measurement, run_python
 from cases import CASES, draw
+from factories import make_chunks, make_function_profile, make_measurement, run_python
 
 import autochunk
 from autochunk import chunked

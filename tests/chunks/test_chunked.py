@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import quick_jit
 from cases import draw
+from factories import quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import quick_jit
 from cases import CASES
+from factories import quick_jit
 
 Function = Callable[..., Any]
 
