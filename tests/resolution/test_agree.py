@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_profile, make_workload, one_plan, run_python, start_python
+from factories import (
+    make_measurement,
+    make_profile,
+    make_workload,
+    one_plan,
+    run_python,
+    start_python,
+)
 
 import autochunk
 from autochunk.plan import Plan
@@ -163,9 +170,12 @@ def test_many_profiles_travel(tmp_path: Path) -> None:
     paths = stores_of(tmp_path, (0.01, None))
     profiles = []
     for length in range(1, 301):
-        noise = os.urandom(4000).hex()  # it does not compress
+        failed = [
+            make_measurement(limit=limit, status="crashed", detail=os.urandom(1000).hex())
+            for limit in (1.0, 2.0, 3.0, 4.0)  # it does not compress
+        ]
         workload = make_workload(f"t={length},h=2,k=8")
-        profiles.append(make_profile(workload, device, one_plan(0.5), autochunk=noise))
+        profiles.append(make_profile(workload, device, (*one_plan(0.5), *failed)))
     ProfileStore(paths[0]).put_all(profiles)
     assert {answer["plan"] for answer in answers(start(2, paths, {}, {}))} == {"xla, 0.01 MB"}
 
