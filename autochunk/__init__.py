@@ -61,6 +61,8 @@ holds::
                                found
       earlier                  what is not searched anew
       study/                   what is measured already, and by whom: alone or with other machines
+      sync                     what machines of one kind leave for each other where they meet
+                               (study/hub)
       probe, process, worker   the measuring process, from outside, in between and from inside
       autotuning               what XLA tries out for a GPU, kept
       inputs, reference        what is computed there, and what it should give
@@ -84,7 +86,7 @@ holds::
     doctor                   looks over the whole set-up
     cli/                     the command: tune and bench (measuring), show, explain,
                              evaluate and doctor (looking), report (reporting), export, import
-                             and forget (moving)
+                             and forget (moving), sync (sharing)
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from autochunk.cli.measuring import bench, tune
 from autochunk.cli.moving import export, forget, import_
 from autochunk.cli.printing import prepare_streams
 from autochunk.cli.reporting import report
+from autochunk.cli.sharing import sync
 from autochunk.errors import AutochunkError
 from autochunk.text import printable
 
@@ -41,5 +42,8 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-for _command in (tune, bench, show, explain, evaluate, report, doctor, export, import_, forget):
+for _command in (
+    *(tune, bench, show, explain, evaluate, report, doctor),
+    *(sync, export, import_, forget),
+):
     main.add_command(_command)

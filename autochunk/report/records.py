@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autochunk.tuner.bench import Contender  # which loads jax
     from autochunk.tuner.probe import Prepared
     from autochunk.tuner.rivals import Rival
+    from autochunk.tuner.sync import Synced
 
 
 def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
@@ -172,6 +173,24 @@ def import_records(plan: ImportPlan, here: Device | None = None) -> list[dict[st
         }
         for entry in plan.entries
     ]
+
+
+def synced_record(found: Synced, place: str) -> dict[str, Any]:
+    """What ``sync`` moved to and from a storage, whose place has no password, as plain data."""
+    return {
+        "storage": place,
+        "device": found.device.key,
+        "taken": [_moved(profile) for profile in found.taken],
+        "handed_in": [_moved(profile) for profile in found.handed_in],
+        "missed": {workload.key: count for workload, count in found.missed.items()},
+        "wishes": {workload.key: count for workload, count in found.wishes.items()},
+        "newer": found.newer,
+    }
+
+
+def _moved(profile: Profile) -> dict[str, Any]:
+    names = ("workload", "effort", "complete", "created")
+    return {name: getattr(profile, name) for name in names} | {"jaxlib": profile.device.jaxlib}
 
 
 def bench_record(contender: Contender) -> dict[str, Any]:

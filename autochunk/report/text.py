@@ -17,6 +17,7 @@ from autochunk.store.merge import ImportEntry, ImportPlan, Relation
 
 if TYPE_CHECKING:
     from autochunk.doctor import Finding
+    from autochunk.tuner.sync import Synced
 
 _MOST_DEVICES = 5  # that are told of one by one
 _STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
@@ -113,6 +114,18 @@ def _entry(entry: ImportEntry) -> Text:
     return Text(
         f"{entry.relation}, {done}: {profile.workload} | {profile.device.key}\n  {entry.reason}"
     )
+
+
+def synced_text(found: Synced, place: str) -> str:
+    """What ``sync`` moved to and from a storage, whose place has no password, in a line or two."""
+    text = (
+        f"{place}: {len(found.taken)} profiles taken, {len(found.handed_in)} handed in, "
+        f"{len(found.missed)} misses told; {len(found.wishes)} workloads are missed on devices "
+        "like this and not measured"
+    )
+    if found.newer:
+        text += f"; {found.newer} profiles of a newer autochunk left there"
+    return f"{text}."
 
 
 def finding_text(finding: Finding) -> Text:

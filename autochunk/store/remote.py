@@ -30,7 +30,8 @@ def is_url(place: str) -> bool:
 
 def without_password(place: str) -> str:
     """A place as it may be shown."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
+    place = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
+    return re.sub(r"([?&]\w*password=)[^&#]*", r"\1***", place)
 
 
 def read(url: str, most_bytes: int, timeout: float = TIMEOUT_SECONDS) -> bytes:

@@ -84,6 +84,8 @@ def test_urls(url: str, kind: str) -> None:
 def test_a_report_tells_no_password(scheme: str) -> None:
     """It is for others to see."""
     assert without_password(f"{scheme}://me:secret@host/x") == f"{scheme}://me:***@host/x"
+    asked = f"{scheme}://host/x?password=secret&sslpassword=se@ret"
+    assert without_password(asked) == f"{scheme}://host/x?password=***&sslpassword=***"
 
 
 def test_what_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+from autochunk.tuner.study.hub import Hub, Shared
 from autochunk.tuner.study.journals import Journals
 from autochunk.tuner.study.liveness import worker_name
 from autochunk.tuner.study.storage import Storage, open_private, study_name
@@ -21,7 +22,9 @@ __all__ = [
     "LOADING",
     "MOST_DEATHS",
     "Claim",
+    "Hub",
     "Journals",
+    "Shared",
     "Storage",
     "Study",
     "open_private",

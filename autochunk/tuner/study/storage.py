@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from autochunk.device import Device, current_key
 from autochunk.errors import StorageError
+from autochunk.functions import Tunable
 from autochunk.store.merge import rank
 from autochunk.store.profile import Effort, Profile
 from autochunk.store.remote import without_password
@@ -27,7 +28,11 @@ from autochunk.tuner.study.journal import JournalFile
 from autochunk.tuner.study.trials import Study, readable
 from autochunk.workload import Workload
 
+MISSES = " | misses"
+"""How the name of a study ends that has no plans, but what machines have missed."""
+
 _ATTEMPTS = 10  # at opening a database
+_CONNECT_SECONDS = 10  # a host that does not answer is waited for minutes by itself
 
 
 class Storage:
@@ -64,7 +69,7 @@ class Storage:
                     f"made: {first_line(error)}"
                 ) from error
 
-    def study(self, device: Device, workload: Workload, effort: Effort) -> Study:
+    def study(self, device: Device, workload: Tunable, effort: Effort) -> Study:
         """The study of a workload; made if it is not there.
 
         One that an older version made goes on under its name.
@@ -86,12 +91,13 @@ class Storage:
             summaries = optuna.get_all_study_summaries(
                 storage=self._optuna, include_best_trial=False
             )
-        found = [readable(summary.user_attrs.get("profile")) for summary in summaries]
+        studies = [one for one in summaries if not one.study_name.endswith(MISSES)]
+        found = [readable(one.user_attrs.get("profile")) for one in studies]
         rising = sorted(filter(None, found), key=lambda profile: rank(profile, "best-effort"))
         return list({profile.key: profile for profile in rising}.values()), found.count(None)
 
 
-def study_name(device: Device, workload: Workload, effort: Effort) -> str:
+def study_name(device: Device, workload: Tunable, effort: Effort) -> str:
     """What machines must have in common to share a study.
 
     The device, the libraries whose programs are timed, and how memory is handed out to them.
@@ -109,8 +115,13 @@ def older_study_names(device: Device, workload: Workload, effort: Effort) -> lis
 
 def _current_name(name: str) -> str:
     """A study's name that any version gave it, as this version would."""
-    key, jaxlib, rest = name.partition(" jaxlib=")
-    return f"{current_key(key)}{jaxlib}{rest}"
+    _, jaxlib, rest = name.partition(" jaxlib=")
+    return f"{device_key_of(name)}{jaxlib}{rest}"
+
+
+def device_key_of(name: str) -> str:
+    """The key, as it is today, of the device that a study's name begins with."""
+    return current_key(name.partition(" jaxlib=")[0])
 
 
 def open_private(journal: Path) -> Storage:
@@ -149,9 +160,17 @@ def _open_database(url: str) -> RDBStorage:
     # SQLAlchemy's default for PostgreSQL is psycopg2; psycopg is its successor.
     for scheme in ("postgresql://", "postgres://"):
         url = url.replace(scheme, "postgresql+psycopg://", 1) if url.startswith(scheme) else url
+    options = {"pool_pre_ping": True, "connect_args": _connecting(url)}
     for _ in range(_ATTEMPTS):
         # Workers that start together make the tables of a new database at the same time.
         with contextlib.suppress(IntegrityError, ProgrammingError):
-            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            return RDBStorage(url, engine_kwargs=options)
         time.sleep(0.5)
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    return RDBStorage(url, engine_kwargs=options)
+
+
+def _connecting(url: str) -> dict[str, int]:
+    """How PostgreSQL's driver connects, unless the user says it."""
+    said = "connect_timeout=" in url or "PGCONNECT_TIMEOUT" in os.environ
+    ours = url.startswith("postgresql+psycopg:") and not said
+    return {"connect_timeout": _CONNECT_SECONDS} if ours else {}

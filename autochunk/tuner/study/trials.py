@@ -91,6 +91,14 @@ class Study:
         with one_error(self._place):
             self._study.set_user_attr("profile", profile.model_dump_json())
 
+    def attribute(self, name: str) -> Any:
+        """What is noted of the whole study under a name; None if nothing is."""
+        return self._study.user_attrs.get(name)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        """Notes something of the whole study."""
+        self._study.set_user_attr(name, value)
+
     def measured(self) -> dict[Plan, Measurement]:
         """What was measured beside the present anchor, by whomever; joint rounds included."""
         with one_error(self._place):
