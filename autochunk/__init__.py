@@ -76,6 +76,12 @@ holds::
       rivals, layer            plans beside the chosen one: alone, in a Transformer layer's step
       memory                   what plans take, each in a process of its own
       verify                   whether a profile still holds
+    watch/                   the service that measures while a device is idle
+      idle, todo               decided: is it idle, what comes next (pure data)
+      eyes, lock               what others do on the device; one service on each
+      job, running             what is measured, in a process of its own; that, ended in a second
+      record, publish          what it has done, for whoever asks; its bundle
+      service                  the loop
     report/                  results as plain data (records), drawn (tables, text, progress,
                              evaluation); a report's pictures:
       sources, peers           where its profiles and other libraries' times come from
@@ -86,7 +92,7 @@ holds::
     doctor                   looks over the whole set-up
     cli/                     the command: tune and bench (measuring), show, explain,
                              evaluate and doctor (looking), report (reporting), export, import
-                             and forget (moving), sync (sharing)
+                             and forget (moving), sync and watch (sharing)
 """
 
 from __future__ import annotations

@@ -32,6 +32,14 @@ class _ProcessInfo(ctypes.Structure):
     )
 
 
+class _Memory(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_ulonglong) for name in ("total", "free", "used"))
+
+
+class _Utilization(ctypes.Structure):
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+
+
 class Gpu:
     """One GPU, by its UUID such as "GPU-2f0e..."."""
 
@@ -60,6 +68,22 @@ class Gpu:
         if ask is None or ask(self._handle, ctypes.byref(count), infos):
             return None
         return count.value
+
+    def utilization(self) -> float | None:
+        """For what share of the last moment a kernel ran on it; None where that cannot be told."""
+        ask = getattr(self._library, "nvmlDeviceGetUtilizationRates", None)
+        rates = _Utilization()
+        if ask is None or ask(self._handle, ctypes.byref(rates)):
+            return None
+        return int(rates.gpu) / 100
+
+    def memory(self) -> tuple[int, int] | None:
+        """(free, all) bytes; None where that cannot be told."""
+        ask = getattr(self._library, "nvmlDeviceGetMemoryInfo", None)
+        found = _Memory()
+        if ask is None or ask(self._handle, ctypes.byref(found)):
+            return None
+        return int(found.free), int(found.total)
 
 
 @functools.cache

@@ -767,14 +767,19 @@ def test_every_command_and_effort_is_in_the_readme() -> None:
 
 
 def documented_commands() -> list[str]:
-    """Every ``autochunk`` command line in the README's code and in the Kubernetes manifest."""
+    """Every ``autochunk`` command line in the README's code and in what examples deploy."""
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
     text = "\n".join(blocks).replace("/shared/autochunk/", "")
     lines = re.findall(r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)", text)
-    job = README.parent / "examples" / "tune-job.yaml"
-    manifest = re.search(r"autochunk (tune [^|]*) \|\|", job.read_text().replace("\n", " "))
-    assert manifest is not None
-    return [line.strip() for line in lines] + [manifest[1]]
+    examples = README.parent / "examples"
+    deployed = []
+    for name in ("tune-job.yaml", "watch-cronjob.yaml"):
+        joined = (examples / name).read_text().replace("\n", " ")
+        deployed += re.findall(r"autochunk ((?:tune|watch) [^|]*) \|\|", joined)
+    unit = (examples / "autochunk-watch.service").read_text()
+    deployed += re.findall(r"^ExecStart=\S*/autochunk (.*)$", unit, re.MULTILINE)
+    assert len(deployed) == 3
+    return [line.strip() for line in lines] + deployed
 
 
 @pytest.mark.parametrize("line", documented_commands())

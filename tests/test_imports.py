@@ -51,9 +51,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "equinox": {"errors", "plan", "attention"},
     "chunks": WORDS | {"store", "resolution", "attention.kernels"},
     "tuner": WORDS | {"", "store", "resolution", "attention", "chunks"},
+    "watch": WORDS | {"", "store", "tuner"},
     "report": WORDS | {"", "store", "predict", "resolution", "attention", "tuner"},
     "doctor": WORDS | {"", "store", "resolution", "tuner"},
-    "cli": WORDS | {"", "store", "predict", "resolution", "attention", "tuner", "report", "doctor"},
+    "cli": WORDS
+    | {"", "store", "predict", "resolution", "attention", "tuner", "watch", "report", "doctor"},
 }
 
 # Heavy or risky packages, and the only module, or package, that imports each.

@@ -32,6 +32,16 @@ class Library:
         count._obj.value = self.processes
         return self.status
 
+    def nvmlDeviceGetUtilizationRates(self, _: Any, rates: Any) -> int:  # noqa: N802
+        """A fixed answer."""
+        rates._obj.gpu, rates._obj.memory = 40, 7
+        return self.status
+
+    def nvmlDeviceGetMemoryInfo(self, _: Any, memory: Any) -> int:  # noqa: N802
+        """A fixed answer."""
+        memory._obj.total, memory._obj.free, memory._obj.used = 80, 60, 20
+        return self.status
+
 
 def use(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "_library", lambda: library)
@@ -63,6 +73,13 @@ def test_programs_on_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvml.Gpu("GPU-1").processes() == 3
 
 
+def test_what_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the time that it computes, and its memory: free, and all."""
+    use(Library(), monkeypatch)
+    gpu = nvml.Gpu("GPU-1")
+    assert (gpu.utilization(), gpu.memory()) == (0.4, (60, 80))
+
+
 @pytest.mark.parametrize(
     ("library", "uuid"),
     [(None, "GPU-1"), (object(), "GPU-1"), (Library(4, 2), "GPU-2"), (Library(4, 2, 3), "GPU-1")],
@@ -75,6 +92,8 @@ def test_what_cannot_be_told(library: Any, uuid: str, monkeypatch: pytest.Monkey
     gpu = nvml.Gpu(uuid)
     assert gpu.slowed_by() is None
     assert gpu.processes() is None
+    assert gpu.utilization() is None
+    assert gpu.memory() is None
 
 
 def test_a_machine_without_the_library() -> None:

@@ -18,7 +18,7 @@ from autochunk.cli.measuring import bench, tune
 from autochunk.cli.moving import export, forget, import_
 from autochunk.cli.printing import prepare_streams
 from autochunk.cli.reporting import report
-from autochunk.cli.sharing import sync
+from autochunk.cli.sharing import sync, watch
 from autochunk.errors import AutochunkError
 from autochunk.text import printable
 
@@ -44,6 +44,6 @@ def main() -> None:
 
 for _command in (
     *(tune, bench, show, explain, evaluate, report, doctor),
-    *(sync, export, import_, forget),
+    *(sync, watch, export, import_, forget),
 ):
     main.add_command(_command)

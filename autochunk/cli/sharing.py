@@ -1,9 +1,13 @@
-"""Commands by which machines of one kind work for each other: ``sync``."""
+"""Commands that keep machines tuned, each for others of its kind: ``sync`` and ``watch``."""
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,12 +15,16 @@ from autochunk.cli.options import json_option, store_option
 from autochunk.cli.printing import print_json, say
 from autochunk.device import detect
 from autochunk.errors import StorageError
+from autochunk.plan import check_positive
 from autochunk.report.records import synced_record
-from autochunk.report.text import synced_text
+from autochunk.report.text import event_text, status_text, synced_text
+from autochunk.store.profile import EFFORTS, Effort
 from autochunk.store.profiles import ProfileStore
 from autochunk.store.remote import without_password
 
-_AWAY = 3  # exit status; 1 is for other errors, 2 for a wrong command line
+# Exit statuses; 1 is for other errors, 2 for a wrong command line.
+_AWAY = 3
+_SOMETHING_LEFT = 3
 
 
 @click.command()
@@ -52,3 +60,110 @@ def sync(storage: str, store: Path | None, as_json: bool) -> None:
         print_json(synced_record(found, place))
     else:
         say(synced_text(found, place))
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="End when nothing is left to be done, or others work.")
+@click.option("--status", is_flag=True, help="Say what the service has done, does and will do.")
+@click.option(
+    "--idle-minutes",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    show_default=True,
+    help="For so long the device must be idle before anything is measured.",
+)
+@click.option(
+    "--hours",
+    metavar="FROM-TO",
+    help="Hours of the day, local time, in which to measure, such as 22-6 or 22:30-6:15.",
+)
+@click.option(
+    "--busy-cores",
+    type=click.FloatRange(min=0),
+    metavar="CORES",
+    help="So many cores in use by others are work; the default is 0.3, for a GPU half of all.",
+)
+@click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
+@click.option(
+    "--memory-budget-mb",
+    type=float,
+    metavar="MB",
+    help="Most working memory that a measurement may take; the default is 80% of what is free.",
+)
+@click.option(
+    "--storage",
+    metavar="URL|FILE",
+    help="Sync with other machines there by itself, and measure what they miss, too.",
+)
+@click.option(
+    "--publish",
+    metavar="FILE|FOLDER|URL",
+    help="Add the profiles to this bundle, or to one for each kind of device in a folder.",
+)
+@store_option
+@json_option
+def watch(
+    once: bool,
+    status: bool,
+    idle_minutes: float,
+    hours: str | None,
+    busy_cores: float | None,
+    effort: Effort,
+    memory_budget_mb: float | None,
+    storage: str | None,
+    publish: str | None,
+    store: Path | None,
+    as_json: bool,
+) -> None:
+    """Whenever the device is idle, measure what "auto" has missed, what is stale or unfinished, the
+    most wanted first, and verify a sample of old profiles. Gives way within a second when work
+    arrives; what is measured is kept.
+
+    It watches jax's default device; on several GPUs run one for each, with CUDA_VISIBLE_DEVICES.
+    Prints a line for each event, until it is told to stop (SIGTERM, Ctrl-C).
+
+    Exit status: 0 when told to stop, or with --once when nothing is left to be done; 3 when with
+    --once something is; 1 on an error, as when another one watches the device.
+    """  # noqa: D205
+    from autochunk.watch import record, service
+    from autochunk.watch.idle import ALL_DAY, Hours
+
+    profile_store = ProfileStore(store)
+    if status:
+        found = record.read_all(profile_store.path)
+        print_json(found) if as_json else say(status_text(found))
+        return
+    check_positive("memory_budget_mb", memory_budget_mb, "MB")
+    options = service.Options(
+        effort=effort,
+        idle_minutes=idle_minutes,
+        hours=Hours.parse(hours) if hours else ALL_DAY,
+        once=once,
+        busy_cores=busy_cores,
+        memory_budget_mb=memory_budget_mb,
+        storage=storage,
+        publish=publish,
+    )
+
+    def tell(event: dict[str, Any]) -> None:
+        say(json.dumps(event) if as_json else event_text(event))
+        sys.stdout.flush()
+
+    stop = _told_to_stop()
+    done = service.watch(profile_store, options, tell, stop)
+    if once and not done:
+        sys.exit(_SOMETHING_LEFT)
+
+
+def _told_to_stop() -> threading.Event:
+    """An event that is set when the process is told to end."""
+    stop = threading.Event()
+
+    def end(*_: object) -> None:
+        # Not here: whoever waits for it may hold its lock.
+        threading.Thread(target=stop.set).start()
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, end)
+    return stop

@@ -128,6 +128,33 @@ def synced_text(found: Synced, place: str) -> str:
     return f"{text}."
 
 
+def event_text(event: dict[str, Any]) -> str:
+    """One line of what ``watch`` tells of an event."""
+    names = ("time", "event", "detail", "workload")
+    fields = [f"{name}={value}" for name, value in event.items() if name not in names and value]
+    told = [event.get("workload"), event.get("detail"), ", ".join(fields)]
+    return f"{event['time']} {event['event']}: {'; '.join(filter(None, told))}".rstrip(": ")
+
+
+def status_text(services: Sequence[dict[str, Any]]) -> str:
+    """What ``watch --status`` says: what a store's services do, have done, and will do."""
+    if not services:
+        return "No service has watched for this store."
+    return "\n\n".join("\n".join(_service(found)) for found in services)
+
+
+def _service(found: dict[str, Any]) -> Iterator[str]:
+    runs = {True: "runs", False: "does not run", None: "is another machine's"}[found["runs"]]
+    doing = [str(found.get(name, "")) for name in ("state", "kind", "workload", "detail")]
+    yield f"process {found.get('process')} on {found.get('host')} {runs}"
+    yield f"{found['written']} {' '.join(filter(None, doing))}"
+    yield "done:"
+    yield from (f"  {event_text(event)}" for event in found.get("events", [])[-20:])
+    yield "to do:"
+    jobs = [f"{job['kind']} {job['workload']}, wanted {job['wanted']}" for job in found["todo"]]
+    yield from (f"  {job}" for job in jobs or ["nothing"])
+
+
 def finding_text(finding: Finding) -> Text:
     """One line of ``autochunk doctor``, and its cure under it."""
     text = Text.assemble(
