@@ -143,7 +143,8 @@ class Watch:
             self._record.event("ended", detail=str(error))
             raise
         self._record.now("ended", self._todo())
-        self._record.event("ended", detail="nothing is left" if done else "something is left")
+        left = "told to stop" if self._stop.is_set() else "something is left"
+        self._record.event("ended", detail="nothing is left" if done else left)
         return done
 
     def _check_sight(self) -> None:
@@ -226,16 +227,27 @@ class Watch:
         self._record.now("measuring", jobs, **what)
         self._record.event("began", **what, wanted=job.wanted)
         running = RunningJob(self._job(job))
-        reason = ""
-        while not (running.ended(_WATCHFUL_SECONDS) or (reason := self._why_give_way())):
-            pass
-        if reason:
+        if reason := self._why_ended_early(running):
             seconds = running.end()
             self._quiet.saw(reason, time.monotonic())
             self._record.event("gave way", **what, detail=reason, seconds=round(seconds, 3))
             running.result()
             return
         self._note(job, running.result(), what)
+
+    def _why_ended_early(self, running: RunningJob) -> str:
+        """Waits until a job has ended, or is to be ended: why, then.
+
+        What is seen once, as of a measuring process that is ended and another that is started, is
+        nobody's work.
+        """
+        before = ""
+        while not running.ended(_WATCHFUL_SECONDS):
+            reason = self._why_give_way()
+            if reason and before:
+                return reason
+            before = reason
+        return ""
 
     def _job(self, job: Job) -> dict[str, Any]:
         """What the job's process is told."""
@@ -256,6 +268,9 @@ class Watch:
             memory.verified[job.workload] = time.time()
         if result in ("verified", "measured"):
             memory.is_done(job.name)
+            # As where another layer has the answer: it would be begun again at once, for ever.
+            if job.kind != "functions" and job in self._todo():
+                memory.came_to_nothing(job.name, time.time())
         elif result == "drifted":
             memory.drifted.append(job.workload)
         elif result != "stopped":  # by somebody else

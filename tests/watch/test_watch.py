@@ -19,9 +19,10 @@ from factories import TESTS, make_device, make_profile, make_workload
 
 from autochunk.device import Device
 from autochunk.errors import DeviceError
+from autochunk.plan import Plan
 from autochunk.store import bundle
 from autochunk.store.profiles import ProfileStore
-from autochunk.tuner.study import Hub
+from autochunk.tuner.study import Hub, Journals
 from autochunk.tuner.sync import sync
 from autochunk.watch import record as records
 from autochunk.watch.eyes import Eyes, descendants
@@ -138,7 +139,7 @@ def test_a_machine_that_does_not_tell_is_not_used(tmp_path: Path) -> None:
 
 
 def test_it_gives_way_and_goes_on(tmp_path: Path) -> None:
-    """No plan is being measured when it says so; each is measured once all the same."""
+    """No plan is being measured when it says so; what was measured is kept, and gone on from."""
     store, log, machine = store_at(tmp_path), tmp_path / "requests", Machine()
     store.record_miss(DEVICE, SMALL)
     worker = scripted(log=str(log), delay=0.02)
@@ -157,13 +158,16 @@ def test_it_gives_way_and_goes_on(tmp_path: Path) -> None:
         before = len(requests("time"))
         service.wait_for(lambda: "waiting" in service.names())
         assert len(requests("time")) == before
+        kept = Journals(store.path, service_device(), "quick", None, False).study(SMALL).measured()
+        assert kept
         machine.cores = 0.0
         service.wait_for(lambda: "measured" in service.names())
     names = ["started", "began", "gave way", "waiting", "began", "measured"]
     assert service.names()[: len(names)] == names
-    # Again are prepared the one that was interrupted, and those that others are timed beside.
-    prepared = requests("prepare")
-    assert sum(prepared.count(plan) == 1 for plan in set(prepared)) > len(set(prepared)) / 2
+    profile = store.get(DEVICE, SMALL)
+    assert profile is not None
+    dense = next(one for one in profile.measurements if one.plan == Plan("dense", None))
+    assert dense.own_ratios == kept[dense.plan].own_ratios
 
 
 def command_of(process: int) -> str:
@@ -181,6 +185,20 @@ def test_what_cannot_be_measured_is_put_off(tmp_path: Path) -> None:
     assert service.names() == ["started", "began", "failed", "ended"]
     assert Service(store, Machine()).watch.run()
     assert store.missed(DEVICE) == [SMALL]
+
+
+def test_what_another_layer_answers_is_not_begun_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quick tune leaves it alone, and it is missed on, by whoever has not that layer."""
+    store, layer = store_at(tmp_path), tmp_path / "layer.json"
+    layer.write_text(bundle.dump([make_profile(SMALL, service_device())]))
+    monkeypatch.setenv("AUTOCHUNK_PROFILES", str(layer))
+    store.record_miss(DEVICE, SMALL)
+    service = Service(store, Machine())
+    assert service.watch.run()
+    assert service.names() == ["started", "began", "measured", "ended"]
+    assert "was there" in service.events[2]["detail"]
 
 
 def test_old_profiles_are_verified_and_measured_again_if_they_drifted(tmp_path: Path) -> None:
