@@ -44,8 +44,9 @@ def sync(storage: str, store: Path | None, as_json: bool) -> None:
     Nothing better is overwritten, and any number may do it at the same time, as from a job's
     prolog, epilog or cron.
 
-    Exit status: 0 if it is done, 3 if the storage cannot be used (one line says why; it is waited
-    for some ten seconds, and what was taken before is kept), 1 on another error.
+    Exit status: 0 if it is done, 3 if the storage cannot be used (one line says why; what moved
+    before stays), 1 on another error. One that is away is told at once; one that fails in between
+    is waited for, for some ten seconds.
     """  # noqa: D205
     from autochunk.tuner.sync import open_hub
     from autochunk.tuner.sync import sync as run

@@ -21,7 +21,7 @@ from autochunk.tuner.study import Hub
 from autochunk.workload import Workload
 
 PATIENCE_SECONDS = 10.0
-"""How long a storage that fails is waited for: a job's prolog has no more."""
+"""How long a storage that worked and fails is waited for: a job's prolog has no more."""
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,7 @@ class Watch:
             found = sync(self._store, open_hub(place), self._device)
         except StorageError as error:
             self._hub_works = False
+            self._next_sync = time.monotonic() + _REST_SECONDS
             self._record.event("storage away", detail=str(error))
             return
         self._hub_works, self._wishes = True, found.wishes

@@ -170,6 +170,29 @@ def test_it_gives_way_and_goes_on(tmp_path: Path) -> None:
     assert dense.own_ratios == kept[dense.plan].own_ratios
 
 
+def test_a_job_ends_with_its_service(tmp_path: Path) -> None:
+    """However that ends; a lock of its own would keep the next one from the device for ever."""
+    flag = tmp_path / "measuring"
+    worker = scripted(default={"do": f"once:{flag}:hang"})
+    job: dict[str, Any] = {"kind": "missed", "workload": SMALL.key, "effort": "quick"}
+    job |= {"store": str(tmp_path / "store"), "worker": worker}
+    job |= {"storage": None, "memory_budget_mb": None}
+    code = (
+        "import json, sys, time\nfrom autochunk.watch.running import RunningJob\n"
+        "job = RunningJob(json.loads(sys.argv[1]))\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, json.dumps(job)]) as process:
+        while not flag.exists():
+            time.sleep(0.05)
+        measuring = descendants(process.pid)
+        assert len(measuring) == 2
+        process.kill()
+    end = time.monotonic() + 20
+    while any(map(command_of, measuring)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def command_of(process: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/cmdline").read_text()
