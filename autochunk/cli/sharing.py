@@ -165,6 +165,7 @@ def _told_to_stop() -> threading.Event:
         threading.Thread(target=stop.set).start()
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if number := getattr(signal, name, None):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
             signal.signal(number, end)
     return stop

@@ -151,7 +151,8 @@ def _service(found: dict[str, Any]) -> Iterator[str]:
     yield "done:"
     yield from (f"  {event_text(event)}" for event in found.get("events", [])[-20:])
     yield "to do:"
-    jobs = [f"{job['kind']} {job['workload']}, wanted {job['wanted']}" for job in found["todo"]]
+    todo = found.get("todo", ())
+    jobs = [f"{job['kind']} {job['workload']}, wanted {job['wanted']}" for job in todo]
     yield from (f"  {job}" for job in jobs or ["nothing"])
 
 

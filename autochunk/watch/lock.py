@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -34,18 +35,22 @@ class DeviceLock:
         if fcntl is None:
             raise DeviceError("watch needs a system with flock(2); run `autochunk tune --missed`")
         self.name = hashlib.sha256(f"{device.key} {which}".encode()).hexdigest()[:16]
-        self.path = Path(tempfile.gettempdir()) / f"autochunk-watch-{self.name}.lock"
         try:
+            self.path = _folder() / f"autochunk-watch-{self.name}.lock"
             self._file = _opened(self.path)
+        except OSError as error:
+            raise DeviceError(f"a device cannot be locked here: {error}") from error
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(self._file)
+            held = isinstance(error, BlockingIOError)
             raise DeviceError(
                 f"another autochunk watch has {device.key} ({self.path}); "
                 "`autochunk watch --status` says what it does"
-            ) from None
-        except OSError as error:
-            raise DeviceError(f"no lock can be had on {self.path}: {error.strerror}") from error
+                if held
+                else f"{self.path} cannot be locked: {error.strerror}"
+            ) from error
 
     def close(self) -> None:
         """Lets go."""
@@ -56,6 +61,15 @@ class DeviceLock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _folder() -> Path:
+    """The same for all users; where there is one, one from which nothing old is cleared away."""
+    shared = Path("/run/lock")
+    for_all = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
+    if shared.is_dir() and shared.stat().st_mode & for_all == for_all:
+        return shared
+    return Path(tempfile.gettempdir())
 
 
 def _opened(path: Path) -> int:

@@ -20,6 +20,7 @@ from factories import TESTS, make_device, make_profile, make_workload
 from autochunk.device import Device
 from autochunk.errors import DeviceError
 from autochunk.plan import Plan
+from autochunk.report.text import status_text
 from autochunk.store import bundle
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.study import Hub, Journals
@@ -31,7 +32,7 @@ from autochunk.watch.lock import DeviceLock
 from autochunk.watch.publish import file_of, publish
 from autochunk.watch.record import Record
 from autochunk.watch.service import Options, Watch, found_device
-from autochunk.watch.todo import Memory
+from autochunk.watch.todo import Job, Memory
 
 SMALL, OTHER = make_workload("t=512,h=4,k=8"), make_workload("t=1024,h=4,k=8")
 SCRIPTED = str(TESTS / "tuner" / "scripted_worker.py")
@@ -323,6 +324,21 @@ def test_the_command_tells_what_it_did_and_will_do(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
     (found,) = records.read_all(ProfileStore().path)
     assert found["runs"] is False
+
+
+def test_what_is_told_of_services(tmp_path: Path) -> None:
+    """From the first moment on, of each that a store has; of none, too."""
+    store = tmp_path / "profiles.sqlite"
+    assert "No service" in status_text(records.read_all(store))
+    for which in ("one", "two"):
+        Record(records.path_of(store, which), lambda _: None).event("started", device="cpu")
+    told = status_text(records.read_all(store))
+    assert told.count(f"process {os.getpid()} on") == told.count("runs\n") == 2
+    record = Record(records.path_of(store, "two"), lambda _: None)
+    record.now("waiting", [Job("missed", SMALL.key, "quick", 3)], detail="others use 2 cores")
+    told = status_text(records.read_all(store))
+    assert "waiting others use 2 cores" in told
+    assert f"missed {SMALL.key}, wanted 3" in told
 
 
 def test_records_that_are_none(tmp_path: Path) -> None:
