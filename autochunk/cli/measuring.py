@@ -26,6 +26,7 @@ from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Ending, Event, Failed, LeftOut, OutOfTime
+from autochunk.tuner.outcome import Tuned
 from autochunk.workload import Workload, workloads_of
 
 _TIMEOUTS = ", ".join(
@@ -112,7 +113,7 @@ def tune(
     named = wanted.named()
     wishes: list[Workload] = []
     told: list[Event] = []
-    functions: list[Profile] = []
+    functions = Tuned([], 0, 0)
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -122,7 +123,7 @@ def tune(
         kinds = wanted.dtypes, wanted.modes
         misses = missed_on(profile_store, device, *kinds) if missed else {}
         old = wanted.among(stale_or_unfinished(profile_store, device)) if stale else []
-        if missed and not misses and not functions:
+        if missed and not misses and not functions.wanted:
             _say_nothing('"auto" has missed nothing')
         if stale and not old:
             _say_nothing("Nothing stored is stale or unfinished")
@@ -133,7 +134,7 @@ def tune(
     try:
         if missed and not (storage or devices):
             with _ended_like_ctrl_c():
-                functions += _missed_functions(profile_store, effort, timeout, memory_budget_mb)
+                functions = _missed_functions(profile_store, effort, timeout, memory_budget_mb)
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
 
             def tell(event: Event) -> None:
@@ -154,7 +155,7 @@ def tune(
     except KeyboardInterrupt:
         say("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
         sys.exit(130)
-    rows = [profile_row(profile) for profile in (*functions, *profiles)]
+    rows = [profile_row(profile) for profile in (*functions.profiles, *profiles)]
     print_profiles(rows, as_json)
     if scattered := [row for row in rows if (row["spread"] or 0.0) > SCATTERED]:
         say(
@@ -164,9 +165,11 @@ def tune(
             "again with --force.",
             err=True,
         )
-    if left := _not_measured(wishes, profiles, told):
-        say(f"{len(left)} of {len(set(wishes))} workloads were not measured.", err=True)
-        sys.exit(_NOTHING if len(left) == len(set(wishes)) else _PARTLY)
+    left = len(_not_measured(wishes, profiles, told)) + functions.left
+    if left:
+        wanted = len(set(wishes)) + functions.wanted
+        say(f"{left} of {wanted} workloads were not measured.", err=True)
+        sys.exit(_NOTHING if left == wanted else _PARTLY)
 
 
 def _not_measured(
@@ -186,14 +189,14 @@ def _not_measured(
 
 def _missed_functions(
     store: ProfileStore, effort: Effort, timeout: float | None, memory_budget_mb: float | None
-) -> list[Profile]:
+) -> Tuned:
     """Tunes functions that are not attention, which "auto" missed, in at most half of the time."""
     from autochunk.tuner.functions.tune import Limits, tune_missed
 
     limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
     deadline = None if limit is None else time.monotonic() + limit / 2
     limits = Limits(effort, deadline, memory_budget_mb)
-    return tune_missed(store, limits, lambda line: click.echo(line, err=True))
+    return tune_missed(store, limits, lambda line: say(line, err=True))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from autochunk.store.programs import Programs
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.functions.worker import PROGRAM_VARIABLE
 from autochunk.tuner.joint import JointRounds
+from autochunk.tuner.outcome import Tuned
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure, worker_command
 from autochunk.tuner.standing import best_plans, best_ratio
@@ -78,7 +79,7 @@ def _ladder(length: int, settings: EffortSettings) -> list[int]:
     return sizes
 
 
-def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) -> list[Profile]:
+def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) -> Tuned:
     """Measures functions that "auto" missed on this machine's device, those asked for most first.
 
     Raises:
@@ -91,7 +92,7 @@ def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) 
         try:
             device = probe.connect()
         except OutOfTime:
-            return []
+            return Tuned([], 0, 0)
     missed = store.missed_functions(device)
     ordered = sorted(missed, key=lambda call: -missed[call])
     found = []
@@ -107,7 +108,8 @@ def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) 
             store.put(profile)
             found.append(profile)
     _clear_up(store, kept, device, missed)
-    return found
+    finished = sum(profile.complete for profile in found)
+    return Tuned(found, len(ordered), len(ordered) - finished)
 
 
 def _tune_one(
