@@ -57,7 +57,8 @@ from autochunk.store.profiles import ProfileStore
     multiple=True,
     metavar="SHAPE",
     help="Plot time against memory of every plan, for workloads with these items, such as "
-    "t=4096,mode=training. Repeatable. Needs the extra autochunk[report].",
+    "t=4096,mode=training, or of functions name=NAME. Repeatable. Needs the extra "
+    "autochunk[report].",
 )
 @store_option
 @json_option
@@ -110,7 +111,7 @@ def _plot(profiles: Sequence[Profile], as_json: bool) -> None:
     for one in records:
         title = f"{one['shape']} {one['dtype']} {one['mode']}"
         columns = min(console.width, MOST_COLUMNS)
-        click.echo(f"{curve_text(one['curve'], title, columns)}\n")
+        say(f"{curve_text(one['curve'], title, columns)}\n")
 
 
 @click.command()
@@ -144,9 +145,9 @@ def explain(
         print_json([*map(resolution_record, resolutions), *map(function_record, answers)])
         return
     for answer in answers:
-        make_console().print(function_text(answer), "")
+        print_parts(function_text(answer), "")
     if function is not None and not answers:
-        click.echo(f"No function with {function!r} in its name was measured or missed here.")
+        say(f"No function with {function!r} in its name was measured or missed here.")
     layers = all_layers(store)
     for resolution in resolutions:
         accounts = [(layer.name, _account(layer, resolution)) for layer in layers]
