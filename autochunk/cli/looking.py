@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from autochunk.cli.options import (
 )
 from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import detect
-from autochunk.errors import ReportError
+from autochunk.errors import ReportError, WorkloadError
 from autochunk.functions import FunctionCall, is_function
 from autochunk.report.curve import curve_record
 from autochunk.report.evaluation import evaluation_record, evaluation_table, replays_table
@@ -164,9 +165,12 @@ def _functions(name: str, store: Path | None) -> list[FunctionCall]:
     """Calls of functions with this in their name, that were measured or missed on this device."""
     device, own = detect(), ProfileStore(store)
     keys = {key for layer in all_layers(store) for key in layer.workloads(device)}
-    found = {FunctionCall.parse(key) for key in keys if is_function(key)}
-    calls = sorted(found | set(own.missed_functions(device)), key=lambda call: call.key)
-    return [call for call in calls if name in call.name]
+    calls = set(own.missed_functions(device))
+    for key in filter(is_function, keys):
+        with contextlib.suppress(WorkloadError):  # written by a newer version
+            calls.add(FunctionCall.parse(key))
+    ordered = sorted(calls, key=lambda call: call.key)
+    return [call for call in ordered if name in call.name]
 
 
 @click.command()
