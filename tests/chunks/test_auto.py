@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, draw
+from click.testing import CliRunner
 from factories import make_chunks, make_function_profile, make_measurement, run_python
 
 import autochunk
 from autochunk import chunked
 from autochunk.chunks.chunked import call_of
 from autochunk.chunks.describe import described
-from autochunk.errors import BudgetWarning, MissWarning, StaleWarning
+from autochunk.cli import main
+from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreWarning
 from autochunk.functions import FunctionCall
 from autochunk.resolution import resolve
 from autochunk.store import bundle
@@ -142,12 +146,36 @@ def test_a_budget_that_nothing_fits_is_told(store_path: Path) -> None:
         assert loops(made(memory_budget_mb=1)) == 4
 
 
+def test_keys_of_a_newer_version_are_passed_over(store_path: Path) -> None:
+    """One that has more items is no reason to fail, nor an answer."""
+    ProfileStore(store_path).put(profile(call(name="another")))
+    with closing(sqlite3.connect(store_path)) as file, file:
+        file.execute("UPDATE profiles SET key = replace(key, 'another', 'another,device=2')")
+    with pytest.warns(MissWarning):
+        assert loops(made()) == 0
+    assert CliRunner().invoke(main, ["explain", "--function", "made"]).exit_code == 0
+
+
+def test_a_locked_store_is_waited_for_shortly(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for attention: were it waited for as by a command, this would take hours."""
+    monkeypatch.setattr("autochunk.store.database._BUSY_MILLISECONDS", 3_600_000)
+    monkeypatch.setattr("autochunk.store.database._BRIEF_MILLISECONDS", 100)
+    ProfileStore(store_path).check_writable()
+    with closing(sqlite3.connect(store_path, isolation_level=None)) as file:
+        file.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(StoreWarning, match="without user store"), pytest.warns(MissWarning):
+            assert loops(made()) == 0
+
+
 FINGERPRINTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from cases import CASES
 from autochunk.chunks.chunked import call_of
 from autochunk.chunks.describe import described
+from autochunk.cli import main
 for name in sys.argv[2:]:
     case = CASES[name]
     print(described(call_of(case.chunked, case.args, {})).fingerprint)
