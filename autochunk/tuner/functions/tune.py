@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import autochunk
@@ -107,7 +107,7 @@ def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) 
         if profile is not None:
             store.put(profile)
             found.append(profile)
-    _clear_up(store, kept, device, missed)
+    store.forget_programs()
     finished = sum(profile.complete for profile in found)
     return Tuned(found, len(ordered), len(ordered) - finished)
 
@@ -259,13 +259,3 @@ def _as_measurement(
         ratios=tuple(ratios),
         **asdict(prepared),
     )
-
-
-def _clear_up(
-    store: ProfileStore, kept: Programs, device: Device, missed: Iterable[FunctionCall]
-) -> None:
-    """Deletes programs of which neither mode is missed any more."""
-    waiting = {call.with_mode("forward") for call in store.missed_functions(device)}
-    for call in missed:
-        if call.with_mode("forward") not in waiting:
-            kept.forget(call)
