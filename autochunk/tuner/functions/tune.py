@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import autochunk
 from autochunk.device import Device
 from autochunk.errors import ProbeError, StoreError
-from autochunk.functions import FunctionCall
+from autochunk.functions import FunctionCall, unchanging
 from autochunk.plan import BYTES_PER_MB, CHUNKS, Plan
 from autochunk.store.choice import DENSE
 from autochunk.store.measurement import Measurement
@@ -79,8 +79,13 @@ def _ladder(length: int, settings: EffortSettings) -> list[int]:
     return sizes
 
 
-def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) -> Tuned:
+def tune_missed(
+    store: ProfileStore, limits: Limits, say: Say = lambda _: None, *, known_only: bool = False
+) -> Tuned:
     """Measures functions that "auto" missed on this machine's device, those asked for most first.
+
+    What is stored and stale, or unfinished, is missed where it answers; with ``known_only`` nothing
+    else is measured but functions that have changed since.
 
     Raises:
       ProbeError: no measuring process can be started.
@@ -94,6 +99,9 @@ def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) 
         except OutOfTime:
             return Tuned([], 0, 0)
     missed = store.missed_functions(device)
+    if known_only:
+        known = {unchanging(one.workload) for one in store.profiles(device) if one.function}
+        missed = {one: count for one, count in missed.items() if unchanging(one.key) in known}
     ordered = sorted(missed, key=lambda call: -missed[call])
     found = []
     for number, call in enumerate(ordered, 1):
