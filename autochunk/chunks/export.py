@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from autochunk.chunks.call import Call
 from autochunk.chunks.reductions import Arrays
+from autochunk.resolution.reporting import muted
 
 
 def exported(call: Call) -> tuple[dict[str, Any], bytes]:
@@ -31,7 +32,8 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         names, constraints=[f"{one} >= 1" for one in names.split(", ")]
     )
     chunk = call.shapes(sizes)
-    traced = call.trace_alone(call.flat, sizes)
+    with muted():
+        traced = call.trace_alone(call.flat, sizes)
     constants = [jnp.asarray(one) for one in traced.consts]
     around = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in constants]
 
@@ -64,7 +66,7 @@ def _with_wide(function: Callable[[], bytes]) -> Callable[[], bytes]:
     wide = bool(jax.config.read("jax_enable_x64"))
 
     def run() -> bytes:
-        with jax.enable_x64(wide):
+        with jax.enable_x64(wide), muted():
             return function()
 
     return run

@@ -20,6 +20,7 @@ from autochunk.device import Device
 from autochunk.errors import ArgumentError
 from autochunk.plan import CHUNKS, Plan
 from autochunk.resolution import settings
+from autochunk.resolution.reporting import muted
 from autochunk.workload import MODES
 
 
@@ -87,8 +88,9 @@ def _by_rule(call: Call, device: Device) -> Sizes:
     """By the memory of the device that profiles are asked of: in every process the same one."""
     budget = call.settings.memory_budget_mb or settings.current().memory_budget_mb
     most = most_bytes(device.memory_gib, budget)
-    forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
-    training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
+    with muted():
+        forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
+        training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
     return Sizes(forward, training)
 
 

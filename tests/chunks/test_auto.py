@@ -169,6 +169,34 @@ def test_a_locked_store_is_waited_for_shortly(
             assert loops(made()) == 0
 
 
+def attends(x: jax.Array) -> jax.Array:
+    return autochunk.dot_product_attention(x, x, x)
+
+
+def test_a_function_with_attention_is_the_same_by_any_plan() -> None:
+    """Else tuning the one would make a profile of the other stale."""
+    x, found = draw(6, 8, 2, 4), set()
+    for limit in (None, 0.001):
+        with autochunk.use(max_chunk_size_mb=limit):
+            one = described(call_of(chunked(lambda x: attends(x), name="f"), (x,), {}))  # noqa: PLW0108
+        found.add(one)
+    assert len(found) == 1
+    causal = chunked(lambda x: autochunk.dot_product_attention(x, x, x, is_causal=True), name="f")
+    assert described(call_of(causal, (x,), {})) not in found
+
+
+def test_only_attention_that_runs_is_missed(store_path: Path) -> None:
+    """Not that of programs which are left for the tuner, or weighed for their memory."""
+    x = draw(6, 8, 2, 4)
+    run = chunked(lambda x: attends(x), name="with attention")  # noqa: PLW0108
+    with autochunk.use(memory_budget_mb=0.001), pytest.warns(MissWarning):
+        loss = jax.jit(jax.grad(lambda x: run(x).sum())).lower(x).as_text()
+    assert "while" in loss
+    store, here = ProfileStore(store_path), autochunk.detect()
+    assert [(one.batch, one.mode) for one in store.missed(here)] == [(1, "training")]
+    assert len(list(Programs(store_path).folder.iterdir())) == 1
+
+
 FINGERPRINTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
