@@ -171,9 +171,9 @@ def tune(
         )
     left = len(_not_measured(wishes, profiles, told)) + functions.left
     if left:
-        wanted = len(set(wishes)) + functions.wanted
-        say(f"{left} of {wanted} workloads were not measured.", err=True)
-        sys.exit(_NOTHING if left == wanted else _PARTLY)
+        asked = len(set(wishes)) + functions.wanted
+        say(f"{left} of {asked} workloads were not measured.", err=True)
+        sys.exit(_NOTHING if left == asked else _PARTLY)
 
 
 def _not_measured(

@@ -5,6 +5,7 @@ Which of these a place is, its URL or its first bytes tell.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -99,10 +100,10 @@ def read_store(store: ProfileStore, now: Device) -> Source:
     """
     profiles = tuple(store.profiles())
     devices = {profile.device.key: profile.device for profile in profiles} | {now.key: now}
-    misses: dict[str, dict[Tunable, int]] = {
-        key: {**store.misses(device), **store.missed_functions(device)}
-        for key, device in devices.items()
-    }
+    misses: dict[str, dict[Tunable, int]] = {}
+    for key, device in devices.items():
+        both = store.misses(device).items(), store.missed_functions(device).items()
+        misses[key] = dict(itertools.chain(*both))
     return Source(name_of(store.path), "store", profiles, {k: v for k, v in misses.items() if v})
 
 

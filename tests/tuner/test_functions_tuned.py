@@ -143,14 +143,15 @@ def test_missed_in_one_process_tuned_in_another(store_path: Path) -> None:
 def test_what_is_stale_is_measured_where_it_was_met(store_path: Path) -> None:
     """A program is left by whoever runs by it; other functions that were missed wait."""
     x, store, device = jnp.ones((16, 4), jnp.int32), ProfileStore(store_path), autochunk.detect()
-    met, other = (autochunk.chunked(lambda x: x + 1, name=name) for name in ("met", "other"))
+    made: list[Any] = [autochunk.chunked(lambda x: x + 1, name=one) for one in ("met", "other")]
+    met, other = made
     call = described(call_of(met, (x,), {}))
     older = device.model_copy(update={"jaxlib": "0.1.0"})
     store.put(make_function_profile(call, device=older))
     gone = make_function_profile(make_call(name="gone"), device=device, complete=False)
     store.put(gone)
     with pytest.warns(StaleWarning), pytest.warns(MissWarning):
-        jax.make_jaxpr(lambda x: (met(x), other(x + 0.0)))(x)
+        jax.eval_shape(lambda x: (met(x), other(x + 0.0)), x)
     assert len(store.missed_functions(device)) == 3
     assert {one.function for one in stale_functions(store, device)} == {call, gone.function}
     tuned = tune_missed(store, Limits("quick"), known_only=True)
