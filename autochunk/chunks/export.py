@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 
 from autochunk.chunks.call import Call
+from autochunk.chunks.memory import rounding
 from autochunk.chunks.reductions import Arrays
 from autochunk.resolution.reporting import muted
 
@@ -48,6 +49,7 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         "inputs": call.inputs,
         "outputs": call.outputs,
         "reduce": call.settings.reduce,
+        "rounding": rounding(call.traced.jaxpr),
     }
     moving = [one for one in (*around, *chunk) if jnp.issubdtype(one.dtype, jnp.inexact)]
 
