@@ -297,6 +297,7 @@ def test_status_tells_of_functions_that_were_not_measured() -> None:
     ProfileStore().record_miss(detect(), make_call())
     result = call("tune", "--missed", "--effort", "quick")
     assert result.exit_code == 1, result.output
+    assert "left no program" in result.stderr
     assert "1 of 1 workloads were not measured" in result.stderr
     assert "missed nothing" not in result.stderr
 

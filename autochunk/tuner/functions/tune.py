@@ -124,10 +124,12 @@ def _tune_one(
     call: FunctionCall, kept: Programs, device: Device, limits: Limits
 ) -> tuple[Profile | None, str]:
     """A profile, if anything could be measured, and what is said of it."""
+    cure = "run the program that calls it once more, or use autochunk.tune_chunks(fn, args)"
+    if not kept.has(call):
+        return None, f"not measured: it left no program; {cure}"
     try:
         kept.read(call)
     except StoreError as error:
-        cure = "run the program that calls it once more, or use autochunk.tune_chunks(fn, args)"
         return None, f"not measured: {error}; {cure}"
     budget = limits.memory_budget_mb
     settings = EFFORT_SETTINGS[limits.effort]
