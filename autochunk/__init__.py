@@ -90,7 +90,7 @@ holds::
       scales, drawing, svg     a curve's axes; the figures, as SVG in a page's colors
       terminal, page/          a curve in a terminal; one HTML file
     doctor                   looks over the whole set-up
-    cli/                     the command: tune and bench (measuring), show, explain,
+    cli/                     the command: tune and bench (measuring, functions), show, explain,
                              evaluate and doctor (looking), report (reporting), export, import
                              and forget (moving), sync and watch (sharing)
 """

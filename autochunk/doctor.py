@@ -27,6 +27,7 @@ from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.page_faults import HEAP_KEPT
 from autochunk.tuner.process import WorkerFailure
+from autochunk.tuner.tune import stale_functions
 from autochunk.tuner.verify import Verification, verify
 from autochunk.workload import Workload
 
@@ -252,6 +253,7 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
             warnings.simplefilter("ignore")  # unreadable rows are a finding of their own
             mine = [one for one in store.profiles(device) if not one.function]
             missed, functions = store.misses(device), store.missed_functions(device)
+            old = stale_functions(store, device)
     except StoreError:
         return  # said of the layer
     if not mine:
@@ -263,11 +265,18 @@ def _profiles(store: ProfileStore, device: Device) -> Iterator[Finding]:
     if unfinished := [profile for profile in mine if not profile.complete]:
         detail = f"{len(unfinished)} of {len(mine)} were cut short"
         yield Finding("note", "profiles", detail, unfinished[0].parsed_workload().tune_command)
+    if old:
+        names = ", ".join(sorted({one.subject.shape for one in old}))
+        detail = f"{len(old)} profiles of functions may no longer hold, or were cut short: {names}"
+        cure = "run the programs that call them, then autochunk tune --missed"
+        yield Finding("note", "profiles", detail[:1000], cure)
     if missed:
         yield Finding("note", "profiles", _misses(missed), "autochunk tune --missed")
     if functions:
         names = ", ".join(sorted({call.name for call in functions}))
-        detail = f'"auto" found nothing for {len(functions)} calls of functions: {names}'
+        detail = (
+            f'"auto" has no profile that holds for {len(functions)} calls of functions: {names}'
+        )
         yield Finding("note", "profiles", detail[:1000], "autochunk tune --missed")
 
 

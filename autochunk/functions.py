@@ -101,10 +101,6 @@ class FunctionCall(BaseModel):
         """The command line that tunes this call, if it left its program when it was missed."""
         return "autochunk tune --missed"
 
-    def is_changed(self, other: FunctionCall) -> bool:
-        """Whether another is the same call of a function that computed something else."""
-        return self.model_copy(update={"fingerprint": other.fingerprint}) == other != self
-
     def with_mode(self, mode: Mode) -> FunctionCall:
         """The same call in another mode."""
         return self if mode == self.mode else self.model_copy(update={"mode": mode})
@@ -126,6 +122,16 @@ def parsed(key: str) -> Tunable:
 def is_function(key: str) -> bool:
     """Whether a workload's key is of a function's call, and not of attention."""
     return key.startswith(PREFIX)
+
+
+def nameless(key: str) -> str:
+    """What a function's key has but for the name: calls that compute the same have it in common."""
+    return key.partition(",lengths=")[2]
+
+
+def unchanging(key: str) -> str:
+    """What it has but for the fingerprint: the same call, also where the function has changed."""
+    return key.rpartition(",fingerprint=")[0]
 
 
 def usable_name(name: str) -> str:

@@ -17,7 +17,15 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner, Result
-from factories import make_device, make_measurement, make_profile, make_workload, one_plan
+from factories import (
+    make_call,
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    make_workload,
+    one_plan,
+)
 from rich.console import Console
 
 import autochunk
@@ -63,8 +71,11 @@ SMALL = f"--shape {SHAPE} --mode forward"
 COMMANDS = {
     "show": "show",
     "show --memory": "show --memory",
+    "show --plot": "show --plot mode=forward",
     "explain": f"explain {SMALL}",
+    "explain --function": "explain --function rtl",
     "evaluate": "evaluate",
+    "report": "report --from bundle.json --against bundle.json",
     "export": "export -",
     "import": "import --dry-run bundle.json",
     "forget": "forget --older-than 0 --yes",
@@ -79,6 +90,8 @@ def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shapes = (SHAPE, "b=2,t=128,h=2,k=8", "b=2,t=256,h=2,k=8")
     devices = (detect(), make_device(kind="\u00fcn\u00ef \u2713"))
     profiles = [make_profile(make_workload(one), device) for one in shapes for device in devices]
+    named = make_call(name="\u202ertl\u2713")  # its first character turns what follows around
+    profiles += [make_function_profile(named, device=device) for device in devices]
     ProfileStore().put_all(profiles)
     files.write(tmp_path / "bundle.json", bundle.dump(profiles))
     monkeypatch.chdir(tmp_path)
@@ -112,7 +125,7 @@ def test_a_process_with_ascii_output_shows_profiles(filled: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
-@pytest.mark.parametrize("line", ["show", "export -", COMMANDS["tune"]])
+@pytest.mark.parametrize("line", ["show", "export -", COMMANDS["tune"], "report -"])
 def test_output_that_cannot_be_written_is_told_in_a_line(line: str, filled: Path) -> None:
     """A full disk under it; what was measured is kept."""
     command = [sys.executable, "-m", "autochunk.cli", *line.split()]
@@ -125,7 +138,7 @@ def test_output_that_cannot_be_written_is_told_in_a_line(line: str, filled: Path
         "Error: the output cannot be written: No space left on device"
     )
     assert "Traceback" not in done.stderr
-    assert len(ProfileStore().profiles()) == 6
+    assert len(ProfileStore().profiles()) == 8
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
@@ -277,6 +290,16 @@ def test_status_tells_how_much_was_measured(
     result = call("tune", *named, "--mode", "forward", "--effort", "quick", *options)
     assert result.exit_code == status, result.output
     assert words in result.stderr
+
+
+def test_status_tells_of_functions_that_were_not_measured() -> None:
+    """One that left no program is not measured, and not taken for one that was not missed."""
+    ProfileStore().record_miss(detect(), make_call())
+    result = call("tune", "--missed", "--effort", "quick")
+    assert result.exit_code == 1, result.output
+    assert "left no program" in result.stderr
+    assert "1 of 1 workloads were not measured" in result.stderr
+    assert "missed nothing" not in result.stderr
 
 
 @pytest.mark.parametrize("above", ["/proc", "/dev/null"])

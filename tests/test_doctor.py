@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_measurement, make_profile, make_workload
+from factories import (
+    make_call,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    make_workload,
+)
 
 from autochunk import doctor
 from autochunk.device import detect
@@ -252,3 +258,18 @@ def test_verify_of_a_plan_that_no_longer_runs() -> None:
     """A worker that cannot start is a finding, not an error."""
     found = verify(measured_here(), worker_command=("false",))
     assert found.failure
+
+
+def test_functions_that_may_no_longer_hold_are_told() -> None:
+    """Nobody but the program that calls one can have it measured again."""
+    here = detect()
+    older = here.model_copy(update={"jaxlib": "0.1.0"})
+    store = ProfileStore()
+    store.put(make_function_profile(make_call(name="sound"), device=here))
+    store.put(make_function_profile(make_call(name="old"), device=older))
+    store.put(make_function_profile(make_call(name="cut"), device=here, complete=False))
+    store.record_miss(here, make_call(name="missed"))
+    told = [one for one in examine() if "functions" in one.detail]
+    assert [one.cure.endswith("autochunk tune --missed") for one in told] == [True, True]
+    assert told[0].detail.endswith("cut 64, old 64")
+    assert told[1].detail.endswith("functions: missed")

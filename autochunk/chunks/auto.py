@@ -64,7 +64,7 @@ def _has_gradients(call: Call) -> bool:
 
 def _remember(call: Call, missed: list[FunctionResolution]) -> str:
     """Records misses and their program; how to tune them, in words."""
-    store = ProfileStore(settings.current().store)
+    store = ProfileStore(settings.current().store, briefly=True)
     subject = missed[0].workload
     with contextlib.suppress(StoreError):
         known = store.missed_functions(missed[0].device)

@@ -16,6 +16,8 @@ from autochunk.workload import Mode
 
 _MOST = 6  # arrays that are told one by one
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
+# Of autochunk's own attention: how it is computed, which tuning and budgets change.
+_PLANS = re.compile(r"plans=Plans\(.*?, window=", re.DOTALL)
 
 
 def described(call: Call, mode: Mode = "forward") -> FunctionCall | None:
@@ -55,8 +57,8 @@ def _array(array: jax.Array, dims: Axes) -> str:
 def fingerprint(traced: Any) -> str:
     """16 hex digits of a closed jaxpr's text, which has no values but those of literals.
 
-    Addresses of objects, which differ from process to process, are taken out; variables are named
-    in order of appearance. Another version of JAX may print another text.
+    Addresses of objects, which differ from process to process, and plans of attention are taken
+    out; variables are named in order of appearance. Another version of JAX may print another text.
     """
-    text = _ADDRESS.sub("", str(traced.jaxpr))
+    text = _PLANS.sub("", _ADDRESS.sub("", str(traced.jaxpr)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

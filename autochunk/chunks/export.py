@@ -11,7 +11,9 @@ import jax.export
 import jax.numpy as jnp
 
 from autochunk.chunks.call import Call
+from autochunk.chunks.memory import rounding
 from autochunk.chunks.reductions import Arrays
+from autochunk.resolution.reporting import muted
 
 
 def exported(call: Call) -> tuple[dict[str, Any], bytes]:
@@ -31,7 +33,8 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         names, constraints=[f"{one} >= 1" for one in names.split(", ")]
     )
     chunk = call.shapes(sizes)
-    traced = call.trace_alone(call.flat, sizes)
+    with muted():
+        traced = call.trace_alone(call.flat, sizes)
     constants = [jnp.asarray(one) for one in traced.consts]
     around = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in constants]
 
@@ -46,6 +49,7 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         "inputs": call.inputs,
         "outputs": call.outputs,
         "reduce": call.settings.reduce,
+        "rounding": rounding(call.traced.jaxpr),
     }
     moving = [one for one in (*around, *chunk) if jnp.issubdtype(one.dtype, jnp.inexact)]
 
@@ -64,7 +68,7 @@ def _with_wide(function: Callable[[], bytes]) -> Callable[[], bytes]:
     wide = bool(jax.config.read("jax_enable_x64"))
 
     def run() -> bytes:
-        with jax.enable_x64(wide):
+        with jax.enable_x64(wide), muted():
             return function()
 
     return run

@@ -1,4 +1,4 @@
-"""How much memory a program needs at once, told from its jaxpr: nothing is compiled for it.
+"""What is told of a program from its jaxpr, how much memory it needs: nothing is compiled for it.
 
 Every value of a jaxpr is taken to be an array from where it is computed to where it is last used.
 XLA fuses elementwise operations and computes some in place, so that it is a bound from above, by
@@ -31,6 +31,19 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
         done = [one for one in (*_variables(equation.invars), *new) if last.get(one, -1) <= number]
         now += sum(new.values()) - sum(live.pop(one, 0) for one in done)
     return peak
+
+
+def rounding(jaxpr: core.Jaxpr) -> float:
+    """The relative rounding of the least precise floating-point dtype that anything in it has.
+
+    Of float32 arguments a function may well compute in bfloat16.
+    """
+    values = (one for equation in jaxpr.eqns for one in (*equation.invars, *equation.outvars))
+    dtypes: set[Any] = {getattr(one.aval, "dtype", None) for one in values} - {None}
+    inexact = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    own = max((float(jnp.finfo(dtype).eps) for dtype in inexact), default=0.0)
+    within = (core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns)
+    return max(own, *(rounding(one) for several in within for one in several), 0.0)
 
 
 def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:

@@ -16,9 +16,11 @@ from autochunk.chunks.call import Call
 from autochunk.chunks.memory import peak_bytes
 from autochunk.chunks.reductions import Arrays
 from autochunk.chunks.rule import most_bytes, usual_sizes
+from autochunk.device import Device
 from autochunk.errors import ArgumentError
 from autochunk.plan import CHUNKS, Plan
 from autochunk.resolution import settings
+from autochunk.resolution.reporting import muted
 from autochunk.workload import MODES
 
 
@@ -66,7 +68,8 @@ def _auto(call: Call) -> Sizes:
         return Sizes(call.lengths, call.lengths)
     answers = auto.found_sizes(call)
     found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
-    usual = _by_rule(call) if len(found) < len(MODES) else None
+    device = next((one.device for one in answers.values()), None) or devices.detect()
+    usual = _by_rule(call, device) if len(found) < len(MODES) else None
     sizes = Sizes(*(found.get(mode) or getattr(usual, mode) for mode in MODES))
     auto.report(call, answers, _said(sizes, call.lengths))
     return sizes
@@ -81,11 +84,13 @@ def _said(sizes: Sizes, lengths: Sequence[int]) -> str:
     return " and ".join(f"{plan} ({mode})" for mode, plan in each.items())
 
 
-def _by_rule(call: Call) -> Sizes:
+def _by_rule(call: Call, device: Device) -> Sizes:
+    """By the memory of the device that profiles are asked of: in every process the same one."""
     budget = call.settings.memory_budget_mb or settings.current().memory_budget_mb
-    most = most_bytes(devices.detect().memory_gib, budget)
-    forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
-    training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
+    most = most_bytes(device.memory_gib, budget)
+    with muted():
+        forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
+        training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
     return Sizes(forward, training)
 
 

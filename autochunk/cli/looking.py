@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from autochunk.cli.options import (
 )
 from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import detect
-from autochunk.errors import ReportError
+from autochunk.errors import ReportError, WorkloadError
 from autochunk.functions import FunctionCall, is_function
 from autochunk.report.curve import curve_record
 from autochunk.report.evaluation import evaluation_record, evaluation_table, replays_table
@@ -57,7 +58,8 @@ from autochunk.store.profiles import ProfileStore
     multiple=True,
     metavar="SHAPE",
     help="Plot time against memory of every plan, for workloads with these items, such as "
-    "t=4096,mode=training. Repeatable. Needs the extra autochunk[report].",
+    "t=4096,mode=training, or of functions name=NAME. Repeatable. Needs the extra "
+    "autochunk[report].",
 )
 @store_option
 @json_option
@@ -110,7 +112,7 @@ def _plot(profiles: Sequence[Profile], as_json: bool) -> None:
     for one in records:
         title = f"{one['shape']} {one['dtype']} {one['mode']}"
         columns = min(console.width, MOST_COLUMNS)
-        click.echo(f"{curve_text(one['curve'], title, columns)}\n")
+        say(f"{curve_text(one['curve'], title, columns)}\n")
 
 
 @click.command()
@@ -144,9 +146,9 @@ def explain(
         print_json([*map(resolution_record, resolutions), *map(function_record, answers)])
         return
     for answer in answers:
-        make_console().print(function_text(answer), "")
+        print_parts(function_text(answer), "")
     if function is not None and not answers:
-        click.echo(f"No function with {function!r} in its name was measured or missed here.")
+        say(f"No function with {function!r} in its name was measured or missed here.")
     layers = all_layers(store)
     for resolution in resolutions:
         accounts = [(layer.name, _account(layer, resolution)) for layer in layers]
@@ -163,9 +165,12 @@ def _functions(name: str, store: Path | None) -> list[FunctionCall]:
     """Calls of functions with this in their name, that were measured or missed on this device."""
     device, own = detect(), ProfileStore(store)
     keys = {key for layer in all_layers(store) for key in layer.workloads(device)}
-    found = {FunctionCall.parse(key) for key in keys if is_function(key)}
-    calls = sorted(found | set(own.missed_functions(device)), key=lambda call: call.key)
-    return [call for call in calls if name in call.name]
+    calls = set(own.missed_functions(device))
+    for key in filter(is_function, keys):
+        with contextlib.suppress(WorkloadError):  # written by a newer version
+            calls.add(FunctionCall.parse(key))
+    ordered = sorted(calls, key=lambda call: call.key)
+    return [call for call in ordered if name in call.name]
 
 
 @click.command()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from autochunk.cli.functions import say_of_functions, tune_missed_functions
 from autochunk.cli.options import Wanted, json_option, shape_or_preset_options, store_option
 from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import Device, detect
@@ -26,6 +26,7 @@ from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Ending, Event, Failed, LeftOut, OutOfTime
+from autochunk.tuner.outcome import Tuned
 from autochunk.workload import Workload, workloads_of
 
 _TIMEOUTS = ", ".join(
@@ -112,7 +113,7 @@ def tune(
     named = wanted.named()
     wishes: list[Workload] = []
     told: list[Event] = []
-    functions: list[Profile] = []
+    functions, shared = Tuned([], 0, 0), bool(storage or devices)
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -122,18 +123,22 @@ def tune(
         kinds = wanted.dtypes, wanted.modes
         misses = missed_on(profile_store, device, *kinds) if missed else {}
         old = wanted.among(stale_or_unfinished(profile_store, device)) if stale else []
-        if missed and not misses and not functions:
+        left = say_of_functions(profile_store, device, missed and shared, stale)
+        left = left or bool(functions.wanted)
+        if missed and not misses and not left:
             _say_nothing('"auto" has missed nothing')
-        if stale and not old:
+        if stale and not old and not left:
             _say_nothing("Nothing stored is stale or unfinished")
         chosen = Wishes(named=[*named, *old], missed=misses)
         wishes.extend(chosen.all)
         return chosen
 
     try:
-        if missed and not (storage or devices):
+        if (missed or stale) and not shared:
             with _ended_like_ctrl_c():
-                functions += _missed_functions(profile_store, effort, timeout, memory_budget_mb)
+                functions = tune_missed_functions(
+                    profile_store, effort, timeout, memory_budget_mb, known_only=not missed
+                )
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
 
             def tell(event: Event) -> None:
@@ -154,7 +159,7 @@ def tune(
     except KeyboardInterrupt:
         say("Interrupted. What was measured is kept; the same command goes on from here.", err=True)
         sys.exit(130)
-    rows = [profile_row(profile) for profile in (*functions, *profiles)]
+    rows = [profile_row(profile) for profile in (*functions.profiles, *profiles)]
     print_profiles(rows, as_json)
     if scattered := [row for row in rows if (row["spread"] or 0.0) > SCATTERED]:
         say(
@@ -164,9 +169,11 @@ def tune(
             "again with --force.",
             err=True,
         )
-    if left := _not_measured(wishes, profiles, told):
-        say(f"{len(left)} of {len(set(wishes))} workloads were not measured.", err=True)
-        sys.exit(_NOTHING if len(left) == len(set(wishes)) else _PARTLY)
+    left = len(_not_measured(wishes, profiles, told)) + functions.left
+    if left:
+        asked = len(set(wishes)) + functions.wanted
+        say(f"{left} of {asked} workloads were not measured.", err=True)
+        sys.exit(_NOTHING if left == asked else _PARTLY)
 
 
 def _not_measured(
@@ -182,18 +189,6 @@ def _not_measured(
         if workload not in known
         and (workload.key not in usable or isinstance(endings.get(workload), Failed | OutOfTime))
     }
-
-
-def _missed_functions(
-    store: ProfileStore, effort: Effort, timeout: float | None, memory_budget_mb: float | None
-) -> list[Profile]:
-    """Tunes functions that are not attention, which "auto" missed, in at most half of the time."""
-    from autochunk.tuner.functions.tune import Limits, tune_missed
-
-    limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
-    deadline = None if limit is None else time.monotonic() + limit / 2
-    limits = Limits(effort, deadline, memory_budget_mb)
-    return tune_missed(store, limits, lambda line: click.echo(line, err=True))
 
 
 @contextlib.contextmanager

@@ -147,7 +147,8 @@ filter_options = _as_one(
         "shapes",
         multiple=True,
         metavar="SHAPE",
-        help="Only of workloads with these items, such as t=4096,h=8. Repeatable.",
+        help="Only of workloads with these items, such as t=4096,h=8, or of functions "
+        "name=NAME,lengths=768. Repeatable.",
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Only of this dtype."),
     click.option("--mode", type=click.Choice(MODES), help="Only of this mode."),

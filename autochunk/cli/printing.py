@@ -30,7 +30,8 @@ _FEWEST_COLUMNS = 60  # for tables; in fewer each row is a block of lines
 
 # --- Characters -----------------------------------------------------------------------------------
 
-_SPELT = {"±": "+-", "…": "..."}
+_SPELT = {"±": "+-", "…": "...", "µ": "u", "│": "|", "─": "-", "·": ".", "●": "O"}
+_SPELT |= dict.fromkeys("┤├┬┴┼┌┐└┘", "+")  # of plots
 
 
 def prepare_streams() -> None:
@@ -103,6 +104,12 @@ def say(text: str, *, err: bool = False, end: str = "\n") -> None:
 def print_json(data: Any) -> None:
     """Prints data for scripts."""
     say(json.dumps(data, indent=1, allow_nan=False))
+
+
+def print_file(text: str) -> None:
+    """Prints what would be a file's content, which is UTF-8 whatever else is printed."""
+    with _written():
+        click.echo(text.encode(), nl=False)
 
 
 def print_profiles(

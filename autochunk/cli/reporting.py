@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from autochunk.cli.options import Filters, filter_options, json_option, store_option
-from autochunk.cli.printing import make_console, print_json
+from autochunk.cli.printing import print_file, print_json, print_parts, say
 from autochunk.device import detect
 from autochunk.errors import ReportError
 from autochunk.report.comparison import USUAL_LIMIT, comparison, earlier, slower
@@ -97,7 +97,7 @@ def report(
     if as_json:
         print_json(record)
     elif record["changes"] is not None:
-        make_console().print(changes_table(record["changes"]))
+        print_parts(changes_table(record["changes"]))
     if file is not None or not (as_json or against):
         _write(file or _DEFAULT_FILE, record)
     _fail(record["changes"] or (), limit)
@@ -121,9 +121,11 @@ def _compared(before: Source | None, profiles: Sequence[Profile], limit: float) 
 
 def _write(file: str, record: dict[str, Any]) -> None:
     text = _figure(record) if file.endswith(".svg") else _page(record)
-    files.write(file, text)
-    if file != "-":
-        click.echo(f"{file}: {len(text.encode()) / 1e6:.2f} MB.", err=True)
+    if file == "-":
+        print_file(text)
+    else:
+        files.write(file, text)
+        say(f"{file}: {len(text.encode()) / 1e6:.2f} MB.", err=True)
 
 
 def _page(record: dict[str, Any]) -> str:
@@ -156,5 +158,5 @@ def _fail(changes: Iterable[dict[str, Any]], limit: float | None) -> None:
         return
     worse = slower(changes)
     if worse:
-        click.echo(f"{len(worse)} workloads got slower by more than {100 * limit:g}%.", err=True)
+        say(f"{len(worse)} workloads got slower by more than {100 * limit:g}%.", err=True)
         sys.exit(1)

@@ -65,7 +65,7 @@ def _renamed(then: set[str], now: set[str]) -> dict[str, str]:
 def _compared(then: Profile | None, now: Profile | None, limit: float) -> dict[str, Any]:
     either = now or then
     assert either is not None
-    workload = either.parsed_workload()
+    workload = either.subject
     before, after = _best(then), _best(now)
     interval = unpaired(after.seconds, before.seconds) if before and after else None
     return {

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autochunk.plan import BYTES_PER_MB
+from autochunk.report.records import WHOLE, plan_text
 from autochunk.report.scales import steps
 from autochunk.store.choice import DEFAULT, DENSE, Choice
 from autochunk.store.measurement import ENOUGH_JOINT, Measurement
@@ -37,7 +38,7 @@ def curve_record(
     default, dense = profile.baseline(DEFAULT), profile.baseline(DENSE)
     return {
         "plans": [
-            {**_plan_record(one, anchor), "against": _against(one, choice, against)}
+            {**_plan_record(profile, one, anchor), "against": _against(one, choice, against)}
             for one in profile.measurements
         ],
         "chosen": _place(profile, choice.measurement if choice else None),
@@ -90,11 +91,13 @@ def _before(then: Profile, now: Profile) -> dict[str, Any]:
     return {"label": label or then.created[:10], "steps": steps(curve_record(then))}
 
 
-def _plan_record(one: Measurement, anchor: float) -> dict[str, Any]:
+def _plan_record(profile: Profile, one: Measurement, anchor: float) -> dict[str, Any]:
+    whole = profile.function and one.plan == DENSE
     return {
-        "plan": str(one.plan),
-        "implementation": one.implementation,
+        "plan": plan_text(profile, one.plan),
+        "implementation": WHOLE if whole else one.implementation,
         "max_chunk_size_mb": one.max_chunk_size_mb,
+        "chunk_sizes": list(one.chunk_sizes) if one.chunk_sizes else None,
         "status": one.status,
         **_times(one, anchor),
         "rounds": len(one.ratios),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autochunk.report.records import WHOLE
 from autochunk.report.scales import (
     bytes_text,
     memory_limits,
@@ -34,6 +35,8 @@ _MARKS = {
     "dense": ("D", "ink", "dense attention"),
     "xla": ("o", "xla", "xla: slices of heads first"),
     "xla_rows": ("s", "rows", "xla_rows: slices of rows first"),
+    WHOLE: ("D", "ink", "the whole call"),
+    "chunks": ("o", "xla", "in chunks"),
     "cudnn": ("^", "fused", "cudnn"),
     "tokamax_mosaic": ("v", "fused", "tokamax_mosaic"),
     "tokamax_triton": (">", "fused", "tokamax_triton"),
@@ -207,7 +210,7 @@ def _draw_baselines(axes: Axes, curve: dict[str, Any]) -> None:
             given: Any = {"linewidth": 0.8, "linestyle": ":", "zorder": 1}
             axes.axhline(plan["seconds"], color=ink("soft"), **given)
         axes.annotate(
-            text,
+            WHOLE if plan["implementation"] == WHOLE else text,
             (on_axis(plan), plan["high" if above else "low"]),
             xytext=(0, 9 if above else -9),
             textcoords="offset points",

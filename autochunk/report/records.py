@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from autochunk.tuner.sync import Synced
 
 
+WHOLE = "whole"
+"""What a function that is not attention is, where it is in no chunks."""
+
+
 def profile_row(profile: Profile, now: Device | None = None) -> dict[str, Any]:
     """One profile as a flat record.
 
@@ -70,15 +74,16 @@ def memory_row(profile: Profile, plan: Plan, found: Measurement | Prepared) -> d
         "shape": workload.shape,
         "dtype": workload.dtype,
         "mode": workload.mode,
-        "plan": _plan_text(profile, plan),
+        "plan": plan_text(profile, plan),
         "predicted_bytes": found.predicted_bytes,
         "measured_bytes": found.measured_bytes,
         "measured_vs_predicted": _over(found.measured_bytes, found.predicted_bytes),
     }
 
 
-def _plan_text(profile: Profile, plan: Plan) -> str:
-    return "whole" if profile.function and plan == DENSE else str(plan)
+def plan_text(profile: Profile, plan: Plan) -> str:
+    """A plan in words; of a function that is not attention nothing is dense."""
+    return WHOLE if profile.function and plan == DENSE else str(plan)
 
 
 def _over(one: int | None, other: int | None) -> float | None:
@@ -88,7 +93,7 @@ def _over(one: int | None, other: int | None) -> float | None:
 def _chosen(profile: Profile, best: Measurement | None) -> dict[str, Any]:
     dense, default = profile.baseline(DENSE), profile.baseline(DEFAULT)
     return {
-        "plan": _plan_text(profile, best.plan) if best else None,
+        "plan": plan_text(profile, best.plan) if best else None,
         "implementation": best.implementation if best else None,
         "max_chunk_size_mb": best.max_chunk_size_mb if best else None,
         "chunk_sizes": list(best.chunk_sizes) if best and best.chunk_sizes else None,
@@ -150,11 +155,14 @@ def function_record(answer: FunctionResolution) -> dict[str, Any]:
         "source": answer.source,
         "stale": list(answer.stale),
         "asked": [{"layer": layer, "answer": had} for layer, had in answer.asked],
-        "rejected": [
-            {"plan": plan, "why": why}
-            for plan, why in (answer.choice.rejected if answer.choice else ())
-        ],
+        "rejected": [{"plan": plan, "why": why} for plan, why in rejected_of(answer)],
     }
+
+
+def rejected_of(answer: FunctionResolution) -> list[tuple[str, str]]:
+    """What spoke against each other plan of a function, by the plan in words."""
+    rejected = answer.choice.rejected if answer.choice else ()
+    return [(WHOLE if plan == str(DENSE) else plan, why) for plan, why in rejected]
 
 
 def import_records(plan: ImportPlan, here: Device | None = None) -> list[dict[str, Any]]:

@@ -5,16 +5,21 @@ Which of these a place is, its URL or its first bytes tell.
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from autochunk.device import Device
+from autochunk.errors import BundleError, StoreWarning
+from autochunk.functions import Tunable
 from autochunk.store import bundle, remote
+from autochunk.store.bundle import Bundle
 from autochunk.store.files import name_of
 from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
-from autochunk.workload import Workload
+from autochunk.text import one_line
 
 _SQLITE = b"SQLite format 3\0"
 _JOURNAL = b'{"op_code"'
@@ -37,7 +42,7 @@ class Source(NamedTuple):
     name: str
     kind: Kind
     profiles: tuple[Profile, ...]
-    misses: dict[str, dict[Workload, int]]
+    misses: dict[str, dict[Tunable, int]]
     note: str = ""
 
 
@@ -52,13 +57,22 @@ def read(place: str, now: Device) -> Source:
         return read_store(ProfileStore(place), now)
     if kind == "storage":
         return _read_storage(place)
-    folder = Path(place)
-    inside = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
-    files = [place] if kind == "bundle" else list(map(str, inside))
-    bundles = [bundle.read(file) for file in files]
+    bundles = _of_folder(Path(place)) if kind == "folder" else [bundle.read(place)]
     found = {profile.key: profile for one in bundles for profile in one.profiles}
     note = "; ".join(one.provenance.note for one in bundles if one.provenance.note)
     return Source(remote.without_password(name_of(place)), kind, tuple(found.values()), {}, note)
+
+
+def _of_folder(folder: Path) -> list[Bundle]:
+    """The bundles in a folder; as for "auto" a bad one does not take the others along."""
+    found = []
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")]):
+        try:
+            found.append(bundle.read(file))
+        except BundleError as error:
+            text = f"{folder} is read without one of its files: {error}"
+            warnings.warn(one_line(text), StoreWarning, stacklevel=2)
+    return found
 
 
 def kind_of(place: str) -> Kind:
@@ -86,7 +100,10 @@ def read_store(store: ProfileStore, now: Device) -> Source:
     """
     profiles = tuple(store.profiles())
     devices = {profile.device.key: profile.device for profile in profiles} | {now.key: now}
-    misses = {key: store.misses(device) for key, device in devices.items()}
+    misses: dict[str, dict[Tunable, int]] = {}
+    for key, device in devices.items():
+        both = store.misses(device).items(), store.missed_functions(device).items()
+        misses[key] = dict(itertools.chain(*both))
     return Source(name_of(store.path), "store", profiles, {k: v for k, v in misses.items() if v})
 
 
@@ -98,9 +115,9 @@ def _read_storage(place: str) -> Source:
     return Source(remote.without_password(place), "storage", tuple(profiles), {}, note)
 
 
-def miss_records(misses: dict[Workload, int]) -> list[dict[str, Any]]:
+def miss_records(misses: dict[Tunable, int]) -> list[dict[str, Any]]:
     """What was missed as plain data, most wanted first."""
-    wanted: Iterable[tuple[Workload, int]] = sorted(
+    wanted: Iterable[tuple[Tunable, int]] = sorted(
         misses.items(), key=lambda one: (-one[1], one[0].key)
     )
     return [

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autochunk.errors import ReportError
+from autochunk.report.records import WHOLE
 from autochunk.report.scales import (
     bytes_text,
     memory_limits,
@@ -24,6 +25,8 @@ from autochunk.report.scales import (
 
 _MARKS = {
     "dense": "D",
+    WHOLE: "W",
+    "chunks": "x",
     "xla": "x",
     "xla_rows": "r",
     "cudnn": "c",
@@ -52,7 +55,9 @@ def curve_text(curve: dict[str, Any], title: str, columns: int = 80) -> str:
     """
     if not timed(curve):
         raise ReportError(f"{title}: no plan could be timed, so that there is no curve to plot")
-    return "\n".join([title, *_plot(curve, columns), "", *_legend(curve), "", *_picks(curve)])
+    return "\n".join(
+        [title, *_plot(curve, columns), "", *_legend(curve, columns), "", *_picks(curve)]
+    )
 
 
 def _plot(curve: dict[str, Any], columns: int) -> list[str]:
@@ -107,7 +112,7 @@ def _mark(plan: dict[str, Any]) -> str:
     return _MARKS.get(plan["implementation"], _OTHER)
 
 
-def _legend(curve: dict[str, Any]) -> Iterator[str]:
+def _legend(curve: dict[str, Any], columns: int) -> Iterator[str]:
     """What the marks are, two to a line."""
     names = dict.fromkeys(plan["implementation"] for _, plan in timed(curve))
     marks = [f"{_MARKS.get(name, _OTHER)} {name}" for name in names]
@@ -115,7 +120,8 @@ def _legend(curve: dict[str, Any]) -> Iterator[str]:
         marks.insert(0, f"{_CHOSEN} chosen: {curve['plans'][curve['chosen']]['plan']}")
     marks += [f"{_PEER} {peer['name']}" for peer in curve["peers"]]
     marks += [f"{_BAR} first to third quartile", f"{_PATH} best within a memory budget"]
-    yield from textwrap.wrap("   ".join(one.replace(" ", _SOLID) for one in marks), 78)
+    solid = "   ".join(one.replace(" ", _SOLID) for one in marks)
+    yield from (line.replace(_SOLID, " ") for line in textwrap.wrap(solid, columns - 2))
 
 
 def _picks(curve: dict[str, Any]) -> Iterator[str]:

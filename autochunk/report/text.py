@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autochunk.device import Device, difference
+from autochunk.report.records import rejected_of
 from autochunk.resolution.answer import Resolution
 from autochunk.resolution.functions import FunctionResolution
 from autochunk.store.merge import ImportEntry, ImportPlan, Relation
@@ -68,8 +69,8 @@ def function_text(answer: FunctionResolution) -> Group:
     ]
     asked = Text("\nasked, in this order:")
     parts: list[Text | Table] = [Text("\n".join(told)), asked, _pairs(answer.asked)]
-    if answer.choice and answer.choice.rejected:
-        parts += [Text("\nother plans:"), _pairs(answer.choice.rejected)]
+    if rejected := rejected_of(answer):
+        parts += [Text("\nother plans:"), _pairs(rejected)]
     return Group(*parts)
 
 

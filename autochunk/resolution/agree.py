@@ -119,8 +119,8 @@ def _receive(client: Any, topic: str, process: int, count: int) -> Any:
                 f"process {process} of {count} waited {LIMIT_SECONDS:g} s for the profiles of "
                 'process 0, which has not come to an "auto" of its own '
                 f"({str(error).splitlines()[0][:200]}). All processes must trace the same "
-                "attention; to do without profiles pin it: "
-                "autochunk.use(max_chunk_size_mb=...)"
+                "calls; to do without profiles pin "
+                "them: autochunk.use(max_chunk_size_mb=..., chunk_size=...)"
             ) from error
 
     header = json.loads(get())

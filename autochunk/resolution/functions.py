@@ -7,12 +7,13 @@ travels says nothing of a function that it was not measured of.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 from autochunk import device as devices
 from autochunk.device import Device
-from autochunk.errors import BundleError, StoreError
-from autochunk.functions import FunctionCall
+from autochunk.errors import BundleError, StoreError, WorkloadError
+from autochunk.functions import FunctionCall, is_function, nameless, unchanging
 from autochunk.plan import BYTES_PER_MB, Plan
 from autochunk.resolution import agree, reporting, settings, snapshot
 from autochunk.resolution.layers import Layer
@@ -61,6 +62,13 @@ def resolve_function(
     Raises:
       AgreementError: as for attention.
     """
+    with snapshot.lock:
+        return _resolved(call, memory_budget_mb, device)
+
+
+def _resolved(
+    call: FunctionCall, memory_budget_mb: float | None, device: Device | None
+) -> FunctionResolution:
     now = settings.current()
     agreed = device is None and agree.several_processes()
     view = (snapshot.agreed_snapshot if agreed else snapshot.own_snapshot)(now.store)
@@ -88,6 +96,7 @@ def _ask(
         asked.append((layer.name, f"left out: {error}"))
         reporting.warn_of_layer(layer, error)
         return None
+    reporting.warn_of_files(layer)
     had = "nothing for this call on this device"
     if found:
         had = "exact match" if found.workload == call.key else f"one for {found.workload}"
@@ -97,12 +106,13 @@ def _ask(
 
 def _alike(layer: Layer, device: Device, call: FunctionCall) -> Profile | None:
     """A profile of another name's, or of what the function was; the last by key."""
-    keys = [key for key in layer.workloads(device) if key.startswith(f"{call.op}:")]
-    others = [FunctionCall.parse(key) for key in keys]
-    same = [one for one in others if one.model_copy(update={"name": call.name}) == call]
+    keys = list(filter(is_function, layer.workloads(device)))  # of which there may be very many
+    same = [key for key in keys if nameless(key) == nameless(call.key)]
     if not same and isinstance(layer, ProfileStore):
-        same = [one for one in others if call.is_changed(one)]
-    return layer.get(device, same[-1]) if same else None
+        same = [key for key in keys if unchanging(key) == unchanging(call.key)]
+    with contextlib.suppress(WorkloadError):  # written by a newer version
+        return layer.get(device, FunctionCall.parse(same[-1])) if same else None
+    return None
 
 
 def mixing(profile: Profile) -> str:

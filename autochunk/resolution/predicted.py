@@ -12,6 +12,7 @@ import numpy as np
 
 from autochunk.device import Device, device_of, likeness
 from autochunk.errors import BundleError, StoreError, WorkloadError
+from autochunk.functions import is_function
 from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
 from autochunk.plan import BYTES_PER_MB
 from autochunk.predict.curves import Curve, curve, kinds_of, sizes_of
@@ -101,7 +102,7 @@ def _subjects(layers: Sequence[Layer], device: Device) -> Iterator[_Subject]:
             if key not in known:
                 other = device_of(key)
                 known[key] = likeness(device, other) if other else 0.0
-            if (key, text) in seen or known[key] < least:
+            if (key, text) in seen or known[key] < least or is_function(text):
                 continue
             seen.add((key, text))
             with contextlib.suppress(WorkloadError):  # written by a newer version

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError, StoreWarning
@@ -21,11 +22,22 @@ _FRAMEWORKS = frozenset({"autochunk", "jax", "haiku", "flax", "contextlib", "fun
 _ALL_MISSED = "autochunk tune --missed"
 
 _reported: set[Any] = set()
+_muted = contextvars.ContextVar("autochunk_muted", default=False)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Inside, no answer is told of: programs are made that will not be run."""
+    token = _muted.set(True)
+    try:
+        yield
+    finally:
+        _muted.reset(token)
 
 
 def report(resolution: Resolution) -> None:
     """Tells of an answer that came to run, and records a miss for ``autochunk tune --missed``."""
-    if agree.several_processes() and not agree.is_first():
+    if _muted.get() or (agree.several_processes() and not agree.is_first()):
         return  # process 0 says it for all
     subject = (resolution.workload, resolution.device)
     missed, recorded = _is_missed(resolution)

@@ -8,7 +8,6 @@ is left of it in the compiled program, which keeps its plan until it is traced a
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 
 from autochunk import device as devices
@@ -32,7 +31,6 @@ from autochunk.resolution.snapshot import Snapshot
 from autochunk.store.profile import Profile
 from autochunk.workload import MODES, Mode, Workload
 
-_lock = threading.RLock()
 # An unfinished profile of fewer timed plans says less than what was measured of other workloads.
 _WORTH_ANSWERING = 3
 
@@ -65,7 +63,7 @@ def _resolve(
     if plan := now.pinned(implementation):
         where, why = "autochunk.use", "set by autochunk.use(...)"
         return Resolution(workload, device or devices.detect(), plan, "pinned", where, why)
-    with _lock:
+    with snapshot.lock:
         agreed = device is None and agree.several_processes()
         view = (snapshot.agreed_snapshot if agreed else snapshot.own_snapshot)(now.store)
         device = device or view.device or devices.detect()
@@ -168,6 +166,6 @@ def _bounded(resolution: Resolution) -> Plan:
 
 def forget_all() -> None:
     """Lets every warning be given again, and reads the layers anew."""
-    with _lock:
+    with snapshot.lock:
         reporting.forget()
         snapshot.forget()

@@ -7,6 +7,7 @@ One is thrown away when a layer changes. In a program of several processes all h
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from autochunk.resolution.layers import Layer, MemoryLayer, readable_profiles
 from autochunk.resolution.predicted import Curves
 from autochunk.resolution.reporting import warn_of_layer
 from autochunk.store.profile import Profile
+
+lock = threading.RLock()
+"""Held by whoever asks the layers: programs may be traced in several threads."""
 
 
 class Snapshot:

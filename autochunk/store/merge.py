@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autochunk.errors import ArgumentError, WorkloadError
+from autochunk.functions import FunctionCall, is_function
 from autochunk.store.bundle import Bundle, refuse_twice
 from autochunk.store.profile import EFFORTS, Profile
 from autochunk.store.profiles import Changed, ProfileStore
 from autochunk.workload import LATER_DEFAULTS, Workload, key_items
 
 # --- Choosing what travels ------------------------------------------------------------------------
+
+_OF_FUNCTIONS = ("name", "lengths", "mode")
 
 
 def select(
@@ -28,9 +31,9 @@ def select(
     Args:
       profiles: from which to choose.
       device: a part of the device's key, in any case.
-      shapes: any of these; each is items such as ``t=4096,h=8``, of which all that are given must
-        be equal.
-      dtype: as a workload has it.
+      shapes: any of these; each is items such as ``t=4096,h=8``, or of functions that are not
+        attention ``name=transition,lengths=768``, of which all that are given must be equal.
+      dtype: as a workload has it; of functions the first array's.
       mode: "forward" or "training".
 
     Raises:
@@ -47,15 +50,21 @@ def select(
 
 
 def _all_items(key: str) -> dict[str, str]:
+    if is_function(key):
+        call = FunctionCall.parse(key)
+        return {**{item: getattr(call, item) for item in _OF_FUNCTIONS}, "dtype": call.dtype}
     return LATER_DEFAULTS | key_items(key)
 
 
 def _shape_items(shape: str) -> dict[str, str]:
     items, known = key_items(shape), _all_items(Workload.make(query_length=1, key_size=1).key)
+    if {"name", "lengths"} & items.keys() and items.keys() <= {*_OF_FUNCTIONS, "dtype"}:
+        return items
     if not items.keys() <= known.keys() or not all(items.values()):
         raise WorkloadError(
             f"{shape!r}: a filter of shapes is NAME=VALUE items between commas, NAME one of "
-            f"{', '.join(known)}; for example t=4096,h=8"
+            f"{', '.join(known)}, or of functions {', '.join(_OF_FUNCTIONS)}; for example "
+            "t=4096,h=8"
         )
     # Read and written again, so that it is spelt as keys are. Sizes left out are no ones, which a
     # pattern would take for broadcast.

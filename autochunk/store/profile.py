@@ -97,6 +97,17 @@ class Profile(Record):
             raise ValueError(f"the profile of {self.workload} must be of version {version}")
         return self
 
+    @model_validator(mode="after")
+    def _chunks_of_its_axes(self) -> Profile:
+        axes = len(self.function.sizes) if self.function else 0
+        for one in self.measurements:
+            if one.chunk_sizes is not None and len(one.chunk_sizes) != axes:
+                raise ValueError(
+                    f"chunk_sizes must have one entry for each of the {axes} chunked axes of "
+                    f"{self.workload}; got {one.chunk_sizes}"
+                )
+        return self
+
     @property
     def key(self) -> tuple[str, str]:
         """(device key, workload key): of those there is one profile in a bundle and in a store."""

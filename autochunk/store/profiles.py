@@ -299,11 +299,19 @@ class ProfileStore:
         None is all of them.
         """
         if workloads is None:
-            for call in self.missed_functions(device):
-                Programs(self.path).forget(call)
-            return self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
+            count = self._delete(MISSED, list(map(key_text, self._keys(MISSED, device))))
+            self.forget_programs()
+            return count
         names = {(device.key, workload.key) for workload in workloads}
         return self._delete(MISSED, self._row_keys(MISSED, names))
+
+    def forget_programs(self) -> None:
+        """Deletes the programs of functions that are missed on no device, or no longer."""
+        missed = []
+        for _, key in filter(None, map(names_of, self._database.keys(MISSED))):
+            with contextlib.suppress(WorkloadError):  # attention, or written by a newer version
+                missed.append(FunctionCall.parse(key))
+        Programs(self.path).forget_all_but(missed)
 
     def record_miss(self, device: Device, workload: Tunable) -> None:
         """Remembers that "auto" found no profile for a workload, and how often that was told.

@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ class Programs:
         return self.path(call).is_file()
 
     def put(self, call: FunctionCall, header: Mapping[str, Any], program: bytes) -> None:
-        """Keeps a program, and what it takes as JSON data.
+        """Keeps a program, and what it takes as JSON data; of very many the oldest go.
 
         Raises:
-          StoreError: it is larger than MOST_BYTES, there are too many, or nothing can be written.
+          StoreError: it is larger than MOST_BYTES, or nothing can be written.
         """
         text = json.dumps({**header, "call": call.with_mode("forward").key}).encode() + b"\n"
         if len(text) + len(program) > MOST_BYTES:
@@ -64,11 +64,7 @@ class Programs:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.chmod(0o700)  # whatever the umask
-            if sum(1 for _ in self.folder.glob("*.program")) >= _MOST_TOGETHER:
-                raise StoreError(
-                    f"{self.folder} has {_MOST_TOGETHER} programs already; `autochunk tune "
-                    "--missed` measures them, `autochunk forget --missed` deletes them"
-                )
+            self._make_room()
             number, name = tempfile.mkstemp(dir=self.folder)  # which others may not read
             with os.fdopen(number, "wb") as file:
                 file.write(text + program)
@@ -87,10 +83,20 @@ class Programs:
         """
         return read(self.path(call))
 
-    def forget(self, call: FunctionCall) -> None:
-        """Deletes a call's program, if there is one."""
-        with contextlib.suppress(OSError):
-            self.path(call).unlink(missing_ok=True)
+    def forget_all_but(self, calls: Iterable[FunctionCall]) -> None:
+        """Deletes the programs of all other calls."""
+        kept = set(map(self.path, calls))
+        for path in set(self.folder.glob("*.program")) - kept:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        """Deletes the oldest, as what was missed longest ago is forgotten, too."""
+        found = list(self.folder.glob("*.program"))
+        if len(found) >= _MOST_TOGETHER:
+            found.sort(key=lambda path: path.stat().st_mtime)
+            for path in found[: len(found) - _MOST_TOGETHER + 1]:
+                path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Any], bytes]:

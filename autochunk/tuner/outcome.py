@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autochunk.errors import StorageError
 from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,20 @@ class Outcome:
     complete: bool
     awaited: bool = False
     failure: str = ""
+
+
+class Tuned(NamedTuple):
+    """What became of functions that "auto" missed.
+
+    Attributes:
+      profiles: of those that were measured.
+      wanted: how many calls there were, each mode for itself.
+      left: how many of them have no finished profile.
+    """
+
+    profiles: list[Profile]
+    wanted: int
+    left: int
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from autochunk import host, nvidia
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, ProbeError
+from autochunk.functions import unchanging
 from autochunk.plan import BYTES_PER_MB, check_positive
 from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
@@ -243,6 +244,18 @@ def stale_or_unfinished(store: ProfileStore, device: Device) -> list[Workload]:
         for profile in store.profiles(device)
         if not profile.function and (profile.stale_reasons(device) or not profile.complete)
     ]
+
+
+def stale_functions(store: ProfileStore, device: Device) -> list[Profile]:
+    """The same of functions that are not attention, but for those that were measured anew since.
+
+    They are measured where they are met again, by ``autochunk tune --missed``.
+    """
+    every = [profile for profile in store.profiles(device) if profile.function]
+    old = [one for one in every if one.stale_reasons(device) or not one.complete]
+    keys = {one.workload for one in old}
+    anew = {unchanging(one.workload) for one in every if one.workload not in keys}
+    return [one for one in old if unchanging(one.workload) not in anew]
 
 
 def _planned(

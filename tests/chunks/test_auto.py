@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, draw
+from click.testing import CliRunner
 from factories import make_chunks, make_function_profile, make_measurement, run_python
 
 import autochunk
 from autochunk import chunked
 from autochunk.chunks.chunked import call_of
 from autochunk.chunks.describe import described
-from autochunk.errors import BudgetWarning, MissWarning, StaleWarning
+from autochunk.cli import main
+from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreWarning
 from autochunk.functions import FunctionCall
 from autochunk.resolution import resolve
 from autochunk.store import bundle
@@ -142,12 +146,68 @@ def test_a_budget_that_nothing_fits_is_told(store_path: Path) -> None:
         assert loops(made(memory_budget_mb=1)) == 4
 
 
+def test_keys_of_a_newer_version_are_passed_over(store_path: Path) -> None:
+    """One that has more items is no reason to fail, nor an answer."""
+    ProfileStore(store_path).put(profile(call(name="another")))
+    with closing(sqlite3.connect(store_path)) as file, file:
+        file.execute("UPDATE profiles SET key = replace(key, 'another', 'another,device=2')")
+    with pytest.warns(MissWarning):
+        assert loops(made()) == 0
+    assert CliRunner().invoke(main, ["explain", "--function", "made"]).exit_code == 0
+
+
+def test_a_locked_store_is_waited_for_shortly(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for attention: were it waited for as by a command, this would take hours."""
+    monkeypatch.setattr("autochunk.store.database._BUSY_MILLISECONDS", 3_600_000)
+    monkeypatch.setattr("autochunk.store.database._BRIEF_MILLISECONDS", 100)
+    ProfileStore(store_path).check_writable()
+    with closing(sqlite3.connect(store_path, isolation_level=None)) as file:
+        file.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(StoreWarning, match="without user store"), pytest.warns(MissWarning):
+            assert loops(made()) == 0
+
+
+def attends(x: jax.Array) -> jax.Array:
+    return autochunk.dot_product_attention(x, x, x)
+
+
+def test_a_function_with_attention_is_the_same_by_any_plan() -> None:
+    """Else tuning the one would make a profile of the other stale."""
+    x, found = draw(6, 8, 2, 4), set()
+    for limit in (None, 0.001):
+        with autochunk.use(max_chunk_size_mb=limit):
+            one = described(call_of(chunked(lambda x: attends(x), name="f"), (x,), {}))  # noqa: PLW0108
+        found.add(one)
+    assert len(found) == 1
+    causal = chunked(lambda x: autochunk.dot_product_attention(x, x, x, is_causal=True), name="f")
+    assert described(call_of(causal, (x,), {})) not in found
+
+
+def test_only_attention_that_runs_is_missed(store_path: Path) -> None:
+    """Not that of programs which are left for the tuner, or weighed for their memory."""
+    x = draw(6, 8, 2, 4)
+    run: Function = chunked(lambda x: attends(x), name="with attention")  # noqa: PLW0108
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.asarray(run(x).sum())
+
+    with autochunk.use(memory_budget_mb=0.001), pytest.warns(MissWarning):
+        text = jax.jit(jax.grad(loss)).lower(x).as_text()
+    assert "while" in text
+    store, here = ProfileStore(store_path), autochunk.detect()
+    assert [(one.batch, one.mode) for one in store.missed(here)] == [(1, "training")]
+    assert len(list(Programs(store_path).folder.iterdir())) == 1
+
+
 FINGERPRINTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from cases import CASES
 from autochunk.chunks.chunked import call_of
 from autochunk.chunks.describe import described
+from autochunk.cli import main
 for name in sys.argv[2:]:
     case = CASES[name]
     print(described(call_of(case.chunked, case.args, {})).fingerprint)

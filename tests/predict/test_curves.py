@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from factories import make_device, make_measurement, make_profile, make_workload
+from factories import (
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    make_workload,
+)
 
 from autochunk.predict.curves import MOST_PLANS, curve, fastest
 from autochunk.predict.evaluate import replay
@@ -23,3 +29,9 @@ def test_of_very_many_plans_the_fastest_are_learned() -> None:
     assert found is not None
     assert len(found.noise) == MOST_PLANS
     assert len(replay(profiles)) == len(shapes)
+
+
+def test_functions_are_no_curves() -> None:
+    """They teach nothing of attention, nor is it said how well they are predicted."""
+    assert curve(make_function_profile()) is None
+    assert replay([make_function_profile(), make_profile()]) == []

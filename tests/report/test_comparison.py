@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from factories import CURVE, make_device, make_measurement, make_profile, make_workload
+from factories import (
+    CURVE,
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    make_workload,
+)
 
 from autochunk.report.comparison import comparison, earlier, slower
 from autochunk.report.curve import curve_record
@@ -99,3 +106,11 @@ def test_versions_and_choices_of_both_sides_are_told() -> None:
     (record,) = comparison([then], [timed(0.1)])
     assert (record["then"]["jaxlib"], record["now"]["jaxlib"]) == ("0.10.2", "0.12.0")
     assert record["then"]["plan"] == "xla, 16 MB"
+
+
+def test_functions_are_compared() -> None:
+    """As attention is; what is in no chunks is whole."""
+    whole = make_function_profile(measurements=(make_measurement("dense"),))
+    (record,) = comparison([whole], [make_function_profile()])
+    assert record["shape"] == "model.transition 64"
+    assert (record["then"]["plan"], record["now"]["plan"]) == ("whole", "chunks of 16")

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import CURVE, make_device, make_measurement, make_profile, make_workload
+from factories import (
+    CURVE,
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    make_workload,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.device import detect
 from autochunk.report.curve import budget_picks, curve_record, least_budget_mb
+from autochunk.report.drawing import curve_figure
+from autochunk.report.terminal import curve_text
 from autochunk.resolution.resolve import resolve
 from autochunk.resolution.settings import use
 from autochunk.store import bundle
@@ -141,3 +150,14 @@ def test_versions_are_those_that_are_known() -> None:
     record = curve_record(make_profile(device=make_device(cudnn="9.1")))
     names = ["jax", "jaxlib", "cudnn", "autochunk"]
     assert list(record["versions"]) == names
+
+
+def test_a_function_has_no_dense_plan() -> None:
+    """Its baseline is the whole call, by that name in words, figures and letters."""
+    curve = curve_record(make_function_profile())
+    assert [one["plan"] for one in curve["plans"]] == ["whole", "chunks of 16"]
+    assert [one["implementation"] for one in curve["plans"]] == ["whole", "chunks"]
+    assert [one["chunk_sizes"] for one in curve["plans"]] == [None, [16]]
+    assert curve["plans"][curve["dense"]]["plan"] == "whole"
+    assert "W whole" in curve_text(curve, "title")
+    assert "dense" not in curve_figure(curve, "title", "device")

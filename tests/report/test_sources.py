@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from factories import make_device, make_profile, make_workload
+from factories import make_call, make_device, make_profile, make_workload
 
-from autochunk.errors import BundleError, ReportError
+from autochunk.errors import BundleError, ReportError, StoreWarning
 from autochunk.report.overview import report_record
 from autochunk.report.peers import read_peers
 from autochunk.report.sources import Source, kind_of, read
@@ -161,3 +161,21 @@ def test_what_is_no_bench(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ReportError, match="is not what `autochunk bench --json` prints"):
         read_peers(file)
+
+
+def test_a_bad_file_does_not_take_a_folder_along(tmp_path: Path) -> None:
+    """As for "auto": the others are read, and it is told which one is not."""
+    folder = folder_of_bundles(tmp_path)
+    (folder / "bad.json").write_text("{")
+    with pytest.warns(StoreWarning, match="without one of its files: .*bad.json"):
+        assert read(str(folder), DEVICE).profiles == (PROFILE,)
+
+
+def test_functions_that_were_missed_are_told(tmp_path: Path) -> None:
+    """Beside the attention that was."""
+    kept = ProfileStore(tmp_path / "store")
+    kept.record_miss(DEVICE, make_call())
+    kept.record_miss(DEVICE, make_workload())
+    record = report_record([read(str(kept.path), DEVICE)], DEVICE)
+    told = [one["shape"] for one in record["devices"][0]["misses"]]
+    assert sorted(told) == sorted([make_call().shape, make_workload().shape])

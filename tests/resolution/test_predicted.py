@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from factories import make_device, make_measurement, make_profile, run_python
+from factories import (
+    make_call,
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    run_python,
+)
 
 from autochunk.device import Device
 from autochunk.errors import MissWarning
@@ -74,6 +83,17 @@ def test_lengths_in_between_have_the_fastest_plan(store: ProfileStore, length: i
     assert "4 measured here" in found.reason
     assert found.within is not None
     assert found.rejected
+
+
+def test_functions_are_no_neighbours(store: ProfileStore) -> None:
+    """Of a name and sizes like those of attention, and by what only looks like a key."""
+    before = ask(workload(777))
+    store.put(make_function_profile(make_call(name="attention:b", lengths="777")))
+    rest = workload(777).key.removeprefix("attention:")
+    with closing(sqlite3.connect(store.path)) as file, file:
+        named = (f"{DEVICE.key} | function:{rest}", "{}")
+        file.execute("INSERT INTO profiles (key, value) VALUES (?, ?)", named)
+    assert ask(workload(777)).plan == before.plan
 
 
 @pytest.mark.parametrize("budget", [1000.0, 30.0, 6.0])

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from factories import make_call, make_chunks, make_function_profile, make_profile
+from factories import (
+    make_call,
+    make_chunks,
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+)
 from pydantic import ValidationError
 
 from autochunk.errors import StoreError
@@ -91,8 +99,10 @@ def test_a_program_is_its_users_own(store_path: Path) -> None:
     assert header["lengths"] == [64]
     assert program == b"\x00program\n"
     assert [one.name for one in kept.folder.iterdir()] == [kept.path(CALL).name]
-    kept.forget(CALL)
-    kept.forget(CALL)
+    kept.forget_all_but([CALL.with_mode("training")])
+    assert kept.has(CALL)
+    kept.forget_all_but([])
+    kept.forget_all_but([])
     assert not kept.has(CALL)
 
 
@@ -106,20 +116,59 @@ def test_what_others_may_read_or_write_is_not_run(store_path: Path, mode: int) -
         kept.read(CALL)
 
 
-def test_programs_that_cannot_be_kept(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is too large, one too many, and one that is damaged are told."""
+def test_programs_that_cannot_be_kept(store_path: Path) -> None:
+    """One that is too large, and one that is damaged are told."""
     kept = Programs(store_path)
     with pytest.raises(StoreError, match=r"takes 16.8 MB, more than the 17 MB|more than the"):
         kept.put(CALL, HEADER, bytes(programs.MOST_BYTES))
     with pytest.raises(StoreError, match="cannot read the program"):
         kept.read(CALL)
-    monkeypatch.setattr(programs, "_MOST_TOGETHER", 1)
     kept.put(CALL, HEADER, b"one")
-    with pytest.raises(StoreError, match="has 1 programs already"):
-        kept.put(make_call(name="other"), HEADER, b"two")
     kept.path(CALL).write_bytes(b"no header")
     with pytest.raises(StoreError, match="cannot read the program"):
         kept.read(CALL)
+
+
+def test_of_very_many_programs_the_oldest_go(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As misses do: those that are remembered have theirs."""
+    monkeypatch.setattr(programs, "_MOST_TOGETHER", 2)
+    kept, calls = Programs(store_path), [make_call(name=f"f{number}") for number in range(4)]
+    for number, one in enumerate(calls):
+        kept.put(one, HEADER, b"program")
+        os.utime(kept.path(one), (number, number))
+    assert [kept.has(one) for one in calls] == [False, False, True, True]
+
+
+def test_programs_go_with_what_was_missed(store_path: Path) -> None:
+    """Also those of which no miss is known; what another device missed stays."""
+    store, kept = ProfileStore(store_path), Programs(store_path)
+    device, other = make_function_profile().device, make_device(kind="Another/One")
+    calls = [make_call(name=name) for name in ("mine", "others", "nobodys")]
+    for one in calls:
+        kept.put(one, HEADER, b"program")
+    store.record_miss(device, calls[0].with_mode("training"))
+    store.record_miss(other, calls[1])
+    store.forget_programs()
+    assert [kept.has(one) for one in calls] == [True, True, False]
+    assert store.forget_missed(device) == 1
+    assert [kept.has(one) for one in calls] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        lambda: make_function_profile(measurements=[make_chunks(8, 8)]),
+        lambda: make_function_profile(make_call(lengths="8x8"), measurements=[make_chunks(8)]),
+        lambda: make_profile(measurements=[make_chunks(8)]),
+        lambda: make_profile(measurements=[make_measurement("xla", 16.0, chunk_sizes=(8,))]),
+    ],
+)
+def test_chunks_are_of_the_axes_that_there_are(profile: Callable[[], Profile]) -> None:
+    """A profile with others could not be run: nor is it read."""
+    with pytest.raises(ValidationError, match="one entry for each of the"):
+        profile()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_device, make_measurement, make_profile, make_workload, start_python
+from factories import (
+    make_call,
+    make_device,
+    make_function_profile,
+    make_measurement,
+    make_profile,
+    make_workload,
+    start_python,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +82,28 @@ MIXED = [
 def test_select(filters: dict[str, Any], chosen: list[int]) -> None:
     """Every filter must let a profile through; of shapes one, with all the items that it names."""
     assert merge.select(MIXED, **filters) == [MIXED[index] for index in chosen]
+
+
+@pytest.mark.parametrize(
+    ("filters", "chosen"),
+    [
+        ({"dtype": "float32"}, [0, 1, 2]),
+        ({"dtype": "bfloat16"}, []),
+        ({"mode": "training"}, [2]),
+        ({"shapes": ["name=model.transition"]}, [1]),
+        ({"shapes": ["lengths=8x8,mode=training"]}, [2]),
+        ({"shapes": ["name=f", "t=1024"], "mode": "forward"}, [0]),
+        ({"shapes": ["dropout=none"]}, [0]),
+    ],
+)
+def test_select_of_functions(filters: dict[str, Any], chosen: list[int]) -> None:
+    """By their own items, and by what both kinds have; never by those of attention alone."""
+    profiles = [
+        make_profile(),
+        make_function_profile(),
+        make_function_profile(make_call(name="f", lengths="8x8", mode="training")),
+    ]
+    assert merge.select(profiles, **filters) == [profiles[index] for index in chosen]
 
 
 @pytest.mark.parametrize("shape", ["", "t", "t=", "q=3", "t=4096;h=8,", "=4"])

@@ -9,22 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import run_python
+from factories import make_call, make_function_profile, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
 import autochunk
 from autochunk.chunks.chunked import call_of
+from autochunk.chunks.describe import described
 from autochunk.chunks.export import description, drawn, exported
-from autochunk.errors import ArgumentError
+from autochunk.errors import ArgumentError, MissWarning, StaleWarning
 from autochunk.plan import Plan
 from autochunk.store.choice import DENSE
 from autochunk.store.profiles import ProfileStore
 from autochunk.store.programs import Programs
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.functions.subject import Subject, as_numbers, deviation, of_program
-from autochunk.tuner.functions.tune import candidates
+from autochunk.tuner.functions.tune import Limits, candidates, tune_missed
 from autochunk.tuner.functions.worker import plan_of
+from autochunk.tuner.tune import stale_functions
 
 QUICK = EFFORT_SETTINGS["quick"]
 
@@ -91,6 +93,22 @@ def test_keys_of_any_kind(kind: str) -> None:
     assert (array.shape, array.dtype) == (given.shape, given.dtype)
 
 
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit, jax.checkpoint])
+def test_what_is_computed_in_half_precision_may_differ_by_its_rounding(inner: Any) -> None:
+    """Of float32 arguments, too, and wherever that is: else chunks would seem to mix positions."""
+
+    def half(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.bfloat16).sum(0).astype(jnp.float32)
+
+    allowed = []
+    for fn in (lambda x: x.sum(0), inner(half)):
+        call = call_of(autochunk.chunked(fn, reduce="sum"), (jnp.ones((4, 2)),), {})
+        function, arrays = of_program(*exported(call))
+        allowed.append(Subject(function, arrays, "forward").tolerance)
+    assert allowed[0] < 1e-3
+    assert 1e-2 < allowed[1] < 0.1
+
+
 def test_deviation() -> None:
     """Relative to the largest value; NaN where NaN is expected is right, elsewhere wrong."""
     nan, expected = float("nan"), [np.array([1.0, -4.0])]
@@ -136,6 +154,27 @@ def test_missed_in_one_process_tuned_in_another(store_path: Path) -> None:
     assert {m.status for m in mixed if m.chunk_sizes} == {"inaccurate"}
     assert all("mixes positions" in m.detail for m in mixed if m.chunk_sizes)
     run_python(MODEL.format(warnings="error"))
+
+
+def test_what_is_stale_is_measured_where_it_was_met(store_path: Path) -> None:
+    """A program is left by whoever runs by it; other functions that were missed wait."""
+    x, store, device = jnp.ones((16, 4), jnp.int32), ProfileStore(store_path), autochunk.detect()
+    made: list[Any] = [autochunk.chunked(lambda x: x + 1, name=one) for one in ("met", "other")]
+    met, other = made
+    call = described(call_of(met, (x,), {}))
+    older = device.model_copy(update={"jaxlib": "0.1.0"})
+    store.put(make_function_profile(call, device=older))
+    gone = make_function_profile(make_call(name="gone"), device=device, complete=False)
+    store.put(gone)
+    with pytest.warns(StaleWarning), pytest.warns(MissWarning):
+        jax.eval_shape(lambda x: (met(x), other(x + 0.0)), x)
+    assert len(store.missed_functions(device)) == 3
+    assert {one.function for one in stale_functions(store, device)} == {call, gone.function}
+    tuned = tune_missed(store, Limits("quick"), known_only=True)
+    assert [one.function for one in tuned.profiles] == [call]
+    assert (tuned.wanted, tuned.left) == (1, 0)
+    assert stale_functions(store, device) == [gone]
+    assert {one.name for one in store.missed_functions(device)} == {"other"}
 
 
 def test_a_function_is_measured_where_it_is(store_path: Path) -> None:

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 
 from autochunk.errors import ReportError
+from autochunk.functions import is_function
 from autochunk.report.drawing import curve_svg
 from autochunk.report.scales import bytes_text, seconds_text, timed
 from autochunk.report.svg import color_css
@@ -97,7 +98,8 @@ def figure_label(row: dict[str, Any]) -> str:
     plan = curve["plans"][curve["chosen"]]
     text += f" Chosen is {_plan_words(plan)}"
     if row["speedup_vs_dense"]:
-        text += f", {faster_text(row['speedup_vs_dense'])} as fast as dense attention"
+        whole = "the whole call" if is_function(row["workload"]) else "dense attention"
+        text += f", {faster_text(row['speedup_vs_dense'])} as fast as {whole}"
     return f"{text}. The table of plans below has all figures."
 
 

@@ -30,6 +30,7 @@ class Function:
       inputs, outputs: axes of each array and result.
       reduction: how results without an axis are merged.
       whole: what is computed of whole arrays, where that is not ``flat``.
+      rounding: the relative rounding of the least precise dtype in it.
     """
 
     flat: Callable[[Arrays], Arrays]
@@ -38,6 +39,7 @@ class Function:
     outputs: Sequence[Axes]
     reduction: Reduction
     whole: Callable[[Arrays], Arrays] | None = None
+    rounding: float = 0.0
 
 
 def of_program(header: dict[str, Any], program: bytes) -> tuple[Function, Arrays]:
@@ -51,6 +53,7 @@ def of_program(header: dict[str, Any], program: bytes) -> tuple[Function, Arrays
         inputs=[*[(None,) * len(lengths)] * around, *map(tuple, header["inputs"])],
         outputs=list(map(tuple, header["outputs"])),
         reduction=NAMED[header["reduce"] or "sum"],
+        rounding=float(header.get("rounding", 0.0)),  # programs of before had none
     )
     descriptions = [*header["around"], *header["arrays"]]
     return function, [drawn(one, seed) for seed, one in enumerate(descriptions)]
@@ -75,6 +78,15 @@ class Subject:
                 if jnp.issubdtype(one.dtype, jnp.inexact)
             ]
             self.passed = (arrays, cotangents)
+
+    @property
+    def tolerance(self) -> float:
+        """By what results may differ between sizes of chunks: the root of the least precise dtype's
+        rounding, which sums in another order never reach, and positions that are mixed do.
+        """  # noqa: D205
+        inexact = [one.dtype for one in self.passed[0] if jnp.issubdtype(one.dtype, jnp.inexact)]
+        of_arrays = max((float(jnp.finfo(dtype).eps) for dtype in inexact), default=1e-7)
+        return math.sqrt(max(of_arrays, self._function.rounding))
 
     def function(self, plan: Plan) -> Callable[..., Any]:
         """What computes the results, and in training the gradients, by a plan."""
@@ -140,11 +152,3 @@ def deviation(results: Sequence[Any], expected: Sequence[Any]) -> float:
         error = float(apart.max(initial=0.0)) / largest
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
-
-
-def tolerance(arrays: Sequence[jax.Array]) -> float:
-    """By what results may differ between sizes of chunks: the root of the least precise dtype's
-    rounding, which sums in another order never reach, and positions that are mixed do.
-    """  # noqa: D205
-    inexact = [one.dtype for one in arrays if jnp.issubdtype(one.dtype, jnp.inexact)]
-    return math.sqrt(max((float(jnp.finfo(dtype).eps) for dtype in inexact), default=1e-7))

@@ -6,13 +6,13 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import autochunk
 from autochunk.device import Device
 from autochunk.errors import ProbeError, StoreError
-from autochunk.functions import FunctionCall
+from autochunk.functions import FunctionCall, unchanging
 from autochunk.plan import BYTES_PER_MB, CHUNKS, Plan
 from autochunk.store.choice import DENSE
 from autochunk.store.measurement import Measurement
@@ -22,6 +22,7 @@ from autochunk.store.programs import Programs
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
 from autochunk.tuner.functions.worker import PROGRAM_VARIABLE
 from autochunk.tuner.joint import JointRounds
+from autochunk.tuner.outcome import Tuned
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure, worker_command
 from autochunk.tuner.standing import best_plans, best_ratio
@@ -78,8 +79,13 @@ def _ladder(length: int, settings: EffortSettings) -> list[int]:
     return sizes
 
 
-def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) -> list[Profile]:
+def tune_missed(
+    store: ProfileStore, limits: Limits, say: Say = lambda _: None, *, known_only: bool = False
+) -> Tuned:
     """Measures functions that "auto" missed on this machine's device, those asked for most first.
+
+    What is stored and stale, or unfinished, is missed where it answers; with ``known_only`` nothing
+    else is measured but functions that have changed since.
 
     Raises:
       ProbeError: no measuring process can be started.
@@ -91,8 +97,11 @@ def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) 
         try:
             device = probe.connect()
         except OutOfTime:
-            return []
+            return Tuned([], 0, 0)
     missed = store.missed_functions(device)
+    if known_only:
+        known = {unchanging(one.workload) for one in store.profiles(device) if one.function}
+        missed = {one: count for one, count in missed.items() if unchanging(one.key) in known}
     ordered = sorted(missed, key=lambda call: -missed[call])
     found = []
     for number, call in enumerate(ordered, 1):
@@ -106,18 +115,21 @@ def tune_missed(store: ProfileStore, limits: Limits, say: Say = lambda _: None) 
         if profile is not None:
             store.put(profile)
             found.append(profile)
-    _clear_up(store, kept, device, missed)
-    return found
+    store.forget_programs()
+    finished = sum(profile.complete for profile in found)
+    return Tuned(found, len(ordered), len(ordered) - finished)
 
 
 def _tune_one(
     call: FunctionCall, kept: Programs, device: Device, limits: Limits
 ) -> tuple[Profile | None, str]:
     """A profile, if anything could be measured, and what is said of it."""
+    cure = "run the program that calls it once more, or use autochunk.tune_chunks(fn, args)"
+    if not kept.has(call):
+        return None, f"not measured: it left no program; {cure}"
     try:
         kept.read(call)
     except StoreError as error:
-        cure = "run the program that calls it once more, or use autochunk.tune_chunks(fn, args)"
         return None, f"not measured: {error}; {cure}"
     budget = limits.memory_budget_mb
     settings = EFFORT_SETTINGS[limits.effort]
@@ -257,13 +269,3 @@ def _as_measurement(
         ratios=tuple(ratios),
         **asdict(prepared),
     )
-
-
-def _clear_up(
-    store: ProfileStore, kept: Programs, device: Device, missed: Iterable[FunctionCall]
-) -> None:
-    """Deletes programs of which neither mode is missed any more."""
-    waiting = {call.with_mode("forward") for call in store.missed_functions(device)}
-    for call in missed:
-        if call.with_mode("forward") not in waiting:
-            kept.forget(call)

@@ -20,7 +20,7 @@ from autochunk import device as devices
 from autochunk.functions import FunctionCall
 from autochunk.plan import Plan
 from autochunk.store import programs
-from autochunk.tuner.functions.subject import Subject, as_numbers, deviation, of_program, tolerance
+from autochunk.tuner.functions.subject import Subject, as_numbers, deviation, of_program
 from autochunk.tuner.measure import (
     Timed,
     available_bytes,
@@ -102,7 +102,7 @@ class Session:
             result |= {"measured_bytes": measured, "temp_bytes": working_bytes(temp, measured)}
         if self.expected is None:
             self.expected = numbers
-        apart, allowed_error = deviation(numbers, self.expected), tolerance(subject.passed[0])
+        apart, allowed_error = deviation(numbers, self.expected), subject.tolerance
         result["error"] = min(apart, 1e30)
         if not apart <= allowed_error:
             detail = MIXES.format(error=apart, allowed=allowed_error)
