@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from factories import (
     make_call,
+    make_chunks,
     make_device,
     make_function_profile,
     make_measurement,
@@ -101,7 +102,9 @@ def test_select_of_functions(filters: dict[str, Any], chosen: list[int]) -> None
     profiles = [
         make_profile(),
         make_function_profile(),
-        make_function_profile(make_call(name="f", lengths="8x8", mode="training")),
+        make_function_profile(
+            make_call(name="f", lengths="8x8", mode="training"), [make_chunks(8, 4)]
+        ),
     ]
     assert merge.select(profiles, **filters) == [profiles[index] for index in chosen]
 
