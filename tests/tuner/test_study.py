@@ -7,12 +7,13 @@ import json
 import signal
 import time
 from collections import Counter
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from factories import Scripted, make_device, make_measurement, make_profile, start_python
 from optuna.distributions import FloatDistribution
-from optuna.trial import create_trial
+from optuna.trial import TrialState, create_trial
 
 from autochunk.errors import ArgumentError, StorageError
 from autochunk.plan import Plan
@@ -208,6 +209,20 @@ def test_a_claim_that_nobody_signed_is_soon_free(place: str) -> None:
     study = open_study(place)
     study._queue(str(PLANS[0]), PLANS[0])
     study._study.ask()
+    claim = study.claim(PLANS[:1])
+    assert claim is not None
+    assert claim.plan == PLANS[0]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_claim_of_a_time_to_come_keeps_nobody_waiting(place: str, signed: bool) -> None:
+    """By a clock that is days ahead, or in a damaged file: nobody waits until that day."""
+    study = open_study(place)
+    worker = {"worker": "elsewhere boot space 1", "alive": time.time() + 1e6} if signed else {}
+    trial = create_trial(state=TrialState.RUNNING, user_attrs={"subject": str(PLANS[0]), **worker})
+    trial.datetime_start = datetime.now() + timedelta(days=9)
+    study._study.add_trial(trial)
+    assert study.workers() == 0
     claim = study.claim(PLANS[:1])
     assert claim is not None
     assert claim.plan == PLANS[0]

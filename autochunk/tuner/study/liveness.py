@@ -78,7 +78,8 @@ def alive(trial: FrozenTrial, since: float = 0.0) -> bool:
     # only slow, finds its claim gone and makes another.
     longest = SILENT_SECONDS if here else _SIGNING_SECONDS
     heard = max(since, float(trial.user_attrs.get("alive", started)))
-    return time.time() - heard < longest
+    # A time to come is as far from now as one gone by: nobody is waited for until it is there.
+    return abs(time.time() - heard) < longest
 
 
 def _process_exists(process: int) -> bool:
