@@ -138,15 +138,21 @@ def one_plan(limit: float | None, implementation: str = "xla") -> tuple[Measurem
     return (make_measurement(implementation, limit),)
 
 
-def start_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Starts a Python process with this environment and more, which can import this module."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+def start_python(code: str | Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Starts a Python process of code or a file, which can import this module.
+
+    It has this environment and more.
+    """
+    what = [str(code)] if isinstance(code, Path) else ["-c", code]
+    command = [sys.executable, *what, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-def run_python(code: str, *arguments: object, timeout: float = 60.0, **environment: str) -> str:
+def run_python(
+    code: str | Path, *arguments: object, timeout: float = 60.0, **environment: str
+) -> str:
     """What a Python process of its own prints; fails the test where it fails or hangs."""
     with start_python(code, *arguments, **environment) as process:
         try:

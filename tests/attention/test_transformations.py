@@ -9,9 +9,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import quick_jit
+from factories import quick_jit, run_python
 from reference import (
     assert_close,
     draw,
@@ -500,12 +497,7 @@ def test_several_devices() -> None:
     """
     script = Path(__file__).with_name("sharded.py")
     flags = "--xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    errors: dict[str, str] = json.loads(done.stdout)
+    printed = run_python(script, timeout=1500, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    errors: dict[str, str] = json.loads(printed)
     assert len(errors) > 20
     assert {case: error for case, error in errors.items() if error} == {}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from factories import run_python
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
@@ -17,14 +15,6 @@ def test_nothing_is_communicated(kind: str) -> None:
     Whether XLA partitions the program, JAX's types say how, or it is inside ``jax.shard_map``.
     """
     script = Path(__file__).with_name("on_devices.py")
-    done = subprocess.run(
-        [sys.executable, str(script), kind],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split("\n")[0].startswith("P('i'")
-    assert done.stdout.strip().endswith("[]")
+    printed = run_python(script, kind, timeout=300, JAX_PLATFORMS="cpu")
+    assert printed.split("\n")[0].startswith("P('i'")
+    assert printed.strip().endswith("[]")
