@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from factories import make_device, make_measurement, make_profile, make_workload, run_python
-from fuzz_bundle import check, sealed
+from fuzz import check_bundle, sealed
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -140,7 +140,7 @@ def test_numbers_survive_to_the_last_bit(seconds: float, memory: int) -> None:
     """A digest holds for every number that a profile may have."""
     measurement = make_measurement(seconds=(seconds,), ratios=(seconds,), temp_bytes=memory)
     profile = make_profile(measurements=[measurement])
-    loaded = check(bundle.dump([profile]))
+    loaded = check_bundle(bundle.dump([profile]))
     assert isinstance(loaded, Bundle)
     assert loaded.profiles == (profile,)
 
@@ -303,7 +303,7 @@ def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
     Nothing is read from it by scanning either.
     """
     assert says in refused(data)
-    assert isinstance(check(data), BundleError)
+    assert isinstance(check_bundle(data), BundleError)
 
 
 OTHER_DIGEST = "sha256:" + "0" * 64
@@ -346,7 +346,7 @@ def test_damage_is_found(change: Callable[[dict[str, Any]], object], says: str) 
     """
     text = rewritten(change)
     assert says in refused(text)
-    check(text)
+    check_bundle(text)
 
 
 def test_another_layout_is_the_same_bundle() -> None:
@@ -373,7 +373,7 @@ def test_truncated_at_every_byte(text: str) -> None:
 @given(st.one_of(st.text(), st.binary()))
 def test_hostile_text_is_a_bundle_error(data: str | bytes) -> None:
     """No text that was not written as a bundle is one."""
-    assert isinstance(check(data), BundleError)
+    assert isinstance(check_bundle(data), BundleError)
 
 
 NAMES = st.text(max_size=9)
@@ -399,8 +399,8 @@ def test_any_value_in_any_place_is_a_bundle_or_a_bundle_error(
         place, name = inner, data.draw(st.sampled_from(names))
     place[name] = value
     damaged = json.dumps(content).encode()
-    check(damaged)
-    check(sealed(damaged))
+    check_bundle(damaged)
+    check_bundle(sealed(damaged))
 
 
 @given(st.data(), st.sampled_from([bundle.dump(PROFILES[:1]), version_1(PROFILES[0])]))
@@ -410,9 +410,9 @@ def test_damaged_bytes_are_a_bundle_or_a_bundle_error(data: st.DataObject, text:
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    check(bytes(content))
-    check(sealed(bytes(content)))
-    check(gzip.compress(bytes(content)))
+    check_bundle(bytes(content))
+    check_bundle(sealed(bytes(content)))
+    check_bundle(gzip.compress(bytes(content)))
 
 
 HEAD = '{"schema_version": 1, "profiles": ['
