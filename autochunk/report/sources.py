@@ -60,7 +60,7 @@ def read(place: str, now: Device) -> Source:
     bundles = _of_folder(Path(place)) if kind == "folder" else [bundle.read(place)]
     found = {profile.key: profile for one in bundles for profile in one.profiles}
     note = "; ".join(one.provenance.note for one in bundles if one.provenance.note)
-    return Source(remote.without_password(name_of(place)), kind, tuple(found.values()), {}, note)
+    return Source(name_of(place), kind, tuple(found.values()), {}, note)
 
 
 def _of_folder(folder: Path) -> list[Bundle]:

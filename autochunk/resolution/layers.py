@@ -62,7 +62,7 @@ class BundleLayer:
     def __init__(self, place: str, label: str) -> None:
         self.place = place
         self.label = label
-        self.name = f"{label} {place}"
+        self.name = f"{label} {files.name_of(place)}"
         self._seen: tuple[Any, Any] = (None, None)
         self._look_again = self._retry_at = 0.0
         self._loaded: list[bundle.Index] | BundleError | None = None
@@ -148,7 +148,7 @@ class BundleLayer:
                     raise BundleError(
                         f"{file}: this is no file"
                     )  # to open a pipe may take for ever
-                yield bundle.scan(files.fetch(file), file)
+                yield bundle.scan(files.fetch(file), files.name_of(file))
             except BundleError as error:
                 if not in_folder:
                     raise

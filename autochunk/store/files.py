@@ -130,10 +130,10 @@ def file_identity(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
 
 
 def name_of(place: str | os.PathLike[str]) -> str:
-    """What a place is called in errors."""
+    """What a place is called in errors; a URL without its password."""
     path = os.fspath(place)
-    return "standard input" if path == "-" else one_line(path)
+    return "standard input" if path == "-" else one_line(remote.without_password(path))
 
 
 def _reason(error: OSError) -> str:
-    return one_line((error.strerror or str(error))[:1000])
+    return one_line(remote.without_password((error.strerror or str(error))[:1000]))

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 TIMEOUT_SECONDS = 30.0
 _PIECE_BYTES = 2**20
 _WEB = ("http://", "https://")
+_SECRET = re.compile(r"([?&][\w-]*(?:password|secret|token|signature|sig)=)[^&#\s]*", re.IGNORECASE)
 
 _T = TypeVar("_T")
 
@@ -29,9 +30,9 @@ def is_url(place: str) -> bool:
 
 
 def without_password(place: str) -> str:
-    """A place as it may be shown."""
+    """A place as it may be shown: no password, and nothing that a signed URL is signed with."""
     place = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", place)
-    return re.sub(r"([?&]\w*password=)[^&#]*", r"\1***", place)
+    return _SECRET.sub(r"\1***", place)
 
 
 def read(url: str, most_bytes: int, timeout: float = TIMEOUT_SECONDS) -> bytes:

@@ -18,6 +18,7 @@ import pytest
 from factories import make_device, make_profile, make_workload, run_python
 
 from autochunk.errors import BundleError
+from autochunk.resolution.layers import BundleLayer
 from autochunk.store import bundle, files, json_text, remote
 
 pytest.importorskip("fsspec")
@@ -355,6 +356,28 @@ def test_what_cannot_be_read(url: str, says: str) -> None:
         bundle.read(url)
     assert says in str(error.value)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["me:hidden@127.0.0.1:1/a.json", "127.0.0.1:1/a.json?X-Amz-Signature=hidden&x=1"],
+)
+def test_errors_and_layers_tell_no_password(secret: str) -> None:
+    """Neither the name of the place nor what the protocol says of it."""
+    url = f"http://{secret}"
+    told = [BundleLayer(url, "bundle").name]
+    with pytest.raises(BundleError) as error:
+        bundle.read(url, 5.0)
+    told.append(str(error.value))
+    with pytest.raises(BundleError) as error:
+        files.write(url, TEXT, 5.0)
+    told.append(str(error.value))
+    with pytest.raises(BundleError) as error:
+        BundleLayer(url, "bundle").keys()
+    told.append(str(error.value))
+    for text in told:
+        assert "hidden" not in text
+        assert "***" in text
 
 
 def test_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
