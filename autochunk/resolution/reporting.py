@@ -20,6 +20,7 @@ from autochunk.text import one_line
 _FRAMEWORKS = frozenset({"autochunk", "jax", "haiku", "flax", "contextlib", "functools"})
 
 _ALL_MISSED = "autochunk tune --missed"
+_ALL_STALE = "autochunk tune --stale"
 
 _reported: set[Any] = set()
 _muted = contextvars.ContextVar("autochunk_muted", default=False)
@@ -55,9 +56,13 @@ def report(resolution: Resolution) -> None:
         text = f"{auto} uses {resolution.plan} for {workload.key}: {resolution.reason}"
         warn_once(BudgetWarning, subject, text)
     if resolution.stale:
-        text = f"{auto} uses a profile of {resolution.source} that may no longer hold: "
-        cure = f"{'; '.join(resolution.stale)}. To measure again: {workload.tune_command}"
-        warn_once(StaleWarning, subject, text + cure)
+        # An update makes all of a store's profiles stale, which is told of one of them.
+        text = (
+            f"{auto} uses a profile of {resolution.source} that may no longer hold: "
+            f"{'; '.join(resolution.stale)}. Others of which the same is true are not told of; to "
+            f"measure all such in your store again: {_ALL_STALE}; this one: {workload.tune_command}"
+        )
+        warn_once(StaleWarning, (resolution.stale, resolution.device), text)
 
 
 def _is_missed(resolution: Resolution) -> tuple[bool, bool]:

@@ -720,16 +720,20 @@ def test_miss_is_recorded_in_the_store_in_use(tmp_path: Path, store: ProfileStor
 def test_stale_profile_answers_and_warns(store: ProfileStore) -> None:
     """A profile measured with another jaxlib is used.
 
-    The warning says what changed and how to measure again, once.
+    The warning says what changed and how to measure again, once for all of which it is true.
     """
     here = detect()
+    another = make_workload("t=64,k=8")
     store.put(make_profile(device=here.model_copy(update={"jaxlib": "0.1.2"})))
+    store.put(make_profile(another, device=here.model_copy(update={"jaxlib": "0.1.2"})))
     plans = resolve.plans(WORKLOAD, None)
     with pytest.warns(StaleWarning) as caught:
         plans.used("forward")
-    plans.used("forward")  # warnings are errors here: this one is silent
+    plans.used("forward")  # warnings are errors here: these are silent
+    resolve.plans(another, None).used("forward")
     assert plans.forward == Plan("xla", 16.0)
     assert len(caught) == 1
+    assert "tune --stale" in str(caught[0].message)
     assert "jaxlib 0.1.2" in str(caught[0].message)
     assert here.jaxlib in str(caught[0].message)
     assert WORKLOAD.tune_command in str(caught[0].message)
