@@ -135,16 +135,23 @@ class Database:
         """
         self._write(table, lambda opened: opened.update({key: value}), mend=mend)
 
-    def replace(self, table: str, rows: Mapping[str, str], expected: Mapping[str, bytes]) -> int:
+    def replace(
+        self,
+        table: str,
+        rows: Mapping[str, str],
+        expected: Mapping[str, bytes],
+        *,
+        mend: bool = True,
+    ) -> int:
         """Stores values by key in place of earlier ones, all or none; how many.
 
         None unless the value of each key in ``expected`` still is as it says: no bytes where there
-        is no row.
+        is no row. ``mend`` is as for ``put``.
         """
         statement = _REPLACE_UNLESS_CHANGED.format(table=table)
         was = {key: value.hex().upper() for key, value in expected.items()}  # as hex() writes it
         values = json.dumps(rows), json.dumps(was)
-        return self._write(table, lambda opened: _change(opened, statement, *values))
+        return self._write(table, lambda opened: _change(opened, statement, *values), mend=mend)
 
     def delete(
         self, table: str, where: str, values: Callable[[], Iterable[tuple[object, ...]]]

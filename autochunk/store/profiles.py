@@ -59,6 +59,7 @@ MOST_MISSES = 1000
 """So many missed workloads are remembered."""
 
 _FILE_NAME = "profiles.sqlite"
+_COUNT_TRIES = 20
 
 _Call = TypeVar("_Call", Workload, FunctionCall)
 
@@ -320,20 +321,28 @@ class ProfileStore:
         miss which is known already need not be counted where nothing can be written. Of very many,
         as of a program of ever new lengths, those go that were not met for longest.
         """
-        rows = self._rows(device, workload.key, MISSED)
-        key = key_text(rows[0].key) if rows else row_key(device.key, workload.key)
-        miss = miss_of(rows[0]) if rows else Miss(when=utc_now(), count=0)
-        if miss is None:  # nothing that this version should change
-            return
-        miss = miss.model_copy(update={"count": miss.count + 1})
-        try:
-            self._database.put(MISSED, key, miss.model_dump_json(), mend=False)
-        except StoreError:
-            if not rows:
-                raise
+        for _ in range(_COUNT_TRIES):  # others may count the same one meanwhile
+            rows = self._rows(device, workload.key, MISSED)
+            try:
+                if self._count_miss(device, workload, rows[0] if rows else None):
+                    break
+            except StoreError:
+                if not rows:
+                    raise
+                return
         if not rows and self._database.count(MISSED) > MOST_MISSES:
             where = BEYOND_NEWEST.format(MISSED)
             self._database.delete(MISSED, where, lambda: [(MOST_MISSES,)])
+
+    def _count_miss(self, device: Device, workload: Tunable, row: Row | None) -> bool:
+        """Whether a miss is counted now, or this version should not."""
+        key = key_text(row.key) if row else row_key(device.key, workload.key)
+        miss = miss_of(row) if row else Miss(when=utc_now(), count=0)
+        if miss is None:
+            return True
+        text = miss.model_copy(update={"count": miss.count + 1}).model_dump_json()
+        was = (row.value or b"") if row else b""
+        return bool(self._database.replace(MISSED, {key: text}, {key: was}, mend=False))
 
     def check_writable(self) -> None:
         """Raises StoreError now, not after hours of measuring, if a profile could not be stored."""

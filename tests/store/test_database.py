@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,19 @@ def test_misses_are_counted(store: ProfileStore) -> None:
     store.record_miss(HERE, WORKLOADS[2])
     assert store.misses(HERE)[WORKLOADS[2]] == 2
     assert store.misses(THERE) == {}
+
+
+def test_no_count_is_lost_among_many_writers(store: ProfileStore) -> None:
+    """Of one miss that several processes tell of at once."""
+
+    def record(_: int) -> None:
+        own = ProfileStore(store.path)
+        for _ in range(10):
+            own.record_miss(HERE, WORKLOADS[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(record, range(4)))
+    assert store.misses(HERE) == {WORKLOADS[0]: 40}
 
 
 @pytest.mark.parametrize(
