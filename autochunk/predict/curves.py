@@ -11,7 +11,7 @@ import numpy as np
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan
-from autochunk.predict import work
+from autochunk.predict import memory, work
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.workload import DTYPES, Workload
@@ -105,8 +105,8 @@ def curve(profile: Profile) -> Curve | None:
     unit = float(np.median([m.seconds_median / m.ratio for m in timed]))
     plans = [m.plan for m in timed]
     physics = [work.seconds(workload, plan, platform) for plan in plans]
-    held = [work.temp_bytes(workload, plan) for plan in plans]
-    took = [max(m.temp_bytes or 0, work.LEAST_BYTES) for m in timed]
+    held = [memory.temp_bytes(workload, plan, platform) for plan in plans]
+    took = [max(m.temp_bytes or 0, memory.LEAST_BYTES) for m in timed]
     return Curve(
         sites(workload, plans),
         np.log([m.ratio * unit for m in timed]) - np.log(physics),

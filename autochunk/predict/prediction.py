@@ -12,7 +12,7 @@ import numpy as np
 from autochunk.device import Device, likeness
 from autochunk.implementations import IMPLEMENTATIONS, kernels_on
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
-from autochunk.predict import work
+from autochunk.predict import memory, work
 from autochunk.predict.curves import MOST_PLANS, Curve, Sites, joined, kinds_of, sites, sizes_of
 from autochunk.predict.process import (
     SECONDS,
@@ -135,7 +135,7 @@ def predict(
         return None
     asked = sites(workload, plans)
     times = _times(sources, asked, [work.seconds(workload, plan, platform) for plan in plans])
-    held = _memory(sources, asked, [work.temp_bytes(workload, plan) for plan in plans])
+    held = _memory(sources, asked, [memory.temp_bytes(workload, plan, platform) for plan in plans])
     costs = [
         Cost(plan, float(second), float(likely), float(most))
         for plan, second, likely, most in zip(

@@ -16,7 +16,9 @@ from autochunk.plan import Plan, slice_logits
 from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
 
-_HALVES = ("bfloat16", "float16")
+HALVES = ("bfloat16", "float16")
+"""Names of the dtypes of half precision."""
+
 # Operations and passes over the logits of a training step, in those of a forward one.
 _TRAINING_OPERATIONS = 3.5
 _PASSES = {"forward": 2, "training": 6}
@@ -39,21 +41,6 @@ class Rates:
 
 _CPU = Rates(operations=(1.2e11, 1.2e11), passes=(2e10, 4e9), slice_seconds=2e-5)
 _ACCELERATOR = Rates(operations=(5e13, 4e14), passes=(2e12, 2e12), slice_seconds=1e-5)
-
-# Working memory is this many times the logits at once, the operands of a slice and all operands; of
-# what does not slice those of a slice are all.
-_HELD: dict[tuple[str, str], tuple[float, float, float]] = {
-    ("dense", "forward"): (1.0, 0.0, 0.5),
-    ("dense", "training"): (3.0, 0.0, 0.8),
-    ("fused", "forward"): (0.0, 0.0, 0.0),
-    ("fused", "training"): (0.0, 0.0, 0.5),
-    ("sliced", "forward"): (0.9, 1.0, 0.1),
-    ("sliced", "training"): (2.5, 2.0, 0.2),
-}
-_BIAS_HELD = 0.8
-LEAST_BYTES = 2**20
-"""Working memory below this makes no difference."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -127,7 +114,7 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
     operations *= _TRAINING_OPERATIONS if training else 1.0
     passes = work.logits * _itemsize(workload, kind, platform) * _PASSES[workload.mode]
     return (
-        operations / rates.operations[workload.dtype in _HALVES]
+        operations / rates.operations[workload.dtype in HALVES]
         + passes / rates.passes[kind != "sliced"]
         + rates.slice_seconds * work.slices
     )
@@ -140,41 +127,5 @@ def _itemsize(workload: Workload, kind: str, platform: str) -> int:
     """
     if kind == "fused":
         return 0
-    halves = _HALVES[:1] if platform == "cpu" else _HALVES
+    halves = HALVES[:1] if platform == "cpu" else HALVES
     return 2 if kind == "dense" and workload.dtype in halves else workload.logits_itemsize
-
-
-def temp_bytes(workload: Workload, plan: Plan) -> float:
-    """Working memory by what a plan holds; at least ``LEAST_BYTES``."""
-    work = work_of(workload, plan)
-    kind, training = kind_of(plan.implementation), workload.mode == "training"
-    logits, own, every = _HELD[kind, workload.mode]
-    size = workload.key_size + workload.value_size
-    queries = workload.batch * workload.num_heads * workload.query_length * size
-    keys = workload.batch * workload.num_kv_heads * workload.key_length * size
-    of_slice = queries * work.rows / workload.query_length + keys * work.keys / workload.key_length
-    if kind == "fused" and training and workload.bias != "none":
-        logits = _BIAS_HELD  # its cotangent is summed from those of the logits
-    masked = mask_bytes(workload) if kind == "fused" else 0
-    held = (
-        logits * work.at_once
-        + own * of_slice * work.share * workload.logits_itemsize
-        + every * (queries + keys) * (2 if workload.dtype in _HALVES else 4)
-        + masked
-    )
-    return max(held, LEAST_BYTES)
-
-
-def mask_bytes(workload: Workload) -> int:
-    """Bytes of the mask that fused kernels are given for segments and for offset positions.
-
-    One byte for each row and key, of each sequence where these differ.
-    """
-    patterns = [workload.query_segment_ids, workload.key_value_segment_ids]
-    if workload.reach != (None, None):
-        patterns.append(workload.query_offset)
-    letters = "".join(pattern for pattern in patterns if pattern != "none")
-    if not letters:
-        return 0
-    sequences = workload.batch if "b" in letters else 1
-    return sequences * workload.query_length * workload.key_length

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from autochunk.device import Device
 from autochunk.implementations import is_sliced, kernels_on
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
-from autochunk.predict.work import mask_bytes
+from autochunk.predict.memory import mask_bytes
 from autochunk.workload import Workload
 
 # On a CPU; the logits of sizes that are powers of two are cut into slices of 2**24 bytes.

@@ -1,0 +1,185 @@
+"""Working memory: what a plan holds beside a call's arguments and results.
+
+Arrays are counted as compiled programs have them: copies of the logits, operands of a slice, what
+excluded keys and values are zeroed into, masks that kernels are given, cotangents of grouped heads
+before they are summed. How many there are was read off the memory that XLA reports; what remains
+(workspace of products, what a compiler fuses) is learned from curves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autochunk.plan import Plan
+from autochunk.predict.work import HALVES, kind_of, work_of
+from autochunk.workload import Workload
+
+LEAST_BYTES = 2**20
+"""Working memory below this makes no difference."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """How often arrays are there; of a pair the second is of what is not half precision.
+
+    Attributes:
+      logits: those at once, in float32.
+      excluding: so many more of them, where keys are left out.
+      slices: operands of a slice, in float32.
+      operands: all queries, keys and values, in their dtype.
+      zeroed: so many more of these, where keys are left out.
+    """
+
+    logits: tuple[float, float]
+    excluding: tuple[float, float] = (0.0, 0.0)
+    slices: tuple[float, float] = (0.0, 0.0)
+    operands: tuple[float, float] = (0.0, 0.0)
+    zeroed: float = 0.0
+
+
+# CPUs compute half precision in float32, and fuse a part of the logits away.
+_CPU = {
+    ("dense", "forward"): _Held((1.0, 1.0)),
+    ("dense", "training"): _Held((3.3, 3.8), slices=(0.5, 0.5)),
+    ("sliced", "forward"): _Held((0.5, 0.5), slices=(3.0, 1.0), zeroed=0.4),
+    ("sliced", "training"): _Held(
+        (2.4, 2.4), slices=(3.3, 1.3), operands=(1.5, 0.0), zeroed=0.4
+    ),
+}
+# Logits are float32, the weights that are multiplied with values in the inputs' dtype.
+_ACCELERATOR = {
+    ("dense", "forward"): _Held((1.5, 2.0), excluding=(1.5, 1.0)),
+    ("dense", "training"): _Held((2.5, 3.0), excluding=(0.5, 0.0)),
+    ("sliced", "forward"): _Held((1.5, 2.0), excluding=(0.6, 0.6), operands=(0.2, 0.2), zeroed=0.2),
+    ("sliced", "training"): _Held(
+        (3.0, 3.8), excluding=(0.3, 0.3), operands=(1.6, 0.3), zeroed=0.5
+    ),
+}
+_GROUPED = 0.5  # of the operands, with keys and values for all heads: one of these two at a time
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What a fused kernel is given, and gives, in programs around it.
+
+    Attributes:
+      zeroed: arrays as large as keys or values where some of these are left out, in forward and in
+        training.
+      masks: bytes of a mask for each row and key.
+      sums: bytes of float32 sums of the cotangents of queries, for each of their elements.
+      rows: bytes for each row and head, of sums and maxima.
+      bias: arrays as large as a bias's cotangent before it is summed.
+      grouped: whether cotangents of keys and values are there for all heads.
+    """
+
+    zeroed: tuple[float, float]
+    masks: tuple[float, float]
+    sums: float = 0.0
+    rows: float = 12.0
+    bias: float = 1.0
+    grouped: bool = True
+
+
+_KERNELS = {
+    "cudnn": _Kernel(zeroed=(2.0, 5.0), masks=(2.0, 2.0), sums=4.0, rows=8.0),
+    "tokamax_mosaic": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 2.0), bias=2.0, grouped=False),
+    "tokamax_triton": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a call's arrays, in its dtype: queries, keys with values, those for all heads."""
+
+    queries: int
+    keys: int
+    every: int
+
+
+def _sizes(workload: Workload) -> _Sizes:
+    size = (workload.key_size + workload.value_size) * _itemsize(workload)
+    keys = workload.batch * workload.key_length * size
+    return _Sizes(
+        workload.batch * workload.query_length * workload.num_heads * size,
+        keys * workload.num_kv_heads,
+        keys * workload.num_heads,
+    )
+
+
+def _itemsize(workload: Workload) -> int:
+    return 2 if workload.dtype in HALVES else workload.logits_itemsize
+
+
+def temp_bytes(workload: Workload, plan: Plan, platform: str) -> float:
+    """Working memory by what a plan holds; at least ``LEAST_BYTES``."""
+    if kind_of(plan.implementation) == "fused":
+        return max(_of_kernel(workload, _KERNELS[plan.implementation]), LEAST_BYTES)
+    return max(_of_logits(workload, plan, platform), LEAST_BYTES)
+
+
+def _of_logits(workload: Workload, plan: Plan, platform: str) -> float:
+    work, sizes = work_of(workload, plan), _sizes(workload)
+    table = _CPU if platform == "cpu" else _ACCELERATOR
+    held = table[kind_of(plan.implementation), workload.mode]
+    full = workload.dtype not in HALVES
+    excluding = _zeroes(workload) or workload.reach != (None, None)
+    share = work.rows / workload.query_length, work.keys / workload.key_length
+    of_slice = (sizes.queries * share[0] + sizes.keys * share[1]) * work.share
+    operands = held.operands[full] + (held.zeroed if excluding else 0.0)
+    return (
+        (held.logits[full] + (held.excluding[full] if excluding else 0.0)) * work.at_once
+        + held.slices[full] * of_slice * workload.logits_itemsize / _itemsize(workload)
+        + operands * (sizes.queries + sizes.keys)
+        + (_GROUPED * sizes.every if sizes.every > sizes.keys else 0.0)
+    )
+
+
+def _of_kernel(workload: Workload, kernel: _Kernel) -> float:
+    sizes, training = _sizes(workload), workload.mode == "training"
+    pairs = workload.batch * workload.query_length * workload.key_length * workload.num_heads
+    held = kernel.masks[training] * mask_bytes(workload)
+    if kernel.masks[0] > 1:
+        held += kernel.masks[training] * _given_mask(workload)
+    if _zeroes(workload):
+        held += kernel.zeroed[training] * sizes.keys / 2
+    if training:
+        rows = workload.batch * workload.num_heads * workload.query_length
+        held += rows * (kernel.rows + kernel.sums * workload.key_size)
+        held += sizes.every if kernel.grouped and sizes.every > sizes.keys else 0
+        held += kernel.bias * pairs * _itemsize(workload) if workload.bias != "none" else 0
+    return held
+
+
+def _zeroes(workload: Workload) -> bool:
+    """Whether keys are left out by more than positions that are known: what these hold is zeroed.
+
+    It may be what no number is.
+    """
+    return (
+        workload.mask != "none"
+        or bool(workload.covering)
+        or (workload.reach != (None, None) and workload.query_offset != "none")
+    )
+
+
+def _given_mask(workload: Workload) -> int:
+    """Rows and keys of a given mask, with heads where a bias is added to it."""
+    if workload.mask == "none":
+        return 0
+    heads = workload.num_heads if workload.bias != "none" else 1
+    return workload.batch * heads * workload.query_length * workload.key_length
+
+
+def mask_bytes(workload: Workload) -> int:
+    """Bytes of the mask that fused kernels are given for segments and for offset positions.
+
+    One byte for each row and key, of each sequence where these differ.
+    """
+    patterns = [workload.query_segment_ids, workload.key_value_segment_ids]
+    if workload.reach != (None, None):
+        patterns.append(workload.query_offset)
+    letters = "".join(pattern for pattern in patterns if pattern != "none")
+    if not letters:
+        return 0
+    sequences = workload.batch if "b" in letters else 1
+    return sequences * workload.query_length * workload.key_length
