@@ -12,6 +12,7 @@ from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan
 from autochunk.predict import memory, work
+from autochunk.predict.seconds import seconds
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.workload import DTYPES, Workload
@@ -104,7 +105,7 @@ def curve(profile: Profile) -> Curve | None:
     # Ratios are to one plan's time: what they compare is surer than seconds are.
     unit = float(np.median([m.seconds_median / m.ratio for m in timed]))
     plans = [m.plan for m in timed]
-    physics = [work.seconds(workload, plan, platform) for plan in plans]
+    physics = [seconds(workload, plan, platform) for plan in plans]
     held = [memory.temp_bytes(workload, plan, platform) for plan in plans]
     took = [max(m.temp_bytes or 0, memory.LEAST_BYTES) for m in timed]
     return Curve(

@@ -58,6 +58,9 @@ _ACCELERATOR = {
 _GROUPED = 0.5  # of the operands, with keys and values for all heads: one of these two at a time
 
 
+_ALIGNED = 8  # elements of half precision, 16 bytes: what Hopper's asynchronous copies need
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """What a fused kernel is given, and gives, in programs around it.
@@ -70,6 +73,8 @@ class _Kernel:
       rows: bytes for each row and head, of sums and maxima.
       bias: arrays as large as a bias's cotangent before it is summed.
       grouped: whether cotangents of keys and values are there for all heads.
+      windows: whether a window that is bounded on both sides is given as a mask.
+      odd: bytes for each logit where rows of keys are not aligned to 16 bytes.
     """
 
     zeroed: tuple[float, float]
@@ -78,12 +83,16 @@ class _Kernel:
     rows: float = 12.0
     bias: float = 1.0
     grouped: bool = True
+    windows: bool = False
+    odd: tuple[float, float] = (0.0, 0.0)
 
 
 _KERNELS = {
     "cudnn": _Kernel(zeroed=(2.0, 5.0), masks=(2.0, 2.0), sums=4.0, rows=8.0),
-    "tokamax_mosaic": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 2.0), bias=2.0, grouped=False),
-    "tokamax_triton": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 1.0)),
+    "tokamax_mosaic": _Kernel(
+        zeroed=(1.0, 4.0), masks=(1.0, 2.0), bias=2.0, grouped=False, odd=(3.0, 4.0)
+    ),
+    "tokamax_triton": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 1.0), windows=True),
 }
 
 
@@ -130,7 +139,7 @@ def _of_logits(workload: Workload, plan: Plan, platform: str) -> float:
         (held.logits[full] + (held.excluding[full] if excluding else 0.0)) * work.at_once
         + held.slices[full] * of_slice * workload.logits_itemsize / _itemsize(workload)
         + operands * (sizes.queries + sizes.keys)
-        + (_GROUPED * sizes.every if sizes.every > sizes.keys else 0.0)
+        + _GROUPED * grouped_bytes(workload)
     )
 
 
@@ -140,14 +149,37 @@ def _of_kernel(workload: Workload, kernel: _Kernel) -> float:
     held = kernel.masks[training] * mask_bytes(workload)
     if kernel.masks[0] > 1:
         held += kernel.masks[training] * _given_mask(workload)
+    if kernel.windows and None not in workload.reach and not held:
+        held += workload.query_length * workload.key_length
+    if workload.key_length % _ALIGNED:
+        held += kernel.odd[training] * pairs
     if _zeroes(workload):
         held += kernel.zeroed[training] * sizes.keys / 2
     if training:
         rows = workload.batch * workload.num_heads * workload.query_length
         held += rows * (kernel.rows + kernel.sums * workload.key_size)
-        held += sizes.every if kernel.grouped and sizes.every > sizes.keys else 0
+        held += grouped_bytes(workload) if kernel.grouped else 0
         held += kernel.bias * pairs * _itemsize(workload) if workload.bias != "none" else 0
     return held
+
+
+def operand_bytes(workload: Workload) -> int:
+    """Bytes of queries, keys and values, and as many of outputs as of queries."""
+    sizes = _sizes(workload)
+    return sizes.queries + sizes.keys
+
+
+def grouped_bytes(workload: Workload) -> int:
+    """Bytes of keys and values for all heads, where groups of heads share them; else none."""
+    sizes = _sizes(workload)
+    return sizes.every if sizes.every > sizes.keys else 0
+
+
+def mask_itemsize(workload: Workload, kernel: str) -> float:
+    """Bytes of a mask or bias that a fused kernel reads for each logit."""
+    added = _itemsize(workload) if workload.bias != "none" else 0
+    masked = mask_bytes(workload) or workload.mask != "none"
+    return added + (_KERNELS[kernel].masks[0] if masked else 0)
 
 
 def _zeroes(workload: Workload) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from autochunk.device import Device, likeness
 from autochunk.implementations import IMPLEMENTATIONS, kernels_on
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
-from autochunk.predict import memory, work
+from autochunk.predict import memory
 from autochunk.predict.curves import MOST_PLANS, Curve, Sites, joined, kinds_of, sites, sizes_of
 from autochunk.predict.process import (
     SECONDS,
@@ -22,6 +22,7 @@ from autochunk.predict.process import (
     alike,
     posterior,
 )
+from autochunk.predict.seconds import seconds
 from autochunk.store.choice import DENSE
 from autochunk.store.profile import sliced_shape
 from autochunk.workload import Workload
@@ -29,8 +30,9 @@ from autochunk.workload import Workload
 MOST_POINTS = MOST_PLANS
 """The nearest curves of so many plans are asked: more add little but time."""
 
-# Memory is reckoned so many standard deviations higher: more than that is rare.
-_MARGIN = 1.5
+# Memory is reckoned so many standard deviations higher: more than that is rare. What is told of a
+# plan leans that way, too: memory that is missed hurts, some that is left does not.
+_MARGIN, _LIKELY = 1.5, 0.3
 _NOISE_OF_BYTES = 0.07
 # With so many curves of the device itself, and no more than this to gain, a prediction is sure.
 _FEWEST_HERE, _SURE = 3, 0.05
@@ -134,15 +136,15 @@ def predict(
     if not sources or not plans:
         return None
     asked = sites(workload, plans)
-    times = _times(sources, asked, [work.seconds(workload, plan, platform) for plan in plans])
+    times = _times(sources, asked, [seconds(workload, plan, platform) for plan in plans])
     held = _memory(sources, asked, [memory.temp_bytes(workload, plan, platform) for plan in plans])
     costs = [
         Cost(plan, float(second), float(likely), float(most))
         for plan, second, likely, most in zip(
             plans,
             np.exp(times.mean),
-            np.exp(held.mean),
-            np.exp(held.mean + _MARGIN * np.sqrt(np.maximum(np.diag(held.covariance), 0.0))),
+            _bytes(held, _LIKELY),
+            _bytes(held, _MARGIN),
             strict=True,
         )
     ]
@@ -211,6 +213,12 @@ def _memory(sources: Sequence[Source], asked: Sites, held: Sequence[float]) -> P
     noise = [np.full(len(source.curve.noise), _NOISE_OF_BYTES) for source in sources]
     found = posterior(TEMP_BYTES, _known(sources, "temp_bytes", noise), asked)
     return found._replace(mean=found.mean + np.log(held))
+
+
+def _bytes(held: Posterior, deviations: float) -> np.ndarray:
+    """Working memory, so many standard deviations above the mean."""
+    deviation = np.sqrt(np.maximum(np.diag(held.covariance), 0.0))
+    return np.asarray(np.maximum(np.exp(held.mean + deviations * deviation), memory.LEAST_BYTES))
 
 
 def _within(times: Posterior, chosen: int, fitting: list[int]) -> float:

@@ -38,6 +38,7 @@ class Covariance:
       common, own, general: standard deviations of the three parts.
       elsewhere, elsewhere_plans: how alike another device's are, in what is common and in the rest.
       noise: by how much more measurements scatter than their repeats show.
+      fused: standard deviations of fused kernels, in those of others.
     """
 
     sizes: tuple[float, float, float, float]
@@ -56,6 +57,7 @@ class Covariance:
     elsewhere: float
     elsewhere_plans: float
     noise: float
+    fused: float
 
 
 SECONDS = Covariance(
@@ -75,6 +77,7 @@ SECONDS = Covariance(
     elsewhere=0.07,
     elsewhere_plans=0.74,
     noise=2.6,
+    fused=1.0,
 )
 TEMP_BYTES = Covariance(
     sizes=(2.5, 4.8, 5.5, 2.6),
@@ -93,6 +96,7 @@ TEMP_BYTES = Covariance(
     elsewhere=0.5,
     elsewhere_plans=0.99,
     noise=0.65,
+    fused=0.3,
 )
 
 
@@ -166,11 +170,13 @@ def covaries(
 
     broad = near**0.25  # over twice the distances
     coarse = np.where(sliced, coarse, coarse * spread(plain))
-    return np.asarray(
+    every = (
         spread(covariance.common**2 * broad * common * kinds)
         + spread(covariance.own**2 * near * plans * kinds) * fine
         + spread(covariance.general**2 * plans * kinds) * coarse
     )
+    deviations = np.array([covariance.fused if is_fused(n) else 1.0 for n in IMPLEMENTATIONS])
+    return np.asarray(every * deviations[one.names][:, None] * deviations[other.names])
 
 
 def alike(

@@ -1,9 +1,4 @@
-"""What a plan computes at a workload, and what that would cost by simple physics.
-
-The physics is a roofline (Williams 2009): operations at one rate, passes over the logits at
-another, and a time for each slice. Its constants are those of no machine: what it gets wrong is
-learned from curves, which know the rates, the caches and the compiler.
-"""
+"""What a plan computes at a workload: how many logits, in which slices."""
 
 from __future__ import annotations
 
@@ -19,28 +14,9 @@ from autochunk.workload import Workload
 HALVES = ("bfloat16", "float16")
 """Names of the dtypes of half precision."""
 
-# Operations and passes over the logits of a training step, in those of a forward one.
-_TRAINING_OPERATIONS = 3.5
-_PASSES = {"forward": 2, "training": 6}
+# Whether fused kernels skip, in forward and in training, what lies outside a window on both sides.
+_SKIPS_WINDOWS = {"cudnn": (True, True), "tokamax_mosaic": (True, False)}
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a kind of device does in a second.
-
-    Attributes:
-      operations: of products, in full and in half precision.
-      passes: bytes of logits that are read or written, in slices and at once.
-      slice_seconds: that each slice takes beside.
-    """
-
-    operations: tuple[float, float]
-    passes: tuple[float, float]
-    slice_seconds: float
-
-
-_CPU = Rates(operations=(1.2e11, 1.2e11), passes=(2e10, 4e9), slice_seconds=2e-5)
-_ACCELERATOR = Rates(operations=(5e13, 4e14), passes=(2e12, 2e12), slice_seconds=1e-5)
 
 @dataclass(frozen=True)
 class Work:
@@ -78,7 +54,7 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     """
     every = workload.batch * workload.num_heads * workload.query_length * workload.key_length
     if not is_sliced(plan.implementation):
-        seen = _seen(workload) if is_fused(plan.implementation) else 1.0
+        seen = _seen(workload) if _skips(workload, plan.implementation) else 1.0
         rows, keys = workload.query_length, workload.key_length
         return Work(1.0, rows, keys, 1.0, workload.logits_bytes, every * seen)
     shape = sliced_shape(workload)
@@ -95,6 +71,13 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     )
 
 
+def _skips(workload: Workload, implementation: str) -> bool:
+    """Whether an implementation that does not slice skips logits which positions leave out."""
+    if not is_fused(implementation) or None in workload.reach:
+        return is_fused(implementation)
+    return _SKIPS_WINDOWS.get(implementation, (False, False))[workload.mode == "training"]
+
+
 def _seen(workload: Workload) -> float:
     """The share of the logits that positions leave, in blocks."""
     left, right = workload.reach
@@ -104,28 +87,3 @@ def _seen(workload: Workload) -> float:
         return min(1.0, (left + right + 1) / workload.key_length)
     blocks = max(1, min(8, workload.query_length // 256))
     return (blocks + 1) / (2 * blocks)
-
-
-def seconds(workload: Workload, plan: Plan, platform: str) -> float:
-    """By physics alone."""
-    work, rates = work_of(workload, plan), _CPU if platform == "cpu" else _ACCELERATOR
-    training, kind = workload.mode == "training", kind_of(plan.implementation)
-    operations = 2 * work.logits * (workload.key_size + workload.value_size)
-    operations *= _TRAINING_OPERATIONS if training else 1.0
-    passes = work.logits * _itemsize(workload, kind, platform) * _PASSES[workload.mode]
-    return (
-        operations / rates.operations[workload.dtype in HALVES]
-        + passes / rates.passes[kind != "sliced"]
-        + rates.slice_seconds * work.slices
-    )
-
-
-def _itemsize(workload: Workload, kind: str, platform: str) -> int:
-    """Bytes of a logit that is written: none in fused kernels, the inputs' own in haiku's order.
-
-    CPUs compute float16 in float32.
-    """
-    if kind == "fused":
-        return 0
-    halves = HALVES[:1] if platform == "cpu" else HALVES
-    return 2 if kind == "dense" and workload.dtype in halves else workload.logits_itemsize

@@ -1,0 +1,77 @@
+"""Time by physics: what a plan computes, reads and writes, and launches.
+
+The physics is a roofline (Williams 2009): operations at one rate, bytes at another, and a time for
+each slice. Its constants are those of no machine: what it gets wrong is learned from curves, which
+know the rates, the caches and the compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autochunk.plan import Plan
+from autochunk.predict import memory
+from autochunk.predict.work import HALVES, kind_of, work_of
+from autochunk.workload import Workload
+
+# Operations and passes over the logits of a training step, in those of a forward one.
+_TRAINING_OPERATIONS = 3.5
+_PASSES = {"forward": 2, "training": 6}
+_PASSES_OF_OPERANDS = {"forward": 1, "training": 3}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a kind of device does in a second.
+
+    Attributes:
+      operations: of products, in full and in half precision.
+      passes: bytes of logits that are read or written, in slices and at once.
+      slice_seconds: that each slice takes beside.
+    """
+
+    operations: tuple[float, float]
+    passes: tuple[float, float]
+    slice_seconds: float
+
+
+_CPU = Rates(operations=(1.2e11, 1.2e11), passes=(2e10, 4e9), slice_seconds=2e-5)
+_ACCELERATOR = Rates(operations=(5e13, 4e14), passes=(2e12, 2e12), slice_seconds=1e-5)
+# A fused kernel has a block of so many rows of one head on each of a GPU's multiprocessors: where
+# there are fewer blocks than these, some of them wait.
+_ROWS_OF_ALL_BLOCKS = 64 * 128
+
+
+def seconds(workload: Workload, plan: Plan, platform: str) -> float:
+    """What a plan would take by physics alone."""
+    work, rates = work_of(workload, plan), _CPU if platform == "cpu" else _ACCELERATOR
+    kind = kind_of(plan.implementation)
+    operations = 2 * work.logits * (workload.key_size + workload.value_size)
+    operations *= _TRAINING_OPERATIONS if workload.mode == "training" else 1.0
+    took = operations / rates.operations[workload.dtype in HALVES]
+    if kind == "fused":
+        rows = workload.batch * workload.num_heads * workload.query_length
+        took /= min(1.0, rows / _ROWS_OF_ALL_BLOCKS)
+    passes = work.logits * _itemsize(workload, plan, platform) * _PASSES[workload.mode]
+    passes += _operand_bytes(workload, plan) * _PASSES_OF_OPERANDS[workload.mode]
+    return took + passes / rates.passes[kind != "sliced"] + rates.slice_seconds * work.slices
+
+
+def _operand_bytes(workload: Workload, plan: Plan) -> float:
+    """Bytes of operands, of what a fused kernel holds beside, else of keys for all heads."""
+    operands = memory.operand_bytes(workload)
+    if kind_of(plan.implementation) == "fused":
+        return operands + memory.temp_bytes(workload, plan, "gpu")
+    return operands + 2 * memory.grouped_bytes(workload)
+
+
+def _itemsize(workload: Workload, plan: Plan, platform: str) -> float:
+    """Bytes of a logit that are written or read: the inputs' own in haiku's order.
+
+    A fused kernel reads those of a mask alone. CPUs compute float16 in float32.
+    """
+    kind = kind_of(plan.implementation)
+    if kind == "fused":
+        return memory.mask_itemsize(workload, plan.implementation) / 2
+    halves = HALVES[:1] if platform == "cpu" else HALVES
+    return 2 if kind == "dense" and workload.dtype in halves else workload.logits_itemsize
