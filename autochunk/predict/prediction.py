@@ -152,11 +152,12 @@ def predict(
     fitting = [number for number, cost in enumerate(costs) if cost.most_bytes <= most]
     if not fitting:
         return None
-    # Plans that may be slower are no worse a choice for that: to prefer dense attention unless
-    # another was faster by half a standard deviation was seen to cost more than it saved; so was
-    # to prefer less memory among those within 1%.
+    # The least expected time: that of an unsure plan is longer than its most likely one. (To prefer
+    # dense attention unless another was faster by half a standard deviation was seen to cost more
+    # than it saved; so was to prefer less memory among those within 1%.)
     # Rounded, because what machines compute may differ in the last bits, and the choice must not.
-    chosen = min(fitting, key=lambda one: (round(float(times.mean[one]), 6), str(plans[one])))
+    expected = times.mean + np.diag(times.covariance) / 2
+    chosen = min(fitting, key=lambda one: (round(float(expected[one]), 6), str(plans[one])))
     others = sorted((c for c in costs if c is not costs[chosen]), key=lambda one: one.seconds)
     return Prediction(
         cost=costs[chosen],

@@ -53,7 +53,8 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
         rows = workload.batch * workload.num_heads * workload.query_length
         took /= min(1.0, rows / _ROWS_OF_ALL_BLOCKS)
     passes = work.logits * _itemsize(workload, plan, platform) * _PASSES[workload.mode]
-    passes += _operand_bytes(workload, plan) * _PASSES_OF_OPERANDS[workload.mode]
+    if platform != "cpu":  # which has most of them in its caches
+        passes += _operand_bytes(workload, plan) * _PASSES_OF_OPERANDS[workload.mode]
     return took + passes / rates.passes[kind != "sliced"] + rates.slice_seconds * work.slices
 
 
