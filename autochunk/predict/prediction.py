@@ -32,7 +32,7 @@ MOST_POINTS = MOST_PLANS
 
 # Memory is reckoned so many standard deviations higher: more than that is rare. What is told of a
 # plan leans that way, too: memory that is missed hurts, some that is left does not.
-_MARGIN, _LIKELY = 1.5, 0.3
+_MARGIN, _LIKELY = 1.5, 0.6
 _NOISE_OF_BYTES = 0.07
 # With so many curves of the device itself, and no more than this to gain, a prediction is sure.
 _FEWEST_HERE, _SURE = 3, 0.05
