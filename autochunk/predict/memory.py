@@ -28,6 +28,7 @@ class _Held:
       slices: operands of a slice, in float32.
       operands: all queries, keys and values, in their dtype.
       zeroed: so many more of these, where keys are left out.
+      unfused: so many more logits, where a CPU computes float16: it fuses none of that.
     """
 
     logits: tuple[float, float]
@@ -35,13 +36,14 @@ class _Held:
     slices: tuple[float, float] = (0.0, 0.0)
     operands: tuple[float, float] = (0.0, 0.0)
     zeroed: float = 0.0
+    unfused: float = 0.0
 
 
 # CPUs compute half precision in float32, and fuse a part of the logits away.
 _CPU = {
-    ("dense", "forward"): _Held((1.0, 1.0)),
+    ("dense", "forward"): _Held((1.0, 1.0), unfused=0.5),
     ("dense", "training"): _Held((3.3, 3.8), slices=(0.5, 0.5)),
-    ("sliced", "forward"): _Held((0.5, 0.5), slices=(3.0, 1.0), zeroed=0.4),
+    ("sliced", "forward"): _Held((0.5, 0.5), slices=(3.0, 1.0), zeroed=0.4, unfused=1.5),
     ("sliced", "training"): _Held(
         (2.4, 2.4), slices=(3.3, 1.3), operands=(1.5, 0.0), zeroed=0.4
     ),
@@ -55,6 +57,7 @@ _ACCELERATOR = {
         (3.0, 3.8), excluding=(0.3, 0.3), operands=(1.6, 0.3), zeroed=0.5
     ),
 }
+_STACKED = 0.5  # of the operands, in the order of slices of some heads where keys are left out
 _GROUPED = 0.5  # of the operands, with keys and values for all heads: one of these two at a time
 
 
@@ -69,6 +72,8 @@ class _Kernel:
       zeroed: arrays as large as keys or values where some of these are left out, in forward and in
         training.
       masks: bytes of a mask for each row and key.
+      given: of which masks a copy is made, by the letter of their rows: "t" where these differ,
+        "1" where they do not.
       sums: bytes of float32 sums of the cotangents of queries, for each of their elements.
       rows: bytes for each row and head, of sums and maxima.
       bias: arrays as large as a bias's cotangent before it is summed.
@@ -79,6 +84,7 @@ class _Kernel:
 
     zeroed: tuple[float, float]
     masks: tuple[float, float]
+    given: str = ""
     sums: float = 0.0
     rows: float = 12.0
     bias: float = 1.0
@@ -88,9 +94,14 @@ class _Kernel:
 
 
 _KERNELS = {
-    "cudnn": _Kernel(zeroed=(2.0, 5.0), masks=(2.0, 2.0), sums=4.0, rows=8.0),
+    "cudnn": _Kernel(zeroed=(2.0, 5.0), masks=(2.0, 2.0), given="t1", sums=4.0, rows=8.0),
     "tokamax_mosaic": _Kernel(
-        zeroed=(1.0, 4.0), masks=(1.0, 2.0), bias=2.0, grouped=False, odd=(3.0, 4.0)
+        zeroed=(1.0, 4.0),
+        masks=(1.0, 2.0),
+        given="t",
+        bias=2.0,
+        grouped=False,
+        odd=(3.0, 4.0),
     ),
     "tokamax_triton": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 1.0), windows=True),
 }
@@ -134,9 +145,14 @@ def _of_logits(workload: Workload, plan: Plan, platform: str) -> float:
     excluding = _zeroes(workload) or workload.reach != (None, None)
     share = work.rows / workload.query_length, work.keys / workload.key_length
     of_slice = (sizes.queries * share[0] + sizes.keys * share[1]) * work.share
-    operands = held.operands[full] + (held.zeroed if excluding else 0.0)
+    logits, operands = held.logits[full], held.operands[full]
+    if platform == "cpu" and workload.dtype == "float16":
+        logits += held.unfused
+    if excluding:
+        logits += held.excluding[full]
+        operands += held.zeroed + (_STACKED if work.share < 1 else 0.0)
     return (
-        (held.logits[full] + (held.excluding[full] if excluding else 0.0)) * work.at_once
+        logits * work.at_once
         + held.slices[full] * of_slice * workload.logits_itemsize / _itemsize(workload)
         + operands * (sizes.queries + sizes.keys)
         + _GROUPED * grouped_bytes(workload)
@@ -147,8 +163,8 @@ def _of_kernel(workload: Workload, kernel: _Kernel) -> float:
     sizes, training = _sizes(workload), workload.mode == "training"
     pairs = workload.batch * workload.query_length * workload.key_length * workload.num_heads
     held = kernel.masks[training] * mask_bytes(workload)
-    if kernel.masks[0] > 1:
-        held += kernel.masks[training] * _given_mask(workload)
+    if workload.mask != "none" and workload.mask[2:3] in kernel.given:
+        held += kernel.masks[0] * _given_mask(workload)
     if kernel.windows and None not in workload.reach and not held:
         held += workload.query_length * workload.key_length
     if workload.key_length % _ALIGNED:
