@@ -25,7 +25,7 @@ holds::
       bundle                   profiles as a file that travels, of a text (json_text) at a place
                                (files, remote); merge takes it in
     predict/                 what was never measured, from curves that were (numpy only)
-      work                     what a plan computes and holds, and what physics makes of it
+      work, memory, seconds    what a plan computes; what it holds, and takes, by physics
       curves, process          what was measured as points; a Gaussian process over those
       prediction, evaluate     the plan that follows; how good it is, by leaving curves out
     resolution/              how "auto" is answered

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from autochunk.device import Device
 from autochunk.plan import Plan
 from autochunk.predict.curves import curve, fastest
-from autochunk.predict.prediction import Prediction, Source, nearest, predict, tells
 from autochunk.predict.memory import LEAST_BYTES
+from autochunk.predict.prediction import Prediction, Source, nearest, predict, tells
 from autochunk.store.choice import DENSE
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile

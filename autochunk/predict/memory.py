@@ -44,9 +44,7 @@ _CPU = {
     ("dense", "forward"): _Held((1.0, 1.0), unfused=0.5),
     ("dense", "training"): _Held((3.3, 3.8), slices=(0.5, 0.5)),
     ("sliced", "forward"): _Held((0.5, 0.5), slices=(3.0, 1.0), zeroed=0.4, unfused=1.5),
-    ("sliced", "training"): _Held(
-        (2.4, 2.4), slices=(3.3, 1.3), operands=(1.5, 0.0), zeroed=0.4
-    ),
+    ("sliced", "training"): _Held((2.4, 2.4), slices=(3.3, 1.3), operands=(1.5, 0.0), zeroed=0.4),
 }
 # Logits are float32, the weights that are multiplied with values in the inputs' dtype.
 _ACCELERATOR = {
@@ -59,8 +57,6 @@ _ACCELERATOR = {
 }
 _STACKED = 0.5  # of the operands, in the order of slices of some heads where keys are left out
 _GROUPED = 0.5  # of the operands, with keys and values for all heads: one of these two at a time
-
-
 _ALIGNED = 8  # elements of half precision, 16 bytes: what Hopper's asynchronous copies need
 
 

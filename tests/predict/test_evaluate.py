@@ -24,24 +24,43 @@ def of_platform(platform: str, devices: bool) -> list[Summary]:
     return [one for one in summaries(replays(devices)) if one.device.startswith(platform)]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_a_workload_that_is_left_out(platform: str) -> None:
-    """Half of the choices cost at most 1%, nine in ten at most 10%; memory is within 15%."""
+# Worst: of the CPU it is a curve whose seconds and ratios contradict each other.
+@pytest.mark.parametrize(
+    ("platform", "ninth", "worst", "too_small"),
+    [("cpu", 0.08, 0.25, 0.10), ("gpu", 0.03, 0.2, 0.06)],
+)
+def test_a_workload_that_is_left_out(
+    platform: str, ninth: float, worst: float, too_small: float
+) -> None:
+    """Half of the choices cost at most 1%, nine in ten and the worst little more than they do.
+
+    Memory is within 15%, and of few plans too small by over a quarter.
+    """
     found = of_platform(platform, devices=False)
     assert found
     for one in found:
-        median, ninth, _ = one.regret
-        assert median <= 0.01
-        assert ninth <= 0.10
+        assert one.regret[0] <= 0.01
+        assert one.regret[1] <= ninth
+        assert one.regret[2] <= worst
         assert one.memory <= 0.15
+        assert one.memory_under <= too_small
         assert one.workloads > 40
 
 
 def test_a_device_that_is_left_out() -> None:
-    """Half of the choices cost at most 2%. There is one CPU only, and nothing like it."""
+    """Nine in ten choices cost at most 4%, and none is slower than dense attention by over 5%.
+
+    There is one CPU only, and nothing like it.
+    """
     found = of_platform("gpu", devices=True)
     assert len(found) == 2
-    assert all(one.regret[0] <= 0.02 for one in found)
+    for one in found:
+        assert one.regret[0] <= 0.01
+        assert one.regret[1] <= 0.04
+        assert one.against_dense is not None
+        assert one.against_dense <= 0.05
+        assert one.memory <= 0.15
+        assert one.memory_under <= 0.10
     assert not of_platform("cpu", devices=True)
 
 

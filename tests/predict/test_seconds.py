@@ -1,0 +1,59 @@
+"""Time by physics: what makes one kernel slower than another is counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from autochunk.plan import Plan
+from autochunk.predict.seconds import seconds
+from autochunk.workload import Workload
+
+
+def took(text: str, implementation: str, mode: str = "forward", platform: str = "gpu") -> float:
+    return seconds(
+        Workload.parse(text, dtype="bfloat16", mode=mode), Plan(implementation), platform
+    )
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mode", "skips"),
+    [
+        ("cudnn", "forward", True),
+        ("cudnn", "training", True),
+        ("tokamax_mosaic", "forward", True),
+        ("tokamax_mosaic", "training", False),
+        ("tokamax_triton", "forward", False),
+    ],
+)
+def test_only_some_skip_what_is_outside_a_window(
+    implementation: str, mode: str, skips: bool
+) -> None:
+    """Where a kernel does not, the window saves it nothing."""
+    shape = "b=1,t=8192,h=8,k=64"
+    plain, window = (took(shape + text, implementation, mode) for text in ("", ",window=255:0"))
+    assert (window < plain / 4) == skips
+
+
+def test_few_rows_leave_a_gpu_waiting() -> None:
+    """As many logits of few rows take a fused kernel longer; a CPU has no such blocks."""
+    few, many = "b=1,t=512,s=32768,h=8,k=64", "b=1,t=4096,s=4096,h=8,k=64"
+    assert took(few, "cudnn") > 1.5 * took(many, "cudnn")
+    assert took(few, "xla", platform="cpu") == pytest.approx(
+        took(many, "xla", platform="cpu"), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("form", [",mask=b1ts", ",bias=1hts"])
+def test_masks_are_read(form: str) -> None:
+    """For each head, and by cuDNN's kernel in more bytes than by others."""
+    shape = "b=8,t=2048,h=16,k=64"
+    more = {
+        name: took(shape + form, name) - took(shape, name) for name in ("cudnn", "tokamax_triton")
+    }
+    assert more["cudnn"] >= more["tokamax_triton"] > 0
+
+
+def test_keys_for_all_heads_are_written() -> None:
+    """Dense attention repeats grouped keys, which takes a decoding step longer than its logits."""
+    grouped, single = "b=32,t=1,s=4096,h=32,kv_heads=8,k=128", "b=32,t=1,s=4096,h=8,k=128"
+    assert took(grouped, "dense") > 2 * took(single, "dense")
