@@ -66,8 +66,8 @@ class Cost:
     Attributes:
       plan: which.
       seconds: its time.
-      temp_bytes: its working memory in bytes; ``most_bytes`` with the margin that a budget is held
-        with.
+      temp_bytes: its working memory in bytes, rather too much than too little; ``most_bytes`` with
+        the margin that a budget is held with.
     """
 
     plan: Plan
