@@ -148,7 +148,7 @@ if TYPE_CHECKING:
     from autochunk.tuner.tune import tune
     from autochunk.workload import Workload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded when first asked for, so that importing autochunk is quick and pulls in neither optuna nor
 # sqlitedict.
