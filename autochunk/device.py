@@ -52,6 +52,14 @@ class Device(BaseModel):
         where there is none.
       allocator, huge_pages: how memory is handed out to programs on a CPU, by ``host.allocator``
         and ``host.huge_pages``; compared for staleness only, where both are known.
+
+    Example:
+      >>> import autochunk
+      >>> gpu = autochunk.Device(platform="gpu", kind="NVIDIA H100", cores=0, memory_gib=80)
+      >>> gpu.key
+      'gpu NVIDIA H100 memory=~80GiB'
+      >>> gpu.stale_reasons(autochunk.detect())  # of this device, it says nothing
+      []
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -205,6 +213,12 @@ def detect(jax_device: Any = None) -> Device:
 
     Raises:
       DeviceError: jax has no usable device.
+
+    Example:
+      >>> import autochunk
+      >>> import jax
+      >>> autochunk.detect().platform == jax.default_backend()
+      True
     """
     return _describe(jax_device or default_device())
 

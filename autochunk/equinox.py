@@ -18,7 +18,18 @@ from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
 
 class MultiheadAttention(eqx.nn.MultiheadAttention):
-    """``eqx.nn.MultiheadAttention``, its leaves and its results, with bounded memory."""
+    """``eqx.nn.MultiheadAttention``, its leaves and its results, with bounded memory.
+
+    Example:
+      >>> import jax
+      >>> import autochunk.equinox
+      >>> layer = autochunk.equinox.MultiheadAttention(
+      ...     num_heads=2, query_size=16, key=jax.random.key(0)
+      ... )
+      >>> x = jax.numpy.ones((32, 16))
+      >>> layer(x, x, x).shape
+      (32, 16)
+    """
 
     max_chunk_size_mb: float | Literal["auto"] | None = eqx.field(static=True, kw_only=True)
     implementation: str | None = eqx.field(static=True, kw_only=True)
@@ -34,7 +45,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
 
         Args:
           *args: as of ``eqx.nn.MultiheadAttention``.
-          max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+          max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in
+            ``autochunk.dot_product_attention``.
           implementation: as in ``autochunk.dot_product_attention``.
           **kwargs: as of ``eqx.nn.MultiheadAttention``.
 
@@ -75,12 +87,22 @@ def patched(
 
     Args:
       model: any PyTree.
-      max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+      max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``autochunk.dot_product_attention``.
       implementation: as in ``autochunk.dot_product_attention``.
 
     Raises:
       ArgumentError: there is no such module in it, or no such limit or implementation. It is a
         ValueError.
+
+    Example:
+      >>> import equinox as eqx
+      >>> import jax
+      >>> import autochunk.equinox
+      >>> model = eqx.nn.MultiheadAttention(num_heads=2, query_size=16, key=jax.random.key(0))
+      >>> model = autochunk.equinox.patched(model, max_chunk_size_mb=1)
+      >>> x = jax.numpy.ones((32, 16))
+      >>> model(x, x, x).shape
+      (32, 16)
     """
     settings = {
         "max_chunk_size_mb": check_max_chunk_size_mb(max_chunk_size_mb),
@@ -126,7 +148,7 @@ def multihead_attention(
       inference: no dropout; None leaves it to ``module.dropout``.
       deterministic: deprecated by Equinox in favour of ``inference``.
       process_heads: takes and returns the heads: [T', H, K], [T, H, K] and [T, H, V].
-      max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+      max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``autochunk.dot_product_attention``.
       implementation: as in ``autochunk.dot_product_attention``.
 
     Returns:
@@ -136,6 +158,15 @@ def multihead_attention(
       ArgumentError: shapes do not fit, the dropout is none that can be done in slices, or a
         setting is not usable. It is a ValueError.
       RuntimeError: dropout has no key.
+
+    Example:
+      >>> import equinox as eqx
+      >>> import jax
+      >>> from autochunk.equinox import multihead_attention
+      >>> module = eqx.nn.MultiheadAttention(num_heads=2, query_size=16, key=jax.random.key(0))
+      >>> x = jax.numpy.ones((32, 16))
+      >>> multihead_attention(module, x, x, x).shape
+      (32, 16)
     """
     if deterministic is not None:
         inference = deterministic

@@ -70,7 +70,7 @@ def attention_fn(
       einsum_dot_general: must be None, as the next two: products are not done by ``jnp.einsum``.
       qk_attn_weights_einsum: must be None.
       attn_weights_value_einsum: must be None.
-      max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+      max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``autochunk.dot_product_attention``.
       implementation: as in ``autochunk.dot_product_attention``.
 
     Returns:
@@ -79,6 +79,20 @@ def attention_fn(
     Raises:
       ArgumentError: what is asked for cannot be done, shapes do not fit, or a setting is not
         usable. It is a ValueError.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import autochunk.flax
+      >>> layer = nnx.MultiHeadAttention(
+      ...     num_heads=2,
+      ...     in_features=16,
+      ...     decode=False,
+      ...     attention_fn=autochunk.flax.attention_fn,
+      ...     rngs=nnx.Rngs(0),
+      ... )
+      >>> layer(jnp.ones((1, 32, 16))).shape
+      (1, 32, 16)
     """
     _check_none(
         module=module,
@@ -120,11 +134,22 @@ def make_attention_fn(
     The same settings give the same function, so that modules made with it are equal.
 
     Args:
-      max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+      max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``autochunk.dot_product_attention``.
       implementation: as in ``autochunk.dot_product_attention``.
 
     Raises:
       ArgumentError: there is no such limit or implementation. It is a ValueError.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from flax import linen
+      >>> import autochunk.flax
+      >>> in_slices = autochunk.flax.make_attention_fn(max_chunk_size_mb=0.001)
+      >>> layer = linen.MultiHeadDotProductAttention(num_heads=2, attention_fn=in_slices)
+      >>> x = jnp.ones((1, 32, 16))
+      >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+      (1, 32, 16)
     """
     return _with_settings(
         check_max_chunk_size_mb(max_chunk_size_mb), check_implementation(implementation)

@@ -27,6 +27,19 @@ class MultiHeadAttention(hk.MultiHeadAttention):
 
     Glossary of shapes: T' and T are query and key lengths, H heads, K key size, V value size, D'
     model size; [...] are zero or more leading dims.
+
+    Example:
+      >>> import haiku as hk
+      >>> import jax
+      >>> import autochunk
+      >>> def model(x):  # [batch, T, D]
+      ...     w_init = hk.initializers.VarianceScaling()
+      ...     mha = autochunk.MultiHeadAttention(num_heads=2, key_size=8, w_init=w_init)
+      ...     return mha(x, x, x)
+      >>> x = jax.numpy.ones((1, 32, 16))
+      >>> init, apply = hk.without_apply_rng(hk.transform(model))
+      >>> apply(init(jax.random.key(0), x), x).shape
+      (1, 32, 16)
     """
 
     def __init__(
@@ -98,11 +111,26 @@ def patched(
     outside.
 
     Args:
-      max_chunk_size_mb: as in ``MultiHeadAttention``.
+      max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``MultiHeadAttention``.
       implementation: as in ``MultiHeadAttention``.
 
     Raises:
       ArgumentError: there is no such limit or implementation. It is a ValueError.
+
+    Example:
+      >>> import haiku as hk
+      >>> import jax
+      >>> import autochunk.haiku
+      >>> def model(x):
+      ...     w_init = hk.initializers.VarianceScaling()
+      ...     return hk.MultiHeadAttention(num_heads=2, key_size=8, w_init=w_init)(x, x, x)
+      >>> x = jax.numpy.ones((1, 32, 16))
+      >>> init, apply = hk.without_apply_rng(hk.transform(model))
+      >>> params = init(jax.random.key(0), x)
+      >>> with autochunk.haiku.patched(max_chunk_size_mb=1):
+      ...     out = jax.jit(apply)(params, x)
+      >>> out.shape
+      (1, 32, 16)
     """
     settings = check_max_chunk_size_mb(max_chunk_size_mb), check_implementation(implementation)
     with hk.intercept_methods(_interceptor), _settings()(settings):

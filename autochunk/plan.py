@@ -40,6 +40,11 @@ class Plan:
         causal attention is cut into blocks even so.
       chunk_sizes: of a function that is not attention, whose ``implementation`` is CHUNKS, most
         positions at once along each chunked axis.
+
+    Example:
+      >>> import autochunk
+      >>> print(autochunk.Plan("xla_rows", max_chunk_size_mb=16))
+      xla_rows, 16 MB
     """
 
     implementation: str = "xla"
@@ -90,11 +95,9 @@ class Plans:
     on_use: Callable[[Literal["forward", "training"]], None] | None = field(
         default=None, compare=False, repr=False
     )
-
     instead: Callable[[str, Literal["forward", "training"]], Plan] | None = field(
         default=None, compare=False, repr=False
     )
-
     for_share: Callable[[Mapping[str, Any]], Plans] | None = field(
         default=None, compare=False, repr=False
     )

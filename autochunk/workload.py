@@ -77,6 +77,12 @@ class Workload(BaseModel):
 
     Raises:
       WorkloadError: from ``make`` and ``parse``; says which item is wrong.
+
+    Example:
+      >>> import autochunk
+      >>> workload = autochunk.Workload.parse("b=2,t=1024,h=8,k=64", mode="training")
+      >>> print(workload.tune_command)
+      autochunk tune --shape b=2,t=1024,s=1024,h=8,k=64 --dtype float32 --mode training
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -184,6 +184,7 @@ def test_narrow_terminals_show_whole_words(
 ) -> None:
     """Each row is a block of lines where there is no room for a table."""
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "50")  # else Rich takes any dumb terminal for one of 80 columns
     monkeypatch.setattr(Console, "is_terminal", True)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
@@ -391,6 +392,9 @@ def test_bad_arguments_are_told_in_a_line(line: str, words: str) -> None:
         *(b"", b"{", b"[]", b"\xff\xfe", b"[" * 10**6),
         *(b'{"schema_version": 1}', b'{"schema_version": 2, "profiles": []}'),
     ],
+    ids=range(
+        7
+    ),  # pytest hands an id to every process that a test starts; a million bytes are many
 )
 def test_importing_what_is_no_bundle_changes_nothing(
     content: bytes, tuned: list[dict[str, Any]]

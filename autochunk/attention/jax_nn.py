@@ -49,12 +49,21 @@ def patch_jax_nn(
     slices cannot do, is left to jax. ``jax.jit`` traces a function anew inside. Contexts nest.
 
     Args:
-      max_chunk_size_mb: as in ``autochunk.dot_product_attention``.
+      max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``autochunk.dot_product_attention``.
       implementation: as in ``autochunk.dot_product_attention``.
 
     Raises:
       ArgumentError: there is no such limit or implementation, or this version of jax computes
         attention in another way than those known here. It is a ValueError.
+
+    Example:
+      >>> import jax
+      >>> import autochunk
+      >>> x = jax.numpy.ones((2, 64, 4, 8))
+      >>> with autochunk.patch_jax_nn(max_chunk_size_mb=1):
+      ...     out = jax.jit(jax.nn.dot_product_attention)(x, x, x)
+      >>> out.shape
+      (2, 64, 4, 8)
     """
     settings = check_max_chunk_size_mb(max_chunk_size_mb), check_implementation(implementation)
     if _original is None or tuple(inspect.signature(_original).parameters) != _PARAMETERS:

@@ -159,6 +159,24 @@ def dot_product_attention(
     Raises:
       ArgumentError: shapes or dtypes do not fit, a setting is not one of those above, or the
         implementation pinned does not take this call. It is a ValueError.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import autochunk
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 64, 4, 8))
+      >>> out = autochunk.dot_product_attention(query, key, value, is_causal=True)
+      >>> same = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+      >>> out.shape, bool(jnp.allclose(out, same, atol=1e-5))
+      ((2, 64, 4, 8), True)
+
+      Never more than 0.01 MB of the 0.13 MB of logits at once, in the backward pass neither:
+
+      >>> def loss(query):
+      ...     out = autochunk.dot_product_attention(query, key, value, max_chunk_size_mb=0.01)
+      ...     return (out**2).sum()
+      >>> jax.jit(jax.grad(loss))(query).shape
+      (2, 64, 4, 8)
     """
     arguments = Arguments.checked(
         query=query,

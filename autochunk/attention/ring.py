@@ -46,8 +46,9 @@ def ring_attention(
       axis_name: the mesh axis, or axes, that the sequence is sharded over.
       balanced: whether each device has an early part of the sequence and a late one.
       return_residual: return the log-sum-exp too, as ``dot_product_attention`` does.
-      max_chunk_size_mb: of the attention of one part's queries to one part's keys.
-      implementation: of that, too.
+      max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None or "auto", of the attention
+        of one part's queries to one part's keys.
+      implementation: how that is computed, as in ``dot_product_attention``.
       **settings: scale, is_causal, query_seq_lengths, key_value_seq_lengths (of the whole
         sequences), local_window_size, query_offset (of the whole sequences), query_segment_ids
         [..., T' / N], key_value_segment_ids [..., T / N], logits_soft_cap, alibi_slopes,
@@ -61,6 +62,18 @@ def ring_attention(
     Raises:
       ArgumentError: as from ``dot_product_attention``; sizes are odd with ``balanced``; a setting
         is not one of these.
+
+    Example:
+      >>> import functools
+      >>> import jax
+      >>> import autochunk
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("sequence",))
+      >>> spec = jax.sharding.PartitionSpec(None, "sequence")  # of [batch, T, H, K]
+      >>> attend = functools.partial(autochunk.ring_attention, axis_name="sequence")
+      >>> ring = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec)
+      >>> x = jax.numpy.ones((1, 64, 2, 8))
+      >>> jax.jit(ring)(x, x, x).shape
+      (1, 64, 2, 8)
     """
     _check_settings(settings)
     dropout = {name: settings.pop(name) for name in _DROPOUT if name in settings}
@@ -159,6 +172,11 @@ def ring_order(length: int, devices: int) -> np.ndarray[Any, np.dtype[np.int64]]
 
     Raises:
       ArgumentError: the length is no multiple of 2 N.
+
+    Example:
+      >>> import autochunk
+      >>> autochunk.ring_order(8, 2)
+      array([0, 1, 6, 7, 2, 3, 4, 5])
     """
     if devices < 1 or length % (2 * devices):
         raise ArgumentError(

@@ -74,6 +74,19 @@ def chunked(
       ArgumentError: an argument is not as above; where it is called, also if ``in_axes`` or
         ``out_axes`` do not fit the arrays, or ``fn`` returns something else than one result for
         each position. It is a ValueError.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import autochunk
+      >>> def transition(x, w):  # [positions, K], [K, 4 K]
+      ...     return jax.nn.relu(x @ w) @ w.T
+      >>> apply = autochunk.chunked(transition, in_axes=(0, None), chunk_size=16)
+      >>> jax.jit(apply)(jnp.ones((100, 8)), jnp.ones((8, 32))).shape
+      (100, 8)
+      >>> total = autochunk.chunked(jnp.sum, reduce="sum", chunk_size=16)
+      >>> float(jax.jit(total)(jnp.ones(100)))
+      100.0
     """  # noqa: D205
     if not callable(fn):
         raise ArgumentError(f"fn must be a function of arrays; got {fn!r}")

@@ -60,6 +60,14 @@ class Resolution:
       profile: the profile that answered.
       choice: what it chose.
       prediction: what several profiles spoke for, and what that would cost.
+
+    Example:
+      >>> import autochunk
+      >>> answer = autochunk.resolve(autochunk.Workload.parse("t=48,h=3,k=8"))
+      >>> answer.match in ("exact", "predicted", "nearest", "default")
+      True
+      >>> isinstance(answer.plan, autochunk.Plan)
+      True
     """
 
     workload: Workload

@@ -46,6 +46,14 @@ def resolve(
     Raises:
       ArgumentError: no such implementation.
       AgreementError: several processes run this program and do not come to one set of profiles.
+
+    Example:
+      >>> import autochunk
+      >>> workload = autochunk.Workload.parse("b=8,t=2048,h=16,k=64", dtype="bfloat16")
+      >>> with autochunk.use(max_chunk_size_mb=64):
+      ...     answer = autochunk.resolve(workload)
+      >>> print(answer.plan, "|", answer.match, "|", answer.reason)
+      xla, 64 MB | pinned | set by autochunk.use(...)
     """
     now = settings.current()
     implementation = check_implementation(implementation) or now.implementation

@@ -64,8 +64,8 @@ def use(
     A function compiled before keeps its plan.
 
     Args:
-      max_chunk_size_mb: answers "auto" with this limit (MB, or None to never slice), whatever the
-        profiles say.
+      max_chunk_size_mb: answers "auto" with this limit (MB of 10^6 bytes, or None to never slice),
+        whatever the profiles say.
       implementation: leaves "auto" only this one to choose; with ``max_chunk_size_mb``, what runs
         (``"xla"`` if left out).
       memory_budget_mb: "auto" chooses among plans whose measured working memory fits (10^6 bytes).
@@ -76,6 +76,15 @@ def use(
 
     Raises:
       ArgumentError: a value is not usable.
+
+    Example:
+      >>> import jax
+      >>> import autochunk
+      >>> x = jax.numpy.ones((2, 64, 4, 8))
+      >>> with autochunk.use(max_chunk_size_mb=0.01):
+      ...     attend = jax.jit(autochunk.dot_product_attention).lower(x, x, x).compile()
+      >>> attend(x, x, x).shape
+      (2, 64, 4, 8)
     """
     changes: dict[str, Any] = {
         "implementation": check_implementation(implementation),

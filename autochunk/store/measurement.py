@@ -69,6 +69,19 @@ class Measurement(Record):
       compile_seconds: time to compile.
       error: largest error of output and gradients relative to the largest reference value, against
         float64 on sampled rows.
+
+    Example:
+      >>> import autochunk
+      >>> one = autochunk.Measurement(
+      ...     implementation="xla",
+      ...     max_chunk_size_mb=16,
+      ...     status="ok",
+      ...     seconds=(0.21, 0.20, 0.23),
+      ...     ratios=(0.5, 0.49, 0.52),
+      ...     temp_bytes=40_000_000,
+      ... )
+      >>> print(one.plan, one.seconds_median, one.ratio)
+      xla, 16 MB 0.21 0.5
     """
 
     implementation: str = Field(max_length=200)

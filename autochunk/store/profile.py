@@ -47,6 +47,34 @@ class Profile(Record):
       complete: False where time ran out first.
       created: when, as an ISO 8601 text in UTC.
       autochunk: the version that measured.
+
+    Example:
+      >>> import autochunk
+      >>> def measured(plan, limit, seconds, memory):
+      ...     return autochunk.Measurement(
+      ...         implementation=plan,
+      ...         max_chunk_size_mb=limit,
+      ...         status="ok",
+      ...         seconds=(seconds,) * 5,
+      ...         ratios=(seconds / 0.4,) * 5,
+      ...         temp_bytes=memory,
+      ...     )
+      >>> profile = autochunk.Profile(
+      ...     schema_version=2,
+      ...     workload=autochunk.Workload.parse("t=4096,h=8,k=64").key,
+      ...     device=autochunk.detect(),
+      ...     measurements=(
+      ...         measured("dense", None, 0.4, 1_070_000_000),
+      ...         measured("xla", 16, 0.2, 40_000_000),
+      ...         measured("xla", 4, 0.3, 9_000_000),
+      ...     ),
+      ...     effort="quick",
+      ...     complete=True,
+      ...     created="2026-01-02T03:04:05Z",
+      ...     autochunk=autochunk.__version__,
+      ... )
+      >>> print(profile.choose().plan, "|", profile.choose(memory_budget_mb=10).plan)
+      xla, 16 MB | xla, 4 MB
     """
 
     schema_version: Literal[2, 3]

@@ -80,7 +80,8 @@ def default_path() -> Path:
     chosen = os.environ.get(STORE_VARIABLE)
     try:
         if not chosen:
-            return user_data_path("autochunk") / _FILE_NAME
+            # Some versions of platformdirs leave "~" where the home directory is unknown.
+            return user_data_path("autochunk").expanduser() / _FILE_NAME
         path = Path(chosen).expanduser()
     except RuntimeError as error:
         raise StoreError(
@@ -106,6 +107,14 @@ class ProfileStore:
       path: the file; None is the user's own.
       briefly: while a program is traced: a lock of others that does not go away is waited for once
         in the life of a process, and shortly.
+
+    Example:
+      >>> import autochunk
+      >>> store = autochunk.ProfileStore()
+      >>> for profile in store.profiles(autochunk.detect()):
+      ...     print(profile.workload, profile.choose().plan)
+      >>> store.missed(autochunk.detect())
+      []
     """
 
     def __init__(

@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
     try:
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where the user has no home directory
         return {}
     return {"XLA_FLAGS": f"{flags} {_FLAG}={folder}".strip()}
 
@@ -33,4 +33,4 @@ def environment() -> dict[str, str]:
 def _folder() -> Path:
     """One for each version: another one's kernels may be others."""
     version = importlib.metadata.version("jaxlib")
-    return platformdirs.user_cache_path("autochunk") / f"xla-autotuning-{version}"
+    return platformdirs.user_cache_path("autochunk").expanduser() / f"xla-autotuning-{version}"

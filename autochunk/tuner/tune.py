@@ -77,6 +77,15 @@ def tune(
       StoreError: the store cannot be written; found out before anything is measured.
       StorageError: the storage cannot be reached.
       ProbeError: no measuring process can be started, or the GPUs are not alike, or jax finds none.
+
+    Example:
+      >>> import autochunk
+      >>> workload = autochunk.Workload.parse("t=16,k=8")
+      >>> (profile,) = autochunk.tune([workload], effort="quick", timeout=60)
+      >>> profile.workload == workload.key
+      True
+      >>> autochunk.resolve(workload).match
+      'exact'
     """
     _check(effort, timeout, memory_budget_mb, force=force, shared=storage is not None)
     shared = None if storage is None else Storage(storage)

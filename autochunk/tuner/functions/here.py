@@ -62,6 +62,16 @@ def tune_chunks(
         not usable.
       StoreError: the store cannot be written; found out before anything is measured.
       ProbeError: nothing could be measured.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import autochunk
+      >>> apply = autochunk.chunked(jnp.tanh, name="tanh")
+      >>> profiles = autochunk.tune_chunks(
+      ...     apply, (jnp.ones((64, 4)),), modes=["forward"], effort="quick", timeout=60
+      ... )
+      >>> [profile.function.name for profile in profiles]
+      ['tanh']
     """
     if effort not in EFFORTS:
         raise ArgumentError(f"effort must be one of {', '.join(EFFORTS)}; got {effort!r}")
