@@ -1,4 +1,4 @@
-"""autochunk: attention that never holds more logits than it should, tuned once for each machine.
+"""autochunk: attention for JAX within a memory limit, tuned once for each machine.
 
 ``autochunk tune`` measures this machine; ``MultiHeadAttention(..., max_chunk_size_mb="auto")`` and
 ``dot_product_attention`` run what was found best.
