@@ -129,7 +129,7 @@ class Filters:
         return any(astuple(self))
 
     def select(self, profiles: Iterable[Profile]) -> list[Profile]:
-        """Those of the profiles that every filter lets through."""
+        """The profiles that pass every filter."""
         return merge.select(
             profiles, device=self.device, shapes=self.shapes, dtype=self.dtype, mode=self.mode
         )
