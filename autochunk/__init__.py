@@ -1,4 +1,4 @@
-"""Attention for JAX that never holds more logits than it should, tuned once for each machine.
+"""Attention for JAX within a memory limit, tuned once for each machine.
 
 The command ``autochunk tune`` measures this machine and stores what was fastest for each shape.
 Model code then runs that, by ``max_chunk_size_mb="auto"``, which is the default:

@@ -191,9 +191,9 @@ def key_items(key: str) -> dict[str, str]:
 
 
 def difference(key: str, here: str) -> dict[str, tuple[str, str]]:
-    """What a device's key says otherwise than another's, by name: both, "none" where one is mum.
+    """Where two devices' keys differ, by name: both values, "none" where one has no value.
 
-    Of another platform nothing but that and the kind is worth telling.
+    For another platform only the platform and the kind.
     """
     theirs, ours = key_items(key), key_items(here)
     names = [*theirs, *(name for name in ours if name not in theirs)]

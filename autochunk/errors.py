@@ -66,7 +66,7 @@ class BundleError(AutochunkError, ValueError):
 class AgreementError(AutochunkError, RuntimeError):
     """The processes of one program do not agree on the profiles that answer "auto".
 
-    They would compile different programs and wait for each other for ever.
+    They would compile different programs, and then wait for each other without end.
     """
 
 
@@ -92,25 +92,25 @@ class AutochunkWarning(UserWarning):
 
 
 class MissWarning(AutochunkWarning):
-    """A workload without a profile, met by "auto"; the text names the command that makes one.
+    """No profile was found for a workload; the text has the command that makes one.
 
-    Of workloads that differ only in sizes one is told of in a process.
+    A process warns once for all workloads that differ only in sizes.
     """
 
 
 class BudgetWarning(AutochunkWarning):
     """No plan that was measured of a workload fits the memory budget.
 
-    The text says what the least takes.
+    The text says how much memory the smallest plan takes.
     """
 
 
 class StaleWarning(AutochunkWarning):
-    """A profile that was measured with other versions, or another allocator, used by "auto"."""
+    """A profile was used that was measured with other versions, or another allocator."""
 
 
 class StoreWarning(AutochunkWarning):
     """Profiles could not be read.
 
-    A layer or rows were left out, or a damaged store was set aside and what is whole in it rescued.
+    A layer or some rows were left out, or a damaged store was set aside and its whole rows rescued.
     """

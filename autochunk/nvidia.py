@@ -26,7 +26,7 @@ _CAPABILITIES = {
     "10": r"G?B\d+",
     "12": r"50\d\d",
 }
-# Of products whose numbers an older generation had, too.
+# Products whose numbers an older generation had, too.
 _NAMED_CAPABILITIES = {"Ada": "8.9", "Blackwell": "12"}
 
 

@@ -84,9 +84,9 @@ class Plan:
 class Plans:
     """The plan of a call that is not differentiated, and of one that is.
 
-    ``on_use`` is told which of the two came to run, ``instead`` gives the plan in the place of a
-    fused kernel that does not take the call, by its name, ``for_share`` the plans of one of several
-    devices by the fields of a Workload that its share has of its own; these take no part in
+    ``on_use`` is told which of the two runs. ``instead`` gives the plan to run where a fused
+    kernel, by its name, does not take the call. ``for_share`` gives the plans of one of several
+    devices, from the fields of a Workload in which its share differs. These three take no part in
     equality, so that compiled programs are shared.
     """
 

@@ -793,29 +793,6 @@ def test_every_command_and_effort_is_in_the_readme() -> None:
         assert name in text
 
 
-def documented_commands() -> list[str]:
-    """Every ``autochunk`` command line in the README's code and in what examples deploy."""
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    text = "\n".join(blocks).replace("/shared/autochunk/", "")
-    lines = re.findall(r"(?<![\w/])autochunk (?!\.)([a-z]+(?: [^\n|;&#)]+)?)", text)
-    examples = README.parent / "examples"
-    deployed = []
-    for name in ("tune-job.yaml", "watch-cronjob.yaml"):
-        joined = (examples / name).read_text().replace("\n", " ")
-        deployed += re.findall(r"autochunk ((?:tune|watch) [^|]*) \|\|", joined)
-    unit = (examples / "autochunk-watch.service").read_text()
-    deployed += re.findall(r"^ExecStart=\S*/autochunk (.*)$", unit, re.MULTILINE)
-    assert len(deployed) == 3
-    return [line.strip() for line in lines] + deployed
-
-
-@pytest.mark.parametrize("line", documented_commands())
-def test_documented_commands_are_understood(line: str) -> None:
-    """README and recipes name no option that is not there."""
-    name, *arguments = shlex.split(line)
-    main.commands[name].make_context(name, arguments)
-
-
 def test_the_installed_command_runs() -> None:
     """The entry point of the package."""
     command = Path(sys.executable).with_name("autochunk")

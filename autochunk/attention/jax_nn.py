@@ -1,7 +1,7 @@
 """``patch_jax_nn``: code that calls ``jax.nn.dot_product_attention`` runs in slices, unedited.
 
 What is replaced is the function of jax that ``jax.nn.dot_product_attention`` computes by, so that
-it makes no difference how a caller came by the latter, and jax's own checks of arguments stay.
+it makes no difference how a caller imported the latter, and jax's own checks of arguments stay.
 """
 
 from __future__ import annotations

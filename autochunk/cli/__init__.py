@@ -1,8 +1,8 @@
 """The ``autochunk`` command: reads arguments, calls the library, prints; no logic of its own.
 
 Commands are in files by what they are about; ``options`` has what several of them take, and
-``printing`` how they print. Their docstrings are their help, which click rewraps by paragraphs: so
-a first paragraph may be longer than a line here (noqa: D205 where it is).
+``printing`` how they print. Their docstrings are their help; the first line alone stands in the
+list of commands, so it is short.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(autochunk.__version__, package_name="autochunk")
 def main() -> None:
-    """Attention that never holds more logits than it should, tuned once for each machine."""
+    """Attention for JAX within a memory limit, tuned once for each machine.
+
+    First: autochunk tune --effort quick. Then look at what it found: autochunk show.
+    """
     prepare_streams()
     # What only looks at a GPU must not take three quarters of its memory, as jax does unless told.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

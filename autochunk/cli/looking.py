@@ -50,7 +50,7 @@ from autochunk.store.profiles import ProfileStore
 @click.option(
     "--memory",
     is_flag=True,
-    help="Print working memory as XLA predicts it and as it was seen to be taken, plan by plan.",
+    help="Print the working memory of each plan, as XLA predicts it and as it was measured.",
 )
 @click.option(
     "--plot",
@@ -120,10 +120,9 @@ def _plot(profiles: Sequence[Profile], as_json: bool) -> None:
 @click.option(
     "--function",
     metavar="NAME",
-    help="Instead of a shape: functions with this in their name, of all that were measured or "
-    "missed here.",
+    help="Instead of a shape: functions with this in their name that were measured or missed here.",
 )
-@click.option("--implementation", help='As in the op; leaves "auto" less to choose.')
+@click.option("--implementation", help='Let "auto" choose this one only, such as cudnn.')
 @click.option("--memory-budget-mb", type=float, metavar="MB", help="As in autochunk.use.")
 @store_option
 @json_option
@@ -182,9 +181,11 @@ def _functions(name: str, store: Path | None) -> list[FunctionCall]:
 def evaluate(
     places: tuple[str, ...], devices: bool, worst: int, store: Path | None, as_json: bool
 ) -> None:
-    """Say how good predictions for workloads that were never tuned are, by profiles of those that
-    were: each is left out and predicted from the others. Of bundles, or of all that "auto" asks.
-    """  # noqa: D205
+    """Say how good predictions for untuned shapes are.
+
+    Each profile is left out and predicted from the others. The profiles are those of the bundles
+    named, or else all that "auto" asks.
+    """
     from autochunk.predict.evaluate import replay, summaries
 
     if places:
@@ -217,9 +218,10 @@ def evaluate(
 @store_option
 @json_option
 def doctor(count: int, store: Path | None, as_json: bool) -> None:
-    """Look over the whole set-up, and say how to cure what is wrong with it. Exit status 1 if
-    anything is.
-    """  # noqa: D205
+    """Check the whole set-up, and say what to mend.
+
+    Exit status 1 if anything is wrong.
+    """
     from autochunk.doctor import examine
     from autochunk.tuner import page_faults
 

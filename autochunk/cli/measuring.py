@@ -46,26 +46,26 @@ _NOTHING, _PARTLY = 1, 3  # exit statuses; 2 is for a wrong command line
 @click.option(
     "--missed",
     is_flag=True,
-    help='What "auto" found no profile for on this machine; of many, those that teach most.',
+    help='Measure what "auto" found no profile for here; of many, those that teach most.',
 )
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
 @click.option(
     "--timeout",
     type=float,
     metavar="SECONDS",
-    help=f"Time for all of it; the default is the effort's: {_TIMEOUTS}.",
+    help=f"Most time for all of it; the default depends on the effort: {_TIMEOUTS}.",
 )
 @click.option(
     "--memory-budget-mb",
     type=float,
     metavar="MB",
     help="Most working memory that a measurement may take; the default is 80% of what is free. "
-    "What does not fit is measured later only by --force.",
+    "A plan that does not fit is not measured later either, but for --force.",
 )
 @click.option(
     "--stale",
     is_flag=True,
-    help="What was measured on this machine with other versions, or was not finished.",
+    help="Measure again what was measured here with other versions, and finish what is unfinished.",
 )
 @click.option("--force", is_flag=True, help="Measure again what is stored.")
 @click.option(
@@ -97,12 +97,14 @@ def tune(
 ) -> None:
     """Measure this machine and keep what is best.
 
-    Without --shape, --preset, --missed or --stale: what "auto" has missed here, in at most half of
-    the time, and a standard set of shapes, on a CPU in float32, on a GPU in bfloat16 and (not when
-    quick) float32, and with thorough effort in these and float16.
+    Without --shape, --preset, --missed or --stale it measures what "auto" has missed here (in at
+    most half of the time) and a standard set of shapes: on a CPU in float32, on a GPU in bfloat16
+    and (not when quick) float32, with thorough effort in float16, too.
 
-    Exit status: 0 if everything is measured, 3 if some of it could not be or was left out for want
-    of time, 1 if nothing is or on an error, 130 if interrupted.
+    If it is interrupted, the same command goes on where it stopped.
+
+    Exit status: 0 if everything is measured; 3 if some of it could not be measured, or was left out
+    for want of time; 1 if nothing is measured, or on an error; 130 if interrupted.
     """
     from autochunk.tuner.agenda import Wishes
     from autochunk.tuner.tune import missed as missed_on
@@ -228,29 +230,29 @@ def _say_nothing(what: str) -> None:
     "--beside",
     metavar="SHAPE",
     multiple=True,
-    help='Time "auto" on this shape, too, in the same rounds: what a mask costs, say, or a window '
+    help='Time "auto" on this shape, too, in the same rounds, to see what a mask costs or a window '
     "saves. Repeatable.",
 )
 @click.option(
     "--plans",
     is_flag=True,
-    help="Instead, time every plan that the profile has times of beside the one it chooses.",
+    help="Instead, time every plan that the profile has times for, beside the chosen one.",
 )
 @click.option(
     "--against",
     metavar="FILE|URL",
-    help="Instead, time the plans that this bundle chooses for the same workloads beside those; "
-    "with --plans both.",
+    help="Instead, time the chosen plans beside those that this bundle chooses for the same "
+    "workloads; with --plans both.",
 )
 @click.option(
     "--in-layer",
     is_flag=True,
-    help="As --plans, in a Transformer layer's step around the attention.",
+    help="As --plans, but time the step of a Transformer layer around the attention.",
 )
 @click.option(
     "--memory",
     is_flag=True,
-    help="As --plans, but the working memory of each plan, in a process of its own.",
+    help="As --plans, but measure each plan's working memory, in a process of its own.",
 )
 @store_option
 @json_option
@@ -265,11 +267,14 @@ def bench(
     store: Path | None,
     as_json: bool,
 ) -> None:
-    """Say what tuning bought: "auto" against haiku's dense attention, the 1000 MB default and
-    others, in one run.
+    """Time "auto" against haiku, jax.nn and others, in one run.
+
+    The others: haiku's dense attention, slices of 1000 MB, the pull request's loop, jax.nn, and
+    torch and tokamax where they are installed. Memory is the working memory of a call, besides its
+    inputs and outputs. Nothing is stored.
 
     Without --shape or --preset: every workload that the store has a profile of, for this machine.
-    """  # noqa: D205
+    """
     here = ProfileStore(store).profiles(detect())
     profiles = {one.parsed_workload(): one for one in here if not one.function}
     workloads = wanted.named() or wanted.among(profiles)

@@ -30,19 +30,20 @@ from autochunk.store.profiles import ProfileStore
 @click.command()
 @click.argument("place", metavar="FILE|URL|-")
 @filter_options
-@click.option("--note", default="", metavar="TEXT", help="A line for whoever imports them.")
+@click.option("--note", default="", metavar="TEXT", help="A line of text for whoever imports them.")
 @click.option(
     "--storage",
     metavar="URL|FILE",
-    help="The profiles that machines have tuned together there, in place of the store's.",
+    help="Export the profiles that machines have tuned together there, not the store's.",
 )
 @store_option
 def export(
     place: str, filters: Filters, note: str, storage: str | None, store: Path | None
 ) -> None:
-    """Write profiles to a bundle: a file (compressed if its name ends in .gz), a URL, or - for
-    standard output.
-    """  # noqa: D205
+    """Write profiles to a bundle, a file that other machines read.
+
+    A name that ends in .gz is compressed, a URL is uploaded to, - is standard output.
+    """
     found, unfinished = _exportable(storage, store)
     profiles = filters.select(found)
     if found and not profiles:
@@ -88,9 +89,10 @@ def _exportable(storage: str | None, store: Path | None) -> tuple[list[Profile],
 def import_(
     place: str, dry_run: bool, prefer: merge.Preference, store: Path | None, as_json: bool
 ) -> None:
-    """Add the profiles of a bundle (a file, a URL, or - for standard input) to the store: all that
-    --prefer lets in, or on an error none.
-    """  # noqa: D205
+    """Add the profiles of a bundle to the store.
+
+    The bundle is a file, a URL, or - for standard input. After an error none of it is added.
+    """
     plan = merge.merge(ProfileStore(store), bundle.read(place), prefer, dry_run)
     here = None
     with contextlib.suppress(DeviceError):  # profiles may be brought where nothing computes
@@ -116,12 +118,12 @@ def import_(
 @click.option(
     "--unreadable",
     is_flag=True,
-    help="Rows of the store that no version can read, and nothing else.",
+    help="Delete only the rows of the store that no version can read.",
 )
 @click.option(
     "--missed",
     is_flag=True,
-    help='What "auto" found no profile for on this machine, and nothing else.',
+    help='Delete only the list of what "auto" found no profile for on this machine.',
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @store_option
@@ -134,7 +136,10 @@ def forget(
     yes: bool,
     store: Path | None,
 ) -> None:
-    """Delete profiles from the store: those that every option lets through. Asks first."""
+    """Delete profiles from the store, after asking.
+
+    It deletes those that fit every option given.
+    """
     profile_store = ProfileStore(store)
     if unreadable:
         _forget(profile_store.unreadable(), "rows", profile_store.forget_unreadable, yes)

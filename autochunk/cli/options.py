@@ -23,13 +23,13 @@ _Decorator = Callable[[_Command], _Command]
 store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
-    help="Profile store file; the default is the user's own, or AUTOCHUNK_STORE.",
+    help="Profile store file; the default is AUTOCHUNK_STORE, or else the user's own.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 stale_option = click.option(
     "--stale",
     is_flag=True,
-    help="Only those of this machine that were measured with other versions.",
+    help="Only profiles of this machine that were measured with other versions.",
 )
 
 
@@ -83,10 +83,11 @@ def _shape() -> _Decorator:
         "shapes",
         multiple=True,
         metavar="SHAPE",
-        help=f"A workload such as {_EXAMPLE}: batch, T', T, heads, key size; also v=, kv_heads=, "
-        "causal=yes, mask=b1ts, bias=1hts, window=255:0, precision=highest, and q_lengths=, "
-        "kv_lengths=, q_segments=, kv_segments=, offset=, alibi=, dropout=, soft_cap=, residual=, "
-        "each yes. s is t and b is 1 when left out. Repeatable.",
+        help=f"A workload such as {_EXAMPLE}: batch, query length, key length, heads, key size. b "
+        "left out is 1, s is t. Also v= (value size), kv_heads=, causal=yes, mask=b1ts, bias=1hts "
+        "(1 is a dim that is broadcast), window=255:0, precision=highest, and each =yes: "
+        "q_lengths, kv_lengths, q_segments, kv_segments, offset, alibi, dropout, soft_cap, "
+        "residual. Repeatable.",
     )
 
 
@@ -105,7 +106,7 @@ _preset = click.option(
     "presets",
     multiple=True,
     type=click.Choice(list(PRESETS)),
-    help="A named shape, of a family of models. Repeatable.",
+    help="The typical shape of a family of models. Repeatable.",
 )
 
 shape_or_preset_options = _as_one("wanted", Wanted, _shape(), _dtype, _mode, _preset)
@@ -128,7 +129,7 @@ class Filters:
         return any(astuple(self))
 
     def select(self, profiles: Iterable[Profile]) -> list[Profile]:
-        """Those of the profiles that every filter lets through."""
+        """The profiles that pass every filter."""
         return merge.select(
             profiles, device=self.device, shapes=self.shapes, dtype=self.dtype, mode=self.mode
         )
@@ -140,16 +141,16 @@ filter_options = _as_one(
     click.option(
         "--device",
         metavar="TEXT",
-        help="Only of devices whose name has this in it, as `autochunk show` prints them.",
+        help="Only profiles of devices with this in their name, as `autochunk show` prints it.",
     ),
     click.option(
         "--shape",
         "shapes",
         multiple=True,
         metavar="SHAPE",
-        help="Only of workloads with these items, such as t=4096,h=8, or of functions "
+        help="Only workloads with these items, such as t=4096,h=8; functions by "
         "name=NAME,lengths=768. Repeatable.",
     ),
-    click.option("--dtype", type=click.Choice(DTYPES), help="Only of this dtype."),
-    click.option("--mode", type=click.Choice(MODES), help="Only of this mode."),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Only profiles of this dtype."),
+    click.option("--mode", type=click.Choice(MODES), help="Only profiles of this mode."),
 )

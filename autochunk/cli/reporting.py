@@ -49,15 +49,15 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
 @click.option(
     "--against",
     metavar="PLACE",
-    help="Compare with earlier results, or with another machine's: what changed, what got slower.",
+    help="Compare with earlier results or another machine's, and print what changed.",
 )
 @click.option(
     "--fail-if-slower",
     "limit",
     callback=_share,
     metavar="SHARE",
-    help="With --against: exit status 1 where a chosen plan takes more than so much longer, such "
-    "as 5%, and surely so (95%), or where there is none any more.",
+    help="With --against: exit status 1 if a chosen plan takes longer by more than this share, "
+    "such as 5%, at 95% confidence, or if a workload has no plan any more.",
 )
 @click.option(
     "--peers",
@@ -78,12 +78,14 @@ def report(
     store: Path | None,
     as_json: bool,
 ) -> None:
-    """Draw what was measured: a page (one HTML file that needs no network), or as FILE.svg a figure
-    of one workload's memory-time curve, or of how several compare.
+    """Draw what was measured, as an HTML page or a figure.
 
-    With --against what changed is printed, and a file written only if it is named. The extra
-    autochunk[report] draws; --json and --against do without.
-    """  # noqa: D205
+    The page is one file that needs no network, autochunk-report.html unless named. FILE.svg is a
+    figure: one workload's time against memory, or a comparison of several.
+
+    With --against it prints what changed, and writes a file only if one is named. Drawing needs the
+    extra autochunk[report]; --json and --against do not.
+    """
     if limit is not None and against is None:
         raise click.UsageError("--fail-if-slower needs --against: slower than what?")
     now = detect()

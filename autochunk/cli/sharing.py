@@ -32,22 +32,23 @@ _SOMETHING_LEFT = 3
     "--storage",
     required=True,
     metavar="URL|FILE",
-    help="A database (postgresql://user@host/name) or a journal file that all machines reach, as "
-    "of `autochunk tune --storage`.",
+    help="A database (postgresql://user@host/name) or a journal file that all machines reach; the "
+    "same as for `autochunk tune --storage`.",
 )
 @store_option
 @json_option
 def sync(storage: str, store: Path | None, as_json: bool) -> None:
-    """Take the profiles that other machines have for this kind of device, hand in this one's, and
-    tell what "auto" has missed here, for a machine that has time to measure it.
+    """Swap profiles and misses with other machines of this kind.
 
-    Nothing better is overwritten, and any number may do it at the same time, as from a job's
-    prolog, epilog or cron.
+    It takes the profiles that others have for this kind of device, hands in this one's, and hands
+    in what "auto" has missed here, for a machine that has time to measure it. Nothing better is
+    overwritten. Any number of machines may sync at the same time, as from a job's prolog, epilog or
+    cron.
 
-    Exit status: 0 if it is done, 3 if the storage cannot be used (one line says why; what moved
-    before stays), 1 on another error. One that is away is told at once; one that fails in between
-    is waited for, for some ten seconds.
-    """  # noqa: D205
+    Exit status: 0 if it is done; 3 if the storage cannot be used (one line says why, and what was
+    swapped before stays); 1 on another error. A storage that is away at the start is an error at
+    once; one that fails later is waited for, about ten seconds.
+    """
     from autochunk.tuner.sync import open_hub
     from autochunk.tuner.sync import sync as run
 
@@ -64,14 +65,14 @@ def sync(storage: str, store: Path | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="End when nothing is left to be done, or others work.")
+@click.option("--once", is_flag=True, help="End when nothing is left to do, or others work.")
 @click.option("--status", is_flag=True, help="Say what the service has done, does and will do.")
 @click.option(
     "--idle-minutes",
     type=click.FloatRange(min=0),
     default=5.0,
     show_default=True,
-    help="For so long the device must be idle before anything is measured.",
+    help="How long the device must be idle before anything is measured.",
 )
 @click.option(
     "--hours",
@@ -82,7 +83,8 @@ def sync(storage: str, store: Path | None, as_json: bool) -> None:
     "--busy-cores",
     type=click.FloatRange(min=0),
     metavar="CORES",
-    help="So many cores in use by others are work; the default is 0.3, for a GPU half of all.",
+    help="The device is busy when others use so many cores; the default is 0.3, for a GPU half of "
+    "all cores.",
 )
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
 @click.option(
@@ -94,7 +96,7 @@ def sync(storage: str, store: Path | None, as_json: bool) -> None:
 @click.option(
     "--storage",
     metavar="URL|FILE",
-    help="Sync with other machines there by itself, and measure what they miss, too.",
+    help="Sync with other machines there, and measure what they miss, too.",
 )
 @click.option(
     "--publish",
@@ -116,16 +118,18 @@ def watch(
     store: Path | None,
     as_json: bool,
 ) -> None:
-    """Whenever the device is idle, measure what "auto" has missed, what is stale or unfinished, the
-    most wanted first, and verify a sample of old profiles. Gives way within a second when work
-    arrives; what is measured is kept.
+    """Measure while the device is idle, as a service.
+
+    It measures what "auto" has missed and what is stale or unfinished, the most wanted first, and
+    times a sample of old profiles again. It gives way within a second when work arrives, and keeps
+    what is measured.
 
     It watches jax's default device; on several GPUs run one for each, with CUDA_VISIBLE_DEVICES.
     Prints a line for each event, until it is told to stop (SIGTERM, Ctrl-C).
 
-    Exit status: 0 when told to stop, or with --once when nothing is left to be done; 3 when with
-    --once something is; 1 on an error, as when another one watches the device.
-    """  # noqa: D205
+    Exit status: 0 when told to stop, or with --once when nothing is left to do; 3 with --once when
+    something is left; 1 on an error, for example when another service watches the device.
+    """
     from autochunk.watch import record, service
     from autochunk.watch.idle import ALL_DAY, Hours
 

@@ -129,7 +129,7 @@ def _anchor_seconds(measurements: Sequence[Measurement]) -> float:
 
 
 def _against(one: Measurement, choice: Choice | None, against: dict[str, str]) -> str:
-    """What spoke against a plan; empty for the one that was chosen."""
+    """Why a plan was not chosen; empty for the one that was."""
     if choice is not None:
         return "" if one is choice.measurement else against.get(str(one.plan), "")
     return ": ".join(filter(None, (one.status, one.detail)))

@@ -67,14 +67,14 @@ def evaluation_table(summaries: Sequence[dict[str, Any]]) -> Table:
     table.caption = (
         "regret: the chosen plan's measured time over the best one's; against dense: of the worst "
         "choice;\nmemory: median error; too small: plans of whose memory a quarter was missed; "
-        "sure: no plan faster than foretold"
+        "sure: no plan faster than predicted"
     )
     return table
 
 
 def replays_table(records: Sequence[dict[str, Any]]) -> Table:
     """A line for each workload."""
-    table = _table(("regret", "foretold", "rounds", "chosen", "best", "workload"))
+    table = _table(("regret", "predicted", "rounds", "chosen", "best", "workload"))
     for one in records:
         table.add_row(
             f"{one['regret']:.1%}",

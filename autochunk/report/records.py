@@ -160,7 +160,7 @@ def function_record(answer: FunctionResolution) -> dict[str, Any]:
 
 
 def rejected_of(answer: FunctionResolution) -> list[tuple[str, str]]:
-    """What spoke against each other plan of a function, by the plan in words."""
+    """Why each other plan of a function was not chosen, by the plan in words."""
     rejected = answer.choice.rejected if answer.choice else ()
     return [(WHOLE if plan == str(DENSE) else plan, why) for plan, why in rejected]
 

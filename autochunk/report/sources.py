@@ -1,6 +1,6 @@
 """Where a report's profiles come from: a store, a bundle, a folder of these, or a storage.
 
-Which of these a place is, its URL or its first bytes tell.
+A place's URL or its first bytes tell which of these it is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source(NamedTuple):
       kind: what it is.
       profiles: all of them that can be read.
       misses: by device key, what "auto" missed there and how many processes did; of stores only.
-      note: what whoever wrote a bundle had to say.
+      note: the line that a bundle's author left in it.
     """
 
     name: str

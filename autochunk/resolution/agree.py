@@ -2,7 +2,7 @@
 
 In a program of several JAX processes, what process 0 knows answers "auto" on all of them.
 
-With different plans they would compile different programs and wait for each other for ever. So at
+With different plans they would compile different programs and wait without end. So at
 its first "auto" process 0 publishes what its layers hold for its device in the key-value store of
 JAX's distributed runtime, and every other process waits for that, for a limited time. It is done
 once: a store that changes later changes nothing for the processes that run. A program of one

@@ -145,9 +145,7 @@ class BundleLayer:
             try:
                 in_folder = file != self.place
                 if in_folder and os.path.exists(file) and not os.path.isfile(file):
-                    raise BundleError(
-                        f"{file}: this is no file"
-                    )  # to open a pipe may take for ever
+                    raise BundleError(f"{file}: this is no file")  # opening a pipe may never return
                 yield bundle.scan(files.fetch(file), files.name_of(file))
             except BundleError as error:
                 if not in_folder:

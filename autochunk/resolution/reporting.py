@@ -83,11 +83,11 @@ def _cure_of_miss(resolution: Resolution) -> str:
     if not family:  # nor will others be remembered
         return alone
     if family == 1:
-        others = "Others that differ from it only in sizes are counted and not told of"
+        others = "Others that differ only in sizes are counted without a warning"
         return f"{others}; to tune for all of them: {_ALL_MISSED}. {alone}"
     return (
-        f"It is one of {family} workloads missed here that differ only in sizes, of which only one "
-        f"is told. To tune for all of them on this machine: {_ALL_MISSED}"
+        f"It is one of {family} workloads missed here that differ only in sizes, with one warning "
+        f"for all. To tune for all of them on this machine: {_ALL_MISSED}"
     )
 
 

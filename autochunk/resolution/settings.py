@@ -16,7 +16,7 @@ from autochunk.implementations import is_sliced
 from autochunk.plan import Plan, check_implementation, check_max_chunk_size_mb, check_positive
 
 UNSET: Any = object()
-"""For a setting whose None means something."""
+"""Not given; for settings in which None has a meaning of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def use(
     store: str | os.PathLike[str] | None = None,
     chunk_size: int | Sequence[int | None] | None = UNSET,
 ) -> Iterator[None]:
-    """Settings for every "auto" that is resolved inside, that is, while functions are traced.
+    """Sets how every "auto" inside is resolved, that is, while JAX traces.
 
     A function compiled before keeps its plan.
 

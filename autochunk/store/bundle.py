@@ -5,8 +5,8 @@ and for diffs: each field on its own line, each measurement on one. Every profil
 digest of its content, and the checksum is over the digests: a layer of many profiles checks its
 list at once, and each profile when it is asked for.
 
-A bundle decides what runs, and digests only tell damage: whoever can write one can seal it. What a
-hostile one can do at worst, to those who import it or name it:
+A bundle decides what runs. Digests only reveal damage: whoever can write a bundle can write its
+digests. The worst that a hostile bundle can do to those who import it or name it:
 
 - It chooses, for the devices and workloads that it names and those like them, a plan of those that
   this version knows: a slow one, or a memory-hungry one that claims to need none. Results are the
@@ -58,7 +58,7 @@ class Provenance(Record):
       oldest, newest: when the first and the last of its profiles was created; None without
         profiles.
       profiles: how many it has.
-      note: what whoever wrote it had to say, in one line.
+      note: a line of text from whoever wrote it.
     """
 
     autochunk: Annotated[str, Field(max_length=100, pattern=_ONE_LINE)] = ""

@@ -78,12 +78,12 @@ def choose(
 ) -> Choice | None:
     """The best plan by its measurements; None if none can be recommended.
 
-    The fastest whose working memory fits ``memory_budget_mb`` (10^6 bytes); among those whose
-    times cannot be told from the fastest's, and are certainly no more than MOST_COST longer, the
-    one with least memory; never one slower than dense attention, where dense fits.
-    ``implementation`` narrows the choice to one, ``without`` to the others. A plan that was given
-    up early was slower than another; it may be the best of those that a budget, those two or what
-    is installed leaves, and counts only there.
+    It takes the fastest plan whose working memory fits ``memory_budget_mb`` (10^6 bytes). Among
+    plans whose times cannot be told from the fastest's, and are at most MOST_COST longer, it takes
+    the one with least memory. It never takes one slower than dense attention where dense fits.
+    ``implementation`` narrows the choice to one, ``without`` leaves some out. A plan that was given
+    up early was slower than another; it counts only where a budget, these two arguments or missing
+    libraries have excluded all plans that were timed to the end.
     """
     measurements = list(measurements)
     unwanted = [_unwanted(m.implementation, implementation, without) for m in measurements]

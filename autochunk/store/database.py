@@ -66,7 +66,7 @@ logging.getLogger("sqlitedict").setLevel(logging.CRITICAL + 1)
 # open that is being made.
 _making = threading.Lock()
 
-# Files whose locks this process has waited for in vain where it had not to be held up.
+# Files whose locks this process has already waited for in vain while it traced.
 _given_up: set[Path] = set()
 
 

@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         if self.high > 1:
-            return f"{self.middle:+.0%}, though anything may be true"
+            return f"{self.middle:+.0%}, but that is little more than a guess"
         return f"{self.middle:+.0%}, from {self.low:+.0%} to {self.high:+.0%}"
 
 

@@ -54,18 +54,18 @@ class Measurement(Record):
       implementation, max_chunk_size_mb, chunk_sizes: the plan; the last is of functions that are
         not attention.
       status: "ok" and "pruned" carry times ("pruned" was given up early as too slow); the others
-        say why there are none ("skipped": larger limits had got slower and slower).
+        say why there are none ("skipped": larger limits were already slower and slower).
       detail: what happened, in words, for a status other than "ok".
       seconds: device time of each repeat.
       ratios: each repeat over the anchor plan's time in the same round; rounds of one workload
         share the anchor, so these compare across plans.
       joint: how many of the repeats, the last ones, are of joint rounds, in which all plans that
-        still could win were timed. Two plans' joint rounds are the same ones from the first on.
+        could still win were timed. Two plans' joint rounds are the same rounds, from the first on.
       temp_bytes: working memory beyond arguments and results: the larger of ``predicted_bytes`` and
         ``measured_bytes``, as far as a GPU's allocator can tell.
       predicted_bytes: working memory by XLA's own account; None in profiles of before it was kept.
-      measured_bytes: working memory that the process or the device's allocator was seen to take,
-        where that could be told.
+      measured_bytes: working memory as measured on the process or the device's allocator; None
+        where neither could tell.
       compile_seconds: time to compile.
       error: largest error of output and gradients relative to the largest reference value, against
         float64 on sampled rows.

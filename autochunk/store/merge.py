@@ -26,7 +26,7 @@ def select(
     dtype: str | None = None,
     mode: str | None = None,
 ) -> list[Profile]:
-    """Those of the profiles that every filter lets through, in their order.
+    """The profiles that pass every filter, in their order.
 
     Args:
       profiles: from which to choose.

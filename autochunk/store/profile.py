@@ -167,7 +167,7 @@ class Profile(Record):
     def untried(self, now: Device) -> list[str]:
         """Fused kernels that may take its workload, are installed here, and were never tried.
 
-        None where it is of another device than this.
+        None if the profile is of another device than this one.
         """
         if self.device.key != now.key or self.function:
             return []

@@ -151,7 +151,7 @@ class ProfileStore:
     def profiles(self, device: Device | None = None) -> list[Profile]:
         """All profiles, or those of one device, by key.
 
-        Rows that cannot be read are left out, with one StoreWarning that counts them.
+        Rows that cannot be read are left out; one StoreWarning says how many.
         """
         rows = self._rows(device) if device else self._database.rows(PROFILES)
         unreadable = sum(readable(row) is None for row in rows)
@@ -172,7 +172,7 @@ class ProfileStore:
     def keys(self) -> list[tuple[str, str]]:
         """Device key and workload key of every profile, in order.
 
-        Of rows under keys that are neither, nothing.
+        Rows under other keys are left out.
         """
         keys = self._database.keys(PROFILES)
         return sorted({names for key in keys if (names := names_of(key))})
@@ -217,7 +217,8 @@ class ProfileStore:
     def unreadable(self) -> list[str]:
         """Keys of the profiles' rows that no version can read.
 
-        Their value is no JSON, no profile, or another key's. A newer version's are none of these.
+        Their value is not JSON, not a profile, or belongs to another key. A newer version's rows
+        are not among them.
         """
         return [key_text(row.key) for row in self._unreadable()]
 
@@ -326,9 +327,9 @@ class ProfileStore:
     def record_miss(self, device: Device, workload: Tunable) -> None:
         """Remembers that "auto" found no profile for a workload, and how often that was told.
 
-        It happens while a model is traced, so that a damaged file is left where it is, and that a
-        miss which is known already need not be counted where nothing can be written. Of very many,
-        as of a program of ever new lengths, those go that were not met for longest.
+        It runs while a model is traced. So a damaged file is left where it is, and a miss that is
+        known already need not be counted where nothing can be written. Of very many misses the
+        oldest are dropped.
         """
         for _ in range(_COUNT_TRIES):  # others may count the same one meanwhile
             rows = self._rows(device, workload.key, MISSED)
@@ -358,7 +359,7 @@ class ProfileStore:
         self._database.check_writable()
 
     def _clear_up(self, stored: Collection[Profile]) -> None:
-        """Deletes what these profiles stand in place of.
+        """Deletes what these profiles replace.
 
         Rows under older versions' keys, and of finished ones, what was missed.
         """

@@ -104,7 +104,7 @@ def _files_and_path(url: str) -> tuple[Any, str]:
 
 @functools.cache
 def _web_options() -> dict[str, Any]:
-    """How aiohttp asks: for bytes as they are, and for no less safety than was asked for.
+    """How aiohttp asks: for bytes as they are, and with no less safety than was asked for.
 
     What a server compressed is unfolded where its size is bounded.
     """

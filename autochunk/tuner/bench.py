@@ -1,7 +1,7 @@
-"""``bench``: what tuning bought, in one process and common rounds.
+"""``bench``: times "auto" beside other ways to compute attention, in one process and common rounds.
 
 Every contender computes the same attention from the same arrays; each round times all of them in a
-new random order, and ratios are taken within a round, so that drift of the machine hits all alike.
+new random order. Ratios are taken within a round, so that drift of the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _peer(name: str, inputs: WorkloadInputs) -> list[Contender]:
 
 
 def _refusal(error: Exception) -> str:
-    """Another library's, in whatever words it has."""
+    """The first line of another library's error."""
     said = str(error).splitlines()[0][:200] if str(error) else ""
     return f"does not run here: {type(error).__name__}: {said}"
 
@@ -171,7 +171,7 @@ def prepare(
 ) -> Contender:
     """A contender that computes a function of what is passed, compiled and run once.
 
-    One that does not fit, or fails in whatever words it has, has no ``run`` and says why.
+    One that does not fit, or fails, has no ``run``; ``detail`` says why.
     """
     contender = Contender(name, detail=detail)
     compiling = quiet()(jax.jit(function).lower)

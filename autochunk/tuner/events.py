@@ -1,6 +1,6 @@
 """What a tune tells of its progress, one small class for each thing that can be told.
 
-With time to spare, several workers may come back to a workload that was told of as unfinished.
+If time is left, workers may return to a workload that was reported as unfinished.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DeviceFound:
 
 @dataclass(frozen=True)
 class OtherWork:
-    """All is measured, and meanwhile other programs had so many cores of those there are."""
+    """All is measured, and meanwhile other programs used so many of the machine's cores."""
 
     cores: float
     of: float

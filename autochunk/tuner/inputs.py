@@ -37,9 +37,9 @@ class WorkloadInputs:
     """Random arguments of a workload, and a sample of its query rows.
 
     Attributes:
-      workload: whose.
+      workload: what is computed.
       arguments: every array as large as it can be, with the dims [B, ...].
-      cotangent: of the output [B, T', H, V], zero but for the sampled rows.
+      cotangent: of the output [B, T', H, V], zero except in the sampled rows.
       rows: indices of the query rows to check.
     """
 
@@ -95,14 +95,14 @@ class WorkloadInputs:
     def _normal(self, shape: tuple[int, ...]) -> jax.Array:
         """Drawn by numpy: JAX would compile a program for every shape.
 
-        Large ones repeat, by a prime number that no row is long, what would take seconds to draw.
+        Large arrays repeat a shorter draw, to save seconds; its length is a prime that no row has.
         """
         count = min(math.prod(shape), _MOST_DRAWN)
         drawn = self._random.standard_normal(count, np.float32)
         return jnp.asarray(np.resize(drawn, shape), self.workload.dtype)
 
     def _open_mask(self, shape: tuple[int, ...]) -> jax.Array:
-        """Three in four are open; key 0 to all, so that no row is masked throughout."""
+        """Three in four are open, and key 0 to all rows, so that no row is masked throughout."""
         mask = self._random.random(shape, np.float32) < 0.75
         mask[..., 0] = True
         return jnp.asarray(mask)

@@ -23,12 +23,12 @@ _SHARE_OF_STARTING = 0.25
 class JointRounds:
     """Rounds in which all plans that are still in question are timed, and the anchor.
 
-    Each has them in a new random order: a plan that follows one that takes much memory may be
-    slower for it. From time to time those that are clear leave, and where time is limited the
-    slower half, so that the best have most of it (Karnin, Koren and Somekh 2013, "Almost optimal
-    exploration in multi-armed bandits"). None comes back: two plans' rounds are the same ones from
-    the first on. On a CPU the others then go on in a new process: where memory lies in one favours
-    some plan in all its rounds.
+    Each round has a new random order: a plan may be slower after one that takes much memory. From
+    time to time the plans that are decided leave, and where time is limited the slower half, so
+    that the best get most of it (Karnin, Koren and Somekh 2013, "Almost optimal exploration in
+    multi-armed bandits"). None comes back, so two plans share all rounds from the first on. On a
+    CPU the others then go on in a new process: where a process has its memory favours some plan in
+    all its rounds.
     """
 
     def __init__(

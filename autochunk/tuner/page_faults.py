@@ -1,4 +1,4 @@
-"""What page faults cost attention on this machine's CPU, and what would give it back.
+"""What page faults cost attention on this machine's CPU, and which settings avoid them.
 
 glibc hands a large buffer back to the system when it is freed, so that the next one is of fresh
 pages, each of which the kernel fills with zeros at its first touch. A short attention call that is

@@ -24,13 +24,13 @@ _LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
 
 
 class NotCompared(Exception):
-    """A library that is not asked for this workload here; the text says why."""
+    """A library cannot be compared on this workload here; the text says why."""
 
 
 def haiku_dense(arguments: Arguments) -> jax.Array:
     """Attention as ``hk.MultiHeadAttention`` computes it; a bias is added to the logits.
 
-    What such a model would need as an array of the logits' size is one.
+    Masks and biases that such a model would need as an array of the logits' size are arrays.
     """
     _refuse_more(arguments)
     arguments = arguments.explicit()
@@ -86,7 +86,7 @@ def jax_nn(arguments: Arguments, implementation: Any) -> jax.Array:
 
 
 def _refuse_more(arguments: Arguments) -> None:
-    """Raises NotCompared for what is neither seen, nor added, nor known elsewhere."""
+    """Raises NotCompared for forms of call that other libraries do not know."""
     if arguments.soft_cap is not None or arguments.residual or arguments.dropout_bits is not None:
         raise NotCompared("it has neither caps, nor this dropout, nor residuals")
 

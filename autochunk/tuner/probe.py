@@ -1,7 +1,7 @@
 """The parent's half of measuring: plans go to a worker process, and results come back.
 
-The worker's death is a result, too. The parent never touches a device itself, so that a plan which
-takes its process down takes only the worker down, and another one is started.
+The worker's death is a result, too. The parent never touches a device itself, so that a plan that
+kills its process kills only the worker, and another one is started.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Prepared:
 
 
 class OutOfTime(Exception):
-    """The deadline came while a worker was busy; what it was busy with is not to blame."""
+    """The deadline came while a worker was busy; the plan it was busy with is not to blame."""
 
 
 class Probe:

@@ -139,7 +139,7 @@ class WorkerProcess:
 
 
 def _make_likelier_victim(process: int) -> None:
-    """Has the kernel, where it looks for memory, kill a process before all others.
+    """Makes the kernel kill this process first when memory runs out.
 
     Its death is a result; that of its parent, or of another program, a loss.
     """

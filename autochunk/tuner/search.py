@@ -6,7 +6,7 @@ alternating order: drift of the machine hits both alike, and the ratios of diffe
 by different workers too, compare. A plan that is clearly hopeless goes after a round or two, one
 that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
 ``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at
-all. Where time is short, plans have fewer rounds, lest it ends before all are tried. Those that are
+all. Where time is short, plans have fewer rounds, so that all are tried. Those that are
 left and close meet once more in joint rounds, until it is clear which of them to choose; where time
 is shorter still, before all plans were tried.
 
@@ -330,7 +330,7 @@ class _Search:
             self._failed[plan] = failed
 
     def _try(self, plan: Plan) -> Prepared | None:
-        """Prepares a plan and times it once; returns what came in the way."""
+        """Prepares a plan and times it once; returns why it failed, if it did."""
         prepared = self.probe.prepare(plan)
         if prepared.status != "ok":
             return prepared

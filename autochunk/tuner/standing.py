@@ -27,7 +27,7 @@ def best_ratio(measured: Measurements) -> float:
 def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     """The plans that could still win, best first.
 
-    The second is one of them even if it was given up, lest nobody meets a first that was lucky.
+    The second is among them even if it was given up: the first may only have been lucky.
     """
     ranked = sorted((m for m in measured.values() if m.timed), key=lambda m: m.ratio)
     best = ranked[0].ratio if ranked else 0.0

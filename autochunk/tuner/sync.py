@@ -1,6 +1,6 @@
-"""``sync``: what a machine and others of its kind know, by way of the storage that they share.
+"""``sync``: machines of one kind swap what they know through a storage that they share.
 
-Safe from any number of machines at once, and again and again: what is there already does not move.
+Any number of machines may run it at once, and again: what is there already does not move.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def worth_taking(theirs: Iterable[Profile], ours: Iterable[Profile], now: Device
     """Of each workload the best that others have.
 
     One that is fresh on this device is better than one that is stale here, and what is stale never
-    stands in place of what is fresh: it would be measured again, and taken again, for ever.
+    stands in place of what is fresh: it would be measured and taken again, without end.
     """
     fresh_here = {one.key for one in ours if not one.stale_reasons(now)}
     rising = sorted(theirs, key=lambda one: (not one.stale_reasons(now), rank(one, "best-effort")))

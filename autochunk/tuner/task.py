@@ -104,7 +104,7 @@ class Task:
             return resolve(workload, device=self.device)
 
     def is_known(self, workload: Workload) -> bool:
-        """Whether what was measured here foretells the answer: measuring would not better it."""
+        """Whether profiles measured here predict the answer so well that measuring adds nothing."""
         found = None if self.force else self.known(workload).prediction
         return found is not None and found.sure
 

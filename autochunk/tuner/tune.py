@@ -67,7 +67,7 @@ def tune(
         file that all of them reach. Each workload is shared among the machines whose device is the
         same, and every one of them stores all profiles.
       is_known: asked of a workload that was missed before it is begun; if so, it is not measured.
-        None is whether what was measured here by then foretells its plan, within 5%.
+        By default, whether the profiles measured by then predict its plan within 5%.
 
     Returns:
       A profile for each workload that has one now, in order.

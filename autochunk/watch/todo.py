@@ -52,7 +52,7 @@ class Memory:
 
     Attributes:
       verified: when a workload's profile was verified last.
-      drifted: workloads whose profiles are to be measured again.
+      drifted: workloads whose profiles no longer hold and are measured again.
       tries: how often in a row a job came to nothing.
       not_before: when such is tried again.
     """

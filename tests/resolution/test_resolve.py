@@ -639,7 +639,7 @@ def test_a_family_of_missed_workloads_warns_once(store: ProfileStore) -> None:
     lengths = [f"t={length},h=4,k=32,bias=1hts" for length in range(100, 400, 5)]
     (said,) = used(*lengths)
     assert ",t=100," in said
-    assert "Others that differ from it only in sizes" in said
+    assert "Others that differ only in sizes are counted" in said
     assert "autochunk tune --missed" in said
     assert len(store.missed(detect())) == 60
 

@@ -76,7 +76,7 @@ def test_the_signed_rank_interval(count: int) -> None:
 
 
 def test_one_round_tells_nothing() -> None:
-    """Its middle is a guess, and anything may be true; of none not even that is there."""
+    """Its middle is little more than a guess; of none not even that is there."""
     low, middle, high = paired([2.0], [1.0])
     assert low == -1.0
     assert middle == pytest.approx(1.0)

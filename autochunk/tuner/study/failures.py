@@ -1,7 +1,7 @@
-"""One error of all that a storage can fail with, after waiting for what may pass.
+"""Turns all that a storage can fail with into one error, after waiting for what may pass.
 
-Users have one cure for what does not pass: another storage. A server that is started again, or a
-file system that is away for a moment, costs no more than the time that it is away.
+What does not pass has one cure for a user, another storage. A server that restarts, or a file
+system that is away for a moment, costs no more than the time that it is away.
 """
 
 from __future__ import annotations
