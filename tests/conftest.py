@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import jax
 import pytest
 
 from autochunk.resolution import places, resolve
+
+# Compiling takes most of the tests' time; how fast a CPU's machine code is matters to none of them.
+# Read when jax first compiles, here and in the processes that tests start.
+if not Path("/dev/nvidiactl").exists():
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # A shape that broadcasts by accident is an error here, not a silent outer product.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -49,18 +50,10 @@ def test_a_sequence_that_cannot_be_cut(length: int, devices: int) -> None:
 def test_a_ring_of_one(balanced: bool, dtype: str, leading: tuple[int, ...]) -> None:
     """It is the attention of its own keys, with any leading dims, in the query's dtype."""
     query, key = (jnp.asarray(draw((*leading, 6, 4, 8)), dtype) for _ in "qk")
-    out, lse = alone(
-        query,
-        key,
-        key,
-        is_causal=True,
-        balanced=balanced,
-        return_residual=True,
-        max_chunk_size_mb=None,
-    )
-    expected = dot_product_attention(
-        query, key, key, is_causal=True, return_residual=True, max_chunk_size_mb=None
-    )
+    settings: dict[str, Any] = {"is_causal": True, "return_residual": True}
+    settings["max_chunk_size_mb"] = None
+    out, lse = quick_jit(functools.partial(alone, balanced=balanced, **settings))(query, key, key)
+    expected = quick_jit(functools.partial(dot_product_attention, **settings))(query, key, key)
     assert (out.dtype, lse.dtype) == (query.dtype, query.dtype)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     for received, wanted in zip((out, lse), expected, strict=True):

@@ -490,14 +490,15 @@ def test_only_what_is_needed_is_kept_for_the_backward_pass() -> None:
 # --- Several devices ------------------------------------------------------------------------------
 
 
-def test_several_devices() -> None:
+@pytest.mark.parametrize(("cases", "least"), [("meshes", 14), ("shares", 20), ("rings", 13)])
+def test_several_devices(cases: str, least: int) -> None:
     """Each device computes its share, and no more is communicated than sums of cotangents.
 
     ``sharded.py`` does it, on four devices of a process of its own.
     """
     script = Path(__file__).with_name("sharded.py")
     flags = "--xla_force_host_platform_device_count=4"
-    printed = run_python(script, timeout=1500, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    printed = run_python(script, cases, timeout=1500, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     errors: dict[str, str] = json.loads(printed)
-    assert len(errors) > 20
+    assert len(errors) >= least
     assert {case: error for case, error in errors.items() if error} == {}
