@@ -57,7 +57,8 @@ def products(jaxpr: core.Jaxpr) -> set[str]:
     found = set()
     for equation in jaxpr.eqns:
         name = str(equation.primitive)
-        if name in _PRODUCTS and any(one.aval.dtype == jnp.float32 for one in equation.invars):
+        operands: list[Any] = [one.aval for one in equation.invars]
+        if name in _PRODUCTS and any(one.dtype == jnp.float32 for one in operands):
             found.add(_precision(equation.params.get("precision")))
         for one in core.jaxprs_in_params(equation.params):
             found |= products(one)

@@ -39,11 +39,11 @@ def by_shares(
         return None
     inputs = [_spec(array.ndim, dims, names) for array, dims in _arrays_of(call)]
     outputs = [_spec_of_result(*one, names) for one in zip(like, call.outputs, strict=True)]
-    programs = [
-        _local(call, sizes, names, differentiable=differentiable)
-        for sizes, differentiable in ((forward, False), (training, True))
-    ]
-    local = functools.partial(for_both, *programs)
+    local = functools.partial(
+        for_both,
+        _local(call, forward, names, differentiable=False),
+        _local(call, training, names, differentiable=True),
+    )
 
     def run(arrays: Arrays) -> Arrays:
         pairs = zip(arrays, inputs, strict=True)
@@ -127,6 +127,6 @@ def _merged(call: Call, result: jax.Array, is_reduced: bool) -> jax.Array:
     """A result of all devices."""
     if not is_reduced:
         return result
-    merge = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}.get(call.settings.reduce, jnp.sum)
-    found: jax.Array = merge(result, axis=0)
+    merges: dict[str, Any] = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
+    found: jax.Array = merges.get(call.settings.reduce, jnp.sum)(result, axis=0)
     return found.astype(result.dtype)

@@ -61,25 +61,26 @@ def reduces(mesh: jax.sharding.Mesh, x: jax.Array, w: jax.Array) -> None:
     shared = jax.device_put(w, NamedSharding(mesh, P()))
     merges = {"mean": jnp.mean, "max": jnp.max}
     for reduce, merge in merges.items():
-        fn: Function = lambda x, w, merge=merge: (jnp.sin(x @ w), merge(x @ w, axis=0))
+        fn: Function = lambda x, w, merge=merge: (jnp.sin(x @ w), merge(x @ w, axis=0))  # noqa: E731
         run = chunked(fn, (0, None), (0, None), reduce=reduce, chunk_size=12)
         compare(mesh, run, fn, (sharded, shared), (x, w))
-    table: Function = lambda x, w: jnp.tanh(x @ w)
+    table: Function = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
     cells = chunked(table, ((0, None), (None, 1)), (0, 1), chunk_size=(8, 3))
-    total: Function = lambda x, w: (jnp.tanh(x @ w) @ jnp.ones(w.shape[1]), (x @ w).sum())
+    total: Function = lambda x, w: (jnp.tanh(x @ w) @ jnp.ones(w.shape[1]), (x @ w).sum())  # noqa: E731
     both = chunked(total, ((0, None), (None, 1)), ((0, None), None), reduce="sum", chunk_size=5)
     compare(mesh, both, total, (sharded, shared), (x, w))
     half = sharded.astype(jnp.bfloat16), shared.astype(jnp.bfloat16)
-    compare(mesh, cells, table, half, (x, w), rtol=0.1, atol=0.1)
+    compare(mesh, cells, table, half, (x, w), within=0.1)
 
 
 def compare(
-    mesh: Any, run: Function, fn: Function, arrays: Any, whole: Any, **within: float
+    mesh: Any, run: Function, fn: Function, arrays: Any, whole: Any, within: float = 1e-4
 ) -> None:
     """Results and gradients in chunks, and those of whole arrays on one device."""
 
     def both(fn: Function) -> Function:
-        loss: Function = lambda *args: sum(jnp.sin(one).sum() for one in jax.tree.leaves(fn(*args)))
+        of: Function = jax.tree.leaves
+        loss: Function = lambda *args: sum(jnp.sin(one).sum() for one in of(fn(*args)))  # noqa: E731
         return jax.jit(lambda *args: (fn(*args), jax.grad(loss, (0, 1))(*args)))
 
     expected = jax.tree.leaves(both(fn)(*whole))
@@ -88,8 +89,7 @@ def compare(
         like = jax.tree.leaves(jax.eval_shape(jax.jit(fn), *arrays))
     assert [one.sharding.spec for one in found[: len(like)]] == [one.sharding.spec for one in like]
     for one, other in zip(found, expected, strict=True):
-        given = {"rtol": 1e-4, "atol": 1e-4} | within
-        np.testing.assert_allclose(one.astype(jnp.float32), other, **given)
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=within, atol=within)
 
 
 def main() -> None:

@@ -88,10 +88,11 @@ def test_a_program_computes_what_the_function_does(mode: Any) -> None:
 def _until_small(x: jax.Array) -> jax.Array:
     """A while loop, which has no backward pass."""
 
-    def halve(one: jax.Array) -> jax.Array:
+    def halve(one: jax.Array) -> Any:
         return jax.lax.while_loop(lambda r: jnp.abs(r).max() > 0.5, lambda r: r / 2, one)
 
-    return jax.vmap(halve)(x)
+    found: jax.Array = jax.vmap(halve)(x)
+    return found
 
 
 def _by_position(x: jax.Array) -> jax.Array:
@@ -208,7 +209,8 @@ def test_the_precision_of_products_is_kept(precision: Any) -> None:
     """With a program goes in which one its float32 products are, inside of others, too."""
 
     def fn(x: jax.Array) -> jax.Array:
-        return jax.jit(lambda x: jnp.matmul(x, x.T, precision=precision))(x).sum(1)
+        product: jax.Array = jax.jit(lambda x: jnp.matmul(x, x.T, precision=precision))(x)
+        return product.sum(1)
 
     header, program = exported(call_of(autochunk.chunked(fn), (jnp.ones((4, 2)),), {}))
     assert header["products"] == [precision or "default"]

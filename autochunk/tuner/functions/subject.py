@@ -50,10 +50,9 @@ def of_program(header: dict[str, Any], program: bytes) -> tuple[Function, Arrays
     """The function of an exported program, and arrays that it takes."""
     around, inputs = len(header["around"]), list(map(tuple, header["inputs"]))
     lengths = tuple(header["lengths"])
-    parts = {
-        sizes: jax.export.deserialize(bytearray(one)).call
-        for sizes, one in _parts(header, program).items()
-    }
+    read: Callable[..., Any] = jax.export.deserialize
+    found = _parts(header, program).items()
+    parts = {sizes: read(bytearray(one)).call for sizes, one in found}
 
     def flat(arrays: Arrays) -> Arrays:
         outer, inner = arrays[:around], arrays[around:]

@@ -218,7 +218,7 @@ def measured(
     effort: Effort,
     sizes: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Profile | None, str]:
-    """Measures a function by a probe of it, in chunks of any sizes or of these; as for ``_Queue``."""
+    """Measures a function by a probe of it, in chunks of any sizes or of these."""
     plans = candidates(call.sizes, EFFORT_SETTINGS[effort])
     if sizes is not None:
         plans = [DENSE, *(Plan(CHUNKS, None, tuple(one)) for one in sizes)]
