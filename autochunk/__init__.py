@@ -79,10 +79,12 @@ and T are numbers of queries and keys, H is heads, K and V are sizes of a key an
 # chunks/                  any other function, for a part of its positions at a time
 #   axes, reductions         what is chunked, and how results are merged
 #   loop, modes              the loop, and a program for calls that are differentiated
-#   call, chunked            one call; the function that makes others chunked
+#   gradients                whether they can be
+#   call, chunked            one call; the function that makes others chunked, on each device's
+#                            share if types tell it (shares)
 #   memory, rule             what a program takes, told from its jaxpr; chunks that fit
 #   sizes, auto              what answers "auto"; what is left where nothing does (describe,
-#                            export)
+#                            export, in sizes of a ladder)
 # tuner/                   what measures
 #   tune, events             the loop over workloads, and what is told of it
 #   effort, presets, task    how hard to look, at what, for how long

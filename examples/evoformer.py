@@ -1,9 +1,12 @@
-"""An AlphaFold-like block in haiku: MSA row attention with pair bias, and triangle attention.
+"""An AlphaFold-like block in haiku: attention, outer-product mean, triangle products, transitions.
 
 Its attention is gated and has a mask and a bias of the pairs, as in AlphaFold 2 (Jumper et al.
-2021, supplementary algorithms 7, 13 and 14). It runs in three ways: dense; as AlphaFold does it,
-a fixed number of rows at a time (4 in its configuration), whatever the sizes are; and by autochunk.
-Each is timed and its memory taken, forward as for inference or (``--training``) with gradients.
+2021, supplementary algorithms 7, 13 and 14); beside it are the outer-product mean, the triangle
+multiplication with outgoing edges and the transitions (algorithms 9 to 11 and 15). It runs in three
+ways: whole; as AlphaFold does it, a fixed number of rows at a time (4 in its configuration),
+whatever the sizes are; and by autochunk, attention by ``dot_product_attention`` and all else by
+``chunked``. Each is timed and its memory taken, forward as for inference or (``--training``) with
+gradients.
 
     python examples/evoformer.py --residues 256
 """
@@ -41,6 +44,7 @@ class Sizes:
     pair_size: int = 128
     pair_heads: int = 4
     head_size: int = 32
+    outer_size: int = 32
     training: bool = False
 
 
@@ -73,6 +77,79 @@ def sliced(query: Any, key: Any, value: Any, seen: Any, bias: Any) -> jax.Array:
 ATTENTION = dict(zip(KINDS, (dense, subbatch, sliced), strict=True))
 
 
+def by_rows(kind: str, fn: Callable[..., jax.Array], name: str) -> Callable[..., jax.Array]:
+    """A function of rows [N, ...] and of what they share, by one of KINDS."""
+    if kind == "dense":
+        return fn
+    if kind == "autochunk":
+
+        def chunked(rows: Any, *shared: Any) -> jax.Array:
+            axes = (0, *(None for _ in shared))
+            return autochunk.chunked(fn, axes, name=f"evoformer.{name}")(rows, *shared)
+
+        return chunked
+
+    def subbatch(rows: Any, *shared: Any) -> jax.Array:
+        one = jax.checkpoint(lambda row: fn(row[None], *shared)[0])
+        found: jax.Array = jax.lax.map(one, rows, batch_size=SUBBATCH)
+        return found
+
+    return subbatch
+
+
+def transition(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """Two layers over each position [N, R, C]."""
+    return jax.nn.relu(x @ up) @ down
+
+
+def triangle_products(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Sums over the third residue of products of the other two's edges, [R, R, C] each."""
+    return jnp.einsum("ikc,jkc->ijc", left, right)
+
+
+def outer_products(left: jax.Array, right: jax.Array, out: jax.Array) -> jax.Array:
+    """The mean over sequences of outer products, from [R, S, C] each to [R, R, D]."""
+    outer = jnp.einsum("isc,jsd->ijcd", left, right) / left.shape[1]
+    return jnp.einsum("ijcd,cde->ije", outer, out)
+
+
+class Rows(hk.Module):
+    """What is no attention in the block, each by ``by_rows``."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(name=name)
+        self._kind = kind
+
+    def transition(self, x: jax.Array, factor: int = 4) -> jax.Array:
+        """[N, R, C] to the same, with ``factor`` as many hidden units."""
+        size = x.shape[-1]
+        up = self._weights("up", size, size * factor)
+        down = self._weights("down", size * factor, size)
+        return by_rows(self._kind, transition, "transition")(_norm(x), up, down)
+
+    def triangle(self, pairs: jax.Array) -> jax.Array:
+        """Pairs [R, R, C] to the same, gated."""
+        size, x = pairs.shape[-1], _norm(pairs)
+        left, right, gate = (
+            jax.nn.sigmoid(hk.Linear(size, name=f"{name}_gate")(x)) * hk.Linear(size, name=name)(x)
+            for name in ("left", "right", "out")
+        )
+        return gate * by_rows(self._kind, triangle_products, "triangle")(left, right)
+
+    def outer(self, msa: jax.Array, hidden: int, size: int) -> jax.Array:
+        """An MSA [S, R, C] to pairs [R, R, size]."""
+        x = _norm(msa)
+        left, right = (
+            jnp.swapaxes(hk.Linear(hidden, name=name)(x), 0, 1) for name in ("left", "right")
+        )
+        out = self._weights("out", hidden, hidden, size)
+        return by_rows(self._kind, outer_products, "outer_product")(left, right, out)
+
+    def _weights(self, name: str, *shape: int) -> jax.Array:
+        deviation = 1 / math.sqrt(math.prod(shape[:-1]))
+        return hk.get_parameter(name, shape, init=hk.initializers.TruncatedNormal(deviation))
+
+
 class GatedAttention(hk.Module):
     """Attention within each row of x [N, R, C], with a bias of pairs [R, R, D]."""
 
@@ -103,12 +180,17 @@ def block(kind: str, sizes: Sizes) -> hk.Transformed:
 
     def run(msa: Any, pairs: Any, msa_seen: Any, pair_seen: Any) -> tuple[jax.Array, jax.Array]:
         make = functools.partial(GatedAttention, kind, head_size=sizes.head_size)
+        rows = functools.partial(Rows, kind)
         msa += make(heads=sizes.msa_heads, name="msa_row")(msa, msa_seen, pairs)
+        msa += rows(name="msa_transition").transition(msa)
+        pairs += rows(name="outer").outer(msa, sizes.outer_size, sizes.pair_size)
+        pairs += rows(name="triangle_outgoing").triangle(pairs)
         triangle = functools.partial(make, heads=sizes.pair_heads)
         pairs += triangle(name="triangle_starting")(pairs, pair_seen, pairs)
         turned, seen = jnp.swapaxes(pairs, 0, 1), pair_seen.T
         turned += triangle(name="triangle_ending")(turned, seen, turned)
-        return msa, jnp.swapaxes(turned, 0, 1)
+        pairs = jnp.swapaxes(turned, 0, 1)
+        return msa, pairs + rows(name="pair_transition").transition(pairs)
 
     return hk.without_apply_rng(hk.transform(run))
 

@@ -1,25 +1,28 @@
 """What is not attention, in chunks: time and memory of the ways to do it, in one run.
 
 An Evoformer-like transition, triangle multiplication and outer-product mean, a Gram matrix times a
-vector, and per-sample gradients of a small network; each whole, by ``jax.lax.map(batch_size=)``, in
-sub-batches of 4 as AlphaFold has them, and by ``autochunk.chunked(chunk_size="auto")``. Those that
-are timed take turns in each round.
+vector, per-sample gradients of a small network, and a ViT's layer over the tiles of an image; each
+whole, by ``jax.lax.map(batch_size=)``, in sub-batches of 4 as AlphaFold has them, in chunks as
+NetKet has them, by ``autochunk.chunked(chunk_size="auto")``, also within a quarter of the memory of
+the whole, and in the chunk that is best of all, found by trying. Those that are timed take turns in
+each round.
 
-    python examples/functions.py --size 64 --tune
-    python examples/functions.py --size 256 --only transition --mode training
+    python examples/functions.py --size 256 --points 20000 --tune 20
+    python examples/functions.py --size 512 --only transition --mode training
 
-``--size`` is the number of residues; of points and samples there are ``--points``. With ``--tune``
-"auto" is tuned first, quickly.
+With ``--tune`` "auto" is tuned first; without, it runs by what the store has, or by its rule.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -27,9 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import autochunk
-from autochunk.errors import MissWarning
+from autochunk.errors import AutochunkWarning, ProbeError
+from autochunk.tuner.measure import available_bytes, program_bytes
 
 Function = Callable[..., jax.Array]
+
+MOST_SIZES = 10  # that are tried, from large to small
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,12 @@ class Task:
 
 def transition(pair: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """Two layers over each pair of residues [N, N, C]."""
-    centred = pair - pair.mean(-1, keepdims=True)
-    scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-    return jax.nn.relu(scaled @ up) @ down
+    return jax.nn.relu(_norm(pair) @ up) @ down
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
 
 
 def triangle(left: jax.Array, right: jax.Array, gate: jax.Array) -> jax.Array:
@@ -80,14 +89,22 @@ def per_sample(samples: jax.Array, first: jax.Array, second: jax.Array) -> jax.A
     return sum((jnp.square(one).sum((1, 2)) for one in gradients), jnp.float32(0))
 
 
-def tasks(size: int, points: int) -> dict[str, Task]:
+def vision(tiles: jax.Array, qkv: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """A layer of a ViT within each tile of a large image, [tiles, tokens, C]."""
+    query, key, value = jnp.split(_norm(tiles) @ qkv, 3, axis=-1)
+    logits = jnp.einsum("nqc,nkc->nqk", query, key) / tiles.shape[-1] ** 0.5
+    tiles = tiles + jnp.einsum("nqk,nkc->nqc", jax.nn.softmax(logits), value)
+    return tiles + jax.nn.gelu(_norm(tiles) @ up) @ down
+
+
+def tasks(size: int, points: int, samples: int) -> dict[str, Task]:
     """By name, with random arguments."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-1]), jnp.float32)
 
-    pair, sequences = (size, size, 128), (size, 64, 32)
+    pair, sequences, tiles = (size, size, 128), (size, 64, 32), max(1, samples // 16)
     return {
         "transition": Task(transition, (draw(*pair), draw(128, 512), draw(512, 128))),
         "triangle": Task(triangle, (draw(*pair), draw(*pair), draw(128, 128))),
@@ -95,7 +112,10 @@ def tasks(size: int, points: int) -> dict[str, Task]:
             outer_product_mean, (draw(*sequences), draw(*sequences), draw(32, 32, 128))
         ),
         "gram": Task(gram, (draw(points, 8), draw(points, 8), draw(points))),
-        "per-sample gradients": Task(per_sample, (draw(points, 64), draw(64, 256), draw(256, 10))),
+        "per-sample gradients": Task(per_sample, (draw(samples, 64), draw(64, 256), draw(256, 10))),
+        "vision": Task(
+            vision, (draw(tiles, 64, 192), draw(192, 576), draw(192, 768), draw(768, 192))
+        ),
     }
 
 
@@ -127,14 +147,46 @@ def in_sub_batches(fn: Function, size: int) -> Function:
     return run
 
 
-def ways(name: str, task: Task) -> dict[str, Function]:
-    """By name."""
+def as_netket(fn: Function, size: int) -> Function:
+    """As NetKet's ``chunk_size``: a scan over whole chunks, computed again for gradients.
+
+    What is left is a call of its own.
+    """
+
+    def run(first: jax.Array, *shared: jax.Array) -> jax.Array:
+        count = len(first) // size
+        chunks = first[: count * size].reshape(count, size, *first.shape[1:])
+        step = jax.checkpoint(lambda _, chunk: (None, fn(chunk, *shared)))
+        found = jax.lax.scan(step, None, chunks)[1]
+        whole: jax.Array = found.reshape(count * size, *found.shape[2:])
+        rest = first[count * size :]
+        return jnp.concatenate([whole, fn(rest, *shared)]) if len(rest) else whole
+
+    return run
+
+
+def in_chunks(name: str, task: Task, chunk_size: Any, budget: float | None = None) -> Function:
+    """By autochunk."""
     axes = (0, *(None for _ in task.args[1:]))
+    return autochunk.chunked(
+        task.fn,
+        axes,
+        chunk_size=chunk_size,
+        name=name.replace(" ", "-"),
+        memory_budget_mb=budget,
+    )
+
+
+def ways(name: str, task: Task, budget: float | None = None) -> dict[str, Function]:
+    """By name; one of them within a memory budget (MB)."""
+    count = len(task.args[0])
     return {
         "whole": task.fn,
-        "lax.map": by_map(task.fn, 16),
-        "sub-batches of 4": in_sub_batches(task.fn, 4),
-        "auto": autochunk.chunked(task.fn, axes, name=name.replace(" ", "-")),
+        "lax.map 16": by_map(task.fn, min(16, count)),
+        "sub-batches of 4": in_sub_batches(task.fn, min(4, count)),
+        "NetKet-like 64": as_netket(task.fn, min(64, count)),
+        "auto": in_chunks(name, task, "auto"),
+        "auto, a quarter": in_chunks(name, task, "auto", budget),
     }
 
 
@@ -149,42 +201,106 @@ def in_mode(run: Function, mode: str) -> Callable[..., Any]:
     return gradients
 
 
-def measure(name: str, task: Task, mode: str, rounds: int) -> dict[str, tuple[float, int]]:
-    """Median seconds, and bytes of working memory by XLA's account, of each way."""
-    programs, memory = {}, {}
-    for way, run in ways(name, task).items():
-        programs[way] = jax.jit(in_mode(run, mode)).lower(*task.args).compile()
-        analysis: Any = programs[way].memory_analysis()
-        memory[way] = int(analysis.temp_size_in_bytes)
-    seconds: dict[str, list[float]] = {way: [] for way in programs}
+@dataclass
+class Program:
+    """A compiled way.
+
+    Attributes:
+      call: runs it; None where it does not fit the memory that is free.
+      temp: bytes of working memory, by XLA's account.
+      seconds: of each run.
+    """
+
+    call: Callable[..., Any] | None
+    temp: int
+    seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Function, task: Task, mode: str) -> Program:
+        """Compiles it."""
+        compiled = jax.jit(in_mode(run, mode)).lower(*task.args).compile()
+        temp, out = program_bytes(compiled)
+        return cls(compiled if temp + out < 0.8 * available_bytes() else None, temp)
+
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def take_turns(programs: Iterable[Program], task: Task, rounds: int) -> None:
+    """Times those that fit, one after the other in each round."""
+    fitting = [one for one in programs if one.call is not None]
     for step in range(rounds + 1):
-        for way, program in programs.items():
+        for one in fitting:
+            assert one.call is not None
             start = time.perf_counter()
-            jax.block_until_ready(program(*task.args))
+            jax.block_until_ready(one.call(*task.args))
             if step:  # the first brings in code and memory
-                seconds[way].append(time.perf_counter() - start)
-    return {way: (statistics.median(seconds[way]), memory[way]) for way in programs}
+                one.seconds.append(time.perf_counter() - start)
+
+
+def best_of_all(name: str, task: Task, mode: str, rounds: int) -> int:
+    """The chunk that is fastest of all powers of two, and of all rows at once if that fits."""
+    count = len(task.args[0])
+    powers = [1 << n for n in range((count - 1).bit_length())]
+    sizes = [*powers[-MOST_SIZES:], count]
+    found = {one: Program.of(in_chunks(name, task, one), task, mode) for one in sizes}
+    take_turns(found.values(), task, rounds)
+    return min((one for one in sizes if found[one].seconds), key=lambda one: found[one].median())
+
+
+def measure(name: str, task: Task, mode: str, rounds: int) -> dict[str, Program]:
+    """Every way, timed in turns."""
+    whole = Program.of(task.fn, task, mode)
+    best = best_of_all(name, task, mode, max(1, rounds // 2))
+    functions = ways(name, task, max(whole.temp, 1) / 4e6)
+    functions[f"best of all: {best}"] = in_chunks(name, task, best)
+    programs = {way: Program.of(run, task, mode) for way, run in functions.items()}
+    take_turns(programs.values(), task, rounds)
+    return programs
+
+
+def lines(name: str, mode: str, programs: dict[str, Program]) -> Iterator[str]:
+    """Time and memory of each way, and their ratios to the best chunk's and to the whole call's."""
+    best = next(one for way, one in programs.items() if way.startswith("best"))
+    whole = programs["whole"]
+    for way, one in programs.items():
+        head = f"{name:21} {mode:8} {way:18} {one.temp / 1e6:9.1f} MB"
+        if not one.seconds:
+            yield f"{head} does not fit here"
+            continue
+        ratios = f"{one.median() / best.median():5.2f} of the best's time"
+        if whole.seconds:
+            of_whole = one.median() / whole.median(), one.temp / max(whole.temp, 1)
+            ratios += ", {:5.2f} of the whole's, {:5.2f} of its memory".format(*of_whole)
+        yield f"{head} {one.median() * 1e3:9.2f} ms {ratios}"
 
 
 def main() -> None:
     """Prints a line for each way to compute each task."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--points", type=int, default=4096)
-    parser.add_argument("--mode", choices=("forward", "training"), default="forward")
+    parser.add_argument("--size", type=int, default=256, help="residues")
+    parser.add_argument("--points", type=int, default=50_000, help="of the Gram matrix")
+    parser.add_argument(
+        "--samples", type=int, default=4096, help="of the network; of tiles a sixteenth"
+    )
+    parser.add_argument("--mode", choices=("forward", "training", "both"), default="both")
     parser.add_argument("--only", action="append", metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", type=float, metavar="SECONDS", help="for each function and mode")
     options = parser.parse_args()
-    warnings.simplefilter("ignore", MissWarning)
-    for name, task in tasks(options.size, options.points).items():
-        if options.only and name not in options.only:
-            continue
+    warnings.simplefilter("ignore", AutochunkWarning)
+    modes = ("forward", "training") if options.mode == "both" else (options.mode,)
+    every = tasks(options.size, options.points, options.samples)
+    for name, mode in itertools.product(options.only or every, modes):
+        task = every[name]
         if options.tune:
-            run: Any = ways(name, task)["auto"]
-            autochunk.tune_chunks(run, task.args, modes=(options.mode,), effort="quick")
-        for way, (seconds, temp) in measure(name, task, options.mode, options.rounds).items():
-            print(f"{name:21} {way:17} {seconds * 1e3:9.2f} ms {temp / 1e6:9.1f} MB", flush=True)
+            run: Any = in_chunks(name, task, "auto")
+            given = {"effort": "quick", "timeout": options.tune}
+            with contextlib.suppress(ProbeError):  # of what does not fit, or takes too long
+                autochunk.tune_chunks(run, task.args, modes=(mode,), **given)
+        for line in lines(name, mode, measure(name, task, mode, options.rounds)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def start_python(code: str | Path, *arguments: object, **environment: str) -> su
     """
     what = [str(code)] if isinstance(code, Path) else ["-c", code]
     command = [sys.executable, *what, *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
+    found = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(found), **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 

@@ -112,7 +112,14 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 KINDS: dict[str, dict[str, Any]] = {
     "nnx_gpt": GPT | {"dropout": 0.0},
     "equinox_vit": VIT | {"dropout": 0.0},
-    "evoformer": {"residues": 7, "sequences": 6, "msa_size": 8, "pair_size": 8, "head_size": 4},
+    "evoformer": {
+        "residues": 7,
+        "sequences": 6,
+        "msa_size": 8,
+        "pair_size": 8,
+        "head_size": 4,
+        "outer_size": 4,
+    },
 }
 
 
@@ -122,6 +129,7 @@ def test_kinds_that_are_compared_agree(
     name: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All kinds of an example's step give the same."""
+    monkeypatch.setenv("AUTOCHUNK_PROGRAMS", "no")  # which take time, and nobody measures
     example = load(name, monkeypatch)
     found = []
     for kind in example.KINDS:
@@ -136,6 +144,7 @@ def test_a_comparison_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A time and a memory of every kind, each from a process of its own."""
+    monkeypatch.setenv("AUTOCHUNK_PROGRAMS", "no")
     example = load("evoformer", monkeypatch)
     sizes = example.Sizes(**KINDS["evoformer"])
     example.compare(example.make, ["dense", "subbatch"], sizes, repeats=1, rounds=1)
@@ -150,10 +159,22 @@ def test_every_example_is_tested() -> None:
     assert names == {"transformer", "long_input", "long_gpu", "functions", *KINDS}
 
 
+@pytest.mark.filterwarnings("ignore::autochunk.errors.MissWarning")
+def test_the_ways_of_a_function_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a line, the best chunk of an exhaustive search and that within a budget, too."""
+    example = load("functions", monkeypatch)
+    task = example.tasks(size=6, points=10, samples=32)["gram"]
+    found = example.measure("gram", task, "training", 1)
+    printed = "\n".join(example.lines("gram", "training", found))
+    every = re.findall(r"^gram +training +(\w.*?)  +[\d.]+ MB +[\d.]+ ms ", printed, re.MULTILINE)
+    assert every[:-1] == list(example.ways("gram", task))
+    assert every[-1].startswith("best of all: ")
+
+
 def test_functions_are_the_same_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared computes the same: whole, mapped, in sub-batches, in chunks."""
     example = load("functions", monkeypatch)
-    for name, task in example.tasks(size=6, points=10).items():
+    for name, task in example.tasks(size=6, points=10, samples=32).items():
         with autochunk.use(chunk_size=4):
             ways = example.ways(name, task).items()
             found = {way: quick_jit(run)(*task.args) for way, run in ways}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import jax.numpy as jnp
-
 from autochunk.chunks.call import Call
 from autochunk.chunks.describe import described
 from autochunk.chunks.export import exported
+from autochunk.chunks.gradients import has_gradients
 from autochunk.errors import BudgetWarning, MissWarning, StaleWarning, StoreError
 from autochunk.functions import FunctionCall
 from autochunk.resolution import agree, settings
@@ -47,7 +46,7 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
             text = f'chunk_size="auto" uses {answer.sizes} for {answer.workload.key}: '
             warn_once(BudgetWarning, answer.workload, text + answer.reason)
     missed = [one for one in answers.values() if one.match != "exact" or one.stale]
-    if not _has_gradients(call):
+    if any(one.workload.mode == "training" for one in missed) and not has_gradients(call):
         missed = [one for one in missed if one.workload.mode == "forward"]
     if not missed:
         return
@@ -56,10 +55,6 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
     if all(one.match == "default" for one in answers.values()):
         text = f'chunk_size="auto" found no profile for {subject.key} and uses {used}. '
         warn_once(MissWarning, subject.with_mode("forward"), text + how)
-
-
-def _has_gradients(call: Call) -> bool:
-    return any(jnp.issubdtype(array.dtype, jnp.inexact) for array in call.arrays)
 
 
 def _remember(call: Call, missed: list[FunctionResolution]) -> str:

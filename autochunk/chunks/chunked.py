@@ -12,7 +12,8 @@ from autochunk.chunks.axes import Parameters
 from autochunk.chunks.call import Call, Settings, has_explicit_axes
 from autochunk.chunks.modes import Program, for_both
 from autochunk.chunks.reductions import Arrays, check_reduce
-from autochunk.chunks.sizes import sizes_of
+from autochunk.chunks.shares import by_shares
+from autochunk.chunks.sizes import Sizes, sizes_of
 from autochunk.errors import ArgumentError
 from autochunk.plan import check_positive
 from autochunk.resolution.settings import check_chunk_size
@@ -113,7 +114,7 @@ def chunked(
         training = call.program(sizes.training, differentiable=True)
         both: Program = functools.partial(for_both, forward, training)
         if has_explicit_axes():
-            both = _sharded_as(call, whole, both)
+            both = _sharded_as(call, sizes, whole, both)
         return call.result(both(call.arrays))
 
     functools.update_wrapper(run, fn)
@@ -145,10 +146,10 @@ def _check_name(name: Any, fn: Callable[..., Any]) -> str:
     raise ArgumentError(f"name must be a text that is not empty, or None; got {name!r}")
 
 
-def _sharded_as(call: Call, whole: Program, program: Program) -> Program:
+def _sharded_as(call: Call, sizes: Sizes, whole: Program, program: Program) -> Program:
     """The program, sharded as the whole call would be where mesh axes are explicit.
 
-    Its inside is left to XLA's own propagation.
+    Where each device cannot compute its own share, the inside is left to XLA's own propagation.
     """
     if call.closes_over_sharded:
         raise ArgumentError(
@@ -156,8 +157,12 @@ def _sharded_as(call: Call, whole: Program, program: Program) -> Program:
             "as shared ones; it has some from around it (a closure)"
         )
 
+    like = jax.eval_shape(whole, call.arrays)
+    if shares := by_shares(call, sizes.forward, sizes.training, like):
+        return shares
+
     def run(arrays: Arrays) -> Arrays:
-        specs = [one.sharding.spec for one in jax.eval_shape(whole, arrays)]
+        specs = [one.sharding.spec for one in like]
         found: Arrays = jax.sharding.auto_axes(program, out_sharding=specs)(arrays)
         return found
 

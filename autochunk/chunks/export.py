@@ -1,8 +1,11 @@
-"""A function as a program for another process, the sizes of its chunks symbolic."""
+"""A function as a program for another process, the sizes of its chunks symbolic if they can be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,27 +14,58 @@ import jax.export
 import jax.numpy as jnp
 
 from autochunk.chunks.call import Call
-from autochunk.chunks.memory import rounding
+from autochunk.chunks.gradients import has_gradients
+from autochunk.chunks.ladder import sizes_below
+from autochunk.chunks.memory import calls_to_host, products, rounding
 from autochunk.chunks.reductions import Arrays
 from autochunk.resolution.reporting import muted
+
+_MOST_SIZES = 8  # along an axis, where each needs a program of its own
+_MOST_SECONDS = 20.0  # after which no more of them are made: a user's program waits
 
 
 def exported(call: Call) -> tuple[dict[str, Any], bytes]:
     """What a call's program takes, and the program.
 
     Its arguments are first what the function has from around it, then the call's arrays; no value
-    of any of them is in it.
+    of any of them is in it. A function that cannot be differentiated leaves what it computes alone.
+    One that refuses sizes that are symbolic leaves a program for each size of a few plans.
 
     Raises:
-      Exception: whatever JAX raises of a function that cannot be exported: host callbacks, shapes
-        that depend on a number, operations that have no form for sizes that are symbolic.
+      Exception: whatever JAX raises of a function that cannot be exported.
+      ValueError: it calls back to the host, or results are merged by a function of its own.
     """
     if isinstance(call.settings.reduce, tuple):
         raise ValueError("a pair (first, merge) has a function of its own, which is not exported")
-    names = ", ".join(f"c{number}" for number in range(len(call.lengths)))
-    sizes = jax.export.symbolic_shape(
-        names, constraints=[f"{one} >= 1" for one in names.split(", ")]
-    )
+    if back := calls_to_host(call.traced.jaxpr):
+        raise ValueError(f"it calls back to the host ({back}), which no other process can")
+    header = {
+        "lengths": list(call.lengths),
+        "arrays": [description(one) for one in call.arrays],
+        "inputs": call.inputs,
+        "outputs": call.outputs,
+        "reduce": call.settings.reduce,
+        "rounding": rounding(call.traced.jaxpr),
+        "products": sorted(products(call.traced.jaxpr)),
+        "gradients": has_gradients(call),
+    }
+    try:
+        around, program = _of_sizes(call, _symbols(len(call.lengths)), header["gradients"])
+    except Exception:  # whatever a user's function raises of sizes that are no numbers
+        return _of_each_size(call, header)
+    return header | {"around": around}, program
+
+
+def _symbols(count: int) -> Any:
+    names = ", ".join(f"c{number}" for number in range(count))
+    constraints = [f"{one} >= 1" for one in names.split(", ")]
+    return jax.export.symbolic_shape(names, constraints=constraints)
+
+
+def _of_sizes(
+    call: Call, sizes: Sequence[Any], gradients: bool
+) -> tuple[list[dict[str, Any]], bytes]:
+    """The program of a chunk of these sizes, and what it has from around it."""
     chunk = call.shapes(sizes)
     with muted():
         traced = call.trace_alone(call.flat, sizes)
@@ -42,25 +76,55 @@ def exported(call: Call) -> tuple[dict[str, Any], bytes]:
         found: Arrays = jax.core.eval_jaxpr(traced.jaxpr, around, *arrays)
         return found
 
-    header = {
-        "lengths": list(call.lengths),
-        "around": [description(one) for one in constants],
-        "arrays": [description(one) for one in call.arrays],
-        "inputs": call.inputs,
-        "outputs": call.outputs,
-        "reduce": call.settings.reduce,
-        "rounding": rounding(call.traced.jaxpr),
-    }
-    moving = [one for one in (*around, *chunk) if jnp.issubdtype(one.dtype, jnp.inexact)]
-
     def serialized() -> bytes:
         program = jax.export.export(jax.jit(function))(around, chunk)
-        return bytes(program.serialize(vjp_order=1 if moving else 0))
+        return bytes(program.serialize(vjp_order=1 if gradients else 0))
 
     # Another thread has none of the meshes that are in force around a call that is traced, for
     # which the program would be made.
     with ThreadPoolExecutor(1) as thread:
-        return header, thread.submit(_with_wide(serialized)).result()
+        program = thread.submit(_with_wide(serialized)).result()
+    return [description(one) for one in constants], program
+
+
+# --- Sizes that are not symbolic ------------------------------------------------------------------
+
+
+def _of_each_size(call: Call, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """A program of each size that some plans need, one after the other; as many as time allows.
+
+    The header says which plans, and of each program its sizes and how many bytes it has.
+    """
+    end = time.monotonic() + _MOST_SECONDS
+    around, program = _of_sizes(call, call.lengths, header["gradients"])
+    programs, plans = {call.lengths: program}, []
+    for plan in _plans(call.lengths):
+        missing = set(_chunks_of(plan, call.lengths)) - set(programs)
+        if time.monotonic() > end:
+            break
+        for sizes in sorted(missing):
+            own, programs[sizes] = _of_sizes(call, sizes, header["gradients"])
+            if own != around:
+                raise ValueError("arrays that it has from around it depend on the size of a chunk")
+        plans.append(list(plan))
+    parts = [[list(sizes), len(one)] for sizes, one in programs.items()]
+    return header | {"around": around, "plans": plans, "parts": parts}, b"".join(programs.values())
+
+
+def _plans(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """A few sizes of chunks, along all axes at once and along each alone, from large to small."""
+    ladders = [sizes_below(length, 4)[:_MOST_SIZES] for length in lengths]
+    found = set(zip(*ladders, strict=False))
+    for number, ladder in enumerate(ladders):
+        rest = lengths[number + 1 :]
+        found |= {(*lengths[:number], size, *rest) for size in ladder[:: len(lengths)]}
+    return sorted(found, key=lambda sizes: (-math.prod(sizes), sizes))
+
+
+def _chunks_of(plan: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The sizes of all chunks of a plan: the whole ones, and those that are left."""
+    pairs = zip(plan, lengths, strict=True)
+    return itertools.product(*({size, length % size} - {0} for size, length in pairs))
 
 
 def _with_wide(function: Callable[[], bytes]) -> Callable[[], bytes]:

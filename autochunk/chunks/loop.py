@@ -8,6 +8,7 @@ along the axis then gives of each device's share, and none of it moves.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.grid import vary_alike
+from autochunk.attention.kernels.grid import vary_alike, varying_axes
 from autochunk.chunks.axes import Axes
 from autochunk.chunks.reductions import Arrays, Reduction
 
@@ -162,7 +163,7 @@ class Loop:
 
     def _stacked(self, arrays: Arrays, total: Arrays, _: Sequence[Any]) -> tuple[Arrays, Arrays]:
         """Chunks are what a scan is over, and what it returns."""
-        split = self.split
+        split, arrays = self.split, self._varying(arrays)
         shared = list(map(_widened, arrays, self.inputs))
 
         def step(total: Arrays, chunk: Arrays) -> tuple[Arrays, Arrays]:
@@ -178,6 +179,17 @@ class Loop:
             total, results = self._rest(arrays, total)
         mapped = zip(found, results, self._mapped, strict=True)
         return total, [split.joined(one, rest, dim) for one, rest, (_, dim) in mapped]
+
+    def _varying(self, arrays: Arrays) -> Arrays:
+        """The arrays; inside ``shard_map`` shared ones vary as chunks do, if the results then do.
+
+        Their cotangents are summed over devices once, and not for each chunk.
+        """
+        varying = vary_alike(arrays, arrays)
+        before = jax.eval_shape(self.inner, self._part(arrays, 0, self._each))
+        after = jax.eval_shape(self.inner, self._part(varying, 0, self._each))
+        alike = map(operator.eq, map(varying_axes, before), map(varying_axes, after))
+        return varying if all(alike) else arrays
 
     @property
     def _share(self) -> float:

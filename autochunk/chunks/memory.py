@@ -46,6 +46,45 @@ def rounding(jaxpr: core.Jaxpr) -> float:
     return max(own, *(rounding(one) for several in within for one in several), 0.0)
 
 
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+
+
+def products(jaxpr: core.Jaxpr) -> set[str]:
+    """The precisions of the products of float32 arrays that it has, as ``jnp.matmul`` names them.
+
+    By default a GPU rounds their operands.
+    """
+    found = set()
+    for equation in jaxpr.eqns:
+        name = str(equation.primitive)
+        operands: list[Any] = [one.aval for one in equation.invars]
+        if name in _PRODUCTS and any(one.dtype == jnp.float32 for one in operands):
+            found.add(_precision(equation.params.get("precision")))
+        for one in core.jaxprs_in_params(equation.params):
+            found |= products(one)
+    return found
+
+
+def _precision(given: Any) -> str:
+    """Of two operands' precisions the lower one; of an algorithm its name."""
+    several = given if isinstance(given, tuple) else (given,)
+    kinds = [one for one in jax.lax.Precision if one in several]  # from the lowest
+    found = [one.name.lower() for one in kinds] or [getattr(one, "name", "") for one in several]
+    return found[0] or "default"
+
+
+def calls_to_host(jaxpr: core.Jaxpr) -> str:
+    """The first operation in it that calls back to the host; empty if there is none."""
+    for equation in jaxpr.eqns:
+        name = str(equation.primitive)
+        if "callback" in name or name == "debug_print":
+            return name
+        within = map(calls_to_host, core.jaxprs_in_params(equation.params))
+        if found := next(filter(None, within), ""):
+            return found
+    return ""
+
+
 def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
     """By variable the number of the equation that needs it last; of results, after all."""
     last: dict[Any, int] = {}

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from autochunk import device as devices
-from autochunk.attention.kernels.grid import vary_alike
 from autochunk.chunks import auto
 from autochunk.chunks.call import Call
+from autochunk.chunks.gradients import NO_GRADIENTS, trained
 from autochunk.chunks.memory import peak_bytes
-from autochunk.chunks.reductions import Arrays
 from autochunk.chunks.rule import most_bytes, usual_sizes
 from autochunk.device import Device
 from autochunk.errors import ArgumentError
@@ -103,23 +99,7 @@ def _needed(call: Call, sizes: Sequence[int]) -> int:
 
 def _needed_to_train(call: Call, sizes: Sequence[int]) -> int:
     """The same with its backward pass; without that where there is none."""
-    moving = [n for n, array in enumerate(call.arrays) if _is_inexact(array)]
-
-    def trained(part: Arrays) -> Any:
-        def of_moving(*values: jax.Array) -> Arrays:
-            given = dict(zip(moving, values, strict=True))
-            results = call.flat([given.get(n, array) for n, array in enumerate(part)])
-            return [one for one in results if _is_inexact(one)]
-
-        results, backward = jax.vjp(of_moving, *(part[n] for n in moving))
-        ones = [vary_alike([jnp.ones_like(one)], [one])[0] for one in results]
-        return results, backward(ones)
-
     try:
-        return peak_bytes(call.trace(trained, sizes).jaxpr)
-    except (TypeError, ValueError, NotImplementedError):  # as of a while loop
+        return peak_bytes(call.trace(trained(call), sizes).jaxpr)
+    except NO_GRADIENTS:
         return _needed(call, sizes)
-
-
-def _is_inexact(array: jax.Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.inexact))

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from autochunk.cli.functions import say_of_functions, tune_missed_functions
+from autochunk.cli.functions import say_of_stale_functions, tune_missed_functions
 from autochunk.cli.options import Wanted, json_option, shape_or_preset_options, store_option
 from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
 from autochunk.device import Device, detect
@@ -101,6 +101,10 @@ def tune(
     most half of the time) and a standard set of shapes: on a CPU in float32, on a GPU in bfloat16
     and (not when quick) float32, with thorough effort in float16, too.
 
+    Functions of autochunk.chunked that "auto" missed come first, in at most half of the time. With
+    --devices the GPUs share them; with --storage this machine measures its own alone, as their
+    programs never leave it.
+
     If it is interrupted, the same command goes on where it stopped.
 
     Exit status: 0 if everything is measured; 3 if some of it could not be measured, or was left out
@@ -115,7 +119,8 @@ def tune(
     named = wanted.named()
     wishes: list[Workload] = []
     told: list[Event] = []
-    functions, shared = Tuned([], 0, 0), bool(storage or devices)
+    functions, left_time = Tuned([], 0, 0), timeout
+    gpus = visible_gpus(devices) if devices else ()
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -125,8 +130,7 @@ def tune(
         kinds = wanted.dtypes, wanted.modes
         misses = missed_on(profile_store, device, *kinds) if missed else {}
         old = wanted.among(stale_or_unfinished(profile_store, device)) if stale else []
-        left = say_of_functions(profile_store, device, missed and shared, stale)
-        left = left or bool(functions.wanted)
+        left = (stale and say_of_stale_functions(profile_store, device)) or bool(functions.wanted)
         if missed and not misses and not left:
             _say_nothing('"auto" has missed nothing')
         if stale and not old and not left:
@@ -136,10 +140,18 @@ def tune(
         return chosen
 
     try:
-        if (missed or stale) and not shared:
+        if missed or stale or not named:
             with _ended_like_ctrl_c():
-                functions = tune_missed_functions(
-                    profile_store, effort, timeout, memory_budget_mb, known_only=not missed
+                functions, left_time = tune_missed_functions(
+                    profile_store,
+                    effort,
+                    timeout,
+                    memory_budget_mb,
+                    known_only=stale and not missed,
+                    dtypes=wanted.dtypes,
+                    modes=wanted.modes,
+                    gpus=gpus,
+                    shared=storage is not None,
                 )
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
 
@@ -150,12 +162,12 @@ def tune(
             profiles = run(
                 choose,
                 effort=effort,
-                timeout=timeout,
+                timeout=left_time,
                 force=force,
                 store=profile_store,
                 memory_budget_mb=memory_budget_mb,
                 on_event=tell,
-                gpus=visible_gpus(devices) if devices else (),
+                gpus=gpus,
                 storage=storage,
             )
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from platformdirs import user_data_path
 
 from autochunk.device import Device
 from autochunk.errors import StoreError, StoreWarning, WorkloadError
-from autochunk.functions import FunctionCall, Tunable
+from autochunk.functions import FunctionCall, Tunable, is_function
 from autochunk.store.database import (
     AMONG,
     BEYOND_NEWEST,
@@ -188,6 +188,11 @@ class ProfileStore:
     def missed_functions(self, device: Device) -> dict[FunctionCall, int]:
         """The same of functions that are not attention."""
         return self._misses(device, FunctionCall.parse)
+
+    def functions_are_missed(self) -> bool:
+        """Whether any are, on whichever device: a look that needs none."""
+        keys = self._database.keys(MISSED)
+        return any(is_function(names[1]) for key in keys if (names := names_of(key)))
 
     def _misses(self, device: Device, parse: Callable[[str], _Call]) -> dict[_Call, int]:
         found: dict[_Call, int] = {}

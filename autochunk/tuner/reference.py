@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -139,9 +140,18 @@ def error_of_products(inputs: WorkloadInputs) -> float:
     dense attention may have in full.
     """
     w = inputs.workload
-    left, right = jax.random.normal(jax.random.key(0), (2, 256, 256), w.dtype)
-    precision = None if w.precision == "default" else w.precision
-    product = jax.jit(functools.partial(jnp.matmul, precision=precision))(left, right)
+    return error_of_product(w.dtype, multiplying(w.precision))
+
+
+def multiplying(precision: str) -> Callable[..., jax.Array]:
+    """What multiplies matrices in a precision."""
+    return functools.partial(jnp.matmul, precision=None if precision == "default" else precision)
+
+
+def error_of_product(dtype: str, multiply: Callable[..., jax.Array]) -> float:
+    """The same of two random matrices of a dtype, as they are multiplied."""
+    left, right = jax.random.normal(jax.random.key(0), (2, 256, 256), dtype)
+    product = jax.jit(multiply)(left, right)
     return relative_error([as_float(product)], [_float64(left) @ _float64(right)])
 
 

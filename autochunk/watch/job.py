@@ -104,9 +104,9 @@ def _functions(job: dict[str, Any], store: ProfileStore) -> list[dict[str, Any]]
     found = tune_missed(
         store, Limits(job["effort"], deadline, job["memory_budget_mb"]), lines.append
     )
-    if not found:
+    if not found.profiles:
         return [{"result": "failed", "detail": "; ".join(lines[-3:]) or "nothing was measured"}]
-    return [{"result": "measured", "detail": f"{len(found)} functions"}]
+    return [{"result": "measured", "detail": f"{len(found.profiles)} functions"}]
 
 
 def _verify(job: dict[str, Any], store: ProfileStore) -> dict[str, Any]:

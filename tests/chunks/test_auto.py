@@ -93,12 +93,17 @@ def test_no_program_is_left_where_none_is_wanted(
 
 
 def test_what_cannot_be_exported_is_said() -> None:
-    """As a function that calls back to the host, or one whose shapes depend on a number."""
-    by_number = lambda x, w: transition(x, w) * int(x.shape[0])  # noqa: E731
+    """As a function that calls back to the host, or one that is merged by another."""
     calls_back = lambda x, w: jax.pure_callback(lambda x: x, jax.typeof(x), x) @ w  # noqa: E731
-    for name, fn in (("by number", by_number), ("calls back", calls_back)):
+    merged = (jnp.zeros((8, 16)), lambda total, one: total + one)
+    prints = lambda x, w: (jax.debug.print("{}", x.sum()), x @ w)[1]  # noqa: E731
+    for name, fn, reduce in (
+        ("calls back", calls_back, None),
+        ("prints", prints, None),
+        ("merged", lambda x, w: x.T @ x @ w, merged),
+    ):
         with pytest.warns(MissWarning, match="left no program .*tune_chunks"):
-            loops(made(fn, name=name))
+            loops(made(fn, name=name, reduce=reduce))
 
 
 def test_a_function_that_changed_is_stale(store_path: Path) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import make_call, make_function_profile, run_python
+from factories import make_call, make_function_profile, quick_jit, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,16 +17,25 @@ import autochunk
 from autochunk.chunks.chunked import call_of
 from autochunk.chunks.describe import described
 from autochunk.chunks.export import description, drawn, exported
+from autochunk.chunks.gradients import has_gradients
 from autochunk.errors import ArgumentError, MissWarning, StaleWarning
 from autochunk.plan import Plan
 from autochunk.store.choice import DENSE
 from autochunk.store.profiles import ProfileStore
 from autochunk.store.programs import Programs
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.functions.subject import Subject, as_numbers, deviation, of_program
+from autochunk.tuner.functions.subject import (
+    Subject,
+    as_numbers,
+    deviation,
+    of_program,
+    tolerance_of,
+)
 from autochunk.tuner.functions.tune import Limits, candidates, tune_missed
 from autochunk.tuner.functions.worker import plan_of
+from autochunk.tuner.reference import error_of_product
 from autochunk.tuner.tune import stale_functions
+from autochunk.workload import MODES
 
 QUICK = EFFORT_SETTINGS["quick"]
 
@@ -76,6 +85,70 @@ def test_a_program_computes_what_the_function_does(mode: Any) -> None:
     assert deviation(results[1], results[0]) < 1e-5
 
 
+def _until_small(x: jax.Array) -> jax.Array:
+    """A while loop, which has no backward pass."""
+
+    def halve(one: jax.Array) -> Any:
+        return jax.lax.while_loop(lambda r: jnp.abs(r).max() > 0.5, lambda r: r / 2, one)
+
+    found: jax.Array = jax.vmap(halve)(x)
+    return found
+
+
+def _by_position(x: jax.Array) -> jax.Array:
+    """A loop of Python's, for which the number of positions must be one."""
+    return jnp.stack([jnp.sin(x[number]) for number in range(len(x))])
+
+
+def _pairs(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The same of two axes."""
+    return jnp.stack([x * y[number][None] for number in range(len(y))], 1)
+
+
+KINDS: dict[str, tuple[Any, ...]] = {
+    "while loop": (_until_small, 0, 0, (2,)),
+    "loop of Python": (_by_position, 0, 0, (2,)),
+    "two axes": (_pairs, ((0, None), (None, 0)), (0, 1), (2, 4)),
+}
+
+
+@pytest.mark.parametrize(("fn", "in_axes", "out_axes", "sizes"), KINDS.values(), ids=KINDS)
+def test_kinds_of_which_less_is_exported(fn: Any, in_axes: Any, out_axes: Any, sizes: Any) -> None:
+    """What has no gradients leaves what it computes; what refuses symbolic sizes some that are not.
+
+    In the second case of all chunks of the plans that are named, also those that are left.
+    """
+    count = len(sizes)
+    args = tuple(jnp.asarray(np.random.default_rng(0).normal(size=(7, 3))) for _ in range(count))
+    call = call_of(autochunk.chunked(fn, in_axes, out_axes), args, {})
+    header, program = exported(call)
+    assert header["gradients"] is has_gradients(call) is (fn is not _until_small)
+    plans = header.get("plans", [sizes])
+    assert ("plans" in header) is (fn is not _until_small)
+    assert plans == sorted(plans, key=np.prod, reverse=True)
+    for mode in MODES if header["gradients"] else MODES[:1]:
+        subject = Subject(*of_program(header, program), mode)
+        every = [DENSE, *(Plan("chunks", None, tuple(one)) for one in (plans[0], plans[-1]))]
+        found = [as_numbers(quick_jit(subject.function(one))(*subject.passed)) for one in every]
+        assert max(deviation(one, found[0]) for one in found) < 1e-5
+
+
+def test_what_has_no_gradients_is_missed_forward_alone(store_path: Path) -> None:
+    """And measured, in the sizes of which there is a program if those are few."""
+    x, store, device = jnp.ones((16, 4)), ProfileStore(store_path), autochunk.detect()
+    whole: Any = autochunk.chunked(_until_small, name="while loop")
+    unrolled: Any = autochunk.chunked(lambda x: _by_position(x).astype(jnp.int32), name="unrolled")
+    with pytest.warns(MissWarning, match="autochunk tune --missed"):
+        jax.eval_shape(lambda x: (whole(x), unrolled(x.astype(jnp.int32))), x)
+    assert {(one.name, one.mode) for one in store.missed_functions(device)} == {
+        ("while_loop", "forward"),
+        ("unrolled", "forward"),
+    }
+    found = tune_missed(store, Limits("quick")).profiles
+    assert len(found) == 2
+    assert all(one.complete and one.measurements[-1].chunk_sizes == (2,) for one in found)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "complex64"])
 def test_arguments_of_any_dtype(dtype: str) -> None:
     """What is drawn is as described, and finite."""
@@ -107,6 +180,41 @@ def test_what_is_computed_in_half_precision_may_differ_by_its_rounding(inner: An
         allowed.append(Subject(function, arrays, "forward").tolerance)
     assert allowed[0] < 1e-3
     assert 1e-2 < allowed[1] < 0.1
+
+
+def _as_tf32(left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product as a GPU may compute it, whose operands have ten bits after the first."""
+    return jax.lax.reduce_precision(left, 8, 10) @ jax.lax.reduce_precision(right, 8, 10)
+
+
+def test_a_gpus_rounding_of_products_is_no_mixing() -> None:
+    """Ten layers in TF32 differ from ten in float32 by more than float32 explains, and may."""
+    x, *layers = jax.random.normal(jax.random.key(0), (11, 64, 64))
+
+    def network(multiply: Any, x: jax.Array) -> jax.Array:
+        for one in layers:
+            x = jnp.tanh(multiply(x, one) / 8)
+        return x
+
+    exact, rounded = (as_numbers(network(one, x)) for one in (jnp.matmul, _as_tf32))
+    eps = float(jnp.finfo(jnp.float32).eps)
+    allowed = tolerance_of([eps, error_of_product("float32", _as_tf32)])
+    assert tolerance_of([eps]) < deviation(rounded, exact) < allowed
+    mixed = as_numbers(network(jnp.matmul, x - x[:32].mean(0, keepdims=True)))
+    assert deviation(mixed, exact) > allowed
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_the_precision_of_products_is_kept(precision: Any) -> None:
+    """With a program goes in which one its float32 products are, inside of others, too."""
+
+    def fn(x: jax.Array) -> jax.Array:
+        product: jax.Array = jax.jit(lambda x: jnp.matmul(x, x.T, precision=precision))(x)
+        return product.sum(1)
+
+    header, program = exported(call_of(autochunk.chunked(fn), (jnp.ones((4, 2)),), {}))
+    assert header["products"] == [precision or "default"]
+    assert of_program(header, program)[0].products == header["products"]
 
 
 def test_deviation() -> None:

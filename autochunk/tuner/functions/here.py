@@ -9,7 +9,7 @@ from typing import Any
 from autochunk.chunks.call import Call
 from autochunk.chunks.chunked import call_of
 from autochunk.chunks.describe import described
-from autochunk.chunks.memory import rounding
+from autochunk.chunks.memory import products, rounding
 from autochunk.errors import ArgumentError, ProbeError
 from autochunk.functions import FunctionCall
 from autochunk.plan import BYTES_PER_MB, check_positive
@@ -116,8 +116,9 @@ class _HereSession(Session):
     def _make(self, call: FunctionCall) -> Subject:
         one = self._call
         axes = one.lengths, one.inputs, one.outputs
-        rounded = rounding(one.traced.jaxpr)
-        function = Function(one.flat, *axes, one.reduction, one.whole, rounded)
+        jaxpr = one.traced.jaxpr
+        found = rounding(jaxpr), sorted(products(jaxpr))
+        function = Function(one.flat, *axes, one.reduction, one.whole, *found)
         return Subject(function, one.arrays, call.mode)
 
 

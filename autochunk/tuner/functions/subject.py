@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from autochunk.chunks.export import drawn
 from autochunk.chunks.loop import in_chunks, make_split
 from autochunk.chunks.reductions import NAMED, Arrays, Reduction
 from autochunk.plan import Plan
+from autochunk.tuner.reference import error_of_product, multiplying
 from autochunk.workload import Mode
 
 
@@ -31,6 +33,7 @@ class Function:
       reduction: how results without an axis are merged.
       whole: what is computed of whole arrays, where that is not ``flat``.
       rounding: the relative rounding of the least precise dtype in it.
+      products: the precisions of the products of float32 arrays in it.
     """
 
     flat: Callable[[Arrays], Arrays]
@@ -40,23 +43,57 @@ class Function:
     reduction: Reduction
     whole: Callable[[Arrays], Arrays] | None = None
     rounding: float = 0.0
+    products: Sequence[str] = ("default",)
 
 
 def of_program(header: dict[str, Any], program: bytes) -> tuple[Function, Arrays]:
     """The function of an exported program, and arrays that it takes."""
-    call: Any = jax.export.deserialize(bytearray(program)).call
-    around = len(header["around"])
+    around, inputs = len(header["around"]), list(map(tuple, header["inputs"]))
     lengths = tuple(header["lengths"])
+    read: Callable[..., Any] = jax.export.deserialize
+    found = _parts(header, program).items()
+    parts = {sizes: read(bytearray(one)).call for sizes, one in found}
+
+    def flat(arrays: Arrays) -> Arrays:
+        outer, inner = arrays[:around], arrays[around:]
+        call = parts.get(None) or parts[_sizes_of(inner, inputs)]
+        found: Arrays = call(outer, inner)
+        return found
+
     function = Function(
-        flat=lambda arrays: call(arrays[:around], arrays[around:]),
+        flat=flat,
         lengths=lengths,
-        inputs=[*[(None,) * len(lengths)] * around, *map(tuple, header["inputs"])],
+        inputs=[*[(None,) * len(lengths)] * around, *inputs],
         outputs=list(map(tuple, header["outputs"])),
         reduction=NAMED[header["reduce"] or "sum"],
-        rounding=float(header.get("rounding", 0.0)),  # programs of before had none
+        rounding=float(header.get("rounding", 0.0)),  # programs of before had neither
+        products=header.get("products", ("default",)),
     )
     descriptions = [*header["around"], *header["arrays"]]
     return function, [drawn(one, seed) for seed, one in enumerate(descriptions)]
+
+
+def _parts(header: dict[str, Any], program: bytes) -> dict[tuple[int, ...] | None, bytes]:
+    """The programs by the sizes that they are for; None is any."""
+    if "parts" not in header:
+        return {None: program}
+    found: dict[tuple[int, ...] | None, bytes] = {}
+    start = 0
+    for sizes, count in header["parts"]:
+        found[tuple(sizes)] = program[start : start + count]
+        start += count
+    return found
+
+
+def _sizes_of(arrays: Arrays, inputs: Sequence[Axes]) -> tuple[int, ...]:
+    """How many positions arrays have along each chunked axis."""
+    found = {
+        number: array.shape[dim]
+        for array, dims in zip(arrays, inputs, strict=True)
+        for number, dim in enumerate(dims)
+        if dim is not None
+    }
+    return tuple(found[number] for number in sorted(found))
 
 
 class Subject:
@@ -79,14 +116,15 @@ class Subject:
             ]
             self.passed = (arrays, cotangents)
 
-    @property
+    @functools.cached_property
     def tolerance(self) -> float:
-        """By what results may differ between sizes of chunks: the root of the least precise dtype's
-        rounding, which sums in another order never reach, and positions that are mixed do.
-        """  # noqa: D205
+        """By what results may differ between sizes of chunks."""
         inexact = [one.dtype for one in self.passed[0] if jnp.issubdtype(one.dtype, jnp.inexact)]
         of_arrays = max((float(jnp.finfo(dtype).eps) for dtype in inexact), default=1e-7)
-        return math.sqrt(max(of_arrays, self._function.rounding))
+        of_products = [
+            error_of_product("float32", multiplying(one)) for one in self._function.products
+        ]
+        return tolerance_of([of_arrays, self._function.rounding, *of_products])
 
     def function(self, plan: Plan) -> Callable[..., Any]:
         """What computes the results, and in training the gradients, by a plan."""
@@ -122,6 +160,15 @@ class Subject:
             one.reduction,
             differentiable=differentiable,
         )
+
+
+def tolerance_of(roundings: Sequence[float]) -> float:
+    """The root of the coarsest rounding: sums in another order never reach it, mixed positions do.
+
+    One is the least precise dtype's; another that of float32 products, whose operands a GPU may
+    round more (to TF32), and in some sizes of a chunk only.
+    """
+    return math.sqrt(max(roundings))
 
 
 def as_numbers(results: Any) -> list[np.ndarray[Any, Any]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import itertools
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import autochunk
+from autochunk.chunks.ladder import sizes_below
 from autochunk.device import Device
 from autochunk.errors import ProbeError, StoreError
 from autochunk.functions import FunctionCall, unchanging
@@ -26,6 +31,7 @@ from autochunk.tuner.outcome import Tuned
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure, worker_command
 from autochunk.tuner.standing import best_plans, best_ratio
+from autochunk.workload import Mode
 
 WORKER = worker_command("autochunk.tuner.functions.worker")
 
@@ -36,11 +42,18 @@ _MOST_PLANS = 60
 
 @dataclass(frozen=True)
 class Limits:
-    """How a function is measured: see ``tune``."""
+    """How functions are measured, and of which dtypes and modes, none being any: see ``tune``."""
 
     effort: Effort = "standard"
     deadline: float | None = None
     memory_budget_mb: float | None = None
+    dtypes: Sequence[str] = ()
+    modes: Sequence[Mode] = ()
+
+    def let_through(self, call: FunctionCall) -> bool:
+        """Whether a call is of the dtypes and modes."""
+        by_dtype = not self.dtypes or call.dtype in self.dtypes
+        return by_dtype and (not self.modes or call.mode in self.modes)
 
 
 def candidates(lengths: Sequence[int], settings: EffortSettings) -> list[Plan]:
@@ -50,7 +63,7 @@ def candidates(lengths: Sequence[int], settings: EffortSettings) -> list[Plan]:
     the length, so that no smaller chunk is left; of several axes each alone, and all together in
     about as many chunks.
     """
-    ladders = [_ladder(length, settings) for length in lengths]
+    ladders = [sizes_below(length, settings.step) for length in lengths]
     whole = tuple(lengths)
     found = {whole}
     for number, ladder in enumerate(ladders):
@@ -68,86 +81,148 @@ def _chunks(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def _ladder(length: int, settings: EffortSettings) -> list[int]:
-    """Sizes below a length, from large to small."""
-    sizes = []
-    top = (length - 1).bit_length() - 1
-    for exponent in range(top, -1, -settings.step // 2):
-        low = 1 << exponent
-        divisors = (n for n in range(min(2 * low, length) - 1, low, -1) if length % n == 0)
-        sizes += [*itertools.islice(divisors, 1), low]
-    return sizes
-
-
 def tune_missed(
-    store: ProfileStore, limits: Limits, say: Say = lambda _: None, *, known_only: bool = False
+    store: ProfileStore,
+    limits: Limits,
+    say: Say = lambda _: None,
+    *,
+    known_only: bool = False,
+    gpus: Sequence[str] = (),
 ) -> Tuned:
     """Measures functions that "auto" missed on this machine's device, those asked for most first.
 
     What is stored and stale, or unfinished, is missed where it answers; with ``known_only`` nothing
-    else is measured but functions that have changed since.
+    else is measured but functions that have changed since. GPUs, as ``CUDA_VISIBLE_DEVICES`` names
+    them, share the functions; without any it is the default device.
 
     Raises:
       ProbeError: no measuring process can be started.
       StoreError: the store cannot be read or written.
     """
-    kept = Programs(store.path)
-    with Probe(WORKER) as probe:
+    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]
+    with Probe(WORKER, environment=places[0]) as probe:
         probe.deadline = limits.deadline
         try:
             device = probe.connect()
         except OutOfTime:
             return Tuned([], 0, 0)
-    missed = store.missed_functions(device)
+    missed = {c: n for c, n in store.missed_functions(device).items() if limits.let_through(c)}
     if known_only:
         known = {unchanging(one.workload) for one in store.profiles(device) if one.function}
         missed = {one: count for one, count in missed.items() if unchanging(one.key) in known}
     ordered = sorted(missed, key=lambda call: -missed[call])
-    found = []
-    for number, call in enumerate(ordered, 1):
-        if limits.deadline is not None and time.monotonic() > limits.deadline:
-            say(f"{len(ordered) - number + 1} functions are left out for want of time")
-            break
-        label = f"[{number}/{len(ordered)}] {call.shape} {call.mode}"
-        say(f"{label} ...")
-        profile, told = _tune_one(call, kept, device, limits)
-        say(f"{label}: {told}")
-        if profile is not None:
-            store.put(profile)
-            found.append(profile)
+    queue = _Queue(ordered, store, device, limits, say)
+    with ThreadPoolExecutor(len(places)) as threads:
+        running = [
+            threads.submit(contextvars.copy_context().run, queue.work, place) for place in places
+        ]
+        try:
+            for one in running:
+                one.result()
+        except BaseException:
+            queue.stop()
+            raise
     store.forget_programs()
-    finished = sum(profile.complete for profile in found)
-    return Tuned(found, len(ordered), len(ordered) - finished)
+    finished = sum(profile.complete for profile in queue.found)
+    return Tuned(queue.found, len(ordered), len(ordered) - finished)
 
 
-def _tune_one(
-    call: FunctionCall, kept: Programs, device: Device, limits: Limits
-) -> tuple[Profile | None, str]:
-    """A profile, if anything could be measured, and what is said of it."""
-    cure = "run the program that calls it once more, or use autochunk.tune_chunks(fn, args)"
-    if not kept.has(call):
-        return None, f"not measured: it left no program; {cure}"
-    try:
-        kept.read(call)
-    except StoreError as error:
-        return None, f"not measured: {error}; {cure}"
-    budget = limits.memory_budget_mb
-    settings = EFFORT_SETTINGS[limits.effort]
-    with Probe(
-        WORKER,
-        memory_budget_bytes=None if budget is None else int(budget * BYTES_PER_MB),
-        seconds_per_request=settings.seconds_per_request,
-        environment={PROGRAM_VARIABLE: str(kept.path(call))},
-    ) as probe:
-        probe.deadline = limits.deadline
-        return measured(call, probe, device, limits.effort)
+class _Queue:
+    """Functions that wait to be measured, and who takes the next.
+
+    Attributes:
+      found: the profiles of those that were measured, all of them stored.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[FunctionCall],
+        store: ProfileStore,
+        device: Device,
+        limits: Limits,
+        say: Say,
+    ) -> None:
+        self._waiting = collections.deque(enumerate(calls, 1))
+        self._count = len(calls)
+        self._store, self._device, self._limits, self._say = store, device, limits, say
+        self._probes: set[Probe] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
+        self.found: list[Profile] = []
+
+    def work(self, place: dict[str, str]) -> None:
+        """Measures one after the other, as long as there are any and there is time."""
+        while (taken := self._next()) is not None:
+            number, call = taken
+            label = f"[{number}/{self._count}] {call.shape} {call.mode}"
+            self._say(f"{label} ...")
+            profile, told = self._tune_one(call, place)
+            self._say(f"{label}: {told}")
+            if profile is not None:
+                with self._lock:
+                    self._store.put(profile)
+                    self.found.append(profile)
+
+    def stop(self) -> None:
+        """Gives up what is measured, and begins nothing more."""
+        with self._lock:
+            self._stopped = True
+            for probe in self._probes:
+                probe.abandon()
+
+    def _next(self) -> tuple[int, FunctionCall] | None:
+        with self._lock:
+            if self._stopped or not self._waiting:
+                return None
+            deadline = self._limits.deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._say(f"{len(self._waiting)} functions are left out for want of time")
+                self._waiting.clear()
+                return None
+            return self._waiting.popleft()
+
+    def _tune_one(self, call: FunctionCall, place: dict[str, str]) -> tuple[Profile | None, str]:
+        """A profile, if anything could be measured, and what is said of it."""
+        cure = "run the program that calls it once more, or use autochunk.tune_chunks(fn, args)"
+        kept, limits = Programs(self._store.path), self._limits
+        if not kept.has(call):
+            return None, f"not measured: it left no program; {cure}"
+        try:
+            header, _ = kept.read(call)
+        except StoreError as error:
+            return None, f"not measured: {error}; {cure}"
+        if call.mode == "training" and not header.get("gradients", True):
+            return None, "not measured: JAX cannot differentiate it"
+        budget = limits.memory_budget_mb
+        with Probe(
+            WORKER,
+            memory_budget_bytes=None if budget is None else int(budget * BYTES_PER_MB),
+            seconds_per_request=EFFORT_SETTINGS[limits.effort].seconds_per_request,
+            environment={**place, PROGRAM_VARIABLE: str(kept.path(call))},
+        ) as probe:
+            probe.deadline = limits.deadline
+            with self._lock:
+                self._probes.add(probe)
+            try:
+                how = self._device, limits.effort, header.get("plans")
+                return measured(call, probe, *how)
+            finally:
+                with self._lock:
+                    self._probes.discard(probe)
 
 
 def measured(
-    call: FunctionCall, probe: Probe, device: Device, effort: Effort
+    call: FunctionCall,
+    probe: Probe,
+    device: Device,
+    effort: Effort,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Profile | None, str]:
-    """Measures a function by a probe of it; see ``_tune_one``."""
-    search = _Search(call, probe, EFFORT_SETTINGS[effort])
+    """Measures a function by a probe of it, in chunks of any sizes or of these."""
+    plans = candidates(call.sizes, EFFORT_SETTINGS[effort])
+    if sizes is not None:
+        plans = [DENSE, *(Plan(CHUNKS, None, tuple(one)) for one in sizes)]
+    search = _Search(call, probe, EFFORT_SETTINGS[effort], plans)
     complete = search.run()
     if not any(one.timed for one in search.found.values()):
         return None, f"not measured: {search.failure or 'out of time'}"
@@ -182,8 +257,11 @@ class _Search:
       failure: why none could be made, if so.
     """
 
-    def __init__(self, call: FunctionCall, probe: Probe, settings: EffortSettings) -> None:
+    def __init__(
+        self, call: FunctionCall, probe: Probe, settings: EffortSettings, plans: Sequence[Plan]
+    ) -> None:
         self.call, self.probe, self.settings = call, probe, settings
+        self._plans = plans
         self.found: dict[Plan, Measurement] = {}
         self.failure = ""
         self._anchor: Plan | None = None
@@ -192,7 +270,7 @@ class _Search:
         """Measures all; whether time was enough."""
         try:
             self.probe.load(self.call)
-            for plan in candidates(self.call.sizes, self.settings):
+            for plan in self._plans:
                 self.found[plan] = self._measurement(plan)
             self._refuse_mixing()
             self._joint_rounds()

@@ -1,0 +1,19 @@
+"""Sizes of chunks that are worth a look, from large to small."""
+
+from __future__ import annotations
+
+import itertools
+
+
+def sizes_below(length: int, step: int) -> list[int]:
+    """Sizes below a length: powers of two, ``step`` apart, and what divides the length well.
+
+    Between each and the next stands the largest that divides it, which leaves no smaller chunk.
+    """
+    sizes = []
+    top = (length - 1).bit_length() - 1
+    for exponent in range(top, -1, -(step.bit_length() - 1)):
+        low = 1 << exponent
+        divisors = (n for n in range(min(2 * low, length) - 1, low, -1) if length % n == 0)
+        sizes += [*itertools.islice(divisors, 1), low]
+    return sizes
