@@ -309,8 +309,9 @@ def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> No
     ("form", "dtype", "limit"),
     [
         *itertools.product(["plain", "causal"], [np.float32, HALF], [NO_LIMIT, 0.1, 0.002]),
-        # A row's own sum is taken anew there, which slices of its keys cannot.
-        *itertools.product(["bias", "mask", "lengths"], [HALF], [NO_LIMIT, 0.1]),
+        # A row's own sum is taken anew there, but in slices of its keys.
+        *itertools.product(["bias", "mask", "lengths"], [HALF], [NO_LIMIT, 0.1, 0.0003]),
+        *itertools.product(["bias", "mask", "lengths"], [np.float32], [NO_LIMIT]),
     ],
 )
 def test_what_keys_have_in_common_costs_no_accuracy(
@@ -341,6 +342,24 @@ def test_what_keys_have_in_common_costs_no_accuracy(
 
     ours = functools.partial(dot_product_attention, max_chunk_size_mb=limit)
     assert error(ours) <= 1.2 * error(jax.nn.dot_product_attention)
+
+
+@pytest.mark.parametrize("far", [np.nan, np.inf, 1e30])
+def test_a_key_far_from_the_others_is_no_matter_of_rows_that_do_not_see_it(far: float) -> None:
+    """The query's gradient in these rows is that without it."""
+    arrays = operands(leading=(1,), rows=64, keys=64, heads=2, key_size=8)
+    query, key, value = (arrays[name] + 2 for name in ("query", "key", "value"))
+
+    @jax.jit
+    def gradient(key: jax.Array) -> jax.Array:
+        def summed(query: jax.Array) -> jax.Array:
+            out = dot_product_attention(query, key, value, is_causal=True, max_chunk_size_mb=0.004)
+            return jnp.sum(jnp.sin(out[:, :-1]))
+
+        return jax.grad(summed)(query)[:, :-1]
+
+    spoilt = np.concatenate([key[:, :-1], np.full_like(key[:, -1:], far)], axis=1)
+    np.testing.assert_allclose(gradient(spoilt), gradient(key), atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [NO_LIMIT, TINY])

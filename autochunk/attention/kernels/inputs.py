@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autochunk.implementations import is_fused
 from autochunk.operands import OPERANDS, TERMS
 from autochunk.plan import LogitsShape, Plans, reach_of
 
@@ -146,6 +147,17 @@ def _permute(array: jax.Array, axes: tuple[str, ...], wanted: tuple[str, ...]) -
         return array
     leading = array.ndim - len(axes)
     return jnp.transpose(array, (*range(leading), *(leading + axes.index(axis) for axis in wanted)))
+
+
+def kept_dtype(dtype: Any, call: Call) -> Any:
+    """Of the output that slices keep for the backward pass, where the query has that dtype.
+
+    Its product with its cotangent is taken from those of the weights. What is left of uniform rows
+    is so small that the rounding of half precision would show.
+    """
+    if is_fused(call.plans.training.implementation):
+        return dtype
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def split(operands: Sequence[Any], call: Call) -> tuple[Inputs, list[Any]]:

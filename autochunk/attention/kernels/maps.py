@@ -25,6 +25,7 @@ from autochunk.attention.kernels.inputs import (
     Call,
     Inputs,
     along_rows,
+    kept_dtype,
     split,
 )
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, scaled_query, weigh
@@ -46,8 +47,12 @@ def forward(
     differentiable: bool = False,
     platforms: tuple[str, ...] = (),
     need_stats: bool = True,
+    dtype: Any = None,
 ) -> list[jax.Array]:
-    """[out, row maximum, row sum of exponentials]; the sum of a row that sees nothing is zero."""
+    """[out, row maximum, row sum of exponentials]; the sum of a row that sees nothing is zero.
+
+    The output is in the query's dtype, or another ``dtype``.
+    """
     inputs, _ = split(operands, call)
     problem = Problem(inputs, call, plan, differentiable)
     whole_rows = problem.whole_rows
@@ -56,7 +61,7 @@ def forward(
     fits_kernel = whole_rows and problem.slices.keys <= _LONGEST_SOFTMAX
     has_kernel = bool(platforms) and not set(platforms) & _NO_SOFTMAX_KERNEL
     mine = Forward(inputs, call, problem, fits_kernel and has_kernel and not need_stats)
-    by_row = problem.output(QUERY, inputs.query.dtype, inputs.value.shape[-1])
+    by_row = problem.output(QUERY, dtype or inputs.query.dtype, inputs.value.shape[-1])
     outputs = (
         by_row._replace(joined=problem.dtype),
         problem.output(STATS, problem.dtype, fill=float(jnp.finfo(problem.dtype).min)),
@@ -102,13 +107,21 @@ def only_output(
 def with_stats(
     *operands: jax.Array, call: Call, differentiable: bool = False, platforms: tuple[str, ...] = ()
 ) -> list[jax.Array]:
-    """[out, row maximum, row sum of exponentials] by the plan for calls that are."""
-    plan = call.plans.training
+    """[out, row maximum, row sum of exponentials] by the plan for calls that are.
+
+    The output is in ``kept_dtype``.
+    """
+    plan, (inputs, _) = call.plans.training, split(operands, call)
     call.plans.used("training")
     if fused.runs(plan, platforms) and not differentiable:
-        return fused.with_stats(plan.implementation, split(operands, call)[0], call)
+        return fused.with_stats(plan.implementation, inputs, call)
     return forward(
-        *operands, call=call, plan=plan.sliced(), differentiable=differentiable, platforms=platforms
+        *operands,
+        call=call,
+        plan=plan.sliced(),
+        differentiable=differentiable,
+        platforms=platforms,
+        dtype=kept_dtype(inputs.query.dtype, call),
     )
 
 
@@ -206,6 +219,7 @@ def _by_kernel(
     d_out: jax.Array,
 ) -> dict[str, jax.Array]:
     """Cotangents by a fused kernel, whoever computed the row maximum and sum."""
+    out = out.astype(inputs.query.dtype)
     found = fused.cotangent(name, inputs, call, out, log_sum_exp(maximum, total), d_out)
     if may_see_nothing(inputs, call):
         wide = jnp.promote_types(inputs.value.dtype, jnp.float32)

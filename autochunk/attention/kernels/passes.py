@@ -16,11 +16,14 @@ from autochunk.attention.kernels.grid import sum_to
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, weigh
 from autochunk.attention.kernels.problem import Problem
+from autochunk.attention.kernels.terms import terms_of
 
 # XLA:CPU sums a product with fewer rows than this one element after the other, so that transposed
 # logits of fewer keys would differ from those that the row's sum is of by several roundings. With
 # so few rows, or keys, another pass over the logits takes no time.
 _FEW = 16
+# As many times as large as the mean of keys are those that are far from it.
+_FAR = 16
 # What may hide a key from all rows; a bias that is minus infinity does.
 _HIDING = {"bias", "mask", "query_offset"} | {
     f"{whose}_{what}" for whose in ("query", "key_value") for what in ("seq_lengths", "segment_ids")
@@ -87,7 +90,6 @@ class Forward:
     def _restored(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
         """With the mean of all values in rows without a key, zeros beyond the rows' lengths."""
         (out, maximum, total), (taken, mean) = parts, taken_of(arrays)
-        out = out.astype(self.inputs.query.dtype)
         if mean:
             out = jnp.where((total == 0)[..., None], mean[0], out)
         if taken.query_seq_lengths is not None:
@@ -100,7 +102,7 @@ class Backward:
     """What one slice adds to the cotangents of the inputs ``names``.
 
     Attributes:
-      centre: the mean of all keys, if the query's cotangent is summed over keys less that.
+      centre: what keys have in common, if the query's cotangent is summed over keys less that.
     """
 
     def __init__(
@@ -115,12 +117,12 @@ class Backward:
         self.dtype = problem.dtype
         self.is_half = inputs.query.dtype.itemsize < 4
         self.on_cpu = "cpu" in platforms
-        self.sees_all = problem.slices.keys == problem.shape.keys and not call.some_keys
+        self.sees_all = problem.whole_rows and not call.some_keys
         # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
         # several times as fast, CPUs do not.
         is_wide = inputs.query.dtype == jnp.float16 or self.on_cpu
         self.wide = problem.dtype if is_wide else inputs.query.dtype
-        self.centre = [mean_over_keys(inputs.key)] if _may_centre_keys(inputs, call) else []
+        self.centre = _in_common(inputs, call, self.is_half and self.sees_all)
 
     def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
         """One for each of ``names``, in their order."""
@@ -165,7 +167,7 @@ class Backward:
         """What is taken from the weights' cotangents of a row, from the products of both.
 
         The output's product with its cotangent is the same but for rounding, which shows where the
-        cotangents of keys nearly cancel: an output in half precision is rounded a lot. The way over
+        cotangents of keys nearly cancel, unless what keys have in common is taken out. The way over
         it costs less but for few rows or keys.
         """
         product = maths.seen(product)
@@ -189,17 +191,40 @@ class Backward:
         return summed * (1 if is_scaled else jnp.asarray(self.call.scale, self.dtype))
 
 
-def _may_centre_keys(inputs: Inputs, call: Call) -> bool:
-    """Whether the query's cotangent may be summed over keys less what they have in common.
+def _in_common(inputs: Inputs, call: Call, by_weights: bool) -> list[jax.Array]:
+    """What keys have in common [..., 1, H, K], if the query's cotangent is to be less that.
 
     The cotangents of a row's logits sum to zero, but for the rounding of the row's own sum, which
     is then not multiplied by that. Not so of some of the keys, where logits are capped, or with a
-    cotangent of the log-sum-exp. A key that no row sees may be anything.
+    cotangent of the log-sum-exp. A key that no row sees may be anything; which these are is not
+    looked for where the row's sum is taken ``by_weights``, which in half precision is as exact.
     """
-    sums_to_zero = not (call.some_keys or call.residual) and call.soft_cap is None
+    if call.some_keys or call.residual or call.soft_cap is not None:
+        return []
     shape = inputs.logits
-    seen = call.reach == (None, None) or (call.offset == 0 and shape.rows >= shape.keys)
-    return sums_to_zero and seen and not inputs.terms.keys() & _HIDING
+    reached = call.reach == (None, None) or (call.offset == 0 and shape.rows >= shape.keys)
+    key, share = inputs.key, None
+    if not reached or inputs.terms.keys() & _HIDING:
+        if by_weights:
+            return []
+        seen = _seen_keys(inputs, call)
+        share = mean_over_keys(seen.astype(jnp.float32))
+        key = jnp.where(seen, key, jnp.zeros((), key.dtype))
+    mean = mean_over_keys(key)
+    mean = mean if share is None else (mean / share).astype(key.dtype)
+    # One that few rows see, and that is far from the others, is no matter of other rows.
+    largest = jnp.max(jnp.abs(key), axis=-3, keepdims=True)
+    return [jnp.where(largest < _FAR * jnp.abs(mean), mean, jnp.zeros((), mean.dtype))]
+
+
+def _seen_keys(inputs: Inputs, call: Call) -> jax.Array:
+    """Which keys any row sees: [..., T, H, 1]."""
+    visible = terms_of(inputs, call).visible()
+    if inputs.bias is not None:
+        finite = ~jnp.isneginf(inputs.bias)
+        visible = finite if visible is None else visible & finite
+    assert visible is not None
+    return jnp.any(visible, axis=(-3, -2)).swapaxes(-1, -2)[..., None]
 
 
 def _d_bias(maths: SliceMath, d_logits: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from autochunk.attention.kernels.dense import (
     log_sum_exp,
 )
 from autochunk.attention.kernels.grid import vary_alike
-from autochunk.attention.kernels.inputs import Call, Inputs, split
+from autochunk.attention.kernels.inputs import Call, Inputs, kept_dtype, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
 from autochunk.attention.kernels.shares import (
     Axes,
@@ -175,15 +175,17 @@ def _shared(call: Call, wanted: tuple[bool, ...] = ()) -> set[int]:
 def _output_shapes(
     query: Any, key: Any, value: Any, *_rest: Any, call: Call
 ) -> list[tuple[tuple[int, ...], Any]]:
-    return _stats_shapes(query, key, value)[: 2 if call.residual else 1]
+    (shape, _), lse, _ = _stats_shapes(query, key, value, call=call)
+    return [(shape, query.dtype), *([lse] if call.residual else [])]
 
 
 def _stats_shapes(
-    query: Any, _key: Any, value: Any, *_rest: Any, **_params: Any
+    query: Any, _key: Any, value: Any, *_rest: Any, call: Call
 ) -> list[tuple[tuple[int, ...], Any]]:
     *leading, rows, heads, groups, _ = query.shape
     stats = ((*leading, heads, groups, rows), jnp.promote_types(query.dtype, jnp.float32))
-    return [((*query.shape[:-1], value.shape[-1]), query.dtype), stats, stats]
+    out = ((*query.shape[:-1], value.shape[-1]), kept_dtype(query.dtype, call))
+    return [out, stats, stats]
 
 
 def _cotangent_shapes(
@@ -213,9 +215,16 @@ def _attention_jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, cal
     if runs_dense(call.plans.training, _logits(primals, call)):
         *outs, weights = dense_p.bind(*primals, call=call)
         return outs, dense_tangent_p.bind(*primals, weights, *moving, call=call)
-    out, maximum, total = attention_with_stats_p.bind(*primals, call=call)
-    outs = [out, log_sum_exp(maximum, total)] if call.residual else [out]
-    return outs, tangent_p.bind(*primals, out, maximum, total, *moving, call=call)
+    stats = attention_with_stats_p.bind(*primals, call=call)
+    outs = _results(primals, stats, call)
+    return outs, tangent_p.bind(*primals, *stats, *moving, call=call)
+
+
+def _results(operands: Sequence[Any], stats: Sequence[jax.Array], call: Call) -> list[jax.Array]:
+    """What ``attention`` gives, by what is kept for the backward pass."""
+    (out, maximum, total), query = stats, operands[0]
+    out = out.astype(query.dtype)
+    return [out, log_sum_exp(maximum, total)] if call.residual else [out]
 
 
 def _tangent_transpose(
@@ -274,8 +283,7 @@ def _dense_shapes(*operands: Any, call: Call) -> list[tuple[tuple[int, ...], Any
 
 
 def _dense_in_slices(inputs: list[jax.Array], _rest: Any, *, call: Call) -> Batched:
-    out, maximum, total = attention_with_stats_p.bind(*inputs, call=call)
-    outs = [out, log_sum_exp(maximum, total)] if call.residual else [out]
+    outs = _results(inputs, attention_with_stats_p.bind(*inputs, call=call), call)
     shape, dtype = _dense_shapes(*(_element(one, 0) for one in inputs), call=call)[-1]
     return [*outs, jnp.zeros(shape, dtype)], [0] * len(outs) + [None]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
 from autochunk.attention.kernels.grid import vary_alike, varying_axes
-from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows
+from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows, kept_dtype
 from autochunk.attention.kernels.maps import of_means
 from autochunk.attention.kernels.primitives import attention_with_stats_p, cotangent_p
 from autochunk.attention.kernels.shares import own_call
@@ -112,9 +112,10 @@ class Ring:
         if self.may_be_blind:
             mean = jax.lax.pmean(mean_value(inputs.value.astype(self.wide)), self.axis_name)
             out = jnp.where(along_rows(total == 0), mean, out)
-        out = self._within_lengths(out, inputs).astype(inputs.query.dtype)
+        out = self._within_lengths(out, inputs)
         lse = (log_sum_exp(maximum, total),) if self.call.residual else ()
-        return (out, *lse), (inputs, out, maximum, total)
+        kept = out.astype(kept_dtype(inputs.query.dtype, self.call))
+        return (out.astype(inputs.query.dtype), *lse), (inputs, kept, maximum, total)
 
     def _divided(self, stats: _Stats) -> jax.Array:
         return stats.out / along_rows(jnp.where(stats.total == 0, 1, stats.total))
