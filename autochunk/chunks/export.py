@@ -21,7 +21,7 @@ from autochunk.chunks.reductions import Arrays
 from autochunk.resolution.reporting import muted
 
 _MOST_SIZES = 8  # along an axis, where each needs a program of its own
-_MOST_SECONDS = 20.0  # after which no more of them are made: a user's program waits
+_MOST_SECONDS = 5.0  # after which no more of them are made: a user's program waits
 
 
 def exported(call: Call) -> tuple[dict[str, Any], bytes]:

@@ -356,7 +356,8 @@ def test_a_key_far_from_the_others_is_no_matter_of_rows_that_do_not_see_it(far: 
             out = dot_product_attention(query, key, value, is_causal=True, max_chunk_size_mb=0.004)
             return jnp.sum(jnp.sin(out[:, :-1]))
 
-        return jax.grad(summed)(query)[:, :-1]
+        found: jax.Array = jax.grad(summed)(query)
+        return found[:, :-1]
 
     spoilt = np.concatenate([key[:, :-1], np.full_like(key[:, -1:], far)], axis=1)
     np.testing.assert_allclose(gradient(spoilt), gradient(key), atol=1e-5)
