@@ -10,6 +10,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Form(Protocol):
+    """A call, as far as it decides which kernels may take it: a ``Workload``."""
+
+    @property
+    def dtype(self) -> str:
+        """Of its inputs."""
+
+    @property
+    def mode(self) -> str:
+        """``"forward"`` or ``"training"``."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,9 @@ class Implementation:
         ``kernels.libraries.Kernel``, loaded when it is first asked for; else empty.
       platforms: where it runs, as JAX's lowering names them; empty is everywhere.
       dtypes: of its inputs, by name; empty is any.
+      lacks: what it never takes, as a ``Workload`` names its fields. What else it does not take,
+        by more than a workload tells, is known where it is called (``kernels.libraries``).
+      lacks_gradients: what else it does not take where it is differentiated.
       extra: the extra of autochunk that installs the library that it is of, by whose name it is
         imported; empty where JAX has it all.
     """
@@ -32,6 +48,8 @@ class Implementation:
     kernel: str = ""
     platforms: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    lacks_gradients: tuple[str, ...] = ()
     extra: str = ""
 
     @property
@@ -58,6 +76,11 @@ class Implementation:
         """Whether it takes inputs of this dtype."""
         return not self.dtypes or dtype in self.dtypes
 
+    def may_take(self, form: Form) -> bool:
+        """Whether it takes a call, as far as its workload tells."""
+        lacks = self.lacks + (self.lacks_gradients if form.mode == "training" else ())
+        return self.takes(form.dtype) and not any(_has(form, name) for name in lacks)
+
     def runs_on(self, platform: str) -> bool:
         """Whether it runs on a platform, as lowering ("cuda") or a Device ("gpu") names it."""
         names = {"gpu": {"cuda", "rocm"}}.get(platform, {platform})
@@ -74,10 +97,21 @@ def kernels_on(platform: str, dtype: str | None = None) -> list[str]:
     ]
 
 
+def kernels_for(form: Form, platform: str) -> list[str]:
+    """The fused kernels that are installed, run on a platform and may take a call."""
+    return [name for name in kernels_on(platform) if IMPLEMENTATIONS[name].may_take(form)]
+
+
+def _has(form: Form, name: str) -> bool:
+    return getattr(form, name) not in (False, "none")
+
+
 @functools.cache
 def _is_installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
+
+_NOT_IN_KERNELS = ("alibi_slopes", "dropout_bits")
 
 # Optuna keeps the names in this order with every trial, so that new ones come last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -87,6 +121,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         kernel="autochunk.attention.kernels.libraries:cudnn",
         platforms=("cuda",),
         dtypes=("bfloat16", "float16"),
+        lacks=(*_NOT_IN_KERNELS, "soft_cap"),
+        lacks_gradients=("residual",),
     ),
     "xla": Implementation(
         "slices over batch, then heads, then query rows, then keys",
@@ -101,6 +137,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         kernel="autochunk.attention.kernels.libraries:tokamax_mosaic",
         platforms=("cuda",),
         dtypes=("bfloat16", "float16"),
+        lacks=_NOT_IN_KERNELS,
+        lacks_gradients=("residual",),
         extra="tokamax",
     ),
     "tokamax_triton": Implementation(
@@ -108,6 +146,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         kernel="autochunk.attention.kernels.libraries:tokamax_triton",
         platforms=("cuda",),
         dtypes=("bfloat16", "float16", "float32"),
+        lacks=_NOT_IN_KERNELS,
+        lacks_gradients=("residual", "soft_cap"),
         extra="tokamax",
     ),
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autochunk.device import Device, likeness
-from autochunk.implementations import IMPLEMENTATIONS, kernels_on
+from autochunk.implementations import IMPLEMENTATIONS, kernels_for
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
 from autochunk.predict import memory
 from autochunk.predict.curves import MOST_PLANS, Curve, Sites, joined, kinds_of, sites, sizes_of
@@ -106,12 +106,12 @@ class Prediction:
 
 
 def plans_of(workload: Workload, platform: str, names: Iterable[str] | None = None) -> list[Plan]:
-    """The plans to choose from: dense, the ladder of limits, installed kernels that run there.
+    """The plans to choose from: dense, the ladder of limits, installed kernels that may take it.
 
     ``names`` narrows the implementations.
     """
     allowed = set(IMPLEMENTATIONS if names is None else names)
-    fused = map(Plan, kernels_on(platform, workload.dtype))
+    fused = map(Plan, kernels_for(workload, platform))
     plans = [DENSE, *fused, *candidate_plans(sliced_shape(workload))]
     return [plan for plan in plans if plan.implementation in allowed]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from autochunk.device import Device
-from autochunk.implementations import is_sliced, kernels_on
+from autochunk.implementations import is_sliced, kernels_for
 from autochunk.plan import BYTES_PER_MB, DEFAULT_MAX_CHUNK_SIZE_MB, Plan
 from autochunk.predict.memory import mask_bytes
 from autochunk.workload import Workload
@@ -68,12 +68,12 @@ def _modest(device: Device) -> float:
 
 
 def usual_kernel(workload: Workload, device: Device, without: Collection[str]) -> str | None:
-    """The first fused kernel that may be there for such a device and dtype.
+    """The first fused kernel that may be there for such a device and call.
 
     cuDNN's comes last where it would need a mask or a bias with all rows and keys; none does where
     all would need a mask that takes too much.
     """
-    names = kernels_on(device.platform, workload.dtype)
+    names = kernels_for(workload, device.platform)
     masked = mask_bytes(workload)
     if masked > _modest(device):
         return None

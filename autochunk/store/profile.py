@@ -16,7 +16,7 @@ from pydantic import FailFast, Field, field_validator, model_validator
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
 from autochunk.functions import FunctionCall, Tunable, is_function, parsed
-from autochunk.implementations import IMPLEMENTATIONS, kernels_on
+from autochunk.implementations import IMPLEMENTATIONS, kernels_for
 from autochunk.plan import LogitsShape, Plan, block_form, block_shape, same_slices
 from autochunk.store import choice
 from autochunk.store.measurement import Measurement, Record
@@ -172,8 +172,8 @@ class Profile(Record):
         if self.device.key != now.key or self.function:
             return []
         tried = {measurement.implementation for measurement in self.measurements}
-        dtype = self.parsed_workload().dtype
-        return [name for name in kernels_on(now.platform, dtype) if name not in tried]
+        names = kernels_for(self.parsed_workload(), now.platform)
+        return [name for name in names if name not in tried]
 
     def stale_reasons(self, now: Device) -> list[str]:
         """Why it may no longer hold on ``now``, its device today; empty if it does.

@@ -21,6 +21,7 @@ from autochunk.attention.kernels.libraries import FORMS, Kernel, lacking
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan, Plans
+from autochunk.workload import MODES
 
 NAMES = ("query", "key", "value")
 
@@ -129,6 +130,27 @@ def test_forms_that_are_lacking(name: str, form: str) -> None:
     )
     assert training == (form in REFUSED[name])
     assert training or not forward
+
+
+@pytest.mark.parametrize("form", [*FORMS_OF_CALL, "dropout"])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_workload_tells_is_true(name: str, form: str) -> None:
+    """No kernel is foretold for what it lacks by a field alone; and what is ruled out it lacks."""
+    query, key = (
+        jnp.asarray(one, jnp.bfloat16) for one in (draw((2, T, 4, 8)), draw((2, T, 2, 8)))
+    )
+    rate = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
+    given = FORMS_OF_CALL.get(form, rate)
+    arguments = Arguments.checked(query=query, key=key, value=key, **given)
+    plan = Plan(name)
+    call = arguments.call(Plans(plan, plan))
+    for mode in MODES:
+        training = mode == "training"
+        lacks = bool(lacking(KERNELS[name], arguments.inputs(), call, training=training))
+        ruled_out = not IMPLEMENTATIONS[name].may_take(arguments.workload().with_mode(mode))
+        assert lacks or not ruled_out
+        if form in ("dropout", "slopes", "cap", "residual"):
+            assert ruled_out == lacks
 
 
 def described(query: Any, key: Any, form: dict[str, Any], name: str) -> tuple[Inputs, Call]:

@@ -41,6 +41,8 @@ def extras(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         (GPU, LARGE, {"dtype": "float16"}, Plan("cudnn")),
         (GPU, SMALL, {"dtype": "float32"}, Plan("dense")),
         (GPU, LARGE, {"dtype": "float32"}, Plan("xla", 1000.0)),
+        (GPU, f"{SMALL},dropout=yes", {"dtype": "bfloat16"}, Plan("dense")),
+        (GPU, f"{LARGE},alibi=yes", {"dtype": "bfloat16"}, Plan("xla", 1000.0)),
         (GPU, f"{SEGMENTS},t=8192", {"dtype": "bfloat16"}, Plan("cudnn")),
         (GPU, f"{SEGMENTS},t=65536", {"dtype": "bfloat16"}, Plan("xla", 1000.0)),
         (GPU, "b=8,t=65536,h=16,k=64,offset=b", {"dtype": "bfloat16"}, Plan("cudnn")),
