@@ -64,10 +64,10 @@ def test_unknown_names(name: str | None) -> None:
 
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
 def test_kernels_of_a_platform(dtype: str | None) -> None:
-    """Those installed that run there and take the dtype, in the table's order; none on a CPU."""
+    """Those installed that run there and take the dtype, in the table's order."""
     found = kernels_on("gpu", dtype)
     rest = [name for name in IMPLEMENTATIONS if name not in found]
-    assert kernels_on("cpu", dtype) == []
+    assert not {"cudnn", "tokamax_mosaic", "tokamax_triton"} & set(kernels_on("cpu", dtype))
     assert ("cudnn" in found) is (dtype in (None, "bfloat16", "float16"))
     assert found == sorted(found, key=list(IMPLEMENTATIONS).index)
     for name in found:

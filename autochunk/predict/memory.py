@@ -101,6 +101,12 @@ _KERNELS = {
     ),
     "tokamax_triton": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 1.0), windows=True),
 }
+# Of one that nobody has measured yet.
+_UNKNOWN = _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 2.0), given="t1")
+
+
+def _kernel(name: str) -> _Kernel:
+    return _KERNELS.get(name, _UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def _itemsize(workload: Workload) -> int:
 def temp_bytes(workload: Workload, plan: Plan, platform: str) -> float:
     """Working memory by what a plan holds; at least ``LEAST_BYTES``."""
     if kind_of(plan.implementation) == "fused":
-        return max(_of_kernel(workload, _KERNELS[plan.implementation]), LEAST_BYTES)
+        return max(_of_kernel(workload, _kernel(plan.implementation)), LEAST_BYTES)
     return max(_of_logits(workload, plan, platform), LEAST_BYTES)
 
 
@@ -191,7 +197,7 @@ def mask_itemsize(workload: Workload, kernel: str) -> float:
     """Bytes of a mask or bias that a fused kernel reads for each logit."""
     added = _itemsize(workload) if workload.bias != "none" else 0
     masked = mask_bytes(workload) or workload.mask != "none"
-    return added + (_KERNELS[kernel].masks[0] if masked else 0)
+    return added + (_kernel(kernel).masks[0] if masked else 0)
 
 
 def _zeroes(workload: Workload) -> bool:

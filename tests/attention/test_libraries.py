@@ -136,9 +136,8 @@ def test_forms_that_are_lacking(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_what_a_workload_tells_is_true(name: str, form: str) -> None:
     """No kernel is foretold for what it lacks by a field alone; and what is ruled out it lacks."""
-    query, key = (
-        jnp.asarray(one, jnp.bfloat16) for one in (draw((2, T, 4, 8)), draw((2, T, 2, 8)))
-    )
+    dtype = IMPLEMENTATIONS[name].dtypes[0]
+    query, key = (jnp.asarray(draw((2, T, heads, 8)), dtype) for heads in (4, 2))
     rate = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
     given = FORMS_OF_CALL.get(form, rate)
     arguments = Arguments.checked(query=query, key=key, value=key, **given)

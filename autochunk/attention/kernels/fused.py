@@ -96,6 +96,8 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
         raise NotTaken(f"it runs on {', '.join(implementation.platforms)}, not on {platform}")
     if not implementation.installed:
         raise NotTaken(implementation.how_to_install)
+    if not implementation.takes(dtype := str(inputs.query.dtype)):
+        raise NotTaken(f"it takes {' and '.join(implementation.dtypes)}, not {dtype}")
     kernel = _kernel(name)
     if refused := lacking(kernel, inputs, call, training=training):
         raise NotTaken(f"it is not used with {' and '.join(refused)}")
@@ -263,10 +265,11 @@ def _forward(
     # It need not be the same object: rules may be run within another primitive.
     outputs = [leaf for leaf in saved if _is_like(leaf, out)]
     output = next((leaf for leaf in outputs if leaf is out), outputs[-1] if outputs else None)
-    if len(stats) != len(kernel.keeps) or output is None:
+    if not stats or len(stats) != len(kernel.keeps) or output is None:
+        kept = " and the ".join(kernel.keeps or ("log-sum-exp",))
         raise NotTaken(
-            f"its derivative does not keep the output and the {' and the '.join(kernel.keeps)} of "
-            "each row, which others go on from"
+            f"its derivative does not keep the output and the {kept} of each row, which others go "
+            "on from"
         )
     return out, {"output": output, **dict(zip(kernel.keeps, stats, strict=True))}, pull
 

@@ -48,12 +48,14 @@ class Kernel:
       attend: output [B, T', H, V] of query [B, T', H, K], key [B, T, N, K], value [B, T, N, V] and,
         as they are there, bias and mask [B or 1, H or 1, T', T] and lengths [B], which are one at
         least; or any error where it does not take the call. What it gives for rows without a key,
-        and its gradients there, does not matter, nor for rows beyond their length.
+        and its gradients there, does not matter, nor for rows beyond their length. In float32 it
+        computes with the settings' precision.
       keeps: what of each row is among what its derivative keeps, in this order; the output is there
-        too, after the arrays that it was given.
+        too, after the arrays that it was given. Nothing where nothing is: gradients then run in
+        slices.
       differentiated: the inputs whose cotangents it computes; those of others slices compute.
-      lacks: the forms of call that it does not take, by their names in FORMS; those of positions
-        it is given as a mask, and segments always.
+      lacks: the forms of call that it does not take, by their names in FORMS. In place of those of
+        them that are in _POSITIONS, and of segments always, it is given a mask.
       one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
       selects: whether logits that are excluded are exchanged, whatever they are, instead of having
         something added to them.
@@ -119,7 +121,11 @@ FORMS: dict[str, Callable[[Form], bool]] = {
     ),
     "a precision that names an algorithm": lambda it: _is_an_algorithm(it.call.precision),
 }
-"""Forms of call that some kernels do not take: name -> whether a call is of it."""
+"""Forms of call that some kernel does not take: name -> whether a call is of it.
+
+A form that every kernel takes has no entry yet. What a kernel neither lacks nor heeds is ignored
+without a word, so that a new one may need an entry, in _POSITIONS too if it is of positions.
+"""
 
 _ALL_LACK = (
     "a query_offset",
