@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import autochunk
 from autochunk.errors import ArgumentError, BundleError
 from autochunk.store import bundle, files, json_text
 from autochunk.store.bundle import Bundle, Provenance
@@ -73,7 +74,7 @@ def test_round_trip() -> None:
     created = PROFILES[0].created
     devices = tuple(sorted({profile.device.key for profile in PROFILES}))
     assert loaded.provenance == Provenance(
-        autochunk="0.1.0",
+        autochunk=autochunk.__version__,
         devices=devices,
         oldest=created,
         newest=created,
