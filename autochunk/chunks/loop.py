@@ -185,6 +185,8 @@ class Loop:
 
         Their cotangents are summed over devices once, and not for each chunk.
         """
+        if not any(map(varying_axes, arrays)):  # as outside of shard_map
+            return arrays
         varying = vary_alike(arrays, arrays)
         before = jax.eval_shape(self.inner, self._part(arrays, 0, self._each))
         after = jax.eval_shape(self.inner, self._part(varying, 0, self._each))
