@@ -41,6 +41,7 @@ class Sizes:
     patch: int
     batch: int
     dropout: float = 0.1
+    dtype: str = "float32"  # of parameters and pictures, where it is compared
 
 
 class Block(eqx.Module):
@@ -139,12 +140,14 @@ def make(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     model = ViT(sizes, jax.random.key(0))
     model = patched(model) if kind == "autochunk" else model
     moving, fixed = eqx.partition(model, eqx.is_array)
+    moving = jax.tree.map(lambda one: one.astype(sizes.dtype), moving)
 
     def step(moving: Any, seen: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         run = lambda moving: loss(eqx.combine(moving, fixed), seen, labels, key)  # noqa: E731
         return jax.value_and_grad(run)(moving)
 
-    return step, (moving, *map(jnp.asarray, next(pictures(sizes))), jax.random.key(1))
+    seen, labels = map(jnp.asarray, next(pictures(sizes)))
+    return step, (moving, seen.astype(sizes.dtype), labels, jax.random.key(1))
 
 
 def main(arguments: list[str]) -> None:
@@ -158,9 +161,12 @@ def main(arguments: list[str]) -> None:
     large = {"layers": 12, "heads": 12, "size": 768, "pixels": 224, "patch": 16, "batch": 1}
     for name in small:
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     read = vars(parser.parse_args(arguments))
     defaults = large if read["compare"] else small
-    sizes = Sizes(**{name: read[name] or default for name, default in defaults.items()})
+    chosen = {name: read[name] or default for name, default in defaults.items()}
+    sizes = Sizes(**chosen, dropout=read["dropout"], dtype=read["dtype"])
     if read["compare"]:
         compare(make, KINDS, sizes, rounds=read["rounds"])
     else:

@@ -46,6 +46,7 @@ class Sizes:
     head_size: int = 32
     outer_size: int = 32
     training: bool = False
+    dtype: str = "float32"
 
 
 def dense(query: Any, key: Any, value: Any, seen: Any, bias: Any) -> jax.Array:
@@ -116,9 +117,9 @@ def outer_products(left: jax.Array, right: jax.Array, out: jax.Array) -> jax.Arr
 class Rows(hk.Module):
     """What is no attention in the block, each by ``by_rows``."""
 
-    def __init__(self, kind: str, name: str) -> None:
+    def __init__(self, kind: str, dtype: str, name: str) -> None:
         super().__init__(name=name)
-        self._kind = kind
+        self._kind, self._dtype = kind, dtype
 
     def transition(self, x: jax.Array, factor: int = 4) -> jax.Array:
         """[N, R, C] to the same, with ``factor`` as many hidden units."""
@@ -147,7 +148,8 @@ class Rows(hk.Module):
 
     def _weights(self, name: str, *shape: int) -> jax.Array:
         deviation = 1 / math.sqrt(math.prod(shape[:-1]))
-        return hk.get_parameter(name, shape, init=hk.initializers.TruncatedNormal(deviation))
+        init = hk.initializers.TruncatedNormal(deviation)
+        return hk.get_parameter(name, shape, self._dtype, init=init)
 
 
 class GatedAttention(hk.Module):
@@ -180,7 +182,7 @@ def block(kind: str, sizes: Sizes) -> hk.Transformed:
 
     def run(msa: Any, pairs: Any, msa_seen: Any, pair_seen: Any) -> tuple[jax.Array, jax.Array]:
         make = functools.partial(GatedAttention, kind, head_size=sizes.head_size)
-        rows = functools.partial(Rows, kind)
+        rows = functools.partial(Rows, kind, sizes.dtype)
         msa += make(heads=sizes.msa_heads, name="msa_row")(msa, msa_seen, pairs)
         msa += rows(name="msa_transition").transition(msa)
         pairs += rows(name="outer").outer(msa, sizes.outer_size, sizes.pair_size)
@@ -202,7 +204,8 @@ def inputs(sizes: Sizes) -> tuple[jax.Array, ...]:
     pairs = random.standard_normal((residues, residues, sizes.pair_size), np.float32)
     there = np.arange(residues) < residues - residues // 8
     masks = [np.broadcast_to(there, array.shape[:2]) for array in (msa, pairs)]
-    return tuple(map(jnp.asarray, (msa, pairs, *masks)))
+    arrays = (one.astype(sizes.dtype) for one in map(jnp.asarray, (msa, pairs)))
+    return (*arrays, *map(jnp.asarray, masks))
 
 
 def make(kind: str, sizes: Sizes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -225,6 +228,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--residues", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--training", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     read = vars(parser.parse_args(arguments))
     rounds = read.pop("rounds")

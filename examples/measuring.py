@@ -1,6 +1,7 @@
 """Time and memory of one step of a model in several kinds: what the examples beside it print.
 
-Each kind runs in a process of its own, in turn, so that its memory is its own.
+On a CPU each kind runs in a process of its own, in turn, so that its memory is its own. On a GPU,
+where XLA knows what a program takes, all run in one and take turns.
 """
 
 from __future__ import annotations
@@ -44,19 +45,58 @@ def compare(
       make: gives the step of a kind and its arguments; a function of a module, for other processes.
       kinds: the first is what the others are compared with.
       sizes: what ``make`` gets besides.
-      repeats: of the step, in one process.
-      rounds: processes of each kind; each round begins with another kind.
+      repeats: of the step, in each round.
+      rounds: each begins with another kind; on a CPU each has a process for every kind.
     """
+    run = _in_turn if jax.default_backend() == "cpu" else _side_by_side
+    results = run(make, kinds, sizes, repeats, rounds)
+    for kind in kinds:
+        print(f"{kind:10s} {_summary(results[kind], results[kinds[0]])}", flush=True)
+
+
+Results = dict[str, list[tuple[float, float] | None]]
+
+
+def _in_turn(make: Make, kinds: Sequence[str], sizes: Any, repeats: int, rounds: int) -> Results:
+    """(seconds, MB) of each kind and round, each from a process."""
     spawn = multiprocessing.get_context("spawn")
-    results: dict[str, list[tuple[float, float] | None]] = {kind: [] for kind in kinds}
+    results: Results = {kind: [] for kind in kinds}
     for number in range(rounds):
-        start = number % len(kinds)
-        for kind in [*kinds[start:], *kinds[:start]]:
+        for kind in _rotated(kinds, number):
             with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
                 done = process.submit(measure, make, kind, sizes, repeats)
                 results[kind].append(done.result())
-    for kind in kinds:
-        print(f"{kind:10s} {_summary(results[kind], results[kinds[0]])}", flush=True)
+    return results
+
+
+def _side_by_side(
+    make: Make, kinds: Sequence[str], sizes: Any, repeats: int, rounds: int
+) -> Results:
+    """The same from this process; of what does not fit None."""
+    steps = {kind: make(kind, sizes) for kind in kinds}
+    with concurrent.futures.ThreadPoolExecutor(len(kinds)) as threads:
+        compiling = {
+            kind: threads.submit(jax.jit(step).lower(*arguments).compile)
+            for kind, (step, arguments) in steps.items()
+        }
+        programs = {kind: done.result() for kind, done in compiling.items()}
+    taken = {kind: sum(program_bytes(program)) for kind, program in programs.items()}
+    fitting = [kind for kind in kinds if taken[kind] < available_bytes()]
+    results: Results = {kind: [] if kind in fitting else [None] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind in _rotated(fitting, number):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                jax.block_until_ready(programs[kind](*steps[kind][1]))
+            if number:  # the first brings in code and memory
+                seconds = (time.perf_counter() - start) / repeats
+                results[kind].append((seconds, taken[kind] / 1e6))
+    return results
+
+
+def _rotated(kinds: Sequence[str], number: int) -> list[str]:
+    start = number % max(1, len(kinds))
+    return [*kinds[start:], *kinds[:start]]
 
 
 def _summary(own: list[Any], first: list[Any]) -> str:

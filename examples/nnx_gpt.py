@@ -44,6 +44,7 @@ class Sizes:
     batch: int
     vocabulary: int = VOCABULARY
     dropout: float = 0.1
+    dtype: str = "float32"  # that it computes in
 
 
 class Block(nnx.Module):
@@ -54,12 +55,14 @@ class Block(nnx.Module):
             num_heads=sizes.heads,
             in_features=sizes.size,
             dropout_rate=sizes.dropout,
+            dtype=sizes.dtype,
             attention_fn=function,
             rngs=rngs,
         )
-        self.norms = nnx.List([nnx.LayerNorm(sizes.size, rngs=rngs) for _ in range(2)])
-        self.up = nnx.Linear(sizes.size, 4 * sizes.size, rngs=rngs)
-        self.down = nnx.Linear(4 * sizes.size, sizes.size, rngs=rngs)
+        given: dict[str, Any] = {"dtype": sizes.dtype, "rngs": rngs}
+        self.norms = nnx.List([nnx.LayerNorm(sizes.size, **given) for _ in range(2)])
+        self.up = nnx.Linear(sizes.size, 4 * sizes.size, **given)
+        self.down = nnx.Linear(4 * sizes.size, sizes.size, **given)
         self.dropout = nnx.Dropout(sizes.dropout, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, decode: bool, deterministic: bool) -> jax.Array:
@@ -76,10 +79,11 @@ class GPT(nnx.Module):
     """Next-character logits [batch, length, vocabulary] of tokens [batch, length]."""
 
     def __init__(self, sizes: Sizes, function: Callable[..., Any], rngs: nnx.Rngs) -> None:
-        self.tokens = nnx.Embed(sizes.vocabulary, sizes.size, rngs=rngs)
-        self.positions = nnx.Embed(sizes.length, sizes.size, rngs=rngs)
+        given: dict[str, Any] = {"dtype": sizes.dtype, "rngs": rngs}
+        self.tokens = nnx.Embed(sizes.vocabulary, sizes.size, **given)
+        self.positions = nnx.Embed(sizes.length, sizes.size, **given)
         self.blocks = nnx.List([Block(sizes, function, rngs) for _ in range(sizes.layers)])
-        self.norm = nnx.LayerNorm(sizes.size, rngs=rngs)
+        self.norm = nnx.LayerNorm(sizes.size, **given)
 
     def __call__(
         self,
@@ -95,7 +99,7 @@ class GPT(nnx.Module):
         for block in self.blocks:
             x = block(x, decode=decode, deterministic=deterministic)
         logits: jax.Array = self.tokens.attend(self.norm(x))
-        return logits
+        return logits.astype(jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> None:
         """An empty cache of every layer."""
@@ -172,9 +176,12 @@ def main(arguments: list[str]) -> None:
     large = {"layers": 12, "heads": 12, "size": 768, "length": 1024, "batch": 1}
     for name in small:
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     read = vars(parser.parse_args(arguments))
     defaults = large if read["compare"] else small
     chosen = {name: read[name] or default for name, default in defaults.items()}
+    chosen |= {name: read[name] for name in ("dropout", "dtype")}
     if read["compare"]:
         compare(make, list(KINDS), Sizes(**chosen, vocabulary=50257), rounds=read["rounds"])
         return
