@@ -5,7 +5,7 @@ it quick is giving up early. Every round times the plan beside one fixed plan, t
 alternating order: drift of the machine hits both alike, and the ratios of different plans, measured
 by different workers too, compare. A plan that is clearly hopeless goes after a round or two, one
 that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
-``WilcoxonPruner``); limits below two that were hopeless, the smaller one more so, are not tried at
+``WilcoxonPruner``); limits below hopeless ones, each the slower the smaller it is, are not tried at
 all. Where time is short, plans have fewer rounds, so that all are tried. Those that are
 left and close meet once more in joint rounds, until it is clear which of them to choose; where time
 is shorter still, before all plans were tried.

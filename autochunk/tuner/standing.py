@@ -53,12 +53,17 @@ def undecided(measured: Iterable[Measurement]) -> list[Plan]:
 
 
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
-    """Why a limit need not be tried, if the two next larger ones say so; else nothing."""
+    """Why a limit need not be tried, if the two next larger ones say so; else nothing.
+
+    Both are hopeless, or the next larger one so much that no single bad timing explains it.
+    """
     nearest = _next_larger(plan, measured)
     if nearest and nearest[0].status == "skipped":
         return nearest[0].detail
     slower = [m.ratio / best_ratio(measured) for m in nearest if m.timed]
-    if len(slower) < 2 or not slower[0] > slower[1] > settings.hopeless**2:
+    if len(slower) < 2 or slower[0] <= slower[1]:
+        return ""
+    if slower[1] <= settings.hopeless**2 and slower[0] <= settings.hopeless**3:
         return ""
     return (
         f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB "

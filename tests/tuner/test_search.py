@@ -279,14 +279,25 @@ def test_hopeless_limits_end_the_ladder(scripted: Scripted, tmp_path: Path) -> N
 
     Larger limits and other implementations are.
     """
-    limits = {f"xla_rows, {limit:g} MB": 4.2 / limit for limit in (8.4, 4.2, 2.1, 1.05, 0.525)}
-    plans = {plan: {"seconds": seconds} for plan, seconds in limits.items()}
+    slower = {8.4: 1.9, 4.2: 2.1, 2.1: 2.3, 1.05: 2.4, 0.525: 2.45}
+    plans = {f"xla_rows, {mb:g} MB": {"seconds": times / 10} for mb, times in slower.items()}
     command = scripted(plans=plans, default={"seconds": 0.1})
     found = by_plan(run(command, tmp_path / "study", "standard"))
     skipped = {plan for plan, m in found.items() if m.status == "skipped"}
     assert skipped == {"xla_rows, 1.05 MB", "xla_rows, 0.525 MB"}
-    reason = "limits of 8.4 and 2.1 MB took 5.0x and 20.0x the best time"
+    reason = "limits of 8.4 and 2.1 MB took 1.9x and 2.3x the best time"
     assert found["xla_rows, 0.525 MB"].detail == reason
+
+
+@pytest.mark.parametrize(("slow", "ends"), [(3.0, True), (2.0, False)])
+def test_one_far_slower_limit_ends_the_ladder(
+    scripted: Scripted, tmp_path: Path, slow: float, ends: bool
+) -> None:
+    """Below a limit that took more than one bad timing explains, nothing is tried."""
+    plans = {"xla_rows, 8.4 MB": {"seconds": 0.15}, "xla_rows, 2.1 MB": {"seconds": 0.1 * slow}}
+    command = scripted(plans=plans, default={"seconds": 0.1})
+    found = by_plan(run(command, tmp_path / "study", "standard"))
+    assert (found["xla_rows, 0.525 MB"].status == "skipped") == ends
 
 
 def test_time_running_out_gives_what_there_is(scripted: Scripted, tmp_path: Path) -> None:
