@@ -16,7 +16,7 @@ from autochunk.attention.kernels.grid import sum_to
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, weigh
 from autochunk.attention.kernels.problem import Problem
-from autochunk.attention.kernels.terms import terms_of
+from autochunk.attention.kernels.terms import HIDING, terms_of
 
 # XLA:CPU sums a product with fewer rows than this one element after the other, so that transposed
 # logits of fewer keys would differ from those that the row's sum is of by several roundings. With
@@ -24,10 +24,6 @@ from autochunk.attention.kernels.terms import terms_of
 _FEW = 16
 # As many times as large as the mean of keys are those that are far from it.
 _FAR = 16
-# What may hide a key from all rows; a bias that is minus infinity does.
-_HIDING = {"bias", "mask", "query_offset"} | {
-    f"{whose}_{what}" for whose in ("query", "key_value") for what in ("seq_lengths", "segment_ids")
-}
 
 
 def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
@@ -204,7 +200,7 @@ def _in_common(inputs: Inputs, call: Call, by_weights: bool) -> list[jax.Array]:
     shape = inputs.logits
     reached = call.reach == (None, None) or (call.offset == 0 and shape.rows >= shape.keys)
     key, share = inputs.key, None
-    if not reached or inputs.terms.keys() & _HIDING:
+    if not reached or inputs.terms.keys() & HIDING:
         if by_weights:
             return []
         seen = _seen_keys(inputs, call)

@@ -23,6 +23,11 @@ from autochunk.attention.kernels.inputs import AXES, LOGITS, Call, Inputs, head_
 _HASH = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
 _GOLDEN = 0x9E3779B9
 
+HIDING = frozenset({"bias", "mask", "query_offset"}) | {
+    f"{whose}_{what}" for whose in ("query", "key_value") for what in ("seq_lengths", "segment_ids")
+}
+"""The arrays that may hide all keys from a row, or a key from all rows: a bias of -inf does."""
+
 
 Block = tuple[Any, Any]
 """Whether a block is closed, and whether it is open: bools, traced where they depend on arrays."""
@@ -214,12 +219,7 @@ def covering(arrays: Mapping[str, Any], call: Call) -> tuple[str, ...]:
 
 def may_see_nothing(inputs: Inputs, call: Call) -> bool:
     """Whether a row may be left without any key."""
-    arrays = inputs.present
-    if "bias" in arrays:  # of minus infinity
-        return True
-    if {"mask", "query_offset", "query_segment_ids"} & arrays.keys():
-        return True
-    if {"query_seq_lengths", "key_value_seq_lengths"} & arrays.keys():
+    if inputs.terms.keys() & HIDING:
         return True
     (left, right), shape = call.reach, inputs.logits
     before_all = right is not None and call.offset + right < 0
