@@ -28,10 +28,10 @@ _DEFAULT_FILE = "autochunk-report.html"
 
 
 def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
-    """A share such as 5% or 0.05."""
+    """A share such as 5% or 0.05; of 5 nobody means 500%."""
     if text is None:
         return None
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?%?", text):
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?%|0(\.\d{1,6})?", text, re.ASCII):
         raise click.BadParameter(f"{text!r} is no share such as 5% or 0.05")
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
@@ -56,8 +56,8 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     "limit",
     callback=_share,
     metavar="SHARE",
-    help="With --against: exit status 1 if a chosen plan takes longer by more than this share, "
-    "such as 5%, at 95% confidence, or if a workload has no plan any more.",
+    help="With --against: exit status 1 if a chosen plan surely takes longer (95% confidence), and "
+    "by more than this share, such as 5%, or if a workload has no plan any more.",
 )
 @click.option(
     "--peers",

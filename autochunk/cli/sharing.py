@@ -142,7 +142,7 @@ def watch(
     options = service.Options(
         effort=effort,
         idle_minutes=idle_minutes,
-        hours=Hours.parse(hours) if hours else ALL_DAY,
+        hours=ALL_DAY if hours is None else Hours.parse(hours),
         once=once,
         busy_cores=busy_cores,
         memory_budget_mb=memory_budget_mb,

@@ -218,6 +218,7 @@ def _draw_baselines(axes: Axes, curve: dict[str, Any]) -> None:
             va="bottom" if above else "top",
             fontsize=8,
             color=ink("ink"),
+            bbox={"facecolor": ink("paper"), "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )
 
 

@@ -227,6 +227,23 @@ def test_the_page_is_no_wider_than_the_window(opened: Browser, width: int) -> No
 
 
 @needs_browser
+def test_a_phone_shows_all_of_a_plan(opened: Browser) -> None:
+    """Why it was not chosen stands below it, not beyond the edge."""
+    opened.look(width=390)
+    opened.run("document.querySelector('details').open = true")
+    script = (
+        "const box = document.querySelector('details .plans').parentElement;"
+        "const why = [...box.querySelectorAll('td.why')].filter((one) => one.textContent);"
+        "return [box.scrollWidth - box.clientWidth, why.length,"
+        " why.every((one) => one.getBoundingClientRect().width > 200)]"
+    )
+    wider, reasons, shown = opened.run(script)
+    assert wider == 0
+    assert reasons > 0
+    assert shown
+
+
+@needs_browser
 def test_light_and_dark(opened: Browser) -> None:
     """As the reader's system is, figures too; text is readable on both (contrast of 4.5 to 1)."""
     colors = (

@@ -127,6 +127,11 @@ def test_a_page_of_what_changed(here: Path) -> None:
     [
         ("report --fail-if-slower 5%", "needs --against"),
         ("report --against x --fail-if-slower much", "'much' is no share such as 5% or 0.05"),
+        ("report --against x --fail-if-slower 5", "'5' is no share such as 5% or 0.05"),
+        (
+            "report --against x --fail-if-slower \N{ARABIC-INDIC DIGIT FIVE}%",
+            "is no share such as 5% or 0.05",
+        ),
         ("report --from nothing.json", "No such file"),
         ("report --against nothing.json", "No such file"),
         ("report nowhere/report.html", "nowhere/report.html: No such file"),

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from factories import TESTS, make_device, make_profile, make_workload
 
+from autochunk.cli import main
 from autochunk.device import Device
 from autochunk.errors import DeviceError
 from autochunk.plan import Plan
@@ -325,6 +327,14 @@ def test_the_command_tells_what_it_did_and_will_do(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
     (found,) = records.read_all(ProfileStore().path)
     assert found["runs"] is False
+
+
+@pytest.mark.parametrize("hours", ["", "25-3"])
+def test_hours_that_are_none(hours: str) -> None:
+    """An empty one, as of a variable that is not set, is not all day."""
+    result = CliRunner().invoke(main, ["watch", "--once", "--hours", hours])
+    assert result.exit_code == 1
+    assert "hours must be two times of day" in str(result.exception) + result.stderr
 
 
 def test_what_is_told_of_services(tmp_path: Path) -> None:

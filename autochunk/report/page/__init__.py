@@ -54,8 +54,15 @@ def report_html(record: dict[str, Any]) -> str:
         style=Markup(style + _schemes()),  # noqa: S704 - our own file
         policy=f"'sha256-{_sha256(script)}'",
         Markup=Markup,
+        renamed=_renamed,
         scattered=SCATTERED,
     )
+
+
+def _renamed(changes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Devices that stand beside another one, then and now."""
+    pairs = dict.fromkeys((one["device_then"], one["device"]) for one in changes)
+    return [(then, now) for then, now in pairs if then not in (None, now)]
 
 
 def _with_figures(device: dict[str, Any], number: int) -> dict[str, Any]:
