@@ -306,13 +306,14 @@ def ring_transformed(transform: Callable[..., Any], by_vmap: bool = False) -> No
     settings: dict[str, Any] = {"is_causal": True, "max_chunk_size_mb": None}
     attend = functools.partial(ring_attention, axis_name="batch", **settings)
     spec = P(None, "batch")
-    mapped = jax.shard_map(attend, mesh=MESH, in_specs=(spec,) * 3, out_specs=spec)
+    mapped: Any = jax.shard_map(attend, mesh=MESH, in_specs=(spec,) * 3, out_specs=spec)
 
-    def around(*arrays: jax.Array) -> jax.Array:
+    def around(*arrays: jax.Array) -> Any:
         if not by_vmap:
             return mapped(*arrays)
         shares = (array.reshape(2, 2, 4, 2, 4) for array in arrays)
-        out: jax.Array = jax.vmap(attend, 1, 1, axis_name="batch")(*shares)
+        share: Any = attend
+        out = jax.vmap(share, 1, 1, axis_name="batch")(*shares)
         return out.reshape(arrays[0].shape)
 
     whole = functools.partial(dot_product_attention, **settings)

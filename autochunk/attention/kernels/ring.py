@@ -73,7 +73,7 @@ class Ring:
         self.rows = inputs.query.shape[-4] // self.parts
         self.keys = inputs.key.shape[-3] // self.parts
         self.wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
-        self._pairs = list(itertools.product(range(self.parts), repeat=2))
+        self._pairs = list(itertools.product(range(self.parts), range(self.parts)))
         # Of rows that see no key of their own, which by causality alone there are none of.
         self.may_be_blind = bool(inputs.terms) or call.window is not None or call.offset != 0
 
