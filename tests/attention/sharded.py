@@ -224,6 +224,17 @@ def exported() -> None:
         assert_close(jax.device_get(quick_jit(made.call)(*arrays)), jax.device_get(expected))
 
 
+def without_devices() -> None:
+    """Programs are lowered, and exported, for a mesh that has no devices."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.sharding.AbstractMesh((2,), ("batch",), (kind,))
+        spread = NamedSharding(mesh, P("batch"))
+        shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=spread) for one in ARRAYS]
+        for function in (attend(is_causal=True), pulled(attend(is_causal=True))):
+            made = jax.export.export(jax.jit(function), platforms=("cpu",))(*shapes)
+            assert made.nr_devices == 2
+
+
 def per_device() -> None:
     """A limit, and "auto", are of a device's share: what is missed is the share's workload."""
     arrays = [jax.device_put(draw(ROWS), NamedSharding(MESH, P("batch", "heads"))) for _ in "qkv"]
@@ -388,6 +399,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "explicit shardings": explicit,
         "uneven rows": uneven,
         "exported programs": exported,
+        "a mesh without devices": without_devices,
         "each device has its own plan": per_device,
         "a kernel in a shard_map": lambda: by_a_kernel(False, False),
         "a kernel in a shard_map, vma checked": lambda: by_a_kernel(False, True),
