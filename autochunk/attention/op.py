@@ -228,7 +228,9 @@ def attend(
         call = static_call(arguments, max_chunk_size_mb, implementation)
         if symbolic:
             call = _for_any_batch(call, inputs, max_chunk_size_mb)
-        if _each_its_share():
+        if not _mesh_without_devices(inputs.query).empty:
+            call = call._replace(plans=call.plans.rows_first())
+        elif _each_its_share():
             call = call._replace(shares=kernels.marker())
         out, *stats = _attend(inputs, _taken(call, inputs, implementation))
         by_row = [jnp.moveaxis(one, -1, -3).reshape(query.shape[:-1]) for one in stats]
@@ -344,7 +346,10 @@ def _attend(inputs: kernels.Inputs, call: kernels.Call) -> list[jax.Array]:
 
     Their inside is then left to XLA's own propagation.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, own = jax.sharding.get_abstract_mesh(), _mesh_without_devices(inputs.query)
+    if mesh.empty and not own.empty:
+        with jax.sharding.use_abstract_mesh(own):
+            return _attend(inputs, call)
     if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
         return kernels.attention(inputs, call)
     *leading, rows, heads, groups, _ = jax.typeof(inputs.query).sharding.spec
@@ -374,6 +379,13 @@ def _each_its_share() -> bool:
     """Whether arrays may be sharded that are traced as if they were whole."""
     several = jax.device_count() > 1 and not _alone.get()
     return several and not jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _mesh_without_devices(array: jax.Array) -> jax.sharding.AbstractMesh:
+    """The mesh of an array whose program is lowered for devices that are not here; else empty."""
+    mesh = jax.typeof(array).sharding.mesh
+    there = mesh.abstract_device is not None or mesh.manual_axes
+    return jax.sharding.AbstractMesh((), ()) if there else mesh
 
 
 def _for_mesh(plan: Plan) -> Plan:

@@ -11,7 +11,8 @@ import numpy as np
 
 from autochunk.attention import checks
 from autochunk.attention.arguments import Arguments
-from autochunk.attention.kernels.ring import Ring, first_position
+from autochunk.attention.kernels.ring import Spread, first_position
+from autochunk.attention.kernels.rings import attention_around
 from autochunk.attention.op import static_call
 from autochunk.errors import ArgumentError
 
@@ -34,7 +35,8 @@ def ring_attention(
 
     Of N devices along the axis the n-th has the n-th part of T' queries and of T keys; with
     ``balanced`` the n-th and the n-th to last of 2 N parts, as ``ring_order`` puts them, so that
-    causality leaves all devices the same to do. It has reverse-mode derivatives, of first order.
+    causality leaves all devices the same to do. Derivatives beyond the first hold what each step
+    around the ring had.
 
     Args:
       query: [..., T' / N, H, K].
@@ -85,7 +87,7 @@ def ring_attention(
     arguments = _with_dropout_of_own_rows(arguments, axis_name, devices, parts, **dropout)
     call = static_call(arguments, max_chunk_size_mb, implementation)
     call, inputs = call._replace(residual=return_residual), arguments.inputs()
-    out, *stats = Ring(inputs, call, axis_name, devices, parts).attend(inputs)
+    out, *stats = attention_around(inputs, call, Spread(axis_name, devices, parts))
     out = out.reshape(arguments.output_shape)
     if not return_residual:
         return out

@@ -224,6 +224,17 @@ def exported() -> None:
         assert_close(jax.device_get(quick_jit(made.call)(*arrays)), jax.device_get(expected))
 
 
+def without_devices() -> None:
+    """Programs are lowered, and exported, for a mesh that has no devices."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.sharding.AbstractMesh((2,), ("batch",), (kind,))
+        spread = NamedSharding(mesh, P("batch"))
+        shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=spread) for one in ARRAYS]
+        for function in (attend(is_causal=True), pulled(attend(is_causal=True))):
+            made = jax.export.export(jax.jit(function), platforms=("cpu",))(*shapes)
+            assert made.nr_devices == 2
+
+
 def per_device() -> None:
     """A limit, and "auto", are of a device's share: what is missed is the share's workload."""
     arrays = [jax.device_put(draw(ROWS), NamedSharding(MESH, P("batch", "heads"))) for _ in "qkv"]
@@ -239,7 +250,7 @@ def per_device() -> None:
 
 
 def ring(form: str, balanced: bool, check_vma: bool, axis: Any = ("batch", "heads")) -> None:
-    """Attention around a ring is that of the whole sequence, with its gradients."""
+    """Attention around a ring is that of the whole sequence, with its tangents and gradients."""
     earlier: Any = {}, {"is_causal": True, "query_offset": -20}
     terms, settings = earlier if form == "earlier" else FORMS[form]
     devices = 2 if axis == "batch" else 4
@@ -285,16 +296,58 @@ def ring(form: str, balanced: bool, check_vma: bool, axis: Any = ("batch", "head
             seen = jnp.where(lse > -1e30, lse, 0)
             return jnp.sum(out * weights) + jnp.sum(seen * weights[..., 0]), (out, seen)
 
-        return jax.value_and_grad(loss, has_aux=True)({name: arrays[name] for name in moving})
+        moved = {name: arrays[name] for name in moving}
+        found = jax.value_and_grad(loss, has_aux=True)(moved)
+        _, pushed, _ = jax.jvp(loss, (moved,), (jax.tree.map(jnp.cos, moved),), has_aux=True)
+        return found, pushed
 
     weights = draw(ROWS)
     there = {name: ordered(name, array) for name, array in arrays.items()}
     received = quick_jit(functools.partial(run, mapped))(there, ordered("query", weights))
     expected = quick_jit(functools.partial(run, whole))(arrays, weights)
-    (loss, (out, lse)), gradients = jax.device_get(expected)
+    ((loss, (out, lse)), gradients), pushed = jax.device_get(expected)
     outs = ordered("query", jnp.asarray(out)), ordered("query", jnp.asarray(lse))
     moved = {name: ordered(name, jnp.asarray(one)) for name, one in gradients.items()}
-    assert_close(jax.device_get(received), jax.device_get(((loss, outs), moved)))
+    assert_close(jax.device_get(received), jax.device_get((((loss, outs), moved), pushed)))
+
+
+def ring_transformed(transform: Callable[..., Any], by_vmap: bool = False) -> None:
+    """A ring has the derivatives that the op has, also one whose devices are a vmapped axis."""
+    arrays = [draw((2, 8, 2, 4)) for _ in "qkv"]
+    settings: dict[str, Any] = {"is_causal": True, "max_chunk_size_mb": None}
+    attend = functools.partial(ring_attention, axis_name="batch", **settings)
+    spec = P(None, "batch")
+    mapped: Any = jax.shard_map(attend, mesh=MESH, in_specs=(spec,) * 3, out_specs=spec)
+
+    def around(*arrays: jax.Array) -> Any:
+        if not by_vmap:
+            return mapped(*arrays)
+        shares = (array.reshape(2, 2, 4, 2, 4) for array in arrays)
+        share: Any = attend
+        out = jax.vmap(share, 1, 1, axis_name="batch")(*shares)
+        return out.reshape(arrays[0].shape)
+
+    whole = functools.partial(dot_product_attention, **settings)
+    both = quick_jit(lambda *arrays: [transform(one)(*arrays) for one in (around, whole)])
+    received, expected = jax.device_get(both(*arrays))
+    assert_close(received, expected, 1e-4)
+
+
+def curvature(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tangents of gradients, and gradients of tangents, of a batch."""
+
+    def run(*arrays: Any) -> Any:
+        many = tuple(jnp.stack([one, -one]) for one in arrays)
+
+        def loss(*arrays: Any) -> jax.Array:
+            return jnp.sum(jnp.sin(jax.vmap(jax.checkpoint(function))(*arrays)))
+
+        every = (0, 1, 2)
+        forward_of_reverse = jax.jvp(jax.grad(loss, every), many, many)
+        pushed = jax.grad(lambda *arrays: jax.jvp(loss, arrays, many)[1], every)(*many)
+        return forward_of_reverse, pushed
+
+    return run
 
 
 def by_a_kernel(around: bool, check_vma: bool, name: str = "tokamax_triton") -> None:
@@ -346,6 +399,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "explicit shardings": explicit,
         "uneven rows": uneven,
         "exported programs": exported,
+        "a mesh without devices": without_devices,
         "each device has its own plan": per_device,
         "a kernel in a shard_map": lambda: by_a_kernel(False, False),
         "a kernel in a shard_map, vma checked": lambda: by_a_kernel(False, True),
@@ -361,6 +415,8 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "all queries earlier": lambda: ring("earlier", True, True),
         "over one axis": lambda: ring("causal", True, True, "batch"),
         "holds no keys": ring_holds_no_keys,
+        "second derivatives": lambda: ring_transformed(curvature),
+        "over a vmapped axis": lambda: ring_transformed(pulled, by_vmap=True),
     },
 }
 

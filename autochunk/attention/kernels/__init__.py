@@ -25,9 +25,9 @@ computed again without them (see ``SliceMath``). A row that sees no key is the m
 
 To read it: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
 ``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
-(forward, tangent and cotangent by slices), ``primitives`` (what JAX sees), then ``dense`` and
-``fused`` (with ``seen`` and ``libraries``), which run without slices, and ``shares`` and ``ring``,
-what each of several devices does.
+(forward, tangent and cotangent by slices), ``primitives`` (what JAX sees, made by ``primitive``),
+then ``dense`` and ``fused`` (with ``seen`` and ``libraries``), which run without slices, and
+``shares``, ``ring`` and ``rings``, what each of several devices does.
 
 What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 """
@@ -38,7 +38,8 @@ from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, platform, taken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.libraries import quiet
-from autochunk.attention.kernels.primitives import attention, promoting
+from autochunk.attention.kernels.primitive import promoting
+from autochunk.attention.kernels.primitives import attention
 from autochunk.attention.kernels.problem import check_slices
 from autochunk.attention.kernels.shares import marker
 

@@ -11,22 +11,34 @@ have the same (as in Llama 3's training, https://arxiv.org/abs/2407.21783, secti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.dense import log_sum_exp, mean_value, within_lengths
-from autochunk.attention.kernels.grid import vary_alike, varying_axes
-from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows, kept_dtype
+from autochunk.attention.kernels.dense import mean_value, within_lengths
+from autochunk.attention.kernels.grid import vary_alike
+from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows
 from autochunk.attention.kernels.maps import of_means
-from autochunk.attention.kernels.primitives import attention_with_stats_p, cotangent_p
+from autochunk.attention.kernels.primitives import (
+    attention_with_stats_p,
+    cotangent_p,
+    tangent_p,
+)
 from autochunk.attention.kernels.shares import own_call
 from autochunk.attention.kernels.terms import bits_from
 
 # What goes round: keys, and what belongs to them.
 _TRAVELLING = ("key", "value", "key_value_segment_ids")
+
+
+class Spread(NamedTuple):
+    """How a sequence is spread: over which mesh axes, over how many devices, in how many parts."""
+
+    axis_name: Hashable
+    devices: int
+    parts: int
 
 
 class _Stats(NamedTuple):
@@ -55,32 +67,23 @@ class _Stats(NamedTuple):
 class Ring:
     """One device's part in a ring of devices; arrays as the kernels have them."""
 
-    def __init__(
-        self, inputs: Inputs, call: Call, axis_name: Hashable, devices: int, parts: int
-    ) -> None:
-        self.call = call._replace(some_keys=devices * parts > 1)
-        self.axis_name, self.devices, self.parts = axis_name, devices, parts
-        self.rows = inputs.query.shape[-4] // parts
-        self.keys = inputs.key.shape[-3] // parts
+    def __init__(self, inputs: Inputs, call: Call, spread: Spread) -> None:
+        self.axis_name, self.devices, self.parts = spread
+        self.call = call._replace(some_keys=self.devices * self.parts > 1)
+        self.rows = inputs.query.shape[-4] // self.parts
+        self.keys = inputs.key.shape[-3] // self.parts
         self.wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
-        self._pairs = list(itertools.product(range(parts), range(parts)))
+        self._pairs = list(itertools.product(range(self.parts), range(self.parts)))
         # Of rows that see no key of their own, which by causality alone there are none of.
         self.may_be_blind = bool(inputs.terms) or call.window is not None or call.offset != 0
 
     # What is computed
 
-    def attend(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-        """``results``, whose gradients are computed round the ring as well."""
-        run = jax.custom_vjp(self.results)
-        run.defvjp(self.results_and_saved, self.cotangents)
-        return run(inputs)
+    def stats(self, inputs: Inputs) -> list[jax.Array]:
+        """[output [..., T' / N, H, G, V], row maximum [..., H, G, T' / N], sum of exponentials].
 
-    def results(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-        """(output [..., T' / N, H, G, V],) and if asked for the log-sum-exp [..., H, G, T' / N]."""
-        return self.results_and_saved(inputs)[0]
-
-    def results_and_saved(self, inputs: Inputs) -> tuple[tuple[jax.Array, ...], Any]:
-        """The same, and what the backward pass needs: of this device's rows and keys alone."""
+        Of this device's rows, in float32 at least.
+        """
         *leading, _, heads, groups, _ = inputs.query.shape
         by_row = (*leading, heads, groups, self.rows)
         none = _Stats(
@@ -113,9 +116,7 @@ class Ring:
             mean = jax.lax.pmean(mean_value(inputs.value.astype(self.wide)), self.axis_name)
             out = jnp.where(along_rows(total == 0), mean, out)
         out = self._within_lengths(out, inputs)
-        lse = (log_sum_exp(maximum, total),) if self.call.residual else ()
-        kept = out.astype(kept_dtype(inputs.query.dtype, self.call))
-        return (out.astype(inputs.query.dtype), *lse), (inputs, kept, maximum, total)
+        return [out, maximum, total]
 
     def _divided(self, stats: _Stats) -> jax.Array:
         return stats.out / along_rows(jnp.where(stats.total == 0, 1, stats.total))
@@ -133,16 +134,64 @@ class Ring:
         first = part * self.rows
         return jax.lax.slice_in_dim(array, first, first + self.rows, axis=array.ndim + axis)
 
+    def _own_rows(self, part: int, by_row: Sequence[jax.Array]) -> list[jax.Array]:
+        """A part's rows of the output, maximum, sum, and of two cotangents or the first of them."""
+        axes = (-4, -1, -1, -4, -1)
+        return [self._rows_of(part, *one) for one in zip(by_row, axes, strict=False)]
+
     # What is differentiated
 
-    def cotangents(self, saved: Any, pulled: tuple[jax.Array, ...]) -> tuple[Inputs]:
-        """Of all inputs."""
-        inputs, out, maximum, total = saved
+    def tangents(
+        self, inputs: Inputs, stats: Sequence[jax.Array], moving: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """Of the output, and of the log-sum-exp if asked for, linear in the given ones."""
+        named = Inputs(**dict(zip(self.call.moving, moving, strict=True)))
+        d_out = jnp.zeros(stats[0].shape, self.wide)
+        by_row = [d_out, *([jnp.zeros(stats[1].shape, self.wide)] if self.call.residual else [])]
+        none = [self._own_rows(part, by_row) for part in range(self.parts)]
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            travelling, moved, totals = carry
+            source = self._source(number)
+            for pair in self._pairs:
+                tangents = self._of_this_pair(named._replace(**moved), source, pair)
+
+                def run(
+                    given: Inputs, call: Call, totals: Any, pair: Any = pair, moved: Any = tangents
+                ) -> Any:
+                    own = self._own_rows(pair[0], stats)
+                    operands = (*given.present.values(), *own, *moved.present.values())
+                    found = tangent_p.bind(*operands, call=call)
+                    return [
+                        total + one.astype(self.wide)
+                        for total, one in zip(totals, found, strict=True)
+                    ]
+
+                now = inputs._replace(**travelling)
+                totals[pair[0]] = self._of_pair(now, source, pair, run, totals[pair[0]], inputs)
+            return self._passed_on(travelling), self._passed_on(moved), totals
+
+        start = self._travelling(inputs), self._travelling(named), none
+        *_, totals = jax.lax.fori_loop(0, self.devices, step, self._varying(start, inputs))
+        joined = zip(zip(*totals, strict=True), (-4, -1), strict=False)
+        found = [jnp.concatenate(one, axis) for one, axis in joined]
+        if self.may_be_blind:
+            mean = jax.lax.pmean(mean_value(named.value.astype(self.wide)), self.axis_name)
+            blind = stats[2] == 0
+            found[0] = jnp.where(along_rows(blind), mean, found[0])
+            found[1:] = [jnp.where(blind, 0, one) for one in found[1:]]
+        found[0] = self._within_lengths(found[0], inputs).astype(inputs.query.dtype)
+        return found
+
+    def cotangents(
+        self, inputs: Inputs, stats: Sequence[jax.Array], pulled: Sequence[jax.Array], wanted: Any
+    ) -> list[jax.Array]:
+        """Of those of ``call.moving`` that are wanted."""
+        (out, maximum, total), names = stats, self.call.wanted(wanted)
         blind = along_rows(total == 0)
         d_out = self._within_lengths(pulled[0], inputs)
         seen = jnp.where(blind, jnp.zeros((), d_out.dtype), d_out)
         by_row = (out, maximum, total, seen, *(d_lse.astype(self.wide) for d_lse in pulled[1:]))
-        axes = (-4, -1, -1, -4, -1)[: len(by_row)]
 
         def step(number: jax.Array, carry: Any) -> Any:
             travelling, totals = carry
@@ -150,34 +199,25 @@ class Ring:
             for pair in self._pairs:
 
                 def run(given: Inputs, call: Call, totals: Any, pair: Any = pair) -> Any:
-                    own = (
-                        self._rows_of(pair[0], one, axis)
-                        for one, axis in zip(by_row, axes, strict=True)
-                    )
-                    operands = vary_alike((*given.present.values(), *own), by_row)
-                    wanted = (True,) * len(call.moving)
+                    operands = (*given.present.values(), *self._own_rows(pair[0], by_row))
                     found = cotangent_p.bind(*operands, call=call, wanted=wanted)
                     return {
                         name: self._added(name, totals[name], one, source, pair)
-                        for name, one in zip(call.moving, found, strict=True)
+                        for name, one in zip(names, found, strict=True)
                     }
 
                 now = inputs._replace(**travelling)
                 totals = self._of_pair(now, source, pair, run, totals, inputs)
-            moved = self._passed_on({name: totals[name] for name in ("key", "value")})
+            moved = self._passed_on({name: totals[name] for name in names if name in _TRAVELLING})
             return self._passed_on(travelling), totals | moved
 
-        zeros = {
-            name: jnp.zeros(getattr(inputs, name).shape, self.wide) for name in self.call.moving
-        }
+        zeros = {name: jnp.zeros(getattr(inputs, name).shape, self.wide) for name in names}
         start = self._varying((self._travelling(inputs), zeros), inputs)
         _, totals = jax.lax.fori_loop(0, self.devices, step, start)
-        if self.may_be_blind:
+        if self.may_be_blind and "value" in names:
             of_own_keys = of_means(inputs, total, d_out, self.wide)
             totals["value"] += jax.lax.pmean(of_own_keys, self.axis_name)
-        found = {name: _like(one, getattr(inputs, name)) for name, one in totals.items()}
-        none: dict[str, Any] = dict.fromkeys(Inputs._fields)
-        return (Inputs(**(none | found)),)
+        return [totals[name].astype(getattr(inputs, name).dtype) for name in names]
 
     # Pairs of one part's rows and one part's keys
 
@@ -193,11 +233,7 @@ class Ring:
         """``run`` on a pair's inputs; the carry as it is where its rows see none of its keys."""
         first_row = self._start(pair[0], jax.lax.axis_index(self.axis_name), self.rows)
         first_key = self._start(pair[1], source, self.keys)
-        cut = {
-            name: _cut(array, self._places(name, array, source, pair))
-            for name, array in now.present.items()
-        }
-        given = self._from(Inputs(**cut), first_row, first_key)
+        given = self._from(self._of_this_pair(now, source, pair), first_row, first_key)
         index, forms = self._forms(given, first_row - first_key)
 
         def branch(form: tuple[Inputs, Call] | None) -> Callable[[Any], Any]:
@@ -209,6 +245,14 @@ class Ring:
 
         branches = [branch(form) for form in forms]
         return branches[0](carry) if len(branches) == 1 else jax.lax.switch(index, branches, carry)
+
+    def _of_this_pair(self, inputs: Inputs, source: jax.Array, pair: tuple[int, int]) -> Inputs:
+        """A pair's parts of arrays."""
+        cut = {
+            name: _cut(array, self._places(name, array, source, pair))
+            for name, array in inputs.present.items()
+        }
+        return Inputs(**cut)
 
     def _from(self, inputs: Inputs, first_row: Any, first_key: Any) -> Inputs:
         """Inputs whose rows and keys are not the sequences' first."""
@@ -313,10 +357,3 @@ def _cut(array: jax.Array, places: dict[int, tuple[Any, int]]) -> jax.Array:
     for axis, (start, size) in places.items():
         array = jax.lax.dynamic_slice_in_dim(array, start, size, axis)
     return array
-
-
-def _like(cotangent: jax.Array, array: jax.Array) -> jax.Array:
-    """A cotangent in its array's dtype, summed over the devices that all have the same array."""
-    if more := varying_axes(cotangent) - varying_axes(array):
-        cotangent = jax.lax.psum(cotangent, tuple(more))
-    return cotangent.astype(array.dtype)
