@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     read = vars(parser.parse_args(arguments))
     defaults = large if read["compare"] else small
-    chosen = {name: read[name] or default for name, default in defaults.items()}
+    chosen: dict[str, Any] = {n: read[n] or default for n, default in defaults.items()}
     sizes = Sizes(**chosen, dropout=read["dropout"], dtype=read["dtype"])
     if read["compare"]:
         compare(make, KINDS, sizes, rounds=read["rounds"])

@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     read = vars(parser.parse_args(arguments))
     defaults = large if read["compare"] else small
-    chosen = {name: read[name] or default for name, default in defaults.items()}
+    chosen: dict[str, Any] = {n: read[n] or default for n, default in defaults.items()}
     chosen |= {name: read[name] for name in ("dropout", "dtype")}
     if read["compare"]:
         compare(make, list(KINDS), Sizes(**chosen, vocabulary=50257), rounds=read["rounds"])
