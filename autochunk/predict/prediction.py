@@ -47,6 +47,7 @@ _NOISE_OF_BYTES = 0.07
 _FEWEST_HERE, _SURE = 3, 0.05
 # Where dense attention is the safe choice another is faster by so many standard deviations.
 _SAFE = 1.0
+_IN_CACHES = 2**22  # bytes of one head's logits
 
 
 # Of one device by another jaxlib or allocator: its programs, or their costs, are others.
@@ -206,11 +207,12 @@ def _is_unlearned(workload: Workload, sources: Sequence[Source]) -> bool:
     """Whether no curve has what is computed of each logit, or a product in bfloat16.
 
     Some CPUs have units for that; then dense attention of short sequences was seen to be the
-    fastest in forward, of which curves in float32 say nothing.
+    fastest in forward, of which curves in float32 say nothing. Longer ones leave the caches.
     """
     asked = kinds_of(workload)
     kinds = np.concatenate([source.curve.sites.kinds for source in sources])
-    products = workload.dtype == "bfloat16" and workload.mode == "forward"
+    short = workload.query_length * workload.key_length * workload.logits_itemsize <= _IN_CACHES
+    products = short and workload.dtype == "bfloat16" and workload.mode == "forward"
     return bool((kinds[:, -1] != asked[-1]).all() or (products and (kinds[:, 0] != asked[0]).all()))
 
 
