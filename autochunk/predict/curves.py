@@ -89,6 +89,7 @@ def kinds_of(workload: Workload) -> np.ndarray:
     masks = workload.mask != "none" or bool(workload.covering)
     added = workload.bias != "none" or workload.alibi_slopes != "none"
     more = (workload.dropout_bits != "none") + 2 * workload.soft_cap
+    more += 4 * (workload.alibi_slopes != "none")
     mode = workload.mode == "training"
     return np.array((DTYPES.index(workload.dtype), mode, positions, added, masks, more), int)
 
