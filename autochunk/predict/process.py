@@ -31,7 +31,7 @@ class Covariance:
       halves, dtypes, modes: how alike bfloat16 and float16 are, other dtypes, and forward and
         training.
       kinds: how alike calls are that differ in positions, a bias, a mask, or in dropout, a soft
-        cap or ALiBi, of which no curve was there to fit: plans are a third apart by them, one by one.
+        cap or ALiBi, of which no curve was there to fit: by these plans are a third apart.
       slices: distances in bytes at once, rows and number of slices, in doublings.
       plain: distance in T' and T, in doublings, for what does not slice.
       orders, kernels, others: how alike are slices in another order, two fused kernels, and
