@@ -23,6 +23,9 @@ _FAR = 3.0
 MOST_PLANS = 130
 """As many of one curve, and of all that a prediction learns from: its time grows by the cube."""
 
+KINDS = 6
+"""How many numbers say what kind a workload is of."""
+
 
 class Sites(NamedTuple):
     """Where plans of workloads lie.
@@ -30,7 +33,7 @@ class Sites(NamedTuple):
     Attributes:
       sizes: of each workload log2 of T', T, batch x heads and key size.
       kinds: of each workload dtype, mode, whether positions, a bias and a mask (or lengths,
-        segments) leave keys out, as numbers.
+        segments) leave keys out, and what else is computed of each logit, as numbers.
       of: the workload of each plan, by its row in the two.
       names: of each plan its implementation, by its place in ``IMPLEMENTATIONS``.
       slices: of each plan log2 of bytes of logits at once, rows of a slice and number of slices.
@@ -85,8 +88,10 @@ def kinds_of(workload: Workload) -> np.ndarray:
     positions = workload.reach != (None, None)
     masks = workload.mask != "none" or bool(workload.covering)
     added = workload.bias != "none" or workload.alibi_slopes != "none"
-    kinds = (DTYPES.index(workload.dtype), workload.mode == "training", positions, added, masks)
-    return np.array(kinds, int)
+    more = (workload.dropout_bits != "none") + 2 * workload.soft_cap
+    more += 4 * (workload.alibi_slopes != "none")
+    mode = workload.mode == "training"
+    return np.array((DTYPES.index(workload.dtype), mode, positions, added, masks, more), int)
 
 
 def curve(profile: Profile) -> Curve | None:

@@ -10,10 +10,19 @@ from typing import NamedTuple
 import numpy as np
 
 from autochunk.device import Device, likeness
-from autochunk.implementations import IMPLEMENTATIONS, kernels_for
+from autochunk.implementations import IMPLEMENTATIONS, is_sliced, kernels_for
 from autochunk.plan import BYTES_PER_MB, Plan, candidate_plans
 from autochunk.predict import memory
-from autochunk.predict.curves import MOST_PLANS, Curve, Sites, joined, kinds_of, sites, sizes_of
+from autochunk.predict.curves import (
+    KINDS,
+    MOST_PLANS,
+    Curve,
+    Sites,
+    joined,
+    kinds_of,
+    sites,
+    sizes_of,
+)
 from autochunk.predict.process import (
     SECONDS,
     TEMP_BYTES,
@@ -36,6 +45,9 @@ _MARGIN, _LIKELY = 1.5, 0.6
 _NOISE_OF_BYTES = 0.07
 # With so many curves of the device itself, and no more than this to gain, a prediction is sure.
 _FEWEST_HERE, _SURE = 3, 0.05
+# Where dense attention is the safe choice another is faster by so many standard deviations.
+_SAFE = 1.0
+_IN_CACHES = 2**22  # bytes of one head's logits
 
 
 # Of one device by another jaxlib or allocator: its programs, or their costs, are others.
@@ -152,12 +164,7 @@ def predict(
     fitting = [number for number, cost in enumerate(costs) if cost.most_bytes <= most]
     if not fitting:
         return None
-    # The least expected time: that of an unsure plan is longer than its most likely one. (To prefer
-    # dense attention unless another was faster by half a standard deviation was seen to cost more
-    # than it saved; so was to prefer less memory among those within 1%.)
-    # Rounded, because what machines compute may differ in the last bits, and the choice must not.
-    expected = times.mean + np.diag(times.covariance) / 2
-    chosen = min(fitting, key=lambda one: (round(float(expected[one]), 6), str(plans[one])))
+    chosen = _chosen(workload, sources, times, costs, fitting)
     others = sorted((c for c in costs if c is not costs[chosen]), key=lambda one: one.seconds)
     return Prediction(
         cost=costs[chosen],
@@ -168,13 +175,61 @@ def predict(
     )
 
 
+def _chosen(
+    workload: Workload,
+    sources: Sequence[Source],
+    times: Posterior,
+    costs: Sequence[Cost],
+    fitting: Sequence[int],
+) -> int:
+    """The plan of least expected time, of those that are no worse than dense attention.
+
+    Expected, because that of an unsure plan is longer than its most likely one. (To take the plan
+    whose worst case is least bad, by 0.3 or 1 standard deviations, was seen to cost more than it
+    saved; so was to prefer less memory among those within 1%.)
+    """
+    dense = next((one for one in fitting if costs[one].plan == DENSE), None)
+    if dense is not None:
+        unsure = times.deviation(dense)
+        faster = times.mean + _SAFE * unsure < times.mean[dense]
+        wary = _is_unlearned(workload, sources)
+        fitting = [
+            one
+            for one in fitting
+            if one == dense or faster[one] or not (wary or _gains_nothing(costs, one, dense))
+        ]
+    expected = times.mean + np.diag(times.covariance) / 2
+    # Rounded, because what machines compute may differ in the last bits, and the choice must not.
+    return min(fitting, key=lambda one: (round(float(expected[one]), 6), str(costs[one].plan)))
+
+
+def _is_unlearned(workload: Workload, sources: Sequence[Source]) -> bool:
+    """Whether no curve has what is computed of each logit, or a product in bfloat16.
+
+    Some CPUs have units for that; then dense attention of short sequences was seen to be the
+    fastest in forward, of which curves in float32 say nothing. Longer ones leave the caches.
+    """
+    asked = kinds_of(workload)
+    kinds = np.concatenate([source.curve.sites.kinds for source in sources])
+    short = workload.query_length * workload.key_length * workload.logits_itemsize <= _IN_CACHES
+    products = short and workload.dtype == "bfloat16" and workload.mode == "forward"
+    return bool((kinds[:, -1] != asked[-1]).all() or (products and (kinds[:, 0] != asked[0]).all()))
+
+
+def _gains_nothing(costs: Sequence[Cost], one: int, dense: int) -> bool:
+    """Whether a plan is to compute all logits at once, in no less memory than dense."""
+    plan, memory = costs[one].plan, costs[one].temp_bytes
+    unsliced = is_sliced(plan.implementation) and plan.max_chunk_size_mb is None
+    return unsliced and memory >= costs[dense].temp_bytes
+
+
 def nearest(workload: Workload, sources: Sequence[Source]) -> list[Source]:
     """The curves that tell most of a workload, of ``MOST_POINTS`` plans, the most alike first."""
     close = alike(
         SECONDS,
         (sizes_of(workload), kinds_of(workload)),
         np.array([source.curve.sites.sizes[0] for source in sources]).reshape(-1, 4),
-        np.array([source.curve.sites.kinds[0] for source in sources]).reshape(-1, 5),
+        np.array([source.curve.sites.kinds[0] for source in sources]).reshape(-1, KINDS),
         np.array([source.likeness for source in sources]),
     )
     return first_of(sources[number] for number in np.argsort(-close, kind="stable"))

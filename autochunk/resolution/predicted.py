@@ -15,7 +15,7 @@ from autochunk.errors import BundleError, StoreError, WorkloadError
 from autochunk.functions import is_function
 from autochunk.implementations import IMPLEMENTATIONS, is_fused, is_sliced
 from autochunk.plan import BYTES_PER_MB
-from autochunk.predict.curves import Curve, curve, kinds_of, sizes_of
+from autochunk.predict.curves import KINDS, Curve, curve, kinds_of, sizes_of
 from autochunk.predict.prediction import (
     Cost,
     Prediction,
@@ -58,7 +58,7 @@ class Curves:
         self._subjects = list(_subjects(layers, device))
         places = [_place(one.workload.key) for one in self._subjects]
         self._sizes = np.array([sizes for _, sizes, _ in places]).reshape(-1, 4)
-        self._kinds = np.array([kinds for _, _, kinds in places]).reshape(-1, 5)
+        self._kinds = np.array([kinds for _, _, kinds in places]).reshape(-1, KINDS)
         self._likeness = np.array([one.likeness for one in self._subjects])
 
     def near(self, workload: Workload) -> list[Source]:

@@ -94,7 +94,7 @@ def _kept(arguments: Arguments, keys: int) -> Any:
     bits = np.asarray(arguments.dropout_bits)[..., None]
     with np.errstate(over="ignore"):
         mixed = bits + (np.arange(keys, dtype=np.uint32) * np.uint32(0x9E3779B9))
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
     rate = arguments.dropout_rate
     return np.where(mixed >= np.uint32(round(rate * 2**32)), 1 / (1 - rate), 0.0)

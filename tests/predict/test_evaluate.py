@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 import autochunk
+from autochunk.predict.curves import curve
 from autochunk.predict.evaluate import Replay, Summary, replay, summaries
+from autochunk.predict.prediction import Source, nearest, plans_of, predict
 from autochunk.store import bundle
+from autochunk.store.choice import DENSE
+from autochunk.workload import Workload
 
 SHIPPED = sorted((Path(autochunk.__file__).parents[1] / "profiles").glob("*.json"))
 
@@ -71,3 +75,19 @@ def test_what_a_replay_tells() -> None:
         assert (one.regret == 0) == (one.chosen.ratio == one.best.ratio)
         assert len(one.memory) == sum(m.timed for m in one.profile.measurements)
         assert one.within >= 0
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("term", ["dropout=bht", "dropout=b11,bias=1hts", "alibi=1h"])
+def test_what_no_curve_has_is_left_to_dense_attention(term: str, mode: str) -> None:
+    """On GPUs, of which no curve has these: slices were seen to be slower, predicted faster."""
+    profiles = bundle.read(next(file for file in SHIPPED if "h100" in file.name)).profiles
+    workload = Workload.parse(f"b=8,t=1024,h=12,k=64,{term}", dtype="bfloat16", mode=mode)
+    sources = [Source(own, 1.0) for one in profiles if (own := curve(one)) is not None]
+    plans = plans_of(workload, "gpu")
+    found = predict(workload, "gpu", nearest(workload, sources), plans)
+    assert found is not None
+    assert found.cost.plan == DENSE
+    little = predict(workload, "gpu", nearest(workload, sources), plans, memory_budget_mb=300)
+    assert little is not None
+    assert little.cost.most_bytes <= 300e6

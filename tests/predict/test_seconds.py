@@ -57,3 +57,16 @@ def test_keys_for_all_heads_are_written() -> None:
     """Dense attention repeats grouped keys, which takes a decoding step longer than its logits."""
     grouped, single = "b=32,t=1,s=4096,h=32,kv_heads=8,k=128", "b=32,t=1,s=4096,h=8,k=128"
     assert took(grouped, "dense") > 2 * took(single, "dense")
+
+
+@pytest.mark.parametrize("term", [",dropout=bht", ",soft_cap=yes"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_what_is_computed_of_each_logit_takes_time(term: str, platform: str) -> None:
+    """In a training step of slices more than in one of dense attention, which hashes less often."""
+    shape = "b=8,t=1024,h=12,k=64"
+    more = {
+        name: took(shape + term, name, "training", platform)
+        - took(shape, name, "training", platform)
+        for name in ("dense", "xla")
+    }
+    assert more["xla"] > more["dense"] > 0
