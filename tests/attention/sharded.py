@@ -162,7 +162,9 @@ def trains(form: str, **settings: Any) -> Callable[[dict[str, jax.Array], jax.Ar
 
     def training(arrays: dict[str, jax.Array], cotangent: jax.Array) -> Any:
         moving = {name: arrays[name] for name in moving_of(form)}
-        out, pull = jax.vjp(lambda moved: dot_product_attention(**(arrays | moved), **fixed), moving)
+        out, pull = jax.vjp(
+            lambda moved: dot_product_attention(**(arrays | moved), **fixed), moving
+        )
         return out, pull(cotangent)[0]
 
     return training
