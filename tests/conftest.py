@@ -12,10 +12,12 @@ import pytest
 
 from autochunk.resolution import places, resolve
 
-# Compiling takes most of the tests' time; how fast a CPU's machine code is matters to none of them.
+# Compiling takes most of the tests' time; how fast a CPU's machine code is matters to none of them,
+# and programs as small as theirs are compiled faster in one piece than in many.
 # Read when jax first compiles, here and in the processes that tests start.
 if not Path("/dev/nvidiactl").exists():
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick += " --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # A shape that broadcasts by accident is an error here, not a silent outer product.

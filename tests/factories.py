@@ -138,6 +138,12 @@ def one_plan(limit: float | None, implementation: str = "xla") -> tuple[Measurem
     return (make_measurement(implementation, limit),)
 
 
+def devices_on_cpu(count: int) -> dict[str, str]:
+    """The environment of a process that has so many devices, and else compiles as this one does."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
 def start_python(code: str | Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Starts a Python process of code or a file, which can import this module.
 

@@ -34,7 +34,7 @@ from autochunk.device import detect
 from autochunk.errors import StaleWarning
 from autochunk.report import TuneProgress
 from autochunk.store import bundle, files
-from autochunk.store.profile import utc_now
+from autochunk.store.profile import Profile, utc_now
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import (
@@ -58,12 +58,23 @@ def call(*arguments: str, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(main, arguments, input=stdin)
 
 
-@pytest.fixture
-def tuned() -> list[dict[str, Any]]:
-    """Rows of a store with one small workload, really tuned, forward."""
-    result = call("tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick", "--json")
+@pytest.fixture(scope="module")
+def tuned_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Profile], str]:
+    """The profiles of one small workload, really tuned, forward; what the command printed."""
+    path = tmp_path_factory.mktemp("tuned") / "profiles.sqlite"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOCHUNK_STORE", str(path))
+        result = call("tune", "--shape", SHAPE, "--mode", "forward", "--effort", "quick", "--json")
     assert result.exit_code == 0, result.output
-    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    return ProfileStore(path).profiles(), result.stdout
+
+
+@pytest.fixture
+def tuned(tuned_once: tuple[list[Profile], str]) -> list[dict[str, Any]]:
+    """Rows of a store of this test's own with what was tuned."""
+    profiles, printed = tuned_once
+    ProfileStore().put_all(profiles)
+    rows: list[dict[str, Any]] = json.loads(printed)
     return rows
 
 
@@ -764,7 +775,7 @@ def test_an_interruption_ends_at_once_and_says_how_to_go_on(signal_number: int) 
 
     Ctrl-C, SIGTERM (a scheduler) or SIGHUP (a lost connection); what was measured is stored.
     """
-    options = "tune --shape b=4,t=1024,h=8,k=64 --effort thorough"
+    options = "tune --shape b=1,t=1024,h=4,k=32 --effort thorough"
     # Where the tests ignore signals (nohup, a script's background), so would a process of theirs.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"

@@ -54,11 +54,10 @@ def attend(implementation: str = "xla", **settings: Any) -> Callable[..., Any]:
     )
 
 
-def compare(function: Callable[..., Any], *arrays: Any) -> None:
-    assert_close(
-        jax.device_get(quick_jit(pulled(function))(*arrays)),
-        jax.device_get(quick_jit(pulled(plain))(*arrays)),
-    )
+@functools.cache
+def expected_of_arrays() -> Any:
+    """Plain attention's output and gradients of the operands."""
+    return jax.device_get(quick_jit(pulled(plain))(*ARRAYS))
 
 
 def shard_map(check_vma: bool, *specs: Any) -> None:
@@ -69,8 +68,13 @@ def shard_map(check_vma: bool, *specs: Any) -> None:
             function, mesh=MESH, in_specs=specs, out_specs=specs[0], check_vma=check_vma
         )
         received = quick_jit(pulled(mapped))(*ARRAYS, BIAS)
-        expected = quick_jit(pulled(functools.partial(plain, is_causal=True)))(*ARRAYS, BIAS)
-        assert_close(jax.device_get(received), jax.device_get(expected))
+        assert_close(jax.device_get(received), expected_with_bias())
+
+
+@functools.cache
+def expected_with_bias() -> Any:
+    causal = functools.partial(plain, is_causal=True)
+    return jax.device_get(quick_jit(pulled(causal))(*ARRAYS, BIAS))
 
 
 def vmapped() -> None:
@@ -85,7 +89,9 @@ def vmapped() -> None:
 
 def sharded(implementation: str) -> None:
     """Operands that are spread over the mesh, and no word about it in the program."""
-    compare(attend(implementation), *spread(MESH, "batch", None, "heads"))
+    arrays = spread(MESH, "batch", None, "heads")
+    received = jax.device_get(quick_jit(pulled(attend(implementation)))(*arrays))
+    assert_close(received, expected_of_arrays())
 
 
 def explicit() -> None:
@@ -93,7 +99,7 @@ def explicit() -> None:
     with jax.set_mesh(EXPLICIT):
         arrays = spread(EXPLICIT, "batch", None, None)
         received = jax.device_get(quick_jit(pulled(attend("xla_rows")))(*arrays))
-    assert_close(received, jax.device_get(quick_jit(pulled(plain))(*ARRAYS)))
+    assert_close(received, expected_of_arrays())
 
 
 # Each device's share of arrays of many rows, by forms of call and by what is spread over which axes
@@ -150,25 +156,45 @@ def own_spec(name: str, batch: Any, rows: Any, heads: Any) -> P:
     }.get(name, P(batch))
 
 
+def trains(form: str, **settings: Any) -> Callable[[dict[str, jax.Array], jax.Array], Any]:
+    """The output and gradients of a form of call."""
+    fixed = {"implementation": "xla", "max_chunk_size_mb": LIMIT, **FORMS[form][1], **settings}
+
+    def training(arrays: dict[str, jax.Array], cotangent: jax.Array) -> Any:
+        moving = {name: arrays[name] for name in moving_of(form)}
+        out, pull = jax.vjp(
+            lambda moved: dot_product_attention(**(arrays | moved), **fixed), moving
+        )
+        return out, pull(cotangent)[0]
+
+    return training
+
+
+def moving_of(form: str) -> list[str]:
+    """The names of what is differentiated."""
+    return ["query", "key", "value", *(name for name in DIFFERENTIABLE if name in FORMS[form][0])]
+
+
+def arrays_of(form: str) -> dict[str, Any]:
+    return {"query": draw(ROWS), "key": draw(ROWS), "value": draw(ROWS), **FORMS[form][0]}
+
+
+@functools.cache
+def expected_of_form(form: str) -> Any:
+    """What one device computes, whole, which is compiled faster than slices."""
+    whole = jax.device_put((arrays_of(form), draw(ROWS)), jax.devices()[0])
+    return jax.device_get(quick_jit(trains(form, max_chunk_size_mb=None))(*whole))
+
+
 def share(form: str, spec: str) -> None:
     """Each device computes its own part, and what is communicated are sums of cotangents.
 
     They are for keys and values if rows are spread, or for what broadcasts over what is spread.
     """
-    terms, settings = FORMS[form]
-    arrays = {"query": draw(ROWS), "key": draw(ROWS), "value": draw(ROWS), **terms}
+    arrays, moving = arrays_of(form), moving_of(form)
     function = functools.partial(
-        dot_product_attention, max_chunk_size_mb=LIMIT, implementation="xla", **settings
+        dot_product_attention, max_chunk_size_mb=LIMIT, implementation="xla", **FORMS[form][1]
     )
-    moving = ["query", "key", "value", *(name for name in DIFFERENTIABLE if name in terms)]
-
-    def training(arrays: dict[str, jax.Array], cotangent: jax.Array, **limit: None) -> Any:
-        out, pull = jax.vjp(
-            lambda moved: function(**(arrays | moved), **limit),
-            {name: arrays[name] for name in moving},
-        )
-        return out, pull(cotangent)[0]
-
     axes = SPECS[spec]
     spread_as = {name: NamedSharding(MESH, own_spec(name, *axes)) for name in arrays}
     there = {name: jax.device_put(array, spread_as[name]) for name, array in arrays.items()}
@@ -176,14 +202,12 @@ def share(form: str, spec: str) -> None:
     outs = spread_as["query"], {name: spread_as[name] for name in moving}
     forward = quick_jit(lambda arrays: function(**arrays), out_shardings=outs[0])
     run = forward.lower(there).compile()
-    train = quick_jit(training, out_shardings=outs).lower(there, cotangent).compile()
+    train = quick_jit(trains(form), out_shardings=outs).lower(there, cotangent).compile()
     assert communication(run) == []
     shared = [axes[1] is not None, *(axes[0] is not None for name in moving[3:])]
     allowed = ["all-reduce"] * any(shared)
     assert sorted(set(communication(train))) == allowed
-    whole = jax.device_put((arrays, draw(ROWS)), jax.devices()[0])
-    in_one = functools.partial(training, max_chunk_size_mb=None)  # compiled faster than slices
-    expected = jax.device_get(quick_jit(in_one)(*whole))
+    expected = expected_of_form(form)
     assert_close(jax.device_get(run(there)), expected[0])
     assert_close(jax.device_get(train(there, cotangent)), expected)
 

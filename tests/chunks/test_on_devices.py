@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from factories import run_python
+from factories import devices_on_cpu, run_python
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
@@ -16,7 +16,7 @@ def test_nothing_is_communicated(kind: str) -> None:
     the last two the gradients of what is shared are summed over devices once, after all chunks.
     """
     script = Path(__file__).with_name("on_devices.py")
-    printed = run_python(script, kind, timeout=300, JAX_PLATFORMS="cpu")
+    printed = run_python(script, kind, timeout=300, **devices_on_cpu(4))
     in_loops, along = printed.strip().split("\n")
     assert along.startswith("P('i'")
     assert along.endswith("[]")

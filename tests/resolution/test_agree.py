@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from factories import (
+    devices_on_cpu,
     make_measurement,
     make_profile,
     make_workload,
@@ -63,8 +64,7 @@ def start(
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=1"
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment |= devices_on_cpu(1)
     processes = []
     for number, store in enumerate(stores):
         given = json.dumps([number, count, address, before.get(number, ""), after.get(number, "")])
@@ -138,7 +138,7 @@ whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 noise = np.random.default_rng(0).standard_normal((4, 64, 2, 8), np.float32)
 given = [jax.make_array_from_callback(noise.shape, s, lambda i: noise[i]) for s in (rows, whole)]
 received = jax.jit(train, out_shardings=(rows, whole))(*given)
-expected = train(noise, noise)
+expected = jax.jit(train)(noise, noise)
 for one, other in zip(received, expected):
     for piece in one.addressable_shards:
         np.testing.assert_allclose(piece.data, np.asarray(other)[piece.index], atol=1e-5)
