@@ -25,6 +25,7 @@ from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 
 _DEFAULT_FILE = "autochunk-report.html"
+_MANY_FIGURES = 100  # take some seconds
 
 
 def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
@@ -65,6 +66,13 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     metavar="BENCH.json",
     help="Mark other libraries, as `autochunk bench --json` timed them on this machine.",
 )
+@click.option(
+    "--figures",
+    type=click.IntRange(min=0),
+    metavar="COUNT",
+    help="Draw at most so many curves on a page, of what was measured last; the default is 300. "
+    "Tables have all workloads.",
+)
 @filter_options
 @store_option
 @json_option
@@ -74,6 +82,7 @@ def report(
     against: str | None,
     limit: float | None,
     peers: Path | None,
+    figures: int | None,
     filters: Filters,
     store: Path | None,
     as_json: bool,
@@ -101,7 +110,7 @@ def report(
     elif record["changes"] is not None:
         print_parts(changes_table(record["changes"]))
     if file is not None or not (as_json or against):
-        _write(file or _DEFAULT_FILE, record)
+        _write(file or _DEFAULT_FILE, record, figures)
     _fail(record["changes"] or (), limit)
 
 
@@ -121,8 +130,8 @@ def _compared(before: Source | None, profiles: Sequence[Profile], limit: float) 
     return {"changes": changes, "against": before.name, "limit": limit, "counts": counts}
 
 
-def _write(file: str, record: dict[str, Any]) -> None:
-    text = _figure(record) if file.endswith(".svg") else _page(record)
+def _write(file: str, record: dict[str, Any], figures: int | None) -> None:
+    text = _figure(record) if file.endswith(".svg") else _page(record, figures)
     if file == "-":
         print_file(text)
     else:
@@ -130,10 +139,19 @@ def _write(file: str, record: dict[str, Any]) -> None:
         say(f"{file}: {len(text.encode()) / 1e6:.2f} MB.", err=True)
 
 
-def _page(record: dict[str, Any]) -> str:
-    from autochunk.report.page import report_html
+def _page(record: dict[str, Any], figures: int | None) -> str:
+    from autochunk.report.page import USUAL_FIGURES, report_html, workload_count
 
-    return report_html(record)
+    figures, count = USUAL_FIGURES if figures is None else figures, workload_count(record)
+    if count > figures:
+        say(
+            f"Drawing {figures} of {count} workloads, those measured last; tables have all. For "
+            "others choose with --device, --shape, --dtype and --mode, or give --figures.",
+            err=True,
+        )
+    elif count > _MANY_FIGURES:
+        say(f"Drawing {count} workloads, about 20 in a second.", err=True)
+    return report_html(record, figures)
 
 
 def _figure(record: dict[str, Any]) -> str:

@@ -130,6 +130,8 @@ def watch(
     Exit status: 0 when told to stop, or with --once when nothing is left to do; 3 with --once when
     something is left; 1 on an error, for example when another service watches the device.
     """
+    stop = _told_to_stop()  # first: what follows takes a second to import and to start
+
     from autochunk.watch import record, service
     from autochunk.watch.idle import ALL_DAY, Hours
 
@@ -154,7 +156,6 @@ def watch(
         say(json.dumps(event) if as_json else event_text(event))
         sys.stdout.flush()
 
-    stop = _told_to_stop()
     done = service.watch(profile_store, options, tell, stop)
     if once and not done:
         sys.exit(_SOMETHING_LEFT)

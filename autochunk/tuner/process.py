@@ -71,6 +71,7 @@ class WorkerProcess:
         except OSError as error:
             raise ProbeError(f"cannot start {command[0]}: {error}") from error
         _make_likelier_victim(self.process.pid)
+        weigh_session(self.process.pid)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._complaints: collections.deque[str] = collections.deque(maxlen=20)
         self._readers = [
@@ -145,6 +146,17 @@ def _make_likelier_victim(process: int) -> None:
     """
     with contextlib.suppress(OSError):  # another system, or the process has ended
         Path(f"/proc/{process}/oom_score_adj").write_text("1000")
+
+
+def weigh_session(process: int) -> None:
+    """Gives the session that a process leads the share of the cores that its niceness says.
+
+    Linux shares cores among sessions first (autogroups, see sched(7)) and by niceness only within
+    one: of a session of its own the nicest process takes half of what another program needs.
+    """
+    with contextlib.suppress(OSError):  # another system, no autogroups, or the process has ended
+        niceness = os.getpriority(os.PRIO_PROCESS, process) if hasattr(os, "getpriority") else 0
+        Path(f"/proc/{process}/autogroup").write_text(str(niceness))
 
 
 def _parsed(line: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Ending, Event, Failed, Finished
+from autochunk.tuner.process import weigh_session
 from autochunk.workload import Workload
 
 _NICE = 19  # whoever comes has the cores at once
@@ -33,6 +34,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(OSError):
         os.nice(_NICE)
+    weigh_session(os.getpid())
     warnings.simplefilter("ignore", AutochunkWarning)
     try:
         job = json.loads(sys.stdin.readline())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -21,11 +22,16 @@ from autochunk.report.svg import color_css
 from autochunk.report.tables import SCATTERED, faster_text, memory_text, notes_text, within_text
 
 
-def report_html(record: dict[str, Any]) -> str:
+USUAL_FIGURES = 300
+"""So many curves a page has unless told: they take a second for twenty, and 15 kB each."""
+
+
+def report_html(record: dict[str, Any], figures: int = USUAL_FIGURES) -> str:
     """A report's page.
 
     Args:
       record: a ``report_record``, and ``changes``, None or a ``comparison``.
+      figures: so many curves are drawn at most, of what was measured last; tables have all.
 
     Raises:
       ReportError: the extra ``report`` is not installed.
@@ -47,9 +53,12 @@ def report_html(record: dict[str, Any]) -> str:
         "notes": notes_text,
         "within": within_text,
     }
+    environment.tests["timed"] = timed
     return environment.from_string(_part("report.html.jinja")).render(
         record=record,
-        devices=[_with_figures(one, i) for i, one in enumerate(record["devices"])],
+        devices=_with_figures(record["devices"], figures),
+        undrawn=max(0, workload_count(record) - figures),
+        figures=figures,
         script=Markup(script),  # noqa: S704 - our own file
         style=Markup(style + _schemes()),  # noqa: S704 - our own file
         policy=f"'sha256-{_sha256(script)}'",
@@ -65,16 +74,32 @@ def _renamed(changes: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(then, now) for then, now in pairs if then not in (None, now)]
 
 
-def _with_figures(device: dict[str, Any], number: int) -> dict[str, Any]:
-    """A device's record with each workload's figure, its words, and what moves its marks."""
-    rows = enumerate(device["workloads"])
-    return {**device, "workloads": [_with_figure(row, f"w{number}-{i}") for i, row in rows]}
+def workload_count(record: dict[str, Any]) -> int:
+    """How many workloads a report has on all its devices."""
+    return sum(len(device["workloads"]) for device in record["devices"])
 
 
-def _with_figure(row: dict[str, Any], name: str) -> dict[str, Any]:
+def _with_figures(devices: Sequence[dict[str, Any]], figures: int) -> list[dict[str, Any]]:
+    """Devices' records with the last workloads' figures, their words, and what moves their marks."""
+    places = [(i, j) for i, one in enumerate(devices) for j in range(len(one["workloads"]))]
+    places.sort(key=lambda at: devices[at[0]]["workloads"][at[1]]["created"], reverse=True)
+    drawn = set(places[:figures])
+    return [
+        {
+            **device,
+            "workloads": [
+                _with_figure(row, f"w{i}-{j}", drawn=(i, j) in drawn)
+                for j, row in enumerate(device["workloads"])
+            ],
+        }
+        for i, device in enumerate(devices)
+    ]
+
+
+def _with_figure(row: dict[str, Any], name: str, *, drawn: bool) -> dict[str, Any]:
     curve = row["curve"]
     row = {**row, "name": name, "svg": "", "order": best_first(curve)}
-    if not timed(curve):
+    if not drawn or not timed(curve):
         return row
     svg, *axis = curve_svg(curve, f"{name}-", figure_label(row))
     moves = {
