@@ -38,6 +38,7 @@ WORKER = worker_command("autochunk.tuner.worker")
 """Starts one that measures attention."""
 
 _STOP_SECONDS = 5.0
+_NICEST_SESSION = 10
 
 
 class WorkerFailure(Exception):
@@ -148,15 +149,19 @@ def _make_likelier_victim(process: int) -> None:
         Path(f"/proc/{process}/oom_score_adj").write_text("1000")
 
 
-def weigh_session(process: int) -> None:
-    """Gives the session that a process leads the share of the cores that its niceness says.
+def weigh_session(process: int, niceness: int | None = None) -> None:
+    """Gives the session that a process leads the share of the cores that a niceness says.
+
+    None is the process's own, 10 at most: a tenth of what another program has, for one that has
+    less does not get to storing what it measured.
 
     Linux shares cores among sessions first (autogroups, see sched(7)) and by niceness only within
     one: of a session of its own the nicest process takes half of what another program needs.
     """
     with contextlib.suppress(OSError):  # another system, no autogroups, or the process has ended
-        niceness = os.getpriority(os.PRIO_PROCESS, process) if hasattr(os, "getpriority") else 0
-        Path(f"/proc/{process}/autogroup").write_text(str(niceness))
+        if niceness is None and hasattr(os, "getpriority"):
+            niceness = min(os.getpriority(os.PRIO_PROCESS, process), _NICEST_SESSION)
+        Path(f"/proc/{process}/autogroup").write_text(str(niceness or 0))
 
 
 def _parsed(line: str) -> dict[str, Any]:

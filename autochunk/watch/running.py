@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from autochunk import host
-from autochunk.tuner.process import worker_command
+from autochunk.tuner.process import weigh_session, worker_command
 from autochunk.watch.eyes import descendants
 
 JOB = worker_command("autochunk.watch.job")
@@ -74,6 +74,9 @@ class RunningJob:
         """
         start = time.monotonic()
         measuring = descendants(self._process.pid)
+        for process in (*measuring, self._process.pid):
+            # To end takes cores, too: one that whoever came leaves none keeps its memory.
+            weigh_session(process, 0)
         self._process.terminate()
         while any(map(_runs, measuring)):
             if time.monotonic() - start > _MEASURING_ENDS_SECONDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,23 @@ def test_a_page_of_nothing_says_what_to_do() -> None:
 def test_a_workload_without_times(measurements: Any) -> None:
     """It has no figure, and says so."""
     assert "No plan could be timed" in page_of((make_profile(measurements=measurements),))
+
+
+def test_a_page_of_many_draws_what_was_measured_last() -> None:
+    """On all devices together; tables have the others, too, and words say what to do."""
+    profiles = [
+        make_profile(make_workload(shape), make_device(kind=kind), created=f"202{year}-01-02T03:04:05Z")
+        for year, (kind, shape) in enumerate(itertools.product(("one/1", "two/2"), SHAPES))
+    ]
+    source = Source("a place", "store", tuple(profiles), {}, "")
+    record = {**report_record([source], DEVICE), "changes": None}
+    page = report_html(record, figures=2)
+    drawn = re.findall(r'<svg id="|id="(w\d-\d)-slider"', page)
+    assert [name for name in drawn if name] == ["w1-1", "w1-2"]
+    assert page.count("Not drawn: ") == 4
+    assert page.count('<table class="sortable plans">') == 6
+    assert "--figures" in page
+    assert "--figures" not in report_html(record, figures=6)
 
 
 # --- In a browser ---------------------------------------------------------------------------------

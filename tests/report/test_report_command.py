@@ -65,6 +65,16 @@ def test_a_page_of_the_store(here: Path) -> None:
     assert make_device().key in (here / "autochunk-report.html").read_text()
 
 
+def test_a_page_of_many_says_what_it_draws(here: Path) -> None:
+    """Before it takes its time, with what to do for the others."""
+    place = bundle_of(here / "a.json", make_profile(), make_profile(OTHER))
+    result = call("report", "-", "--from", place, "--figures", 1)
+    assert "Drawing 1 of 2 workloads" in result.stderr
+    assert "--shape" in result.stderr
+    assert result.stdout.count("<svg") == 1
+    assert "Drawing" not in call("report", "-", "--from", place).stderr
+
+
 def test_a_page_of_several_places(here: Path) -> None:
     """Each is named in it; - is standard output."""
     first = bundle_of(here / "a.json", make_profile())

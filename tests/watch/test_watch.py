@@ -33,6 +33,7 @@ from autochunk.watch.idle import Hours, Look
 from autochunk.watch.lock import DeviceLock
 from autochunk.watch.publish import file_of, publish
 from autochunk.watch.record import Record
+from autochunk.watch.running import RunningJob
 from autochunk.watch.service import Options, Watch, found_device
 from autochunk.watch.todo import Job, Memory
 
@@ -87,7 +88,7 @@ class Service:
             thread.join(timeout=30)
             assert not thread.is_alive()
 
-    def wait_for(self, seen: Callable[[], object], seconds: float = 30.0) -> None:
+    def wait_for(self, seen: Callable[[], object], seconds: float = 120.0) -> None:
         """Until something is seen."""
         end = time.monotonic() + seconds
         while not seen():
@@ -173,13 +174,37 @@ def test_it_gives_way_and_goes_on(tmp_path: Path) -> None:
     assert dense.own_ratios == kept[dense.plan].own_ratios
 
 
+def hanging_job(folder: Path) -> dict[str, Any]:
+    """A job whose measuring process makes a file, ``measuring``, and hangs."""
+    worker = scripted(default={"do": f"once:{folder / 'measuring'}:hang"})
+    job = {"kind": "missed", "workload": SMALL.key, "effort": "quick", "worker": worker}
+    return job | {"store": str(folder / "store"), "storage": None, "memory_budget_mb": None}
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="needs Linux' autogroups")
+def test_a_job_leaves_the_cores_to_others(tmp_path: Path) -> None:
+    """It is the nicest, and the sessions that it and its measuring process lead are nice.
+
+    Linux weighs sessions first: their niceness alone would leave others half of the cores, which
+    are too few to be seen as work by a service that is told --busy-cores 1.5 on two.
+    """
+    running = RunningJob(hanging_job(tmp_path))
+    try:
+        while not (tmp_path / "measuring").exists():
+            assert not running.ended(0.05)
+        processes = [one for one in descendants(os.getpid()) if os.getsid(one) == one]
+        assert len(processes) == 2
+        assert {os.getpriority(os.PRIO_PROCESS, one) for one in processes} == {19}
+        texts = [Path(f"/proc/{one}/autogroup").read_text() for one in processes]
+        assert all(text.split()[1:] == ["nice", "10"] for text in texts), texts
+    finally:
+        running.end()
+        running.result()
+
+
 def test_a_job_ends_with_its_service(tmp_path: Path) -> None:
     """However that ends; a lock of its own would keep the next one from the device for ever."""
-    flag = tmp_path / "measuring"
-    worker = scripted(default={"do": f"once:{flag}:hang"})
-    job: dict[str, Any] = {"kind": "missed", "workload": SMALL.key, "effort": "quick"}
-    job |= {"store": str(tmp_path / "store"), "worker": worker}
-    job |= {"storage": None, "memory_budget_mb": None}
+    flag, job = tmp_path / "measuring", hanging_job(tmp_path)
     code = (
         "import json, sys, time\nfrom autochunk.watch.running import RunningJob\n"
         "job = RunningJob(json.loads(sys.argv[1]))\ntime.sleep(600)"
@@ -327,6 +352,24 @@ def test_the_command_tells_what_it_did_and_will_do(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
     (found,) = records.read_all(ProfileStore().path)
     assert found["runs"] is False
+
+
+def test_told_to_stop_while_it_starts() -> None:
+    """It ends as it does later, with status 0 and a word; starting takes a second or more."""
+    run = (
+        "import os, signal\nfrom autochunk.cli import main\nfrom autochunk.cli import sharing\n"
+        "class Store(sharing.ProfileStore):\n"
+        "    def __init__(self, path):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        super().__init__(path)\n"
+        "sharing.ProfileStore = Store\nmain(['watch', '--json', '--busy-cores', '1000'])"
+    )
+    command = [sys.executable, "-c", run]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    told = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [one["event"] for one in told] == ["started", "ended"]
+    assert told[-1]["detail"] == "told to stop"
 
 
 @pytest.mark.parametrize("hours", ["", "25-3"])
