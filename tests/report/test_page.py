@@ -120,7 +120,9 @@ def test_a_workload_without_times(measurements: Any) -> None:
 def test_a_page_of_many_draws_what_was_measured_last() -> None:
     """On all devices together; tables have the others, too, and words say what to do."""
     profiles = [
-        make_profile(make_workload(shape), make_device(kind=kind), created=f"202{year}-01-02T03:04:05Z")
+        make_profile(
+            make_workload(shape), make_device(kind=kind), created=f"202{year}-01-02T03:04:05Z"
+        )
         for year, (kind, shape) in enumerate(itertools.product(("one/1", "two/2"), SHAPES))
     ]
     source = Source("a place", "store", tuple(profiles), {}, "")

@@ -21,7 +21,6 @@ from autochunk.report.scales import bytes_text, seconds_text, timed
 from autochunk.report.svg import color_css
 from autochunk.report.tables import SCATTERED, faster_text, memory_text, notes_text, within_text
 
-
 USUAL_FIGURES = 300
 """So many curves a page has unless told: they take a second for twenty, and 15 kB each."""
 
@@ -80,7 +79,7 @@ def workload_count(record: dict[str, Any]) -> int:
 
 
 def _with_figures(devices: Sequence[dict[str, Any]], figures: int) -> list[dict[str, Any]]:
-    """Devices' records with the last workloads' figures, their words, and what moves their marks."""
+    """Devices' records with the last workloads' figures, words, and what moves their marks."""
     places = [(i, j) for i, one in enumerate(devices) for j in range(len(one["workloads"]))]
     places.sort(key=lambda at: devices[at[0]]["workloads"][at[1]]["created"], reverse=True)
     drawn = set(places[:figures])
