@@ -313,8 +313,7 @@ def why_not(implementation: str, arguments: Arguments, *, training: bool) -> str
     """Why an implementation does not take a call, on jax's default device; empty if it does."""
     if not is_fused(implementation):
         return ""
-    plan = Plan(implementation)
-    call = arguments.call(Plans(plan, plan))
+    call = arguments.call(Plans(Plan(implementation), Plan(implementation)))
     try:
         kernels.trace(
             implementation, arguments.inputs(), call, kernels.platform(), training=training
@@ -347,8 +346,7 @@ def _by_propagation(
 ) -> Any:
     """What ``attend`` returns where mesh axes are explicit, sharded as the query.
 
-    Its inside is left to XLA's own propagation, which can split an axis between two dims, as that
-    of query heads between key heads and the queries of each.
+    XLA's own propagation, inside, can split an axis of heads between [N] and [H / N].
     """
     *spec, _ = jax.typeof(arguments.query).sharding.spec
     specs = jax.sharding.PartitionSpec(*spec, None), jax.sharding.PartitionSpec(*spec)

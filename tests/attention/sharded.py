@@ -244,7 +244,8 @@ def split_axis(kind: AxisType, kv_heads: int, flat: bool) -> None:
     spec, whole = NamedSharding(mesh, P(None, None, "all")), NamedSharding(mesh, P())
 
     def run(query: jax.Array, key: jax.Array) -> Any:
-        return attend(is_causal=True)(query.reshape(2, 8, 8, 4), key, key)
+        out = attend(is_causal=True)(query.reshape(2, 8, 8, 4), key, key)
+        return out.reshape(query.shape)
 
     with jax.set_mesh(mesh):
         if flat:  # tokens
