@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Iterator
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +213,8 @@ def attend(
     """What ``dot_product_attention`` returns, of arguments that are checked."""
     max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
     implementation = check_implementation(implementation)
+    if jax.sharding.AxisType.Explicit in _mesh_of(arguments.query).axis_types:
+        return _by_propagation(arguments, max_chunk_size_mb, implementation)
     out_shape, query = arguments.output_shape, arguments.query
     if 0 in arguments.logits_shape or 0 in out_shape:
         outs = [jnp.zeros(out_shape, query.dtype)]
@@ -232,7 +233,7 @@ def attend(
             call = call._replace(plans=call.plans.rows_first())
         elif _each_its_share():
             call = call._replace(shares=kernels.marker())
-        out, *stats = _attend(inputs, _taken(call, inputs, implementation))
+        out, *stats = kernels.attention(inputs, _taken(call, inputs, implementation))
         by_row = [jnp.moveaxis(one, -1, -3).reshape(query.shape[:-1]) for one in stats]
         outs = [out.reshape(out_shape), *(one.astype(arguments.key.dtype) for one in by_row)]
     return tuple(outs) if arguments.residual else outs[0]
@@ -312,8 +313,7 @@ def why_not(implementation: str, arguments: Arguments, *, training: bool) -> str
     """Why an implementation does not take a call, on jax's default device; empty if it does."""
     if not is_fused(implementation):
         return ""
-    plan = Plan(implementation)
-    call = arguments.call(Plans(plan, plan))
+    call = arguments.call(Plans(Plan(implementation), Plan(implementation)))
     try:
         kernels.trace(
             implementation, arguments.inputs(), call, kernels.platform(), training=training
@@ -341,23 +341,25 @@ def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> ke
     return kernels.taken(inputs, call, refused)
 
 
-def _attend(inputs: kernels.Inputs, call: kernels.Call) -> list[jax.Array]:
-    """The kernels' output, where mesh axes are explicit sharded as the query.
+def _by_propagation(
+    arguments: Arguments, limit: float | Literal["auto"] | None, implementation: str | None
+) -> Any:
+    """What ``attend`` returns where mesh axes are explicit, sharded as the query.
 
-    Their inside is then left to XLA's own propagation.
+    XLA's own propagation, inside, can split an axis of heads between [N] and [H / N].
     """
-    mesh, own = jax.sharding.get_abstract_mesh(), _mesh_without_devices(inputs.query)
-    if mesh.empty and not own.empty:
-        with jax.sharding.use_abstract_mesh(own):
-            return _attend(inputs, call)
-    if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
-        return kernels.attention(inputs, call)
-    *leading, rows, heads, groups, _ = jax.typeof(inputs.query).sharding.spec
-    specs = [jax.sharding.PartitionSpec(*leading, rows, heads, groups, None)]
-    if call.residual:
-        specs.append(jax.sharding.PartitionSpec(*leading, heads, groups, rows))
-    attention = functools.partial(kernels.attention, call=call)
-    return cast(list[jax.Array], jax.sharding.auto_axes(attention, out_sharding=specs)(inputs))
+    *spec, _ = jax.typeof(arguments.query).sharding.spec
+    specs = jax.sharding.PartitionSpec(*spec, None), jax.sharding.PartitionSpec(*spec)
+    with jax.sharding.use_abstract_mesh(_mesh_of(arguments.query)):
+        return jax.sharding.auto_axes(
+            lambda arrays: attend(arguments.replace(**arrays), limit, implementation),
+            out_sharding=specs if arguments.residual else specs[0],
+        )(arguments.present)
+
+
+def _mesh_of(query: jax.Array) -> jax.sharding.AbstractMesh:
+    mesh = jax.sharding.get_abstract_mesh()
+    return _mesh_without_devices(query) if mesh.empty else mesh
 
 
 def _plans(

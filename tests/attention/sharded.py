@@ -237,6 +237,26 @@ def uneven() -> None:
     )
 
 
+def split_axis(kind: AxisType, kv_heads: int, flat: bool) -> None:
+    """Dims that share a mesh axis, as few key heads and the queries of each, or batch and rows."""
+    mesh = jax.make_mesh((4,), ("all",), axis_types=(kind,))
+    query, key = draw((2, 8, 8, 4)), draw((2, 8, kv_heads, 4))
+    spec, whole = NamedSharding(mesh, P(None, None, "all")), NamedSharding(mesh, P())
+
+    def run(query: jax.Array, key: jax.Array) -> Any:
+        out = attend(is_causal=True)(query.reshape(2, 8, 8, 4), key, key)
+        return out.reshape(query.shape)
+
+    with jax.set_mesh(mesh):
+        if flat:  # tokens
+            query, spec = query.reshape(16, 8, 4), NamedSharding(mesh, P("all"))
+        there = jax.device_put(query, spec), jax.device_put(key, whole)
+        assert communication(quick_jit(run).lower(*there).compile()) == []
+        received = jax.device_get(quick_jit(pulled(run))(*there))
+    alone = jax.device_put((query, key), jax.devices()[0])
+    assert_close(received, jax.device_get(quick_jit(pulled(run))(*alone)))
+
+
 def exported() -> None:
     """What is exported holds nothing of this process, for one device and for several."""
     whole = [jnp.asarray(array) for array in ARRAYS]
@@ -422,6 +442,9 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "sharded jit": lambda: sharded("xla"),
         "explicit shardings": explicit,
         "uneven rows": uneven,
+        "few key heads": lambda: split_axis(AxisType.Auto, 2, False),
+        "few key heads, explicit": lambda: split_axis(AxisType.Explicit, 2, False),
+        "tokens of few sequences": lambda: split_axis(AxisType.Auto, 8, True),
         "exported programs": exported,
         "a mesh without devices": without_devices,
         "each device has its own plan": per_device,

@@ -123,7 +123,9 @@ def in_shares(bind: Bind, call: Call, operands: Sequence[Axes], results: Sequenc
         program = custom_partitioning(functools.partial(_tuple_of, bind, whole))
         rule = ", ".join(map(" ".join, given)) + " -> " + ", ".join(map(" ".join, made))
         program.def_partition(
-            functools.partial(_partition, bind, whole, given, made), sharding_rule=rule
+            functools.partial(_partition, bind, whole, given, made),
+            decode_shardings=False,  # JAX knows no parts of a mesh axis
+            sharding_rule=rule,
         )
         return list(program(*arrays))
 
@@ -176,8 +178,9 @@ def _partition(
     if mesh.empty:  # shardings without names, of which nothing can be summed
         devices = sorted(operands[0].sharding.device_set, key=lambda device: device.id)
         mesh = Mesh(np.array(devices), ("devices",))
-        over: dict[str, tuple[str, ...]] = {}
+        over: dict[str, Axes] = {}
     else:
+        mesh = _refined(mesh)
         over = _mesh_axes(mesh, arrays)
 
     def spec(factors: Sequence[str]) -> NamedSharding:
@@ -220,17 +223,33 @@ def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:
     return fields
 
 
+def _refined(mesh: Mesh) -> Mesh:
+    """The mesh with each axis as several of prime sizes.
+
+    A dim that was reshaped to two may have its axis split between these: of four devices for eight
+    query heads, two are for two key heads and two for the queries of each.
+    """
+    primes = [(axis, prime) for axis, size in mesh.shape.items() for prime in _primes(size)]
+    names = [f"{axis} {number}" for number, (axis, _) in enumerate(primes)]
+    return Mesh(mesh.devices.reshape([prime for _, prime in primes]), names)
+
+
+def _primes(size: int) -> list[int]:
+    for prime in range(2, size + 1):
+        if size % prime == 0:
+            return [prime, *_primes(size // prime)]
+    return []
+
+
 def _mesh_axes(
     mesh: Mesh, arrays: Sequence[tuple[jax.ShapeDtypeStruct, Sequence[str]]]
-) -> dict[str, tuple[str, ...]]:
+) -> dict[str, Axes]:
     """The mesh axes that each factor is sharded over, as the first array has it that is sharded."""
-    over: dict[str, tuple[str, ...]] = {}
+    over: dict[str, Axes] = {}
     used: set[str] = set()
     for array, factors in arrays:
-        sharding = array.sharding
-        assert isinstance(sharding, NamedSharding)
-        for factor, size, entry in zip(factors, array.shape, sharding.spec, strict=False):
-            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        spec = _axes_of_dims(mesh, array)
+        for factor, size, axes in zip(factors, array.shape, spec, strict=True):
             shares = math.prod(mesh.shape[axis] for axis in axes)
             stays = factor.replace("_", " ") in _WHOLE or factor.startswith("one")
             # XLA would fill uneven shares up with rows that are none.
@@ -239,6 +258,26 @@ def _mesh_axes(
                 over[factor] = axes
                 used |= {*axes}
     return over
+
+
+def _axes_of_dims(mesh: Mesh, array: jax.ShapeDtypeStruct) -> list[Axes]:
+    """The mesh axes that each dim is sharded over, the major one first.
+
+    Told from where shares begin, one step along each mesh axis, in an array that any number of
+    shares divides. None, where that is not how the array is sharded.
+    """
+    assert array.sharding is not None
+    rank, count = len(array.shape), mesh.size
+    begin = array.sharding.devices_indices_map((count,) * rank)
+    strides: list[dict[str, int]] = [{} for _ in range(rank)]
+    for number, axis in enumerate(mesh.axis_names):
+        device = mesh.devices[tuple(int(number == other) for other in range(mesh.devices.ndim))]
+        for dim, part in enumerate(begin[device] or ()):
+            if part.start:
+                strides[dim][axis] = part.start
+    axes = [tuple(sorted(found, key=found.__getitem__, reverse=True)) for found in strides]
+    same = NamedSharding(mesh, PartitionSpec(*axes)).is_equivalent_to(array.sharding, rank)
+    return axes if same else [()] * rank
 
 
 def _from_row(inputs: Inputs, call: Call, first: jax.Array) -> Inputs:
@@ -254,7 +293,7 @@ def _from_row(inputs: Inputs, call: Call, first: jax.Array) -> Inputs:
     return inputs._replace(**changes)
 
 
-def _summed(out: jax.Array, over: dict[str, tuple[str, ...]], factors: Sequence[str]) -> jax.Array:
+def _summed(out: jax.Array, over: dict[str, Axes], factors: Sequence[str]) -> jax.Array:
     """The sum over the shares of all that a result does not have."""
     lacking = [axis for factor, axes in over.items() if factor not in factors for axis in axes]
     return jax.lax.psum(out, tuple(lacking)) if lacking else out
