@@ -89,9 +89,11 @@ def tune_chunks(
     deadline = None if limit is None else time.monotonic() + limit
     budget = None if memory_budget_mb is None else int(memory_budget_mb * BYTES_PER_MB)
     found, failures = [], []
-    for mode in modes:
+    for number, mode in enumerate(modes):
         probe = _HereProbe(call, budget, deadline)
-        profile, told = measured(subject.with_mode(mode), probe, probe.connect(), effort)
+        share = seconds_left(deadline) / (len(modes) - number)
+        how = probe.connect(), effort
+        profile, told = measured(subject.with_mode(mode), probe, *how, seconds=share)
         on_line(f"{subject.shape} {mode}: {told}")
         if profile is None:
             failures.append(f"{mode}: {told}")
