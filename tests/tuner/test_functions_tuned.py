@@ -23,7 +23,7 @@ from autochunk.plan import Plan
 from autochunk.store.choice import DENSE
 from autochunk.store.profiles import ProfileStore
 from autochunk.store.programs import Programs
-from autochunk.tuner.effort import EFFORT_SETTINGS
+from autochunk.tuner.functions.candidates import Candidates
 from autochunk.tuner.functions.subject import (
     Subject,
     as_numbers,
@@ -31,34 +31,30 @@ from autochunk.tuner.functions.subject import (
     of_program,
     tolerance_of,
 )
-from autochunk.tuner.functions.tune import Limits, candidates, tune_missed
+from autochunk.tuner.functions.tune import Limits, tune_missed
 from autochunk.tuner.functions.worker import plan_of
 from autochunk.tuner.reference import error_of_product
 from autochunk.tuner.tune import stale_functions
 from autochunk.workload import MODES
 
-QUICK = EFFORT_SETTINGS["quick"]
-
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=3))
 def test_candidates(lengths: list[int]) -> None:
-    """The whole call first, then ever smaller chunks, each once, and not too many of them."""
-    plans = candidates(lengths, QUICK)
-    assert plans[0] == DENSE
-    sizes = [plan.chunk_sizes for plan in plans[1:]]
-    assert len(set(plans)) == len(plans) <= 60
-    for one in sizes:
-        assert one is not None
+    """Each once, none too small, and what is coarse among all."""
+    found = Candidates(lengths, 64)
+    coarse, fine = found.coarse(), found.fine()
+    assert len(set(fine)) == len(fine) <= 60
+    for one in (*coarse, *fine, *found.neighbours(found.whole)):
         assert all(1 <= size <= length for size, length in zip(one, lengths, strict=True))
         chunks = [-(-length // size) for size, length in zip(one, lengths, strict=True)]
-        assert 1 < np.prod(chunks) <= QUICK.most_slices
-    assert sizes == sorted(sizes, key=lambda one: -np.prod(one or (1,)))
+        assert 1 < np.prod(chunks) <= 64
 
 
-def test_candidates_divide_well() -> None:
-    """Between two powers of two stands what leaves no smaller chunk."""
-    sizes = [plan.chunk_sizes for plan in candidates([768], EFFORT_SETTINGS["standard"])]
-    assert {(512,), (384,), (256,), (192,), (128,)} <= set(sizes)
+def test_candidates_from_coarse_to_fine() -> None:
+    """Powers of four from the middle; beside one what divides well, and its power of two."""
+    found = Candidates([768], 1024)
+    assert found.coarse() == [(32,), (128,), (8,), (512,), (2,)]
+    assert set(found.neighbours((128,))) == {(192,), (96,)}
 
 
 def test_a_plan_is_read_back() -> None:
