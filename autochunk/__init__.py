@@ -101,7 +101,7 @@ and T are numbers of queries and keys, H is heads, K and V are sizes of a key an
 #   inputs, reference        what is computed there, and what it should give
 #   measure                  how a program is timed, and its memory taken
 #   functions/               the same for a function that is not attention: a subject, in a
-#                            worker or here; tune
+#                            worker or here; candidates, search; tune
 #   joint, unsure            rounds of the plans that are close, until one is clear; once more
 #                            with time that is left
 #   load, page_faults        what disturbs a measurement, or makes it slow

@@ -142,7 +142,8 @@ def test_what_has_no_gradients_is_missed_forward_alone(store_path: Path) -> None
     }
     found = tune_missed(store, Limits("quick")).profiles
     assert len(found) == 2
-    assert all(one.complete and one.measurements[-1].chunk_sizes == (2,) for one in found)
+    assert all(one.complete for one in found)
+    assert all((2,) in {m.chunk_sizes for m in one.measurements} for one in found)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "complex64"])
@@ -297,7 +298,7 @@ def test_a_function_is_measured_where_it_is(store_path: Path) -> None:
     assert [one.complete for one in found] == [True, True]
     assert said[0].startswith("back 32 forward: ")
     assert sorted(ProfileStore(store_path).profiles(), key=str) == sorted(found, key=str)
-    assert all(m.timed for one in found for m in one.measurements)
+    assert {m.status for one in found for m in one.measurements} <= {"ok", "pruned", "skipped"}
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,22 @@
-"""The search over one function's plans: the whole call, then the range coarsely, then the best.
+"""The search over one function's plans, from coarse to fine.
 
-Each plan is timed beside one fixed plan, the anchor. One that is hopeless after a round gets no
-second one, and smaller chunks than two that were slower and slower are not tried. Where time is
-limited plans have fewer rounds, and no further one is begun after half of it: the other half is for
-joint rounds of the best.
+1. The whole call runs first, since others' results are compared with its, and is timed once beside
+   chunks of a middle size. Of these two one is the anchor, which all plans are timed beside.
+2. Coarse sizes over the whole range have one round each. Chunks smaller than two sizes that were
+   slower and slower are skipped; once results differ, no more chunks are tried.
+3. What is not hopeless then has more rounds, and so have the neighbours of the best two, until
+   these have none untried; an effort that looks closely tries all other sizes, too.
+4. After three quarters of the time no plan is begun: the rest is for joint rounds of the best.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from autochunk.errors import ProbeError
 from autochunk.functions import FunctionCall
@@ -30,15 +30,17 @@ from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import best_plans, best_ratio
 
-_SHARE_OF_PLANS = 0.5
-"""Of the time, after which no further plan is begun."""
-
+# Of the time: after the first no plan is begun, and one that takes the second is given up.
+_SHARE_OF_PLANS = 3 / 4
+_SHARE_OF_ONE = 1 / 3
 # Chunks cost less to try than slices of attention, of which there are several kinds.
 _MORE_CHUNKS = 4
+# Of plans with fewer rounds more may be the best.
+_MORE_FINALISTS = 2
 # How many of the best have their neighbours tried: the first may only have been lucky.
 _LEADERS = 2
+# Of an effort that looks at what is coarse, and at what is beside the best, alone.
 _COARSEST_STEP = 4
-"""Of an effort that looks at what is coarse, and at what is beside the best, alone."""
 
 
 class Search:
@@ -46,7 +48,7 @@ class Search:
 
     Attributes:
       found: by plan.
-      failure: why none could be made, if so.
+      failure: why nothing could be measured, where that is not a plan's.
     """
 
     def __init__(
@@ -56,17 +58,15 @@ class Search:
         settings: EffortSettings,
         only: Iterable[Sequence[int]] | None = None,
     ) -> None:
+        """``only`` are the sizes that may be tried, where not all may."""
+        finalists = _MORE_FINALISTS * settings.finalists
         self.call, self.probe = call, probe
-        # Of plans with fewer rounds more may be the best.
-        self.settings = dataclasses.replace(settings, finalists=2 * settings.finalists)
+        self.settings = dataclasses.replace(settings, finalists=finalists)
         self._candidates = Candidates(call.sizes, _MORE_CHUNKS * settings.most_slices, only)
         self.found: dict[Plan, Measurement] = {}
         self.failure = ""
         self._anchor: Plan | None = None
-        self._end = self._end_of_all = math.inf
-        self._seen: dict[Plan, Prepared] = {}
-        self._begun: dict[Plan, Any] = {}  # a first round
-        self._preparing: list[float] = []  # seconds that it took for each plan
+        self._end = self._end_of_plans = math.inf
 
     def run(self, seconds: float = math.inf) -> bool:
         """Measures what is worth it; whether so much time was enough.
@@ -74,11 +74,11 @@ class Search:
         It was where the whole range, the neighbours of the best and the joint rounds are done.
         """
         start = time.monotonic()
-        self._end, self._end_of_all = start + _SHARE_OF_PLANS * seconds, start + seconds
+        self._end_of_plans, self._end = start + _SHARE_OF_PLANS * seconds, start + seconds
         try:
             self.probe.load(self.call)
-            complete = self._measure_plans()
-            self._refuse_mixing()
+            with self._limited_requests(_SHARE_OF_ONE * seconds):
+                complete = self._measure_plans()
             return self._joint_rounds() and complete
         except OutOfTime:
             return False
@@ -86,48 +86,62 @@ class Search:
             self.failure = str(error)
             return False
 
+    @contextlib.contextmanager
+    def _limited_requests(self, seconds: float) -> Iterator[None]:
+        """Has a plan given up that takes so many seconds."""
+        usual = self.probe.seconds_per_request
+        self.probe.seconds_per_request = min(usual, seconds)
+        yield
+        self.probe.seconds_per_request = usual
+
     # --- Which plans ------------------------------------------------------------------------------
 
     def _measure_plans(self) -> bool:
         """Whether there was time for all that belongs to a search."""
-        coarse = [self._candidates.whole, *self._candidates.coarse()]
-        self._find_anchor(coarse)
-        coarse.sort(key=lambda sizes: self._plan(sizes) != self._anchor)
-        for number, sizes in enumerate(coarse):
-            self._measure(sizes, len(coarse) - number - 1)
-        while todo := list(self._todo(self._beside_the_best())):
-            if self._is_late:
-                return False
-            self._measure(todo[0], len(todo) - 1)
+        coarse = self._candidates.coarse()
+        self._compare_whole(coarse[:1])
+        for sizes in (self._candidates.whole, *coarse):
+            self._try(sizes)
+        for one in self._ranked():
+            self._repeat(one.plan)
+        while not self._is_over and (beside := self._beside_the_best()):
+            self._measure(beside[0])
+        complete = not self._is_late
         if self.settings.step < _COARSEST_STEP:
-            todo = list(self._todo(self._candidates.fine()))
-            for number, sizes in enumerate(todo):
-                if not self._is_late:
-                    self._measure(sizes, len(todo) - number - 1)
-        return True
+            for sizes in self._candidates.fine():
+                self._measure(sizes)
+        return complete
 
     @property
     def _is_late(self) -> bool:
-        return time.monotonic() > self._end
+        return time.monotonic() > self._end_of_plans
 
-    def _todo(self, several: Iterable[Sizes]) -> Iterator[Sizes]:
-        """Those that are not measured; none, once some are seen to give other results."""
-        if not self._wrong():
-            yield from (one for one in several if self._plan(one) not in self.found)
+    @property
+    def _mixes(self) -> bool:
+        return any(one.status == "inaccurate" for one in self.found.values())
 
-    def _beside_the_best(self) -> Iterator[Sizes]:
-        timed = [m for m in self.found.values() if m.status == "ok"]
-        for one in sorted(timed, key=lambda m: m.ratio)[:_LEADERS]:
-            yield from self._candidates.neighbours(one.chunk_sizes or self._candidates.whole)
+    @property
+    def _is_over(self) -> bool:
+        return self._is_late or self._mixes
 
     def _plan(self, sizes: Sizes) -> Plan:
         return DENSE if sizes == self._candidates.whole else Plan(CHUNKS, None, sizes)
+
+    def _ranked(self) -> list[Measurement]:
+        """Those that are not given up, best first."""
+        timed = [one for one in self.found.values() if one.status == "ok"]
+        return sorted(timed, key=lambda one: one.ratio)
+
+    def _beside_the_best(self) -> list[Sizes]:
+        leaders = [one.chunk_sizes or self._candidates.whole for one in self._ranked()[:_LEADERS]]
+        beside = (near for one in leaders for near in self._candidates.neighbours(one))
+        return [one for one in beside if self._plan(one) not in self.found]
 
     def _needless(self, sizes: Sizes) -> str:
         """Why it need not be tried, if two larger ones say so; else nothing."""
         timed = {m.chunk_sizes: m for m in self.found.values() if m.timed and m.chunk_sizes}
         nearest = [timed[one] for one in self._candidates.larger(sizes, timed)[:2]]
-        slower = [m.ratio / best_ratio(self.found) for m in nearest]
+        slower = [one.ratio / best_ratio(self.found) for one in nearest]
         hopeless = self.settings.hopeless
         if len(slower) < 2 or slower[1] < hopeless or slower[0] < max(hopeless**2, slower[1]):
             return ""
@@ -136,135 +150,120 @@ class Search:
             "the best time"
         )
 
-    def _find_anchor(self, coarse: Sequence[Sizes]) -> None:
-        """Takes the whole call, or if that is slow or does not fit, chunks in the middle.
-
-        The whole call is computed first in any case: others' results are compared with its.
-        """
-        plans = map(self._plan, coarse)
-        runs = [plan for plan in itertools.islice(plans, 2) if self._prepared(plan).status == "ok"]
-        if len(runs) < 2:
-            self._anchor = next(iter(runs), None)
-            return
-        with contextlib.suppress(WorkerFailure):  # which is met again where it is measured
-            seconds = self.probe.time(runs)
-            whole, middle = seconds
-            self._anchor = runs[middle * self.settings.hopeless < whole]
-            first = seconds[runs.index(self._anchor)]
-            self._begun = {
-                plan: (one, one / first) for plan, one in zip(runs, seconds, strict=True)
-            }
-
     # --- One plan ---------------------------------------------------------------------------------
 
-    def _measure(self, sizes: Sizes, left: int) -> None:
-        """Measures a plan, after which so many are to follow."""
-        if not self._wrong():
-            plan = self._plan(sizes)
-            why_not = self._needless(sizes)
-            skipped = Prepared("skipped", why_not)
-            self.found[plan] = (
-                _measurement(plan, skipped) if why_not else self._measured(plan, left)
-            )
+    def _compare_whole(self, middle: Sequence[Sizes]) -> None:
+        """Runs the whole call and chunks in the middle, and takes one of them as the anchor."""
+        plans = [DENSE, *map(self._plan, middle)]
+        prepared = {plan: self.probe.prepare(plan) for plan in plans}
+        runs = [plan for plan in plans if prepared[plan].status == "ok"]
+        for plan in plans:
+            if plan not in runs:
+                self._record(_measurement(plan, prepared[plan]))
+        if not runs:
+            return
+        with contextlib.suppress(WorkerFailure):  # which of them it is, each shows alone
+            seconds = dict(zip(runs, self.probe.time(runs), strict=True))
+            slow = self.settings.hopeless * seconds[runs[-1]] < seconds[runs[0]]
+            self._anchor = runs[-1 if slow else 0]
+            for plan, own in seconds.items():
+                ratio = own / seconds[self._anchor]
+                self._record(_measurement(plan, prepared[plan], own, ratio))
 
-    def _measured(self, plan: Plan, left: int) -> Measurement:
-        prepared = self._prepared(plan)
+    def _measure(self, sizes: Sizes) -> None:
+        self._try(sizes)
+        self._repeat(self._plan(sizes))
+
+    def _try(self, sizes: Sizes) -> None:
+        """Has one round of a plan, unless something speaks against it."""
+        plan = self._plan(sizes)
+        if plan in self.found or self._is_over:
+            return
+        if why_not := self._needless(sizes):
+            self._record(_measurement(plan, Prepared("skipped", why_not)))
+            return
+        prepared = self.probe.prepare(plan)
         if prepared.status != "ok":
-            self.failure = self.failure or f"{prepared.status}: {prepared.detail}"
-            return _measurement(plan, prepared)
-        self._anchor = self._anchor or plan
-        try:
-            seconds, ratios, given_up = self._timed(plan, left)
-        except WorkerFailure as failure:
-            return _measurement(plan, Prepared(failure.status, failure.detail))
-        if given_up:
-            self.probe.drop(plan)
-            prepared = dataclasses.replace(prepared, status="pruned", detail=given_up)
-        return _measurement(plan, prepared, seconds, ratios)
+            self._record(_measurement(plan, prepared))
+            return
+        with self._blamed(plan):
+            self._record(_measurement(plan, prepared, *self._round(plan, 0)))
 
-    def _prepared(self, plan: Plan) -> Prepared:
-        if plan not in self._seen:
-            start = time.monotonic()
-            self._seen[plan] = self.probe.prepare(plan)
-            self._preparing.append(time.monotonic() - start)
-        return self._seen[plan]
-
-    def _timed(self, plan: Plan, left: int) -> tuple[list[float], list[float], str]:
-        """Seconds and ratios to the anchor, and why the plan was given up, if it was."""
-        rounds: list[tuple[float, float]] = []
+    def _repeat(self, plan: Plan) -> None:
+        """Adds rounds until a plan has enough of them, or is hopeless."""
         start = time.monotonic()
-        while len(rounds) < self.settings.rounds:
-            rounds.append(self._begun.pop(plan, ()) or self._round(plan, len(rounds)))
-            seconds, ratios = map(list, zip(*rounds, strict=True))
-            taken = time.monotonic() - start
-            fewest = self._fewest_rounds(left, taken / len(ratios))
-            slower = statistics.median(ratios) / best_ratio(self.found)
-            most = self.settings.hopeless ** (2 if len(ratios) == 1 else 1)
-            few = plan == DENSE and len(ratios) < fewest  # what users compare with
-            if slower > most and plan != self._anchor and not few:
-                return seconds, ratios, f"{slower:.1f}x the best time"
-            short = fewest < self.settings.least_rounds or taken > self.settings.seconds
-            if short and len(ratios) >= fewest:
-                break
-        return seconds, ratios, ""
+        while self._needs_more(plan, time.monotonic() - start):
+            one = self.found[plan]
+            with self._blamed(plan):
+                seconds, ratio = self._round(plan, len(one.seconds))
+                more = {"seconds": (*one.seconds, seconds), "ratios": (*one.ratios, ratio)}
+                self._record(one.model_copy(update=more))
+
+    def _needs_more(self, plan: Plan, taken: float) -> bool:
+        """Whether it does after so many seconds; gives it up if it is hopeless."""
+        one = self.found.get(plan)
+        if one is None or one.status != "ok" or self._is_over:
+            return False
+        count = len(one.seconds)
+        slower = one.ratio / best_ratio(self.found)
+        if slower > self.settings.hopeless ** (2 if count == 1 else 1) and plan != self._anchor:
+            self.probe.drop(plan)
+            given_up = {"status": "pruned", "detail": f"{slower:.1f}x the best time"}
+            self._record(one.model_copy(update=given_up))
+            return False
+        in_time = count < self.settings.least_rounds or taken < self.settings.seconds
+        return in_time and count < self.settings.rounds
 
     def _round(self, plan: Plan, step: int) -> tuple[float, float]:
-        """Seconds of a plan, and their ratio to the anchor's."""
-        assert self._anchor is not None
-        if plan == self._anchor:
-            return self.probe.time([plan])[0], 1.0
+        """Seconds of a plan, and their ratio to the anchor's, which is the first that runs."""
+        if self._anchor is None or self._anchor == plan:
+            seconds = self.probe.time([plan])[0]
+            self._anchor = plan
+            return seconds, 1.0
         own, anchors = self.probe.time_beside(plan, self._anchor, step)
         return own, own / anchors
 
-    def _fewest_rounds(self, left: int, seconds: float) -> int:
-        """How many of so many seconds each plan has at least, if time is to do for all."""
-        most = self.settings.least_rounds
-        if self._end == math.inf:
-            return most
-        each = (self._end - time.monotonic()) / (left + 1) - statistics.mean(self._preparing)
-        return min(most, max(1, int(each / max(seconds, 1e-6))))
+    @contextlib.contextmanager
+    def _blamed(self, plan: Plan) -> Iterator[None]:
+        """A worker that is lost is what became of a plan."""
+        try:
+            yield
+        except WorkerFailure as failure:
+            self._record(_measurement(plan, Prepared(failure.status, failure.detail)))
 
     # --- All of them ------------------------------------------------------------------------------
 
-    def _wrong(self) -> list[Measurement]:
-        return [one for one in self.found.values() if one.status == "inaccurate"]
-
-    def _refuse_mixing(self) -> None:
+    def _record(self, one: Measurement) -> None:
         """Where some chunks give other results, others that seem not to are no better."""
-        wrong = self._wrong()
-        for plan, one in self.found.items():
-            if wrong and plan.chunk_sizes is not None and one.timed:
-                said = {"status": "inaccurate", "detail": wrong[0].detail, "seconds": ()}
-                refused = said | {"ratios": (), "joint": 0}
-                self.found[plan] = one.model_copy(update=refused)
+        self.found[one.plan] = one
+        if one.status == "inaccurate":
+            said = {"status": "inaccurate", "detail": one.detail, "seconds": (), "ratios": ()}
+            for plan, other in self.found.items():
+                if plan != DENSE and other.timed:
+                    self.found[plan] = other.model_copy(update=said)
+                elif other.status == "pruned":  # beside what is refused now
+                    self.found[plan] = other.model_copy(update={"status": "ok", "detail": ""})
 
     def _joint_rounds(self) -> bool:
         """Whether there was time for them."""
         finalists = best_plans(self.found, self.settings)
         if self._anchor is None or len(finalists) < 2:
             return True
-        left = self._end_of_all - time.monotonic()
-        more = self.settings.joint_seconds if left == math.inf else max(0.0, left)
-        settings = dataclasses.replace(
-            self.settings, joint_seconds=max(self.settings.joint_seconds, more)
-        )
-        end = max(self._end_of_all, time.monotonic() + self.settings.joint_seconds)
-        rounds = JointRounds(self.probe, settings, self.found, self._anchor, end)
+        left = self._end - time.monotonic()
+        longest = max(self.settings.joint_seconds, left if left < math.inf else 0.0)
+        settings = dataclasses.replace(self.settings, joint_seconds=longest)
+        rounds = JointRounds(self.probe, settings, self.found, self._anchor, self._end)
         self.found |= {one.plan: one for one in rounds.run(finalists)}
         return not rounds.cut_short
 
 
-def _measurement(
-    plan: Plan,
-    prepared: Prepared,
-    seconds: Sequence[float] = (),
-    ratios: Sequence[float] = (),
-) -> Measurement:
+def _measurement(plan: Plan, prepared: Prepared, *round_: float) -> Measurement:
+    """With seconds and a ratio, if it had a round."""
     return Measurement(
         implementation=plan.implementation,
         max_chunk_size_mb=None,
         chunk_sizes=plan.chunk_sizes,
-        seconds=tuple(seconds),
-        ratios=tuple(ratios),
+        seconds=round_[:1],
+        ratios=round_[1:],
         **asdict(prepared),
     )

@@ -199,7 +199,8 @@ def measured(
     search = Search(call, probe, EFFORT_SETTINGS[effort], sizes)
     complete = search.run(seconds)
     if not any(one.timed for one in search.found.values()):
-        return None, f"not measured: {search.failure or 'out of time'}"
+        failures = (f"{one.status}: {one.detail}" for one in search.found.values())
+        return None, f"not measured: {search.failure or next(failures, 'out of time')}"
     profile = Profile(
         schema_version=SCHEMA_VERSION,
         workload=call.key,
