@@ -138,12 +138,18 @@ class Search:
         return [one for one in beside if self._plan(one) not in self.found]
 
     def _needless(self, sizes: Sizes) -> str:
-        """Why it need not be tried, if two larger ones say so; else nothing."""
-        timed = {m.chunk_sizes: m for m in self.found.values() if m.timed and m.chunk_sizes}
-        nearest = [timed[one] for one in self._candidates.larger(sizes, timed)[:2]]
+        """Why it need not be tried, if two larger ones say so, and none that is smaller objects."""
+        larger, timed = self._candidates.larger, {}
+        for one in self.found.values():
+            if one.timed and one.chunk_sizes is not None:
+                timed[one.chunk_sizes] = one
+        nearest = [timed[one] for one in larger(sizes, timed)[:2]]
         slower = [one.ratio / best_ratio(self.found) for one in nearest]
         hopeless = self.settings.hopeless
-        if len(slower) < 2 or slower[1] < hopeless or slower[0] < max(hopeless**2, slower[1]):
+        if len(slower) < 2 or not (slower[0] > slower[1] > hopeless and slower[0] > hopeless**2):
+            return ""
+        smaller = [one for size, one in timed.items() if larger(size, [sizes])]
+        if any(one.ratio < nearest[0].ratio for one in smaller):
             return ""
         return (
             f"{nearest[1].plan} and {nearest[0].plan} took {slower[1]:.1f}x and {slower[0]:.1f}x "
