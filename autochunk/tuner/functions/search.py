@@ -91,8 +91,10 @@ class Search:
         """Has a plan given up that takes so many seconds."""
         usual = self.probe.seconds_per_request
         self.probe.seconds_per_request = min(usual, seconds)
-        yield
-        self.probe.seconds_per_request = usual
+        try:
+            yield
+        finally:
+            self.probe.seconds_per_request = usual
 
     # --- Which plans ------------------------------------------------------------------------------
 
