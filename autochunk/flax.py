@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from autochunk.attention.op import dot_product_attention
+from autochunk.attention.arguments import Arguments
+from autochunk.attention.op import attend
 from autochunk.errors import ArgumentError
 from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
@@ -66,7 +67,8 @@ def attention_fn(
       module: must be None: there are no weights that a module could sow.
       promote_dtype: as of ``flax.nnx``: takes the three arrays as a tuple, and ``dtype``.
       is_causal: the query at position i sees keys 0 to i only.
-      force_fp32_for_softmax: the output is float32; the softmax is so in any case.
+      force_fp32_for_softmax: the output and, whatever the plan, the softmax are float32. Without,
+        a dense plan's are of half precision where all inputs are, as Flax's own are.
       einsum_dot_general: must be None, as the next two: products are not done by ``jnp.einsum``.
       qk_attn_weights_einsum: must be None.
       attn_weights_value_einsum: must be None.
@@ -105,20 +107,22 @@ def attention_fn(
     else:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_shapes(jnp.shape(query), jnp.shape(key), jnp.shape(value))
-    out = dot_product_attention(
-        query,
-        key,
-        value,
-        None if bias is None else _floating(jnp.asarray(bias)),
-        None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
+    bias = None if bias is None else _floating(jnp.asarray(bias))
+    arguments = Arguments.checked(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
         is_causal=is_causal,
         dropout_rate=0.0 if deterministic else dropout_rate,
         dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout,
         precision=precision,
-        max_chunk_size_mb=max_chunk_size_mb,
-        implementation=implementation,
+        # Where a plan is Flax's order of operations, so are its precision and memory.
+        half_logits=not force_fp32_for_softmax and (bias is None or bias.dtype == query.dtype),
     )
+    out: jax.Array = attend(arguments, max_chunk_size_mb, implementation)
     if force_fp32_for_softmax:
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
     return out

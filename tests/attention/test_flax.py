@@ -123,6 +123,26 @@ def test_the_output_is_float32_where_the_softmax_must_be() -> None:
     assert_close(received, expected, 2e-2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, HALF),
+        ({"bias": np.zeros((1, 1, 5, 6), HALF)}, HALF),
+        ({"bias": np.zeros((1, 1, 5, 6), np.float32)}, np.float32),
+        ({"force_fp32_for_softmax": True}, np.float32),
+    ],
+    ids=["plain", "bias", "float32 bias", "float32 asked for"],
+)
+def test_dense_weights_have_flaxs_precision(settings: dict[str, Any], dtype: Any) -> None:
+    """What a dense plan keeps of all weights for the backward pass has the dtype of Flax's."""
+    dense = functools.partial(
+        attention_fn, max_chunk_size_mb=None, implementation="dense", **settings
+    )
+    _, pull = jax.eval_shape(functools.partial(jax.vjp, dense), *heads(dtypes=(HALF,) * 3))
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == (2, 4, 5, 6)]
+    assert [leaf.dtype for leaf in kept] == [dtype]
+
+
 def weights(function: Callable[..., Any], **settings: Any) -> np.ndarray[Any, Any]:
     """What a function weighs values with: [2, H=4, T'=5, T=64]."""
     query, key = draw((2, 5, 4, 3)), draw((2, 64, 4, 3), 1)

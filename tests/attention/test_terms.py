@@ -320,6 +320,27 @@ def test_what_one_row_sees_does_not_matter_to_another(poison: float, plan: str) 
     np.testing.assert_allclose(received[~spoilt], expected[~spoilt], atol=1e-6)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("term", ["mask", "key_value_seq_lengths", "bias"])
+def test_rows_whose_logits_overflow_are_finite(term: str, plan: str) -> None:
+    """Where keys are excluded, and all that a row sees have logits of -inf by overflow."""
+    given: dict[str, Any] = {
+        "mask": np.asarray([[[[True, True, False]]]]),
+        "key_value_seq_lengths": np.asarray([2], np.int32),
+        "bias": np.asarray([[[[0, 0, -np.inf]]]], np.float32),
+    }
+    implementation, limit = PLANS[plan]
+    attend = functools.partial(
+        dot_product_attention, max_chunk_size_mb=limit, implementation=implementation
+    )
+    query, value = np.full((1, 2, 1, 1), 1e30, np.float32), draw((1, 3, 1, 1))
+    out, gradient = jax.value_and_grad(
+        lambda value: attend(query, -query[:, [0, 1, 1]], value, **{term: given[term]}).sum()
+    )(value)
+    assert np.isfinite(out)
+    assert np.isfinite(gradient).all()
+
+
 def test_excluded_keys_that_outweigh_all_others() -> None:
     """Cases where a masked key came through: it is left out, not made small."""
     one = np.ones((1, 1, 1, 1), np.float32)

@@ -319,7 +319,7 @@ def by_jax(query: Any, key: Any, value: Any, bias: Any, **given: Any) -> jax.Arr
     """Dense attention, without rules of ours."""
     arguments = Arguments.checked(query=query, key=key, value=value, bias=bias, **given)
     call = arguments.call(Plans(Plan("dense"), Plan("dense")))
-    (out,) = kernels.dense(arguments.inputs(), call, careful=False)
+    (out,) = kernels.dense(arguments.inputs(), call, careful=False, differentiable=True)
     return out.reshape(arguments.output_shape)
 
 

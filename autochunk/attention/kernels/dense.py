@@ -13,43 +13,67 @@ from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.terms import excludes, may_see_nothing, terms_of
 
 
-def dense(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
+def dense(
+    inputs: Inputs, call: Call, careful: bool = True, differentiable: bool = False
+) -> list[jax.Array]:
     """[out], or [out, log-sum-exp], with all logits at once, in haiku's order of operations.
 
     Shapes as in ``attention``. Logits are float32 for half-precision inputs, or with
     ``call.half_logits`` in their dtype, as those of ``hk.MultiHeadAttention`` are. Unless
-    ``careful`` excluded values must be finite.
+    ``careful`` excluded values must be finite; ``differentiable`` is whether JAX may differentiate
+    it.
     """
-    return dense_with_weights(inputs, call, careful)[:-1]
+    return dense_with_weights(inputs, call, careful, differentiable)[:-1]
 
 
-def dense_with_weights(inputs: Inputs, call: Call, careful: bool = True) -> list[jax.Array]:
+def dense_with_weights(
+    inputs: Inputs, call: Call, careful: bool = True, differentiable: bool = False
+) -> list[jax.Array]:
     """What ``dense`` gives, and the weights [..., H * G, T', T] before any is dropped."""
     whole = _Whole(inputs, call)
-    guarded = whole.seen if careful else None
-    logits, dtype = whole.capped(guarded), whole.dtype
-    blind = None
-    if whole.seen is None and not whole.may_see_nothing and not call.residual:
-        weights = jax.nn.softmax(logits)
+    seen = whole.seen
+    logits = whole.capped(seen if careful and differentiable else None)
+    stats = None
+    if call.residual or (differentiable and (seen is not None or whole.may_see_nothing)):
+        logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
+        weights, blind, *stats = _weights_and_stats(logits)
     else:
-        logits = logits if whole.seen is None else jnp.where(whole.seen, logits, -jnp.inf)
-        maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        maximum = jnp.maximum(maximum, jnp.finfo(dtype).min)
-        weights = jnp.exp(logits - maximum)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        blind = total == 0
-        weights = weights / jnp.where(blind, 1, total)
-        if whole.seen is not None:  # their cotangents may overflow, and zero times that is NaN
-            weights = jnp.where(whole.seen, weights, jnp.zeros((), dtype))
+        weights, blind = _weights(whole, logits)
+    if seen is not None:  # their cotangents may overflow, and zero times that is NaN
+        weights = jnp.where(seen, weights, jnp.zeros((), logits.dtype))
     value = whole.value
-    out = _sums(whole.dropped(weights).astype(value.dtype), value, guarded, call)
+    kept = whole.dropped(weights).astype(value.dtype)
+    out = _sums(kept, value, seen if careful else None, call)
     if blind is not None:
         out = jnp.where(jnp.swapaxes(blind, -2, -3), mean_over_keys(value), out)
     out = whole.rows(out)
-    if not call.residual:
-        return [out, weights]
-    lse = whole.stats(log_sum_exp(maximum, total))
-    return [out, lse, weights]
+    return [out, weights] if not call.residual else [out, whole.stats(log_sum_exp(*stats)), weights]
+
+
+def _weights(whole: _Whole, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Weights, and which rows see nothing [..., T', 1]; of those that do not they may be NaN.
+
+    Softmax as JAX writes it is one kernel of XLA's on a GPU, if no other use is made of its maxima.
+    """
+    if (blind := whole.blind) is not None:  # -inf by overflow must not look like an excluded key
+        logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
+    if whole.seen is not None:
+        logits = jnp.where(whole.seen, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits)
+    if whole.may_see_nothing and blind is None:
+        blind = jnp.all(logits == -jnp.inf, axis=-1, keepdims=True)
+        weights = jnp.where(blind, jnp.zeros((), logits.dtype), weights)
+    return weights, blind
+
+
+def _weights_and_stats(logits: jax.Array) -> list[jax.Array]:
+    """Weights, which rows see nothing [..., T', 1], the maxima and sums of exponentials of rows."""
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
+    weights = jnp.exp(logits - maximum)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    blind = total == 0
+    return [weights / jnp.where(blind, 1, total), blind, maximum, total]
 
 
 def dense_tangent(
@@ -79,8 +103,10 @@ def dense_tangent(
         d_out.append(_sum(change.astype(whole.value.dtype), whole.value, call))
     if "value" in moved:
         d_value = _sum(whole.dropped(weights).astype(whole.value.dtype), moved["value"], call)
-        if whole.seen is not None or whole.may_see_nothing:
-            blind = jnp.max(weights, axis=-1, keepdims=True) == 0
+        if whole.may_see_nothing:
+            blind = whole.blind
+            if blind is None:
+                blind = jnp.max(weights, axis=-1, keepdims=True) == 0
             d_value = jnp.where(
                 jnp.swapaxes(blind, -2, -3), mean_over_keys(moved["value"]), d_value
             )
@@ -109,6 +135,10 @@ class _Whole:
         visible = self._terms.visible()
         self.seen = None if visible is None else self._ungrouped(visible)
         self.may_see_nothing = may_see_nothing(inputs, call)
+        self.blind: jax.Array | None = None
+        """Rows that see nothing [..., T', 1], if not a bias but what they see tells."""
+        if self.seen is not None and self.may_see_nothing and inputs.bias is None:
+            self.blind = ~jnp.any(self.seen, axis=-1, keepdims=True)
 
     def by_head(self, name: str, array: jax.Array) -> jax.Array:
         """A query, key or value, or a tangent of it, with the axes [..., T, H * G, K]."""

@@ -85,9 +85,9 @@ def cotangent_shapes(
 # looked at, and slices compute all.
 
 
-def _dense(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _dense(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:
     call.plans.used("training")
-    return dense_with_weights(split(operands, call)[0], call)
+    return dense_with_weights(split(operands, call)[0], call, differentiable=differentiable)
 
 
 def _dense_shapes(*operands: Any, call: Call) -> list[tuple[tuple[int, ...], Any]]:
@@ -193,7 +193,7 @@ ad.primitive_transposes[dense_tangent_p] = functools.partial(tangent_transpose, 
 differentiate_plainly(attention_with_stats_p, functools.partial(with_stats, differentiable=True))
 differentiate_plainly(tangent_p, functools.partial(tangent, differentiable=True))
 differentiate_plainly(cotangent_p, functools.partial(cotangent, differentiable=True))
-differentiate_plainly(dense_p, _dense)
+differentiate_plainly(dense_p, functools.partial(_dense, differentiable=True))
 differentiate_plainly(dense_tangent_p, _dense_tangent)
 differentiate_plainly(dense_cotangent_p, _dense_cotangent)
 
@@ -202,7 +202,7 @@ def _jet(primals: Sequence[Any], series: Sequence[Any], *, call: Call) -> Any:
     """Taylor series: JAX's own, of all logits at once."""
 
     def plain(*operands: jax.Array) -> list[jax.Array]:
-        return dense(split(operands, call)[0], call, careful=False)
+        return dense(split(operands, call)[0], call, careful=False, differentiable=True)
 
     # Rules are given the coefficients of the series, without factorials.
     return jet.jet(plain, primals, series, factorial_scaled=False)
