@@ -46,13 +46,19 @@ def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--every N``: a sample of all files, for one more interpreter."""
+    """``--every N``: a sample of all files, for one more interpreter; ``--cases K/N``: for CI."""
     parser.addoption("--every", type=int, default=1, metavar="N", help="only one test in N")
+    parser.addoption(
+        "--cases",
+        default="0/1",
+        metavar="K/N",
+        help="of a test that has 2N cases or more only one in N, from number K on",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps one test in ``--every``; skips those marked ``gpu`` where jax has no GPU."""
-    kept = items[:: config.getoption("every")]
+    """Keeps one test in ``--every`` and ``--cases``; skips ``gpu`` ones where jax has no GPU."""
+    kept = _sampled(items, config.getoption("cases"))[:: config.getoption("every")]
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
@@ -60,6 +66,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="jax has no GPU here"))
+
+
+def _sampled(items: list[pytest.Item], cases: str) -> list[pytest.Item]:
+    first, step = map(int, cases.split("/"))
+    of_a_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of_a_test.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left_out = {
+        item
+        for same in of_a_test.values()
+        if len(same) >= 2 * step
+        for number, item in enumerate(same)
+        if number % step != first % step
+    }
+    return [item for item in items if item not in left_out]
 
 
 def _has_gpu() -> bool:

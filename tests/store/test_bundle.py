@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -297,6 +298,8 @@ LATER = PROFILES[0].model_copy(update={"created": "2026-03-01T00:00:00Z"})
         (version_1(PROFILES[0], PROFILES[0]), f"there are two of {KEYS[0][0]} | {KEYS[0][1]}"),
         (version_1(PROFILES[0], LATER), "there are two of"),
     ],
+    # Some texts differ from process to process, and pytest's processes must agree on names.
+    ids=map(str, itertools.count()),
 )
 def test_what_is_no_bundle(data: str | bytes, says: str) -> None:
     """Whatever is no bundle is a BundleError of one line that names the source and the place.
