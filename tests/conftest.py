@@ -46,7 +46,7 @@ def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--every N``: a sample of all files, for one more interpreter; ``--cases K/N``: for CI."""
+    """``--every N``: a sample of all files, for another interpreter; ``--cases K/N``: for CI."""
     parser.addoption("--every", type=int, default=1, metavar="N", help="only one test in N")
     parser.addoption(
         "--cases",

@@ -130,16 +130,16 @@ class JointRounds:
         """Of the plans in the last round those that the choice is between, and the anchor."""
         timed = [plan for plan in playing if plan in finalists]
         if len(self._rounds) < self.settings.least_joint:
-            between = sorted(timed, key=self._seconds)
+            between = sorted(timed, key=self._ratio_so_far)
         else:
             between = undecided(map(self._measurement, timed))
         if self._is_limited:
             between = between[: max(2, math.ceil(len(timed) / 2))]
         return list(dict.fromkeys([self.anchor, *between])) if between else []
 
-    def _seconds(self, plan: Plan) -> float:
-        """Its median time in joint rounds."""
-        return statistics.median(times[plan] for times in self._rounds if plan in times)
+    def _ratio_so_far(self, plan: Plan) -> float:
+        """Of all its rounds: a few joint ones alone may have one that something disturbed."""
+        return statistics.median(self._measurement(plan).ratios)
 
     def _measurement(self, plan: Plan) -> Measurement:
         """With joint rounds it is no longer of a plan that was given up early."""

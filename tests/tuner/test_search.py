@@ -413,6 +413,26 @@ def test_finalists_meet_in_several_processes(
     assert asked[-1] == "time"
 
 
+def test_a_plan_stays_whose_own_rounds_were_best() -> None:
+    """Where half of the plans leave after few joint rounds, those alone do not decide it."""
+
+    class Disturbed(_Ending):
+        def time(self, plans: list[Plan]) -> list[float]:
+            times = super().time(plans)
+            in_turn = zip(times, plans, strict=True)
+            return [2 * t if plan == best and self.left > 6 else t for t, plan in in_turn]
+
+    limits = (1.0, 2.0, 4.0, 8.0)
+    measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
+    best = Plan("xla", 8.0)
+    measured[best] = measured[best].model_copy(update={"ratios": (0.5,) * 5})
+    probe = Disturbed(8, 1e6)
+    anchor = Plan("xla", 1.0)
+    JointRounds(probe, EFFORT_SETTINGS["standard"], measured, anchor).run(list(measured))
+    assert [best in plans for plans in probe.asked] == [True] * len(probe.asked)
+    assert len(probe.asked[-1]) < len(probe.asked[0])
+
+
 def test_where_time_is_limited_half_of_the_plans_leave(scripted: Scripted, tmp_path: Path) -> None:
     """So that the best have most of it; without a limit, only those that are clear."""
     counts = {}
