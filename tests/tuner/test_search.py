@@ -420,7 +420,7 @@ def test_a_plan_stays_whose_own_rounds_were_best() -> None:
         def time(self, plans: list[Plan]) -> list[float]:
             times = super().time(plans)
             in_turn = zip(times, plans, strict=True)
-            return [2 * t if plan == best and self.left > 6 else t for t, plan in in_turn]
+            return [2 * t if plan == best and self.left >= 6 else t for t, plan in in_turn]
 
     limits = (1.0, 2.0, 4.0, 8.0)
     measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
