@@ -53,14 +53,15 @@ def undecided(measured: Iterable[Measurement]) -> list[Plan]:
 
 
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
-    """Why a limit need not be tried, if the two next larger ones say so; else nothing.
+    """Why a limit need not be tried, if the two next larger that were say so; else nothing.
 
     Both are hopeless, or the next larger one so much that no single bad timing explains it.
     """
-    nearest = _next_larger(plan, measured)
-    if nearest and nearest[0].status == "skipped":
-        return nearest[0].detail
-    slower = [m.ratio / best_ratio(measured) for m in nearest if m.timed]
+    larger = _larger(plan, measured)
+    if larger and larger[0].status == "skipped":
+        return larger[0].detail
+    nearest = [m for m in larger if m.timed][:2]
+    slower = [m.ratio / best_ratio(measured) for m in nearest]
     if len(slower) < 2 or slower[0] <= slower[1]:
         return ""
     if slower[1] <= settings.hopeless**2 and slower[0] <= settings.hopeless**3:
@@ -90,8 +91,8 @@ def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSetti
     return f"{best.plan} is {least:.1f}x as fast as dense attention and slices"
 
 
-def _next_larger(plan: Plan, measured: Measurements) -> list[Measurement]:
-    """Of the same implementation the two next larger limits, the smaller one first."""
+def _larger(plan: Plan, measured: Measurements) -> list[Measurement]:
+    """Of the same implementation the larger limits, the smallest first."""
     limit = plan.max_chunk_size_mb
     if limit is None:
         return []
@@ -100,4 +101,4 @@ def _next_larger(plan: Plan, measured: Measurements) -> list[Measurement]:
         for m in measured.values()
         if m.implementation == plan.implementation and (m.max_chunk_size_mb or 0) > limit
     ]
-    return sorted(larger, key=lambda m: m.max_chunk_size_mb or 0)[:2]
+    return sorted(larger, key=lambda m: m.max_chunk_size_mb or 0)

@@ -10,7 +10,7 @@ from factories import make_measurement
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.standing import beaten_by_a_kernel
+from autochunk.tuner.standing import beaten_by_a_kernel, beneath_the_hopeless
 
 SETTINGS = dataclasses.replace(EFFORT_SETTINGS["quick"], beaten=1.5)
 KERNEL = make_measurement("cudnn", None, 1.0)
@@ -57,3 +57,16 @@ def test_thorough_leaves_nothing_out() -> None:
     """Slices are what a memory budget, or a call that the kernel refuses, falls back to."""
     measured = {one.plan: one for one in (KERNEL, DENSE, SLICES)}
     assert beaten_by_a_kernel(Plan("xla", 8.0), measured, EFFORT_SETTINGS["thorough"]) == ""
+
+
+def test_below_two_hopeless_limits_nothing_is_tried() -> None:
+    """Those between them that were skipped for the same reason do not stand in the way."""
+    best = make_measurement("xla", 4.0, 1.0)
+    ladder = [make_measurement("xla_rows", 64.0 / 2**step, 1.0 + step) for step in range(5)]
+    found: dict[Plan, Measurement] = {one.plan: one for one in (best, ladder[1], ladder[3])}
+    lowest = Plan("xla_rows", 2.0)
+    assert "limits of 32 and 8 MB" in beneath_the_hopeless(lowest, found, SETTINGS)
+    skipped = make_measurement("xla_rows", 16.0, status="skipped")
+    found[skipped.plan] = skipped
+    assert "limits of 32 and 8 MB" in beneath_the_hopeless(lowest, found, SETTINGS)
+    assert beneath_the_hopeless(Plan("xla", 2.0), found, SETTINGS) == ""
