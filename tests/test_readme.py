@@ -207,17 +207,20 @@ def test_python_runs(code: str) -> None:
         np.testing.assert_allclose(applied, scope["x"] @ scope["w"], atol=1e-5)
 
 
-def test_figures_are_what_the_profile_holds() -> None:
-    """A GPU's time and memory in the table are those of the profile that README names."""
-    table = README[README.index("| to measure it on your GPU") :].split("\n\n")[0]
-    cells = re.findall(r"([\d.]+) ms, (\d+) MB", table)
-    assert len(cells) > 30
-    held = {
-        (f"{one.seconds_median * 1e3:.2g}", f"{one.temp_bytes / 1e6:.0f}")
+def test_auto_is_what_the_profile_recommends() -> None:
+    """In the table of a GPU "auto" runs the kernel that was fastest in the profile that ships."""
+    table = README[README.index("| `autochunk bench --dtype bfloat16` (last row") :].split("\n\n")[
+        0
+    ]
+    row = r"^\| `--mode (\S+) --shape (\S+)`(, float32)? .*\*\*, (\w+) \|$"
+    rows = re.findall(row, table, re.MULTILINE)
+    assert len(rows) == table.count("**, ") >= 7
+    profiles = {
+        profile.workload: profile
         for profile in bundle.read(ROOT / "profiles" / "nvidia-h100.json").profiles
-        for one in profile.measurements
-        if one.seconds and one.temp_bytes is not None
     }
-    assert [
-        (time, memory) for time, memory in cells if (f"{float(time):.2g}", memory) not in held
-    ] == []
+    for mode, shape, wide, kernel in rows:
+        dtype = "float32" if wide else "bfloat16"
+        profile = profiles[Workload.parse(shape, dtype=dtype, mode=mode).key]
+        fastest = min((one for one in profile.measurements if one.timed), key=lambda m: m.ratio)
+        assert kernel.lower() in fastest.implementation, shape
