@@ -30,6 +30,7 @@ class EffortSettings:
       least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines,
         which users compare with, always get the fewest.
       seconds: time for the rounds of one plan, beyond the fewest.
+      steady: a plan whose ratios' relative spread is at most this gets no more rounds than these.
       finalists: how many plans meet in the joint rounds.
       least_joint, joint_rounds: fewest and most joint rounds; they end when the choice is clear.
       joint_seconds: time for them, beyond the fewest.
@@ -47,6 +48,7 @@ class EffortSettings:
     least_rounds: int
     rounds: int
     seconds: float
+    steady: float
     finalists: int
     least_joint: int
     joint_rounds: int
@@ -67,6 +69,7 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         least_rounds=2,
         rounds=5,
         seconds=1.0,
+        steady=0.03,
         finalists=4,
         least_joint=3,
         joint_rounds=12,
@@ -98,8 +101,9 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         hopeless=1.35,
         beaten=2.0,
         least_rounds=3,
-        rounds=3,
-        seconds=1.0,
+        rounds=10,
+        seconds=0.5,
+        steady=0.03,
         finalists=8,
         least_joint=6,
         joint_rounds=60,
@@ -118,6 +122,7 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         least_rounds=4,
         rounds=20,
         seconds=10.0,
+        steady=0.0,
         finalists=8,
         least_joint=10,
         joint_rounds=100,

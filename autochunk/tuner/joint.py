@@ -18,6 +18,8 @@ from autochunk.tuner.standing import undecided
 
 # Of the time that is left, what starting a new process may take.
 _SHARE_OF_STARTING = 0.25
+# On a CPU, seconds of rounds before plans leave, or a new process goes on, which takes longer.
+_LEAST_LOOK = 1.0
 
 
 class JointRounds:
@@ -60,6 +62,9 @@ class JointRounds:
             look = math.ceil(look / 2)
             finalists = self._that_fit(finalists, look)
         playing = list(dict.fromkeys([self.anchor, *finalists]))
+        if self._is_on_a_cpu:
+            cheap = int(_LEAST_LOOK / max(self._one_round(playing), 1e-6))
+            look = min(max(look, cheap), self.settings.joint_rounds)
         self._end = time.monotonic() + self.settings.joint_seconds
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
             while playing and len(self._rounds) < self.settings.joint_rounds:
@@ -72,6 +77,10 @@ class JointRounds:
                     playing = self._in_question(playing, finalists) if self._left() > 0 else []
                     self._maybe_restart(playing)
         return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
+
+    @property
+    def _is_on_a_cpu(self) -> bool:
+        return self.probe.connect().platform == "cpu"
 
     @property
     def _is_limited(self) -> bool:
@@ -103,7 +112,7 @@ class JointRounds:
 
     def _maybe_restart(self, playing: Sequence[Plan]) -> None:
         """Has the next rounds in a new process, where there is time for it."""
-        if self.probe.connect().platform != "cpu":
+        if not self._is_on_a_cpu:
             return
         compiling = sum(self.measured[plan].compile_seconds or 0.0 for plan in playing)
         # It runs each plan twice before the first round.

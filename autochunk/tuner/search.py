@@ -26,7 +26,7 @@ from dataclasses import replace
 from autochunk.errors import ProbeError, StorageError
 from autochunk.plan import Plan
 from autochunk.store.choice import DEFAULT, DENSE, LARGEST_NOISE
-from autochunk.store.measurement import Measurement
+from autochunk.store.measurement import Measurement, relative_spread
 from autochunk.store.profile import Effort, sliced_shape
 from autochunk.tuner.candidates import all_plans, equivalent, in_order, likely
 from autochunk.tuner.effort import EFFORT_SETTINGS, EffortSettings
@@ -258,7 +258,9 @@ class _Search:
             if reason := self._too_slow(plan, claim, ratios, fewest):
                 return seconds, ratios, reason
             short = fewest < self.settings.least_rounds
-            enough = short or time.monotonic() - start > self.settings.seconds
+            spread = relative_spread(ratios)
+            steady = spread is not None and spread <= self.settings.steady
+            enough = short or steady or time.monotonic() - start > self.settings.seconds
             if len(ratios) >= fewest and enough:
                 break
         return seconds, ratios, ""
