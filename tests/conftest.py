@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cases",
         default="0/1",
         metavar="K/N",
-        help="of a test that has 2N cases or more only one in N, from number K on",
+        help="of a test that has more than N cases only one in N, from number K on",
     )
 
 
@@ -76,7 +76,7 @@ def _sampled(items: list[pytest.Item], cases: str) -> list[pytest.Item]:
     left_out = {
         item
         for same in of_a_test.values()
-        if len(same) >= 2 * step
+        if len(same) > step
         for number, item in enumerate(same)
         if number % step != first % step
     }
