@@ -164,7 +164,8 @@ def predict(
     fitting = [number for number, cost in enumerate(costs) if cost.most_bytes <= most]
     if not fitting:
         return None
-    chosen = _chosen(workload, sources, times, costs, fitting)
+    wary = _is_unlearned(workload, sources, platform)
+    chosen = _chosen(times, costs, fitting, wary)
     others = sorted((c for c in costs if c is not costs[chosen]), key=lambda one: one.seconds)
     return Prediction(
         cost=costs[chosen],
@@ -175,13 +176,7 @@ def predict(
     )
 
 
-def _chosen(
-    workload: Workload,
-    sources: Sequence[Source],
-    times: Posterior,
-    costs: Sequence[Cost],
-    fitting: Sequence[int],
-) -> int:
+def _chosen(times: Posterior, costs: Sequence[Cost], fitting: Sequence[int], wary: bool) -> int:
     """The plan of least expected time, of those that are no worse than dense attention.
 
     Expected, because that of an unsure plan is longer than its most likely one. (To take the plan
@@ -192,7 +187,6 @@ def _chosen(
     if dense is not None:
         unsure = times.deviation(dense)
         faster = times.mean + _SAFE * unsure < times.mean[dense]
-        wary = _is_unlearned(workload, sources)
         fitting = [
             one
             for one in fitting
@@ -203,17 +197,19 @@ def _chosen(
     return min(fitting, key=lambda one: (round(float(expected[one]), 6), str(costs[one].plan)))
 
 
-def _is_unlearned(workload: Workload, sources: Sequence[Source]) -> bool:
-    """Whether no curve has what is computed of each logit, or a product in bfloat16.
+def _is_unlearned(workload: Workload, sources: Sequence[Source], platform: str) -> bool:
+    """Whether no curve has what is computed of each logit on a GPU, or a product in bfloat16.
 
-    Some CPUs have units for that; then dense attention of short sequences was seen to be the
-    fastest in forward, of which curves in float32 say nothing. Longer ones leave the caches.
+    On a CPU what is computed of each logit costs dense attention as much as slices. Some CPUs have
+    units for bfloat16; then dense attention of short sequences was seen to be the fastest in
+    forward, of which curves in float32 say nothing. Longer ones leave the caches.
     """
     asked = kinds_of(workload)
     kinds = np.concatenate([source.curve.sites.kinds for source in sources])
     short = workload.query_length * workload.key_length * workload.logits_itemsize <= _IN_CACHES
     products = short and workload.dtype == "bfloat16" and workload.mode == "forward"
-    return bool((kinds[:, -1] != asked[-1]).all() or (products and (kinds[:, 0] != asked[0]).all()))
+    logits = platform != "cpu" and (kinds[:, -1] != asked[-1]).all()
+    return bool(logits or (products and (kinds[:, 0] != asked[0]).all()))
 
 
 def _gains_nothing(costs: Sequence[Cost], one: int, dense: int) -> bool:

@@ -91,3 +91,15 @@ def test_what_no_curve_has_is_left_to_dense_attention(term: str, mode: str) -> N
     little = predict(workload, "gpu", nearest(workload, sources), plans, memory_budget_mb=300)
     assert little is not None
     assert little.cost.most_bytes <= 300e6
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("term", ["dropout=bht", "causal=yes,alibi=1h", "soft_cap=yes"])
+def test_on_a_cpu_it_is_not(term: str, mode: str) -> None:
+    """What is computed of each logit costs dense attention as much as slices, which win there."""
+    profiles = bundle.read(next(file for file in SHIPPED if "xeon" in file.name)).profiles
+    workload = Workload.parse(f"t=2048,h=4,k=32,{term}", mode=mode)
+    sources = [Source(own, 1.0) for one in profiles if (own := curve(one)) is not None]
+    found = predict(workload, "cpu", nearest(workload, sources), plans_of(workload, "cpu"))
+    assert found is not None
+    assert found.cost.plan != DENSE

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner
 from factories import TESTS, make_device, make_profile, make_workload
 
+import autochunk
 from autochunk.cli import main
 from autochunk.device import Device
-from autochunk.errors import DeviceError
+from autochunk.errors import DeviceError, MissWarning
 from autochunk.plan import Plan
 from autochunk.report.text import status_text
 from autochunk.store import bundle
@@ -63,13 +66,15 @@ class Machine:
 class Service:
     """A service in a thread of this process, and what it told."""
 
-    def __init__(self, store: ProfileStore, machine: Machine, **options: Any) -> None:
+    def __init__(
+        self, store: ProfileStore, machine: Machine, device: Device = DEVICE, **options: Any
+    ) -> None:
         self.events: list[Event] = []
         self.stop = threading.Event()
         given = {"idle_minutes": 0.0, "once": True, "effort": "quick", "worker_command": scripted()}
         record = Record(store.path.with_suffix(".watch.json"), self.events.append)
         self.watch = Watch(
-            store, DEVICE, Options(**{**given, **options}), record, machine, self.stop
+            store, device, Options(**{**given, **options}), record, machine, self.stop
         )
 
     def names(self) -> list[str]:
@@ -111,6 +116,20 @@ def test_what_was_missed_is_measured_and_published(tmp_path: Path) -> None:
     assert [one["workload"] for one in service.events if "wanted" in one] == [OTHER.key, SMALL.key]
     assert store.missed(DEVICE) == []
     assert list(bundle.read(place).profiles) == store.profiles()
+
+
+def test_a_missed_function_is_measured(store_path: Path) -> None:
+    """By a real measuring process, from the program that it left."""
+    store, device = ProfileStore(store_path), autochunk.detect()
+    sine: Any = autochunk.chunked(jnp.sin, name="sine")
+    with pytest.warns(MissWarning):
+        jax.eval_shape(sine, jnp.ones((64, 8)))
+    service = Service(store, Machine(), device)
+    assert service.watch.run()
+    assert service.names() == ["started", "began", "measured", "ended"]
+    assert store.missed_functions(device) == {}
+    calls = [profile.function for profile in store.profiles(device)]
+    assert {call.name for call in calls if call} == {"sine"}
 
 
 @pytest.mark.parametrize(
