@@ -1,7 +1,7 @@
-"""Arguments: what one call of attention computes from, checked, named and brought into form.
+"""Arguments: the arrays and settings of one call of attention, checked and named.
 
-The op, the tuner and ``bench`` all describe a call by it, so that what one of them knows of an
-array (its dtype, the dims that it may broadcast, its name in a Workload) all of them do.
+The op, the tuner and ``bench`` all describe a call by this class. So they agree about each array:
+its dtype, the dims that it may broadcast, its name in a Workload.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autochunk.operands import OPERANDS, TERMS, pattern_of
 from autochunk.plan import Plan, Plans
 from autochunk.workload import Workload
 
-# What is static about a call, as in ``kernels.Call``.
+# The static settings of a call, as in ``kernels.Call``.
 _SETTINGS = (
     "scale",
     "is_causal",
@@ -44,7 +44,7 @@ _SETTINGS = (
 )
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The arrays of a call and what is static about it; a pytree of the arrays.
+    """The arrays and the static settings of a call; a pytree of the arrays.
 
     H is the number of query heads, N that of key/value heads, [...] are leading dims.
 
@@ -57,7 +57,7 @@ class Arguments:
       query_segment_ids: [..., T'].
       key_value_segment_ids: [..., T].
       alibi_slopes: [..., H].
-      dropout_bits: [..., H, T'], random ones of each row.
+      dropout_bits: [..., H, T'], random bits of each row.
       scale: factor on the logits; None is 1 / sqrt(K).
       is_causal: whether query i sees keys 0 to i only.
       window: how many positions to its left and right a query sees; None is all.
@@ -104,11 +104,11 @@ class Arguments:
         half_logits: bool = False,
         **arrays: Any,
     ) -> Arguments:
-        """From what a caller of the op gave, by name.
+        """Checks what a caller of the op gave, by name.
 
         Raises:
-          ArgumentError: something is no array, or its shape or dtype does not fit, or a setting is
-            not usable.
+          ArgumentError: something is not an array, its shape or dtype does not fit, or a setting
+            is not usable.
         """
         there = (name for name, array in arrays.items() if array is not None or name not in TERMS)
         given: dict[str, Any] = {name: checks.array_of(name, arrays[name]) for name in there}
@@ -147,12 +147,12 @@ class Arguments:
 
     @property
     def moving(self) -> dict[str, jax.Array]:
-        """Those that training differentiates."""
+        """The arrays that training differentiates."""
         return {name: one for name, one in self.present.items() if OPERANDS[name].differentiable}
 
     @property
     def terms(self) -> dict[str, jax.Array]:
-        """Those that a call may be without, and that broadcast."""
+        """The optional arrays that are there; they broadcast."""
         return {name: one for name, one in self.present.items() if name in TERMS}
 
     def replace(self, **changes: Any) -> Arguments:
@@ -170,10 +170,10 @@ class Arguments:
         return (*self.query.shape[:-1], self.value.shape[-1])
 
     def symbolic(self) -> bool:
-        """Whether a leading dim is not known while tracing, as of ``jax.export``.
+        """Whether a leading dim is unknown while tracing, as under ``jax.export``.
 
         Raises:
-          ArgumentError: another size is not, so that no slices follow.
+          ArgumentError: another size is unknown, and slices follow from it.
         """
         sizes = (*self.logits_shape, self.query.shape[-1], self.value.shape[-1])
         leading = self.query.ndim - 3
@@ -186,9 +186,9 @@ class Arguments:
         return not all(isinstance(size, int) for size in sizes[:leading])
 
     def workload(self) -> Workload:
-        """What is tuned for such a call, when it is not differentiated.
+        """The Workload to tune for such a call, when it is not differentiated.
 
-        Of a batch whose size is symbolic, one element.
+        A batch of symbolic size counts as one element.
 
         Raises:
           WorkloadError: a size is zero.
@@ -219,16 +219,16 @@ class Arguments:
         return pattern_of(name, (math.prod(leading), *shape[len(shape) - own :]))
 
     def call(self, plans: Plans) -> Call:
-        """What is static about it, for the kernels."""
+        """The static part of the call, for the kernels."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
         if self.scale is None:
             settings["scale"] = 1.0 / math.sqrt(self.query.shape[-1] or 1)
         return Call(tuple(self.present), plans=plans, **settings)
 
     def explicit(self) -> Arguments:
-        """The same call with all that a row sees in its mask, and all that is added in its bias.
+        """The same call, with all that hides keys in its mask and all that is added in its bias.
 
-        For libraries that take nothing else; what caps, drops or is returned besides stays.
+        For libraries that take nothing else. Cap, dropout and residual stay as they are.
         """
         terms = terms_of(self.inputs(), self.call(Plans(Plan(), Plan())))
         wide = jnp.promote_types(self.query.dtype, jnp.float32)
@@ -239,7 +239,7 @@ class Arguments:
         return self.replace(**given, is_causal=False, window=None, offset=0)
 
     def inputs(self) -> Inputs:
-        """The arrays as the kernels want them: heads [H] as [N, H / N], one leading dim or more."""
+        """The arrays in the kernels' form: heads [H] as [N, H / N], at least one leading dim."""
         leading = self.query.shape[:-3] or (1,)
         kv_heads = self.key.shape[-2]
         *_, rows, heads, size = self.query.shape
@@ -274,7 +274,7 @@ def _grouped_term(name: str, term: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _ungrouped(term: jax.Array | None) -> jax.Array | None:
-    """[..., N, H / N, T', T] to [..., H, T', T], where it differs by head as a whole."""
+    """[..., N, H / N, T', T] to [..., H, T', T]; both dims of heads are whole, or of size one."""
     if term is None:
         return None
     *leading, heads, groups, rows, keys = term.shape

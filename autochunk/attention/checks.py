@@ -98,7 +98,7 @@ def whole_term(
 
 
 def check_pairs(given: Mapping[str, Any]) -> None:
-    """Of arrays that need each other none may be missing."""
+    """Arrays that need each other are given together or not at all."""
     both = {"query_segment_ids", "key_value_segment_ids"}
     if len(both & given.keys()) == 1:
         (missing,) = both - given.keys()
@@ -109,7 +109,7 @@ def check_pairs(given: Mapping[str, Any]) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """Something that is known while tracing as a number."""
+    """A value that is known while tracing, as a float."""
     try:
         return float(value)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
@@ -136,7 +136,7 @@ def dropout_rate(value: Any) -> float:
 
 
 def window_sides(value: Any) -> tuple[int, int] | None:
-    """``local_window_size`` as how many positions to the left and to the right."""
+    """``local_window_size`` as the numbers of positions to the left and to the right."""
     if value is None:
         return None
     sides = (value, value) if isinstance(value, numbers.Integral) else value
@@ -150,7 +150,7 @@ def window_sides(value: Any) -> tuple[int, int] | None:
 
 
 def precision_in_force(value: Any) -> Any:
-    """What is asked for, else what is in force where the call is traced."""
+    """The precision that is asked for, else the one in force where the call is traced."""
     config: Any = jax.config  # some versions annotate what it has, others do not
     wanted = config.jax_default_matmul_precision if value is None else value
     try:
@@ -163,7 +163,7 @@ def precision_in_force(value: Any) -> Any:
 def dropout_bits(
     rng: Any, leading: tuple[int, ...], sizes: dict[str, int], broadcast: bool
 ) -> jax.Array:
-    """Random bits of each row, from which those of its keys follow."""
+    """Random bits of each row, from which those of its keys are computed."""
     if rng is None:
         raise ArgumentError("dropout_rng is required for dropout: a key such as jax.random.key(0)")
     own = (1,) * (len(leading) + 1) if broadcast else (*leading, sizes["h"])

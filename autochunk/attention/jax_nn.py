@@ -1,7 +1,7 @@
-"""``patch_jax_nn``: code that calls ``jax.nn.dot_product_attention`` runs in slices, unedited.
+"""``patch_jax_nn``: unedited code that calls ``jax.nn.dot_product_attention`` runs in slices.
 
-What is replaced is the function of jax that ``jax.nn.dot_product_attention`` computes by, so that
-it makes no difference how a caller imported the latter, and jax's own checks of arguments stay.
+The patch replaces the internal function of jax that ``jax.nn.dot_product_attention`` calls. So it
+does not matter how a caller imported the public one, and jax's own checks of arguments stay.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PARAMETERS = (
     *("q_seqlen", "kv_seqlen", "local_window_size", "return_residual"),
 )
 
-# (max_chunk_size_mb, implementation) of the innermost context around the caller. jax.jit's cache
-# knows of it: a function traced outside is traced anew inside. (This module is first imported where
-# patch_jax_nn is first used: whatever was traced before this line is traced once more, too.)
+# (max_chunk_size_mb, implementation) of the innermost context around the caller. It is part of the
+# key of jax.jit's cache: a function traced outside is traced again inside. (This module is imported
+# where patch_jax_nn is first used: what was traced before this line is traced once more, too.)
 _settings: Any = jax.make_user_context(None)
 _lock = threading.Lock()
 _inside = 0  # contexts that are open, in all threads
@@ -44,9 +44,10 @@ def patch_jax_nn(
 ) -> Iterator[None]:
     """Inside, ``jax.nn.dot_product_attention`` runs as ``autochunk.dot_product_attention``.
 
-    Whoever calls it, however it was imported: Flax's ``nnx.dot_product_attention`` without dropout
-    does. Only calls in this thread are meant. What ``implementation="cudnn"`` asks for, and what
-    slices cannot do, is left to jax. ``jax.jit`` traces a function anew inside. Contexts nest.
+    It does so for every caller, however it imported the function, such as Flax's
+    ``nnx.dot_product_attention`` without dropout. Only calls in this thread are affected. Calls
+    with ``implementation="cudnn"``, and calls that slices cannot compute, are left to jax.
+    ``jax.jit`` traces a function again inside. Contexts nest.
 
     Args:
       max_chunk_size_mb: MB (10^6 bytes), None or "auto", as in ``autochunk.dot_product_attention``.
@@ -54,7 +55,7 @@ def patch_jax_nn(
 
     Raises:
       ArgumentError: there is no such limit or implementation, or this version of jax computes
-        attention in another way than those known here. It is a ValueError.
+        attention in a way that is not known here. It is a ValueError.
 
     Example:
       >>> import jax
@@ -78,7 +79,7 @@ def patch_jax_nn(
 
 @contextlib.contextmanager
 def _installed() -> Iterator[None]:
-    """The replacement stands while any thread needs it."""
+    """Keeps the replacement in place while any thread needs it."""
     global _inside
     with _lock:
         _inside += 1
@@ -93,7 +94,7 @@ def _installed() -> Iterator[None]:
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    """What stands in jax's place: the original in other threads, and where slices cannot do it."""
+    """The replacement; it calls the original in other threads and where slices cannot be used."""
     if _settings.value is None:
         return _original(*args, **kwargs)
     try:
@@ -120,10 +121,10 @@ def _arguments(
     local_window_size: tuple[int, int] | None,
     return_residual: bool = False,
 ) -> Arguments:
-    """A call as jax passes it on.
+    """The arguments of a call, as jax passes them on.
 
     Raises:
-      ArgumentError: it is none that slices can do.
+      ArgumentError: slices cannot compute this call.
     """
     if isinstance(scale, jax.core.Tracer) and not scale.shape:  # such as one that is learnt
         query, scale = (query * scale).astype(query.dtype), 1.0

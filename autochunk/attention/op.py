@@ -110,54 +110,54 @@ def dot_product_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(query @ key^T * scale + bias) @ value for every head, never with all logits at once.
 
-    Arguments and meaning as in ``jax.nn.dot_product_attention``, with any number of leading dims
-    [...] and a value size V of its own. H is the number of query heads, N that of key/value heads
-    and divides H: query head h looks at key/value head h // (H / N).
+    Arguments and meaning are those of ``jax.nn.dot_product_attention``; leading dims [...] may be
+    any number, and values may have a size V of their own. There are H query heads and N key/value
+    heads, and N divides H: query head h uses key/value head h // (H / N).
 
     Args:
       query: [..., T', H, K], floating point.
       key: [..., T, N, K], of the query's dtype.
       value: [..., T, N, V], of the query's dtype.
       bias: added to the scaled logits; broadcasts to [..., H, T', T].
-      mask: boolean, False takes no part; broadcasts to [..., H, T', T].
+      mask: boolean, False hides a key from a row; broadcasts to [..., H, T', T].
       scale: factor on the logits; None is 1 / sqrt(K).
       is_causal: the query at position i sees keys 0 to i only.
-      query_seq_lengths: integers that broadcast to [...]; output of the rows from there on is zero.
-      key_value_seq_lengths: integers that broadcast to [...]; keys from there on take no part.
+      query_seq_lengths: integers that broadcast to [...]; output rows from there on are zero.
+      key_value_seq_lengths: integers that broadcast to [...]; keys from there on are excluded.
       local_window_size: (left, right), or one number for both: the query at position i sees keys
         i - left to i + right.
       query_segment_ids: integers that broadcast to [..., T']; only equal ids see each other.
-      key_value_segment_ids: integers that broadcast to [..., T], given together with those.
+      key_value_segment_ids: integers that broadcast to [..., T]; give both ids or neither.
       query_offset: integer, or integers that broadcast to [...]: query i is at position i + offset.
-      logits_soft_cap: logits, with all that is added, become cap * tanh(logits / cap).
+      logits_soft_cap: logits, bias and slopes included, become cap * tanh(logits / cap).
       alibi_slopes: floating point, broadcasts to [..., H]; -slope * |position - key| is added to
         the logits (Press et al. 2022, "Train short, test long").
-      dropout_rate: share of the weights that are dropped; the others make up for it.
-      dropout_rng: key of the random numbers. Which weights are dropped depends on it and on their
-        indices alone, not on how the attention is computed.
+      dropout_rate: share of the weights to drop; the others are scaled by 1 / (1 - dropout_rate).
+      dropout_rng: random key. Which weights are dropped depends on this key and on their indices
+        alone, not on how the attention is computed.
       broadcast_dropout: the same weights are dropped for all leading dims and heads.
-      precision: of the products, as in ``jax.lax.dot``; None is what is in force where the call is
-        traced (``jax.default_matmul_precision``).
-      return_residual: return the log-sum-exp of each row's logits too.
+      precision: of the matrix products, as in ``jax.lax.dot``; None is the one in force where the
+        call is traced (``jax.default_matmul_precision``).
+      return_residual: also return the log-sum-exp of each row's logits.
       max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None for no limit (causal
         attention of 512 positions and more is cut into blocks even so), or "auto" to take what
-        ``autochunk tune`` found best on this device for these shapes. Under ``vmap`` "auto" goes by
-        the shapes of one element; where it does not slice those, it slices what exceeds both these
-        and 1000 MB. Logits are float32 for half-precision inputs.
-      implementation: pins how it is computed: "xla", "xla_rows", "dense", or a kernel of another
-        library, "cudnn", "tokamax_mosaic" or "tokamax_triton" (see ``autochunk.Plan``); None lets
-        "auto" choose, and is "xla" for a number. What such a kernel cannot differentiate (forward
-        mode, higher orders, some biases) runs in slices.
+        ``autochunk tune`` found best on this device for these shapes. Under ``vmap`` "auto" uses
+        the shapes of one element; if it does not slice one element, it slices a batch whose logits
+        exceed both those of one element and 1000 MB. Logits of half-precision inputs are float32.
+      implementation: pins the implementation: "xla", "xla_rows", "dense", or a kernel of another
+        library, "cudnn", "tokamax_mosaic" or "tokamax_triton" (see ``autochunk.Plan``). None lets
+        "auto" choose; with a number it means "xla". What such a kernel cannot differentiate
+        (forward mode, higher orders, some biases) runs in slices.
 
     Returns:
       [..., T', H, V] in the query's dtype; with ``return_residual`` a tuple of that and the
-      log-sum-exp [..., T', H], in the key's dtype. What the mask or any other argument excludes
-      has no part in it or in its gradients, whatever it is. A row for which that is every key
+      log-sum-exp [..., T', H], in the key's dtype. What the mask or another argument excludes
+      never affects results or gradients, even if it is infinite or NaN. A row that sees no key
       gives the mean of all values, and a log-sum-exp of -0.7 times the largest float32.
 
     Raises:
       ArgumentError: shapes or dtypes do not fit, a setting is not one of those above, or the
-        implementation pinned does not take this call. It is a ValueError.
+        pinned implementation does not take this call. It is a ValueError.
 
     Example:
       >>> import jax
@@ -169,7 +169,7 @@ def dot_product_attention(
       >>> out.shape, bool(jnp.allclose(out, same, atol=1e-5))
       ((2, 64, 4, 8), True)
 
-      Never more than 0.01 MB of the 0.13 MB of logits at once, in the backward pass neither:
+      At most 0.01 MB of the 0.13 MB of logits at once, also in the backward pass:
 
       >>> def loss(query):
       ...     out = autochunk.dot_product_attention(query, key, value, max_chunk_size_mb=0.01)
@@ -210,7 +210,7 @@ def attend(
     max_chunk_size_mb: float | Literal["auto"] | None,
     implementation: str | None,
 ) -> Any:
-    """What ``dot_product_attention`` returns, of arguments that are checked."""
+    """What ``dot_product_attention`` returns for checked arguments."""
     max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
     implementation = check_implementation(implementation)
     if jax.sharding.AxisType.Explicit in _mesh_of(arguments.query).axis_types:
@@ -244,7 +244,7 @@ def static_call(
     max_chunk_size_mb: float | Literal["auto"] | None,
     implementation: str | None,
 ) -> kernels.Call:
-    """A call as the kernels want it, with its plans.
+    """A call in the form that the kernels take, with its plans.
 
     Raises:
       ArgumentError: there is no such limit or implementation.
@@ -258,10 +258,10 @@ def _for_any_batch(
 ) -> kernels.Call:
     """A call whose leading sizes are symbolic, with plans whose slices do not depend on them.
 
-    What "auto" found for one element may be cut a little smaller, within one element, for that.
+    For "auto", slices a little smaller than one element may replace those that it found.
 
     Raises:
-      ArgumentError: the slices that were asked for depend on them.
+      ArgumentError: the requested slices depend on the symbolic sizes.
     """
     element = inputs.logits._replace(batch=1).bytes / BYTES_PER_MB
     found: dict[str, Any] = {}
@@ -291,16 +291,16 @@ def _is_for_any_batch(plan: Plan, call: kernels.Call, inputs: kernels.Inputs) ->
 
 
 quiet = kernels.quiet
-"""A context without what other libraries log of each call of theirs."""
+"""A context that hides what other libraries log about each of their calls."""
 
 _alone = contextvars.ContextVar("alone", default=False)
 
 
 @contextlib.contextmanager
 def on_one_device() -> Iterator[None]:
-    """Within it calls are traced for one device, however many jax sees.
+    """Inside, calls are traced for one device, however many jax sees.
 
-    A plan then runs as it is: for measuring it.
+    Plans then run unchanged, so that they can be measured.
     """
     token = _alone.set(True)
     try:
@@ -324,11 +324,11 @@ def why_not(implementation: str, arguments: Arguments, *, training: bool) -> str
 
 
 def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> kernels.Call:
-    """The call with its fused kernels, or with what is best without those that do not take it.
+    """The call with its fused kernels; the next best plan replaces one that refuses the call.
 
     Raises:
-      ArgumentError: the fused kernel was asked for by name. Only a refusal of the forward pass
-        counts: what it cannot differentiate runs in slices.
+      ArgumentError: the kernel that was pinned by name refuses the forward pass. Where it refuses
+        only the gradient, the gradient runs in slices.
     """
 
     def refused(name: str, mode: Mode, refusal: kernels.NotTaken) -> Plan:
@@ -344,9 +344,9 @@ def _taken(call: kernels.Call, inputs: kernels.Inputs, pinned: str | None) -> ke
 def _by_propagation(
     arguments: Arguments, limit: float | Literal["auto"] | None, implementation: str | None
 ) -> Any:
-    """What ``attend`` returns where mesh axes are explicit, sharded as the query.
+    """What ``attend`` returns where mesh axes are explicit, sharded like the query.
 
-    XLA's own propagation, inside, can split an axis of heads between [N] and [H / N].
+    Inside, XLA's own propagation can split an axis of heads between [N] and [H / N].
     """
     *spec, _ = jax.typeof(arguments.query).sharding.spec
     specs = jax.sharding.PartitionSpec(*spec, None), jax.sharding.PartitionSpec(*spec)
@@ -378,20 +378,20 @@ def _plans(
 
 
 def _each_its_share() -> bool:
-    """Whether arrays may be sharded that are traced as if they were whole."""
+    """Whether arrays that are traced as if they were whole may be sharded."""
     several = jax.device_count() > 1 and not _alone.get()
     return several and not jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _mesh_without_devices(array: jax.Array) -> jax.sharding.AbstractMesh:
-    """The mesh of an array whose program is lowered for devices that are not here; else empty."""
+    """An array's mesh, if its program is lowered for devices that are not here; else none."""
     mesh = jax.typeof(array).sharding.mesh
     there = mesh.abstract_device is not None or mesh.manual_axes
     return jax.sharding.AbstractMesh((), ()) if there else mesh
 
 
 def _for_mesh(plan: Plan) -> Plan:
-    """Rows first where some mesh axes are a ``shard_map``'s and others are XLA's to partition.
+    """The plan; rows first where ``shard_map`` has some mesh axes and XLA partitions the others.
 
     Slicing along a sharded axis makes XLA gather it.
     """

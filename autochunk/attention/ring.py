@@ -1,4 +1,4 @@
-"""Attention over a sequence that is spread over devices, of which none ever holds all keys."""
+"""Attention over a sequence that is sharded over devices, none of which ever holds all keys."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ def ring_attention(
     implementation: str | None = None,
     **settings: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention inside ``jax.shard_map``, of queries and keys that are sharded by sequence.
+    """Attention inside ``jax.shard_map`` of queries and keys that are sharded along the sequence.
 
-    Of N devices along the axis the n-th has the n-th part of T' queries and of T keys; with
-    ``balanced`` the n-th and the n-th to last of 2 N parts, as ``ring_order`` puts them, so that
-    causality leaves all devices the same to do. Derivatives beyond the first hold what each step
-    around the ring had.
+    N is the number of devices along the axis. The n-th device has the n-th of N parts of the T'
+    queries and of the T keys. With ``balanced`` it has the n-th and the n-th to last of 2 N parts,
+    in the order of ``ring_order``, so that causal attention is the same work for all devices.
+    Derivatives beyond the first keep in memory what each step around the ring had.
 
     Args:
       query: [..., T' / N, H, K].
       key: [..., T / N, H', K], H' a divisor of H.
       value: [..., T / N, H', V].
-      bias: added to the scaled logits; broadcasts to [..., H, T' / N, T], with all keys in the
-        order in which the devices have them.
-      mask: of which False takes no part; as the bias.
+      bias: added to the scaled logits; broadcasts to [..., H, T' / N, T]: all keys, in the order
+        in which the devices have them.
+      mask: boolean, False hides a key from a row; broadcasts as the bias does.
       axis_name: the mesh axis, or axes, that the sequence is sharded over.
       balanced: whether each device has an early part of the sequence and a late one.
-      return_residual: return the log-sum-exp too, as ``dot_product_attention`` does.
-      max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None or "auto", of the attention
-        of one part's queries to one part's keys.
-      implementation: how that is computed, as in ``dot_product_attention``.
+      return_residual: also return the log-sum-exp, as ``dot_product_attention`` does.
+      max_chunk_size_mb: most MB (10^6 bytes) of logits at a time, None or "auto". It is for the
+        attention of one part's queries to one part's keys.
+      implementation: how that attention is computed, as in ``dot_product_attention``.
       **settings: scale, is_causal, query_seq_lengths, key_value_seq_lengths (of the whole
         sequences), local_window_size, query_offset (of the whole sequences), query_segment_ids
         [..., T' / N], key_value_segment_ids [..., T / N], logits_soft_cap, alibi_slopes,
-        dropout_rate, dropout_rng (the same one on each device, which drops what it drops of the
-        whole sequences), broadcast_dropout and precision, as ``dot_product_attention`` has them.
+        dropout_rate, dropout_rng (give each device the same one; it drops the same weights as for
+        whole sequences), broadcast_dropout and precision, as in ``dot_product_attention``.
 
     Returns:
       [..., T' / N, H, V] in the query's dtype; with ``return_residual`` a tuple of that and the
       log-sum-exp [..., T' / N, H].
 
     Raises:
-      ArgumentError: as from ``dot_product_attention``; sizes are odd with ``balanced``; a setting
-        is not one of these.
+      ArgumentError: as from ``dot_product_attention``; a device's share has an odd length and
+        ``balanced`` is set; a setting is not one of these.
 
     Example:
       >>> import functools
@@ -167,13 +167,13 @@ def _check_lengths(arguments: Arguments, parts: int) -> None:
 
 
 def ring_order(length: int, devices: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Positions [length] of a sequence in the order that ``balanced=True`` wants it sharded in.
+    """Positions [length] of a sequence in the order that ``balanced=True`` needs.
 
     ``x[:, ring_order(T, N)]`` gives the n-th of N devices the n-th and the n-th to last of 2 N
-    parts; ``np.argsort`` of it is the way back.
+    parts. ``np.argsort(ring_order(T, N))`` is the way back.
 
     Raises:
-      ArgumentError: the length is no multiple of 2 N.
+      ArgumentError: the length is not a multiple of 2 N.
 
     Example:
       >>> import autochunk
