@@ -1,1 +1,1 @@
-"""Any function in chunks: what is not attention, run a part of its positions at a time."""
+"""Functions other than attention in chunks: computed for a part of their positions at a time."""

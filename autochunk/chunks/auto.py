@@ -1,4 +1,4 @@
-"""What "auto" is: the sizes found best, else by the rule; what was missed leaves its program."""
+"""Resolves "auto": the best sizes found, else the rule's; a miss leaves its program for tuning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXPLAIN = "measure it from your own script: autochunk.tune_chunks(fn, args)"
 
 
 def found_sizes(call: Call) -> dict[Mode, FunctionResolution]:
-    """What each mode's profile says; nothing where the call cannot be told from others."""
+    """What each mode's profile says; empty where the call cannot be told from others."""
     subject = described(call)
     if subject is None:
         return {}
@@ -31,9 +31,9 @@ def found_sizes(call: Call) -> dict[Mode, FunctionResolution]:
 
 
 def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> None:
-    """Tells, once for a call, of what was missed or may no longer hold, and remembers it.
+    """Warns, once per call, of what was missed or may no longer hold, and records the misses.
 
-    Both modes are measured then: which one comes to run is not known while JAX traces.
+    Both modes are recorded, to be measured: which one will run is not known while JAX traces.
     """
     if not answers or (agree.several_processes() and not agree.is_first()):
         return
@@ -58,7 +58,7 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
 
 
 def _remember(call: Call, missed: list[FunctionResolution]) -> str:
-    """Records misses and their program; how to tune them, in words."""
+    """Records misses and their program; returns in words how to tune them."""
     store = ProfileStore(settings.current().store, briefly=True)
     subject = missed[0].workload
     with contextlib.suppress(StoreError):
@@ -73,7 +73,7 @@ def _remember(call: Call, missed: list[FunctionResolution]) -> str:
 
 
 def _keep_program(call: Call, subject: FunctionCall, kept: programs.Programs) -> str:
-    """Leaves the program beside the store; why not, in words."""
+    """Leaves the program beside the store; returns in words why not, or nothing."""
     if not programs.wanted():
         return f"{programs.VARIABLE} says so"
     if kept.has(subject):

@@ -13,20 +13,20 @@ import numpy as np
 from autochunk.errors import ArgumentError
 
 SPLIT = "split"
-"""In place of an axis: a key of random numbers, of which each position gets one of its own."""
+"""In place of an axis: a random key, which is split so that each position gets its own."""
 
 Axes = tuple[int | None, ...]
-"""Of one array: for each chunked axis the dim that it is, or None."""
+"""For one array: for each chunked axis its dim in the array, or None."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array, or whatever else, in the arguments or results of a function.
+    """One leaf, an array or anything else, in the arguments or results of a function.
 
     Attributes:
       name: for errors.
       value: what it is.
-      axes: as it was given for it: an int, None, "split", or a tuple with an entry for each axis.
+      axes: as the caller gave it: an int, None, "split", or a tuple with an entry for each axis.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Leaf:
 
 
 def leaves_of(name: str, tree: Any, axes: Any, argument: str = "in_axes") -> Iterator[Leaf]:
-    """The leaves of a tree, each with what a prefix of it says; as in ``jax.vmap``.
+    """The leaves of a tree, each with its entry in a prefix of the tree, as in ``jax.vmap``.
 
-    A tuple or list where the tree has an array, or is no tuple or list, is of several axes.
+    Where the tree is not a tuple or list (an array, say), a tuple or list means several axes.
 
     Raises:
       ArgumentError: the prefix does not fit the tree, or has something that is no axis.
@@ -80,7 +80,7 @@ def _is_axes(axes: Any) -> bool:
 
 
 def _children(tree: Any) -> tuple[list[tuple[str, Any]], Any] | None:
-    """What is one level down, with its path, and the structure; None of a leaf."""
+    """The children, one level down, with their paths, and the structure; None for a leaf."""
     with_paths, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda one: one is not tree
     )
@@ -107,7 +107,7 @@ class Parameters:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Parameters:
-        """Of a function; of one that does not tell its signature nothing is known."""
+        """Of a function; nothing is known of one that does not tell its signature."""
         try:
             found = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -162,7 +162,7 @@ def arguments_of(
 
 
 def _axes_of(in_axes: Any, name: str, number: int | None) -> Any:
-    """What ``in_axes`` say of one argument; those that only a name can give are shared."""
+    """The entry of ``in_axes`` for one argument; those that only a name can give are shared."""
     if isinstance(in_axes, dict):
         return in_axes.get(name)
     if number is None:
@@ -176,7 +176,7 @@ def _axes_of(in_axes: Any, name: str, number: int | None) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is an array that JAX computes with, and no constant of Python or NumPy."""
+    """Whether it is an array that JAX computes with, not a constant of Python or NumPy."""
     return isinstance(value, jax.Array)
 
 
@@ -187,10 +187,10 @@ def count_axes(leaves: Sequence[Leaf]) -> int:
 
 
 def normal_axes(leaf: Leaf, count: int, argument: str = "in_axes") -> Axes:
-    """The dims, counted from the first, that an array has of each of ``count`` chunked axes.
+    """The dim, counted from the first, of each of ``count`` chunked axes in an array.
 
     Raises:
-      ArgumentError: the array has no such dim, or is none, or a dim is there twice.
+      ArgumentError: the array has no such dim, or is not an array, or a dim is named twice.
     """
     if leaf.axes is None or leaf.axes == SPLIT:
         return (None,) * count

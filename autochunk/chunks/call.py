@@ -47,11 +47,11 @@ class Call:
     Attributes:
       settings: of the function.
       lengths: how many positions there are along each chunked axis.
-      arrays: what programs take; everything else of the arguments is in them.
-      inputs: the axes of each.
-      traced: the jaxpr of the function, of whole arrays.
-      outputs: those of each result.
-      reduction: how those without one are merged.
+      arrays: what programs take; programs contain all other arguments.
+      inputs: the axes of each array.
+      traced: the jaxpr of the function for whole arrays.
+      outputs: the axes of each result.
+      reduction: how results without an axis are merged.
 
     Raises:
       ArgumentError: the axes do not fit the arguments or the results.
@@ -75,7 +75,7 @@ class Call:
         self.reduction = self._make_reduction()
 
     def _drawn(self, leaf: Leaf, dims: Axes) -> tuple[Any, Axes]:
-        """An argument with its axes; of a key of random numbers one for each position."""
+        """An argument with its axes; of a random key to split, one key for each position."""
         if leaf.axes != SPLIT:
             return leaf.value, dims
         try:
@@ -97,14 +97,14 @@ class Call:
 
     @property
     def symbolic(self) -> bool:
-        """Whether some size is no number, as under ``jax.export``."""
+        """Whether some size is symbolic, as under ``jax.export``."""
         return not all(isinstance(size, int) for array in self.arrays for size in array.shape)
 
     @property
     def closes_over_sharded(self) -> bool:
-        """Whether the function has arrays from around it whose types say how they are sharded.
+        """Whether the function closes over arrays whose types say how they are sharded.
 
-        Inside a chunk, which leaves that to XLA, JAX takes none of them.
+        A chunk leaves sharding to XLA, and JAX accepts no such arrays inside it.
         """
         return has_explicit_axes() and any(map(is_array, self.traced.consts))
 
@@ -181,16 +181,16 @@ class Call:
         )
 
     def whole(self, arrays: Arrays) -> Arrays:
-        """What the call is without chunks."""
+        """The call without chunks."""
         results = self.flat(arrays)
         if not isinstance(self.reduction, Merge):
             return results
         return self.reduction.add(self.reduction.start(results), results, 1.0)
 
     def trace(self, function: Callable[[Arrays], Any], sizes: Sequence[Any]) -> Any:
-        """The jaxpr of a function of this one's arrays, cut to one chunk.
+        """The jaxpr of a function of this call's arrays, cut to one chunk.
 
-        As on one device; but inside ``shard_map`` with the mesh that is there.
+        It is traced as on one device, but inside ``shard_map`` with the mesh that is there.
         """
         if not _manual_axes():
             return self.trace_alone(function, sizes)
@@ -229,7 +229,7 @@ def _is_traced(value: Any, dims: Axes) -> bool:
 
 
 def _devices() -> int:
-    """How many devices arrays may be sharded over that are traced as if they were whole."""
+    """How many devices arrays that are traced as if they were whole may be sharded over."""
     return 1 if _manual_axes() else jax.device_count()
 
 

@@ -33,38 +33,37 @@ def chunked(
     name: str | None = None,
     memory_budget_mb: float | None = None,
 ) -> _F:
-    """The same function, computed for a part of its positions at a time, so that it takes less
-    memory.
+    """The same function, computed for a part of its positions at a time to take less memory.
 
     ``fn`` takes whole arrays, and must treat the positions along the chunked axis independently of
     each other, or reduce over them: rows of a batch, residues, samples, points. It is called with
     a chunk of any length, and its results are joined, or merged by ``reduce``. Loops are
-    ``jax.lax.scan``; where gradients are asked for each chunk is computed again in the backward
-    pass. Under ``jax.vmap`` sizes are those of one element. Call it inside ``jax.jit``: outside,
-    the loop is compiled anew for each call.
+    ``jax.lax.scan``. Where gradients are taken, the backward pass computes each chunk again. Under
+    ``jax.vmap`` sizes are those of one element. Call it inside ``jax.jit``: outside, the loop is
+    compiled again for each call.
 
     Args:
       fn: a pure function of arrays, or pytrees of them, at least one of which has the axis.
-        Arguments without an axis that are no JAX arrays (Python numbers, texts, functions, NumPy
+        Arguments without an axis that are not JAX arrays (Python numbers, texts, functions, NumPy
         arrays) are passed as they are.
       in_axes: as in ``jax.vmap``: an int, None (shared), or a tuple with one entry, or a prefix of
-        its pytree, for each positional argument; or a dict by parameter name. Arguments that only
-        a keyword can give are shared unless such a dict names them. For several chunked axes at
-        once an entry is a tuple: ``((0, 1), (0, None), (None, 0))`` are a pair representation
-        [rows, columns, ...], what belongs to rows, and what belongs to columns. "split" is a key
-        of random numbers: ``fn`` gets ``jax.random.split(key, positions)``, of which a chunk has
-        its own, so that what is drawn does not depend on how positions are chunked.
+        its pytree, for each positional argument; or a dict by parameter name. Keyword-only
+        arguments are shared unless such a dict names them. For several chunked axes at once an
+        entry is a tuple: ``((0, 1), (0, None), (None, 0))`` is for a pair representation
+        [rows, columns, ...], what belongs to rows, and what belongs to columns. "split" is for a
+        random key: ``fn`` gets its chunk's part of ``jax.random.split(key, positions)``, so that
+        what is drawn does not depend on the chunks.
       out_axes: the axis of each result, in the same way; None is a result that ``reduce`` merges.
-        Left out it is 0, or with ``reduce`` None.
-      reduce: "sum", "mean", "max", "min" (``fn`` reduces over its own positions in the same way,
-        and takes the mean by their number), or a pair ``(first, merge)``, where
+        By default it is 0, or with ``reduce`` None.
+      reduce: "sum", "mean", "max", "min" (``fn`` must reduce over its own positions in the same
+        way, for "mean" by dividing by their number), or a pair ``(first, merge)``, where
         ``merge(total, results)`` returns the next total, ``first`` is the total of no positions,
         and the order of chunks must not matter. Sums and means of half-precision results are
         taken in float32.
       chunk_size: most positions at once, None for all, a tuple of these for several axes, or
-        "auto". It counts the positions of a whole array, inside ``jax.shard_map`` of a device's
-        part. What does not make a whole chunk is a smaller one.
-      name: what the function is called where it is remembered; by default its module and name.
+        "auto". Positions are those of a whole array, or inside ``jax.shard_map`` those of a
+        device's part. The last chunk is smaller if they do not fill it.
+      name: the function's name in the profile store; by default its module and name.
       memory_budget_mb: most working memory (10^6 bytes) that "auto" may take; by default that of
         ``autochunk.use``.
 
@@ -72,9 +71,9 @@ def chunked(
       A function of the same signature and results.
 
     Raises:
-      ArgumentError: an argument is not as above; where it is called, also if ``in_axes`` or
-        ``out_axes`` do not fit the arrays, or ``fn`` returns something else than one result for
-        each position. It is a ValueError.
+      ArgumentError: an argument is not as above. On a call also: ``in_axes`` or ``out_axes`` do
+        not fit the arrays, or ``fn`` does not return one result for each position. It is a
+        ValueError.
 
     Example:
       >>> import jax
@@ -88,7 +87,7 @@ def chunked(
       >>> total = autochunk.chunked(jnp.sum, reduce="sum", chunk_size=16)
       >>> float(jax.jit(total)(jnp.ones(100)))
       100.0
-    """  # noqa: D205
+    """
     if not callable(fn):
         raise ArgumentError(f"fn must be a function of arrays; got {fn!r}")
     parameters = Parameters.of(fn)
@@ -126,7 +125,7 @@ def call_of(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
     """A call of a function that ``chunked`` returned.
 
     Raises:
-      ArgumentError: it is none, or does not take these arguments.
+      ArgumentError: ``fn`` is not such a function, or does not take these arguments.
     """
     settings = getattr(fn, _SETTINGS, None)
     if not isinstance(settings, Settings):

@@ -1,4 +1,4 @@
-"""What a call of a function is in words: its key, and a fingerprint of what it computes."""
+"""Describes a call of a function: its key, and a fingerprint of what it computes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from autochunk.workload import Mode
 
 _MOST = 6  # arrays that are told one by one
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-# Of autochunk's own attention: how it is computed, which tuning and budgets change.
+# The plans of autochunk's own attention, which tuning and budgets change.
 _PLANS = re.compile(r"plans=Plans\(.*?, window=", re.DOTALL)
 
 
 def described(call: Call, mode: Mode = "forward") -> FunctionCall | None:
     """The call as the store knows it; None where its sizes are symbolic.
 
-    Arrays that a function has from around it are no arguments of its; that they are there is in
-    the fingerprint.
+    Arrays that a function closes over are not among its arguments; the fingerprint shows that they
+    are there.
     """
     if call.symbolic or 0 in call.lengths:
         return None
@@ -55,10 +55,10 @@ def _array(array: jax.Array, dims: Axes) -> str:
 
 
 def fingerprint(traced: Any) -> str:
-    """16 hex digits of a closed jaxpr's text, which has no values but those of literals.
+    """16 hex digits of a closed jaxpr's text, in which literals are the only values.
 
-    Addresses of objects, which differ from process to process, and plans of attention are taken
-    out; variables are named in order of appearance. Another version of JAX may print another text.
+    Addresses of objects, which differ from process to process, and plans of attention are removed;
+    variables are named in order of appearance. Another version of JAX may print another text.
     """
     text = _PLANS.sub("", _ADDRESS.sub("", str(traced.jaxpr)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

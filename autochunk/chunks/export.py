@@ -1,4 +1,4 @@
-"""A function as a program for another process, the sizes of its chunks symbolic if they can be."""
+"""A function as a program for another process, with symbolic chunk sizes where that works."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _MOST_SECONDS = 5.0  # after which no more of them are made: a user's program wa
 
 
 def exported(call: Call) -> tuple[dict[str, Any], bytes]:
-    """What a call's program takes, and the program.
+    """The header, which says what a call's program takes, and the program.
 
-    Its arguments are first what the function has from around it, then the call's arrays; no value
-    of any of them is in it. A function that cannot be differentiated leaves what it computes alone.
-    One that refuses sizes that are symbolic leaves a program for each size of a few plans.
+    The program takes first the arrays that the function closes over, then the call's arrays; it
+    contains no value of any of them. For a function that cannot be differentiated it is the forward
+    pass alone. For a function that refuses symbolic sizes there is a program for each size of a
+    few plans.
 
     Raises:
-      Exception: whatever JAX raises of a function that cannot be exported.
-      ValueError: it calls back to the host, or results are merged by a function of its own.
+      Exception: whatever JAX raises for a function that cannot be exported.
+      ValueError: it calls back to the host, or its results are merged by a function.
     """
     if isinstance(call.settings.reduce, tuple):
         raise ValueError("a pair (first, merge) has a function of its own, which is not exported")
@@ -65,7 +66,7 @@ def _symbols(count: int) -> Any:
 def _of_sizes(
     call: Call, sizes: Sequence[Any], gradients: bool
 ) -> tuple[list[dict[str, Any]], bytes]:
-    """The program of a chunk of these sizes, and what it has from around it."""
+    """The arrays that the program of a chunk of these sizes closes over, and the program."""
     chunk = call.shapes(sizes)
     with muted():
         traced = call.trace_alone(call.flat, sizes)
@@ -80,8 +81,8 @@ def _of_sizes(
         program = jax.export.export(jax.jit(function))(around, chunk)
         return bytes(program.serialize(vjp_order=1 if gradients else 0))
 
-    # Another thread has none of the meshes that are in force around a call that is traced, for
-    # which the program would be made.
+    # The traced call may be inside meshes, and the program would be made for them. In another
+    # thread none of them is in force.
     with ThreadPoolExecutor(1) as thread:
         program = thread.submit(_with_wide(serialized)).result()
     return [description(one) for one in constants], program
@@ -91,9 +92,9 @@ def _of_sizes(
 
 
 def _of_each_size(call: Call, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """A program of each size that some plans need, one after the other; as many as time allows.
+    """Programs of all chunk sizes that a few plans need, one after the other, while time allows.
 
-    The header says which plans, and of each program its sizes and how many bytes it has.
+    The header lists the plans, and for each program its sizes and how many bytes it has.
     """
     end = time.monotonic() + _MOST_SECONDS
     around, program = _of_sizes(call, call.lengths, header["gradients"])
@@ -122,13 +123,13 @@ def _plans(lengths: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _chunks_of(plan: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The sizes of all chunks of a plan: the whole ones, and those that are left."""
+    """The sizes of all chunks of a plan: the whole ones and the smaller ones at the end."""
     pairs = zip(plan, lengths, strict=True)
     return itertools.product(*({size, length % size} - {0} for size, length in pairs))
 
 
 def _with_wide(function: Callable[[], bytes]) -> Callable[[], bytes]:
-    """The function with 64-bit types where they are in force here, for another thread."""
+    """The function for another thread, with 64-bit types if they are in force here."""
     wide = bool(jax.config.read("jax_enable_x64"))
 
     def run() -> bytes:
@@ -139,7 +140,7 @@ def _with_wide(function: Callable[[], bytes]) -> Callable[[], bytes]:
 
 
 def description(array: Any) -> dict[str, Any]:
-    """Shape and dtype of an array as JSON data; of keys of random numbers their algorithm."""
+    """Shape and dtype of an array as JSON data; for random keys also their algorithm."""
     found = {"shape": list(array.shape), "dtype": str(array.dtype)}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         found["keys"] = str(jax.random.key_impl(array))

@@ -1,4 +1,4 @@
-"""A call as it is trained: its results and the gradients of its arrays; whether it has any."""
+"""A call in training: its results and the gradients of its arrays, and whether it has any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autochunk.resolution.reporting import muted
 
 
 def trained(call: Call) -> Callable[[Arrays], Any]:
-    """What computes the results of a chunk's arrays, and the gradients of those that move."""
+    """A function from a chunk's arrays to its results and the gradients of its inexact arrays."""
     moving = [n for n, array in enumerate(call.arrays) if _is_inexact(array)]
 
     def run(part: Arrays) -> Any:
@@ -32,7 +32,7 @@ def trained(call: Call) -> Callable[[Arrays], Any]:
 
 
 NO_GRADIENTS = (TypeError, ValueError, NotImplementedError)
-"""What JAX raises of a function without: a while loop, a call back to the host."""
+"""What JAX raises for a function without gradients: a while loop, a call back to the host."""
 
 
 def has_gradients(call: Call) -> bool:

@@ -6,9 +6,9 @@ import itertools
 
 
 def sizes_below(length: int, step: int) -> list[int]:
-    """Sizes below a length: powers of two, ``step`` apart, and what divides the length well.
+    """Sizes below a length: powers of two, a factor of ``step`` apart, and divisors of the length.
 
-    Between each and the next stands the largest that divides it, which leaves no smaller chunk.
+    Before each power comes the largest divisor below twice that power: it leaves no smaller chunk.
     """
     sizes = []
     top = (length - 1).bit_length() - 1

@@ -1,8 +1,8 @@
-"""A function over the chunks of its arrays, by ``lax.scan``, one chunked axis inside the other.
+"""Runs a function over chunks of its arrays by ``lax.scan``, one chunked axis inside the other.
 
-Positions that do not make a whole chunk are a smaller one at the end. Where JAX sees several
-devices a chunk takes as many positions of each of so many equal blocks: an array that is sharded
-along the axis then gives of each device's share, and none of it moves.
+Positions that do not fill a chunk make a smaller one at the end. Where JAX sees several devices
+the axis is cut into equal blocks, and a chunk takes equally many positions of each block. If an
+array is sharded along the axis, a chunk then has part of each device's share, and no data moves.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Split:
     """How the positions along one axis are chunked.
 
     Attributes:
-      length: how many there are.
+      length: how many positions there are.
       size: of a chunk, at most; a multiple of ``blocks``.
-      blocks: of how many equal parts a chunk takes equally many positions.
+      blocks: number of equal blocks; a chunk takes equally many positions of each.
     """
 
     length: int
@@ -44,7 +44,7 @@ class Split:
 
     @property
     def rest(self) -> int:
-        """How many positions are left for a smaller one."""
+        """How many positions are left for a smaller chunk."""
         return self.length - self.count * self.size
 
     def take(self, array: jax.Array, dim: int, first: Any, count: int) -> jax.Array:
@@ -62,7 +62,7 @@ class Split:
         return _merged(jnp.moveaxis(whole.reshape(shape), dim + 1, 0), dim + 1)
 
     def joined(self, chunks: jax.Array, rest: jax.Array | None, dim: int) -> jax.Array:
-        """The opposite of ``stacked``, and of what is left."""
+        """The inverse of ``stacked``; ``rest`` is the smaller chunk, if there is one."""
         each = self.size // self.blocks
         shape = (*chunks.shape[: dim + 1], self.blocks, each, *chunks.shape[dim + 2 :])
         moved = jnp.moveaxis(chunks.reshape(shape), 0, dim + 1)
@@ -72,11 +72,11 @@ class Split:
         return _merged(whole, dim)
 
     def put(self, total: jax.Array, part: jax.Array, dim: int, first: Any) -> jax.Array:
-        """A total, as ``empty`` makes it, with a chunk's positions from ``first`` on."""
+        """A total, as ``empty`` makes it, with a chunk put in from ``first`` of each block on."""
         return jax.lax.dynamic_update_slice_in_dim(total, self._view(part, dim), first, dim + 1)
 
     def empty(self, chunk: Any, dim: int) -> jax.Array:
-        """Place for all of which ``chunk`` is one."""
+        """A total for all positions, of which ``chunk`` has some."""
         each = self.length // self.blocks
         shape = (*chunk.shape[:dim], self.blocks, each, *chunk.shape[dim + 1 :])
         return vary_alike([jnp.zeros(shape, chunk.dtype)], [chunk])[0]
@@ -113,13 +113,13 @@ class Loop:
 
     Attributes:
       split: its chunks.
-      inner: what a chunk comes to.
+      inner: the function of a chunk.
       inputs: the dim of each array that is this axis, or None.
-      outputs: the same of the results; those with None are reduced.
-      reduction: how.
-      differentiable: whether gradients will be asked for, so that a chunk's results are not put in
-        place but stacked, which JAX differentiates without the whole of them for each chunk.
-      recompute: whether the backward pass computes a chunk anew.
+      outputs: the same for the results; those with None are reduced.
+      reduction: how they are reduced.
+      differentiable: whether gradients will be taken. Results of chunks are then stacked and not
+        put in place, so that JAX does not keep whole results for each chunk.
+      recompute: whether the backward pass computes a chunk again.
     """
 
     split: Split
@@ -162,7 +162,7 @@ class Loop:
         return total, joined
 
     def _stacked(self, arrays: Arrays, total: Arrays, _: Sequence[Any]) -> tuple[Arrays, Arrays]:
-        """Chunks are what a scan is over, and what it returns."""
+        """A scan takes the stacked chunks, and returns their stacked results."""
         split, arrays = self.split, self._varying(arrays)
         shared = list(map(_widened, arrays, self.inputs))
 
@@ -181,9 +181,9 @@ class Loop:
         return total, [split.joined(one, rest, dim) for one, rest, (_, dim) in mapped]
 
     def _varying(self, arrays: Arrays) -> Arrays:
-        """The arrays; inside ``shard_map`` shared ones vary as chunks do, if the results then do.
+        """The arrays; inside ``shard_map`` shared ones vary as chunks do; not if results then vary more.
 
-        Their cotangents are summed over devices once, and not for each chunk.
+        Their cotangents are then summed over devices once, and not for each chunk.
         """
         if not any(map(varying_axes, arrays)):  # as outside of shard_map
             return arrays
@@ -219,7 +219,7 @@ class Loop:
         )
 
     def _filled(self, arrays: Arrays, chunk: Arrays) -> Arrays:
-        """The arrays, those that are cut by a chunk of them."""
+        """The arrays, with a chunk in place of those that are cut."""
         parts = {i: part for (i, _), part in zip(self._cut, chunk, strict=True)}
         return [parts.get(i, array) for i, array in enumerate(arrays)]
 
@@ -243,7 +243,7 @@ class Loop:
         return total, [results[i] for i, _ in self._mapped]
 
     def _rest(self, arrays: Arrays, total: Arrays) -> tuple[Arrays, Arrays]:
-        """The step of what is left for a smaller chunk."""
+        """The step for the smaller chunk at the end."""
         split, share = self.split, self.split.rest / self.split.length
         part = self._part(arrays, split.count * self._each, split.rest // split.blocks)
         step = jax.checkpoint(self._step, static_argnums=(2,)) if self.recompute else self._step
@@ -281,7 +281,7 @@ def in_chunks(
     *,
     differentiable: bool,
 ) -> Function:
-    """The function, one axis's chunks inside the other's; those that are None are left whole."""
+    """The function in chunks, one axis inside the other; axes with None stay whole."""
     innermost = True
     for number in reversed(range(len(splits))):
         split = splits[number]

@@ -1,9 +1,9 @@
-"""What is told of a program from its jaxpr, how much memory it needs: nothing is compiled for it.
+"""What the jaxpr of a program tells about it, such as its memory; nothing is compiled for that.
 
-Every value of a jaxpr is taken to be an array from where it is computed to where it is last used.
-XLA fuses elementwise operations and computes some in place, so that it is a bound from above, by
-two to three for activations between matrix products; what a library's kernel takes for itself is
-not in it.
+Every value of a jaxpr counts as an array from where it is computed to where it is last used. XLA
+fuses elementwise operations and computes some in place, so the result is an upper bound: two to
+three times what activations between matrix products take. What a library's kernel takes for itself
+is not in it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
 
 
 def rounding(jaxpr: core.Jaxpr) -> float:
-    """The relative rounding of the least precise floating-point dtype that anything in it has.
+    """The relative rounding of the least precise floating-point dtype in a program.
 
-    Of float32 arguments a function may well compute in bfloat16.
+    A function of float32 arguments may well compute in bfloat16.
     """
     values = (one for equation in jaxpr.eqns for one in (*equation.invars, *equation.outvars))
     dtypes: set[Any] = {getattr(one.aval, "dtype", None) for one in values} - {None}
@@ -50,7 +50,7 @@ _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 
 
 def products(jaxpr: core.Jaxpr) -> set[str]:
-    """The precisions of the products of float32 arrays that it has, as ``jnp.matmul`` names them.
+    """The precisions of a program's products of float32 arrays, as ``jnp.matmul`` names them.
 
     By default a GPU rounds their operands.
     """
@@ -66,7 +66,7 @@ def products(jaxpr: core.Jaxpr) -> set[str]:
 
 
 def _precision(given: Any) -> str:
-    """Of two operands' precisions the lower one; of an algorithm its name."""
+    """The lower one of two operands' precisions; for an algorithm its name."""
     several = given if isinstance(given, tuple) else (given,)
     kinds = [one for one in jax.lax.Precision if one in several]  # from the lowest
     found = [one.name.lower() for one in kinds] or [getattr(one, "name", "") for one in several]
@@ -74,7 +74,7 @@ def _precision(given: Any) -> str:
 
 
 def calls_to_host(jaxpr: core.Jaxpr) -> str:
-    """The first operation in it that calls back to the host; empty if there is none."""
+    """The first operation of a program that calls back to the host; empty if there is none."""
     for equation in jaxpr.eqns:
         name = str(equation.primitive)
         if "callback" in name or name == "debug_print":
@@ -86,7 +86,7 @@ def calls_to_host(jaxpr: core.Jaxpr) -> str:
 
 
 def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
-    """By variable the number of the equation that needs it last; of results, after all."""
+    """For each variable the last equation that needs it, by number; results come after all."""
     last: dict[Any, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
         last |= dict.fromkeys(_variables(equation.invars), number)
@@ -98,7 +98,7 @@ def _variables(atoms: Any) -> Iterator[Any]:
 
 
 def bytes_of(aval: Any) -> int:
-    """Bytes of an array of a shape and dtype; of a key of random numbers about so many."""
+    """Bytes of an array of a shape and dtype; for a random key an estimate."""
     size = math.prod(getattr(aval, "shape", ()))
     dtype = getattr(aval, "dtype", None)
     if dtype is None:

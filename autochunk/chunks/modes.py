@@ -13,11 +13,11 @@ Program = Callable[[Arrays], Arrays]
 
 
 def for_both(forward: Program, training: Program, arrays: Arrays) -> Arrays:
-    """The results of ``forward``, or where they are differentiated of ``training``.
+    """The results of ``forward``, or of ``training`` where they are differentiated.
 
-    JAX tells which by asking for the rule of a ``custom_jvp``, which linearises the second: so
-    derivatives of every order are its. What the programs have from around them, as a function
-    that is a closure over traced arrays has, becomes an argument, for JAX to differentiate it too.
+    A ``custom_jvp`` tells them apart: JAX asks for its rule only when it differentiates. The rule
+    linearises ``training``, so derivatives of every order are those of ``training``. Arrays that
+    the programs close over, such as traced ones, become arguments, for JAX to differentiate too.
     """
     traced = [jax.make_jaxpr(program)(arrays) for program in (forward, training)]
     if any(one.effects for one in traced):

@@ -24,7 +24,7 @@ class Reduction(Protocol):
         """A total with the results of a chunk, which has a share of all positions."""
 
     def end(self, total: Arrays, like: Sequence[Any]) -> Arrays:
-        """What is returned of a total."""
+        """The results that a total stands for."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_reduce(reduce: Any) -> Any:
 
 
 def check_results(reduce: Any, name: str, dtype: Any) -> None:
-    """Raises ArgumentError for results that cannot be reduced so."""
+    """Raises ArgumentError for results that ``reduce`` cannot reduce."""
     numeric = jnp.issubdtype(dtype, jnp.number)
     allowed = {"mean": jnp.issubdtype(dtype, jnp.inexact), "sum": numeric}
     ordered = (numeric or jnp.issubdtype(dtype, jnp.bool_)) and not jnp.issubdtype(

@@ -1,9 +1,9 @@
 """The sizes of chunks where nothing was measured.
 
-A whole call runs as it is while the memory that it takes is a modest share of the device's, or
-within a budget; else in the largest chunks that are, by powers of two. What it takes is told from
-two programs, of the whole and of half of each axis: a part that is always there, and one that
-grows with the positions of a chunk.
+A whole call runs as it is while its memory is a modest share of the device's, or within a budget.
+Else it runs in the largest chunks, by powers of two, that keep to that. Memory is estimated from
+two programs, one of the whole and one of half of each axis: a part that is always there, and one
+that grows with the positions of a chunk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from autochunk.plan import BYTES_PER_MB
 
-# Of a device's memory, what one call may take: a model has several, and parameters, and whatever
-# their backward passes keep. A share of all and not of what is free at the moment: the same
-# program then has the same plan in every process.
+# The share of a device's memory that one call may take. A model has several calls, and parameters,
+# and whatever their backward passes keep. It is a share of all memory, not of what is free at the
+# moment: the same program then has the same plan in every process.
 SHARE_OF_MEMORY = 1 / 8
 
 
@@ -25,8 +25,8 @@ def usual_sizes(
     """Sizes of chunks along each axis that should take no more than ``most`` bytes.
 
     Args:
-      lengths: of the axes; where a call fits whole, the answer.
-      needed: tells the bytes that a chunk of such sizes takes; called two or three times.
+      lengths: of the axes; they are the answer if the whole call fits.
+      needed: the bytes that a chunk of such sizes takes; called two or three times.
       most: bytes.
     """
     whole = tuple(lengths)
@@ -44,14 +44,14 @@ def usual_sizes(
 
 
 def _line(x: int, y: int, x2: int, y2: int) -> tuple[float, float]:
-    """The two numbers of a line through two points, which does not fall or begin below zero."""
+    """Start and slope of a line through two points, neither of them below zero."""
     slope = max(0.0, (y2 - y) / (x2 - x)) if x2 > x else 0.0
     start = y2 - slope * x2
     return (start, slope) if start >= 0 else (0.0, y2 / x2)
 
 
 def _smaller(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The longest one reduced to the next power of two."""
+    """The sizes, with the longest one reduced to the next power of two."""
     longest = max(range(len(sizes)), key=lambda number: sizes[number])
     smaller = 1 << (sizes[longest] - 1).bit_length() - 1
     return tuple(smaller if n == longest else size for n, size in enumerate(sizes))

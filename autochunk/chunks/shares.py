@@ -1,8 +1,8 @@
 """Chunks of each device's share, where the types of arrays say how they are sharded.
 
 Each device then computes its own positions in a loop of its own, by ``jax.shard_map``: results that
-are reduced, and cotangents of shared arrays, are summed over devices once, after the loop. Left to
-XLA's own propagation they are summed for each chunk.
+are reduced, and cotangents of shared arrays, are summed over devices once, after the loop. XLA's
+own propagation would sum them for each chunk.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _Names = tuple[str, ...]
 def by_shares(
     call: Call, forward: Sequence[int], training: Sequence[int], like: Sequence[Any]
 ) -> Program | None:
-    """The call in chunks of at most these sizes, with results sharded as those of ``like`` are.
+    """The call in chunks of at most these sizes, with results sharded as in ``like``.
 
-    None where shares cannot be computed alone: nothing is sharded along a chunked axis, or
-    something along another one, or results are merged by a function.
+    None where shares cannot be computed alone: nothing is sharded along a chunked axis, an array
+    is sharded along another one, or results are merged by a function.
     """
     names = _sharded_along(call)
     if names is None or isinstance(call.settings.reduce, tuple):
@@ -61,7 +61,7 @@ def _arrays_of(call: Call) -> Iterator[tuple[jax.Array, Axes]]:
 
 
 def _sharded_along(call: Call) -> list[_Names] | None:
-    """For each chunked axis the mesh axes that it is sharded along; None if it is not so simple."""
+    """The mesh axes that each chunked axis is sharded along; None if it is not so simple."""
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if any(kind != AxisType.Explicit for kind in kinds):
         return None
@@ -89,7 +89,7 @@ def _spec(ndim: int, dims: Axes, names: Sequence[_Names]) -> PartitionSpec:
 
 
 def _spec_of_result(one: Any, dims: Axes, names: Sequence[_Names]) -> PartitionSpec:
-    """The same; first comes a dim of all devices whose results are to be merged, if they are."""
+    """The same for a result; first comes a dim of the devices to merge it over, if any."""
     spec, merged = _spec(one.ndim, dims, names), _merged_along(dims, names)
     return PartitionSpec(merged, *spec) if merged else spec
 
@@ -124,7 +124,7 @@ def _local(
 
 
 def _merged(call: Call, result: jax.Array, is_reduced: bool) -> jax.Array:
-    """A result of all devices."""
+    """A result merged over all devices."""
     if not is_reduced:
         return result
     merges: dict[str, Any] = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}

@@ -34,7 +34,7 @@ class Sizes:
 
 
 def sizes_of(call: Call) -> Sizes:
-    """What the caller says, else what is around the call, else by the rule.
+    """Sizes from the caller, else from settings around the call, else from profiles or the rule.
 
     Raises:
       ArgumentError: there is not one size for each axis.
@@ -81,7 +81,7 @@ def _said(sizes: Sizes, lengths: Sequence[int]) -> str:
 
 
 def _by_rule(call: Call, device: Device) -> Sizes:
-    """By the memory of the device that profiles are asked of: in every process the same one."""
+    """By the memory of the device that profiles are for: the same one in every process."""
     budget = call.settings.memory_budget_mb or settings.current().memory_budget_mb
     most = most_bytes(device.memory_gib, budget)
     with muted():
@@ -98,7 +98,7 @@ def _needed(call: Call, sizes: Sequence[int]) -> int:
 
 
 def _needed_to_train(call: Call, sizes: Sequence[int]) -> int:
-    """The same with its backward pass; without that where there is none."""
+    """The same with the backward pass, if there is one."""
     try:
         return peak_bytes(call.trace(trained(call), sizes).jaxpr)
     except NO_GRADIENTS:
