@@ -181,7 +181,7 @@ class Loop:
         return total, [split.joined(one, rest, dim) for one, rest, (_, dim) in mapped]
 
     def _varying(self, arrays: Arrays) -> Arrays:
-        """The arrays; inside ``shard_map`` shared ones vary as chunks do; not if results then vary more.
+        """The arrays; inside ``shard_map`` all vary alike, unless results would then vary more.
 
         Their cotangents are then summed over devices once, and not for each chunk.
         """
