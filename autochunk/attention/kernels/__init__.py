@@ -1,33 +1,33 @@
 """The attention itself, slice by slice, as JAX primitives.
 
 Arrays come in the caller's order: query [..., T', H, G, K], key [..., T, H, K], value [..., T, H,
-V], bias and mask [..., H, G, T', T] with any dim of size one broadcasting; H counts key/value heads
-and G the query heads that share one. Products want heads before rows and keys; slices are brought
-into that order one by one, and results back, so that no whole array is ever copied for it.
-``attention`` is the entry.
+V], bias and mask [..., H, G, T', T], where any dim of size one broadcasts. H counts key/value
+heads, G the query heads that share one. Products need heads before rows and keys. Slices are
+brought into that order one by one, and results back, so no whole array is ever copied for it.
+``attention`` is the entry point.
 
 Why primitives: attention, its tangent map and its cotangent map each see their operands' full
 shapes when they are lowered, vmapped axes included, so the limit on the logits holds under
-``vmap``; and the differentiation rule knows that a call is differentiated, so that forward and
-training can run different plans. A ``custom_vjp`` offers neither, nor forward mode. Derivatives
-beyond the first fall back to plain JAX over checkpointed slices.
+``vmap``. The differentiation rule knows that a call is differentiated, so that forward and training
+can run different plans. A ``custom_vjp`` offers neither, nor forward mode. Derivatives beyond the
+first fall back to plain JAX over checkpointed slices.
 
 Backward: the row maximum and the sum of exponentials are saved and the weights recomputed per slice
 (Dao et al. 2022, FlashAttention, https://arxiv.org/abs/2205.14135). A row of keys too long for the
 limit is taken in pieces with a running maximum and sum (Rabe and Staats 2021,
 https://arxiv.org/abs/2112.05682).
 
-Attention that is causal, in windows, of sequences with lengths or of several in one is cut into
-blocks, of which those without a visible key are left out.
+Causal or windowed attention, and attention of sequences with lengths or of packed sequences, is cut
+into blocks. Blocks without a visible key are skipped.
 
-What is excluded has no weight, whatever it is; what is summed with infinite or NaN values of it is
-computed again without them (see ``SliceMath``). A row that sees no key is the mean of all values.
+What is excluded has no effect, even if it is infinite or NaN: a sum that it spoils is computed
+again without it (see ``SliceMath``). A row that sees no key gives the mean of all values.
 
-To read it: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
+Reading order: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
 ``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
 (forward, tangent and cotangent by slices), ``primitives`` (what JAX sees, made by ``primitive``),
-then ``dense`` and ``fused`` (with ``seen`` and ``libraries``), which run without slices, and
-``shares``, ``ring`` and ``rings``, what each of several devices does.
+``dense`` and ``fused`` (with ``seen`` and ``libraries``), which run without slices, and ``shares``,
+``ring`` and ``rings`` (what each of several devices does).
 
 What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 """

@@ -1,4 +1,4 @@
-"""Cells of a grid of slices: where each lies, what is known of it, what is made of its parts."""
+"""Cells of a grid of slices: where each lies, what is known of it, how its parts are combined."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 class Output(NamedTuple):
     """An output of the sliced computation: its axes, whole shape and dtype.
 
-    Parts that are joined begin as ``fill``, and are in the dtype ``joined``, if there is one, until
-    they are finished.
+    Joined parts begin as ``fill``. Until they are finished they have the dtype ``joined``, if there
+    is one.
     """
 
     axes: tuple[str, ...]
@@ -22,15 +22,15 @@ class Output(NamedTuple):
     joined: Any = None
 
     def unfinished(self) -> Output:
-        """What holds its parts while they are joined."""
+        """The output as it is while its parts are joined."""
         return self if self.joined is None else self._replace(dtype=self.joined)
 
 
 class Cell(NamedTuple):
     """Where one slice lies.
 
-    Its first index along each axis, which of its elements no earlier slice had, and whether every
-    row of it is known to see every key.
+    Its first index along each axis (``starts``), which of its elements no earlier slice had
+    (``fresh``), and whether every row of it is known to see every key (``is_open``).
     """
 
     starts: dict[str, Any]
@@ -43,15 +43,15 @@ class Cover(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The inputs that it depends on; without them it is known while tracing."""
+        """The inputs that it depends on; if there are none, it is known while tracing."""
         ...
 
     def block(
         self, starts: dict[str, Any], sizes: dict[str, int], arrays: dict[str, jax.Array]
     ) -> tuple[Any, Any]:
-        """Whether a block is closed, and whether it is open, with the slices of those inputs.
+        """Whether a block is closed, and whether it is open, given the slices of those inputs.
 
-        Without them, what is known while tracing.
+        Given no slices, only what is known while tracing.
         """
         ...
 
@@ -62,12 +62,12 @@ Finish = Callable[[Cell, Parts, Sequence[Any]], Parts]
 
 
 def add(old: Parts, new: Parts) -> Parts:
-    """Parts that are summed."""
+    """Sums the parts."""
     return tuple(one + other for one, other in zip(old, new, strict=True))
 
 
 class OfRows(NamedTuple):
-    """What is known of blocks of keys, of one slice of rows."""
+    """What is known of the blocks of keys for one slice of rows."""
 
     cover: Cover
     starts: dict[str, Any]

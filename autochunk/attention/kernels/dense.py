@@ -18,10 +18,9 @@ def dense(
 ) -> list[jax.Array]:
     """[out], or [out, log-sum-exp], with all logits at once, in haiku's order of operations.
 
-    Shapes as in ``attention``. Logits are float32 for half-precision inputs, or with
-    ``call.half_logits`` in their dtype, as those of ``hk.MultiHeadAttention`` are. Unless
-    ``careful`` excluded values must be finite; ``differentiable`` is whether JAX may differentiate
-    it.
+    Shapes are those of ``attention``. Logits of half-precision inputs are float32, or with
+    ``call.half_logits`` in the inputs' dtype, as in ``hk.MultiHeadAttention``. Without ``careful``
+    excluded values must be finite. ``differentiable`` says whether JAX may differentiate this.
     """
     return dense_with_weights(inputs, call, careful, differentiable)[:-1]
 
@@ -29,7 +28,7 @@ def dense(
 def dense_with_weights(
     inputs: Inputs, call: Call, careful: bool = True, differentiable: bool = False
 ) -> list[jax.Array]:
-    """What ``dense`` gives, and the weights [..., H * G, T', T] before any is dropped."""
+    """What ``dense`` returns, and the weights [..., H * G, T', T] before dropout."""
     whole = _Whole(inputs, call)
     seen = whole.seen
     logits = whole.capped(seen if careful and differentiable else None)
@@ -51,9 +50,9 @@ def dense_with_weights(
 
 
 def _weights(whole: _Whole, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Weights, and which rows see nothing [..., T', 1]; of those that do not they may be NaN.
+    """Weights, and which rows see nothing [..., T', 1]; the weights of such rows may be NaN.
 
-    Softmax as JAX writes it is one kernel of XLA's on a GPU, if no other use is made of its maxima.
+    On a GPU ``jax.nn.softmax`` is one kernel of XLA's, if nothing else uses its maxima.
     """
     if (blind := whole.blind) is not None:  # -inf by overflow must not look like an excluded key
         logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
@@ -79,7 +78,7 @@ def _weights_and_stats(logits: jax.Array) -> list[jax.Array]:
 def dense_tangent(
     inputs: Inputs, call: Call, weights: jax.Array, tangents: Mapping[str, jax.Array]
 ) -> list[jax.Array]:
-    """Tangents of what ``dense`` gives, linear in those of some inputs, by name."""
+    """Tangents of what ``dense`` returns, linear in the tangents of some inputs, by name."""
     if excludes(inputs, call):  # no product of the saved weights may meet what is excluded
         finite = {name: _finite(inputs.present[name]) for name in _HEADS}
         inputs = inputs._replace(**finite)
@@ -136,7 +135,7 @@ class _Whole:
         self.seen = None if visible is None else self._ungrouped(visible)
         self.may_see_nothing = may_see_nothing(inputs, call)
         self.blind: jax.Array | None = None
-        """Rows that see nothing [..., T', 1], if not a bias but what they see tells."""
+        """Rows that see nothing [..., T', 1], where ``seen`` alone tells it: without a bias."""
         if self.seen is not None and self.may_see_nothing and inputs.bias is None:
             self.blind = ~jnp.any(self.seen, axis=-1, keepdims=True)
 
@@ -156,7 +155,7 @@ class _Whole:
         return term.reshape((*leading, heads * groups, rows, keys))
 
     def capped(self, guarded: jax.Array | None = None) -> jax.Array:
-        """Logits with all that is added, capped if they are to be."""
+        """Logits with all added terms, capped if there is a cap."""
         scale = jnp.asarray(self._call.scale, self.dtype)
         logits = _products(self.query, self.key, guarded, self._call, self.dtype) * scale
         for term in self._terms.added(self.dtype):
@@ -165,7 +164,7 @@ class _Whole:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def through_cap(self, d_logits: jax.Array) -> jax.Array:
-        """Tangents of logits to those of what is capped."""
+        """Tangents of capped logits, from those of the logits."""
         cap = self._call.soft_cap
         return d_logits if cap is None else d_logits * (1 - jnp.square(self.capped() / cap))
 
@@ -178,9 +177,9 @@ class _Whole:
         return [self._ungrouped(one) for one in terms_of(of, self._call).added(self.dtype)]
 
     def visible(self, weights: jax.Array) -> jax.Array:
-        """Tangents of weights, zero of what is excluded, and so are their cotangents.
+        """Tangents of weights, zero where they are excluded; so are the cotangents that flow back.
 
-        They may overflow, and zero times that is NaN.
+        Those may overflow, and zero times infinity is NaN.
         """
         return weights if self.seen is None else jnp.where(self.seen, weights, 0)
 
@@ -196,13 +195,13 @@ class _Whole:
         return within_lengths(out, self._inputs)
 
     def stats(self, rows: jax.Array) -> jax.Array:
-        """Something of each row, [..., H * G, T', 1] or without the last, as [..., H, G, T']."""
+        """A number for each row, [..., H * G, T'] or [..., H * G, T', 1], as [..., H, G, T']."""
         wide = jnp.promote_types(self._inputs.query.dtype, jnp.float32)
         return rows.reshape((*self._leading, self._heads, self._groups, self._rows)).astype(wide)
 
 
 def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
-    """Of rows, by their maxima and sums; of one that sees nothing a large negative number."""
+    """Of each row, from its maximum and sum; for rows that see nothing a large negative number."""
     least = -0.7 * float(jnp.finfo(maximum.dtype).max)
     blind = total == 0
     return jnp.where(blind, least, maximum + jnp.log(jnp.where(blind, 1, total)))
@@ -243,7 +242,7 @@ def _product(query: jax.Array, key: jax.Array, call: Call, dtype: Any) -> jax.Ar
 def _products(
     query: jax.Array, key: jax.Array, seen: jax.Array | None, call: Call, dtype: Any
 ) -> jax.Array:
-    """Those, whose derivatives do not see what is excluded."""
+    """``_product``, with derivatives that do not see what is excluded."""
     if seen is None:
         return _product(query, key, call, dtype)
 
@@ -264,7 +263,7 @@ def _sum(weights: jax.Array, value: jax.Array, call: Call) -> jax.Array:
 
 
 def _sums(weights: jax.Array, value: jax.Array, seen: jax.Array | None, call: Call) -> jax.Array:
-    """Those, of which values that are excluded take no part."""
+    """``_sum``, without values that are excluded."""
     if seen is None:
         return _sum(weights, value, call)
 

@@ -1,13 +1,13 @@
-"""Whole attention kernels that others wrote, as implementations beside our slices.
+"""Fused attention kernels of other libraries, as implementations beside our slices.
 
-Which there are is told by ``autochunk.implementations``, what they take by ``libraries``. One is
-used only where it takes the call; for everything else there are our slices: forward-mode and higher
-derivatives, platforms that do not have it.
+``autochunk.implementations`` lists them, ``libraries`` says what each takes. A kernel is used only
+where it takes the call. Everything else runs in our slices: forward-mode and higher derivatives,
+platforms that the kernel does not run on.
 
-Between forward and backward we keep what our slices keep, the output and the log-sum-exp of each
-row (as a row maximum, with a sum of one), so that either can go on from the other's results. A
-kernel's own backward is found through ``jax.vjp``; what that has saved of the forward pass is
-exchanged for our copies, and the forward pass that it would run again is then dead code.
+Between forward and backward we keep what our slices keep: the output and the log-sum-exp of each
+row (as a row maximum, with a sum of one). So either can continue from the other's results. A
+kernel's own backward comes from ``jax.vjp``. What that saved of the forward pass is replaced by our
+copies; the forward pass that it would run again is then dead code.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def differentiated(name: str) -> tuple[str, ...]:
 
 
 def taken(inputs: Inputs, call: Call, refused: Callable[[str, _Mode, NotTaken], Plan]) -> Call:
-    """The call with its fused kernels traced, or by what ``refused`` says where one refuses it.
+    """The call with its fused kernels traced; for one that refuses it, the plan of ``refused``.
 
     Arrays may be abstract.
     """
@@ -89,7 +89,7 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
     """A fused kernel's forward pass as a ClosedJaxpr; arrays may be abstract.
 
     Raises:
-      NotTaken: it does not take the call, or with ``training`` not its gradient; says why.
+      NotTaken: the kernel does not take the call, or with ``training`` its gradient; says why.
     """
     implementation = IMPLEMENTATIONS[name]
     if not implementation.runs_on(platform):
@@ -110,10 +110,10 @@ def trace(name: str, inputs: Inputs, call: Call, platform: str, *, training: boo
 
 @contextlib.contextmanager
 def their_rules() -> Iterator[None]:
-    """What kernels' authors took for granted of jax and a caller may forbid.
+    """Restores settings of jax that kernels' authors relied on and a caller may have changed.
 
-    Inside a ``shard_map`` that checks which axes values vary over, a Pallas kernel that does not
-    say so of its results is an error.
+    Inside a ``shard_map`` that checks which mesh axes values vary over, a Pallas kernel that does
+    not declare that for its results is an error.
     """
     from jax._src import config  # jax has no public name for turning that off
 
@@ -128,9 +128,9 @@ def their_rules() -> Iterator[None]:
 
 
 def _by_their_rules(function: Callable[..., _T]) -> Callable[..., _T]:
-    """``function(name, inputs, call, *arrays)`` by these rules, on arrays of which none varies.
+    """``function(name, inputs, call, *arrays)`` by ``their_rules``, on arrays that do not vary.
 
-    What its results do not need is left out before it is lowered, which takes a second or so for
+    What its results do not need is removed before lowering, since lowering takes a second or so for
     each Pallas kernel.
     """
 
@@ -190,7 +190,7 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
 
 @_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
-    """[out, row maximum, row sum of exponentials], the sum being one, or zero without a key."""
+    """[out, row maximum, row sum of exponentials]; the sum is one, or zero without a key."""
     seen, kernel = Seen(inputs, call), _kernel(name)
     out, kept, _ = _forward(kernel, *_given(kernel, seen.for_output(kernel), call))
     *leading, rows, heads, groups, _ = inputs.query.shape
@@ -210,14 +210,14 @@ def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
 def cotangent(
     name: str, inputs: Inputs, call: Call, out: jax.Array, lse: jax.Array, d_out: jax.Array
 ) -> dict[str, jax.Array]:
-    """Cotangents of what the kernel differentiates, by name.
+    """Cotangents of the inputs that the kernel differentiates, by name.
 
-    But for what values have of rows without a key. The output's cotangent is zero beyond the rows'
+    The values' cotangents lack what rows without a key add. ``d_out`` must be zero beyond the rows'
     lengths.
     """
     seen, kernel = Seen(inputs, call), _kernel(name)
     if seen.blind is not None:
-        # The mean of all values may be NaN, and zero times NaN is.
+        # The mean of all values may be NaN, and zero times NaN is NaN.
         out, d_out = (jnp.where(along_rows(seen.blind), 0, one) for one in (out, d_out))
         lse = jnp.where(seen.blind, _UNREACHED, lse)
     own_out, kept, pull = _forward(kernel, *_given(kernel, seen.inputs, call))
@@ -245,10 +245,10 @@ _UNREACHED = 1e30
 def _forward(
     kernel: Kernel, inputs: Inputs, settings: Settings
 ) -> tuple[jax.Array, dict[str, jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
-    """A kernel's output, what it saved of its results, and its backward, a pytree of all saved.
+    """A kernel's output, its saved results by name, and its backward, a pytree of all saved.
 
     Raises:
-      NotTaken: not all that it should keep is there.
+      NotTaken: something that it should keep is not there.
     """
     moving = {
         name: array for name, array in inputs.present.items() if name in kernel.differentiated
@@ -262,7 +262,7 @@ def _forward(
     by_row = jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
     saved = jax.tree.leaves(pull)
     stats = [leaf for leaf in saved if _is_like(leaf, by_row)]
-    # It need not be the same object: rules may be run within another primitive.
+    # The saved one need not be the same object: rules may run within another primitive.
     outputs = [leaf for leaf in saved if _is_like(leaf, out)]
     output = next((leaf for leaf in outputs if leaf is out), outputs[-1] if outputs else None)
     if not stats or len(stats) != len(kernel.keeps) or output is None:
@@ -303,7 +303,7 @@ def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
 
     grouped = inputs.map(flat)
     query = grouped.query.reshape((batch, rows, heads * groups, size))
-    # Beyond these kernels were seen to give anything; of a length of zero nothing is used.
+    # Beyond these limits kernels were seen to give anything; results of length zero are not used.
     most = {"query_seq_lengths": rows, "key_value_seq_lengths": keys}
     lengths = {
         name: jnp.clip(grouped.present[name], 1, size).astype(jnp.int32)
@@ -314,7 +314,7 @@ def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
 
 
 def _flat_sizes(term: jax.Array, inputs: Inputs) -> tuple[int, ...]:
-    """Leading dims and heads of a bias or mask such that each of the two is whole or one."""
+    """Leading dims and heads of a bias or mask, each of the two either whole or of size one."""
     *leading, _, heads, groups, _ = inputs.query.shape
     own_leading, own_heads = term.shape[:-4], term.shape[-4:-2]
     if math.prod(own_leading) not in (1, math.prod(leading)):

@@ -16,17 +16,18 @@ from autochunk.plan import LogitsShape, Plans, reach_of
 
 
 class Call(NamedTuple):
-    """What is static about a call.
+    """The static part of a call.
 
-    ``operands`` names its arrays, in the order of OPERANDS. ``kernel`` and ``training_kernel`` are
-    the traced fused kernels of its plans, if those have them. Only JAX looks at them: it looks into
-    tuples among a primitive's parameters for what has to know its devices when it is lowered, as
-    cuDNN's has. ``window`` is how many positions to the left and to the right of its own a query
-    sees, ``offset`` how far its own is from its index, besides ``query_offset``. With ``some_keys``
-    the row maximum and sum that are given are those of more keys than are there. ``half_logits``
-    says that dense attention shall have the inputs' dtype throughout, as haiku's has. With
-    ``shares``, which is another program for JAX to look at, each of several devices computes its
-    share. The others are those of the op.
+    ``operands`` names its arrays, in the order of OPERANDS. ``window`` is how many positions to the
+    left and to the right of its own position a query sees. ``offset`` is added to a query's index
+    to give its position, besides ``query_offset``. With ``some_keys`` the given row maximum and sum
+    are those of more keys than the call has. With ``half_logits`` dense attention has the inputs'
+    dtype throughout, as haiku's does. With ``shares`` each of several devices computes its share.
+    The others are those of the op.
+
+    ``kernel`` and ``training_kernel`` are the traced fused kernels of its plans, if those have
+    them. Only JAX looks at them: it searches tuples among a primitive's parameters for what must
+    know its devices when it is lowered, as cuDNN's must. ``shares`` is another such program.
     """
 
     operands: tuple[str, ...]
@@ -56,7 +57,7 @@ class Call(NamedTuple):
         return tuple(name for name in self.operands if OPERANDS[name].differentiable)
 
     def wanted(self, wanted: Sequence[bool]) -> tuple[str, ...]:
-        """Names of those of ``moving`` that are wanted."""
+        """Names of the wanted arrays of ``moving``."""
         return tuple(itertools.compress(self.moving, wanted))
 
 
@@ -78,17 +79,17 @@ class Inputs(NamedTuple):
 
     @property
     def present(self) -> dict[str, jax.Array]:
-        """Those that are there, by name."""
+        """The arrays that are there, by name."""
         return {name: array for name, array in self._asdict().items() if array is not None}
 
     @property
     def terms(self) -> dict[str, jax.Array]:
-        """Those that a call may be without."""
+        """The optional arrays that are there, by name."""
         return {name: array for name, array in self.present.items() if name in TERMS}
 
     @property
     def logits(self) -> LogitsShape:
-        """Sizes of all their logits; those of half-precision inputs are float32."""
+        """Sizes of all logits; those of half-precision inputs are float32."""
         *leading, rows, heads, groups, _ = self.query.shape
         itemsize = jnp.promote_types(self.query.dtype, jnp.float32).itemsize
         batch, keys = math.prod(leading), self.key.shape[-3]
@@ -104,7 +105,7 @@ QUERY = ("rows", "heads", "groups", "features")
 KEY = ("keys", "heads", "features")
 LOGITS = ("heads", "groups", "rows", "keys")
 STATS = ("heads", "groups", "rows")
-# By the dims that an operand has for the caller, whose query heads are [heads, groups] here.
+# By the dims that an operand has for the caller; its query heads are [heads, groups] here.
 _KERNEL_AXES: dict[str, tuple[str, ...]] = {
     "thk": QUERY,
     "snk": KEY,
@@ -133,7 +134,7 @@ def caller_major(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def along_rows(stats: jax.Array) -> jax.Array:
-    """Something of each row [..., H, G, T'] as [..., T', H, G, 1]."""
+    """A number for each row [..., H, G, T'] as [..., T', H, G, 1]."""
     return caller_major(stats[..., None], QUERY)
 
 
@@ -150,10 +151,10 @@ def _permute(array: jax.Array, axes: tuple[str, ...], wanted: tuple[str, ...]) -
 
 
 def kept_dtype(dtype: Any, call: Call) -> Any:
-    """Of the output that slices keep for the backward pass, where the query has that dtype.
+    """The dtype of the output that is kept for the backward pass, for a query of this dtype.
 
-    Its product with its cotangent is taken from those of the weights. What is left of uniform rows
-    is so small that the rounding of half precision would show.
+    Slices subtract the product of the output and its cotangent from the cotangents of the weights.
+    For uniform rows the difference is so small that rounding to half precision would show.
     """
     if is_fused(call.plans.training.implementation):
         return dtype
@@ -161,7 +162,7 @@ def kept_dtype(dtype: Any, call: Call) -> Any:
 
 
 def split(operands: Sequence[Any], call: Call) -> tuple[Inputs, list[Any]]:
-    """Separates the inputs from what a primitive takes besides."""
+    """Separates the inputs from the other operands of a primitive."""
     count = len(call.operands)
     named = dict(zip(call.operands, operands, strict=False))
     return Inputs(**named), list(operands[count:])
