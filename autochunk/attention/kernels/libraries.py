@@ -1,7 +1,7 @@
-"""Fused kernels that others wrote: how each is called, what it keeps, what it does not take.
+"""Fused kernels of other libraries: how each is called, what it keeps, what it does not take.
 
-The next one is an entry in ``autochunk.implementations``, which names a ``Kernel`` here, and a row
-in ``tests/attention/test_libraries.py``.
+To add one, add an entry to ``autochunk.implementations`` that names a ``Kernel`` here, and a row
+to ``tests/attention/test_libraries.py``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Kept = Literal["log-sum-exp", "maximum", "sum"]
 
 
 class Settings(NamedTuple):
-    """What is static about a call of a kernel.
+    """The static part of a kernel's call.
 
-    A query sees ``left`` positions to its left and ``right`` to its right, None being all; the
-    others are those of ``Call``.
+    A query sees ``left`` positions to its left and ``right`` to its right; None is all. The other
+    fields are those of ``Call``.
     """
 
     scale: float
@@ -45,20 +45,20 @@ class Kernel:
     """A kernel of another library, with a derivative by ``jax.vjp`` that keeps stats of each row.
 
     Attributes:
-      attend: output [B, T', H, V] of query [B, T', H, K], key [B, T, N, K], value [B, T, N, V] and,
-        as they are there, bias and mask [B or 1, H or 1, T', T] and lengths [B], which are one at
-        least; or any error where it does not take the call. What it gives for rows without a key,
-        and its gradients there, does not matter, nor for rows beyond their length. In float32 it
-        computes with the settings' precision.
-      keeps: what of each row is among what its derivative keeps, in this order; the output is there
-        too, after the arrays that it was given. Nothing where nothing is: gradients then run in
+      attend: returns the output [B, T', H, V] for query [B, T', H, K], key [B, T, N, K], value
+        [B, T, N, V] and, where they are given, bias and mask [B or 1, H or 1, T', T] and lengths
+        [B], which are at least one. It raises any error for a call that it does not take. Its
+        output and gradients do not matter for rows without a key and for rows beyond their length.
+        In float32 it computes with the settings' precision.
+      keeps: which stats of each row its derivative saves, in this order. It must save the output
+        too, after the arrays that it was given. Empty if it saves none: gradients then run in
         slices.
-      differentiated: the inputs whose cotangents it computes; those of others slices compute.
-      lacks: the forms of call that it does not take, by their names in FORMS. In place of those of
-        them that are in _POSITIONS, and of segments always, it is given a mask.
+      differentiated: the inputs whose cotangents it computes; slices compute the others.
+      lacks: the forms of call that it does not take, by their names in FORMS. It is given a mask in
+        place of those that are in _POSITIONS, and always in place of segments.
       one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
-      selects: whether logits that are excluded are exchanged, whatever they are, instead of having
-        something added to them.
+      selects: whether it replaces excluded logits, whatever they are, instead of adding something
+        to them.
       refuses_late: whether it refuses some calls only when it is lowered.
     """
 
@@ -72,7 +72,7 @@ class Kernel:
 
 
 GIVEN = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
-"""The arrays that kernels are given; some others become a mask, for the rest there are slices."""
+"""The arrays that kernels are given; some others become a mask, the rest run in slices."""
 
 _LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
 # What jax calls levels; the others are algorithms, such as "BF16_BF16_F32".
@@ -94,7 +94,7 @@ def _is_shared(bias: jax.Array | None, inputs: Inputs) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """One call, as forms are asked of it."""
+    """One call, as the functions in FORMS see it."""
 
     inputs: Inputs
     call: Call
@@ -121,10 +121,10 @@ FORMS: dict[str, Callable[[Form], bool]] = {
     ),
     "a precision that names an algorithm": lambda it: _is_an_algorithm(it.call.precision),
 }
-"""Forms of call that some kernel does not take: name -> whether a call is of it.
+"""Forms of call that some kernel does not take: name -> whether a call has that form.
 
-A form that every kernel takes has no entry yet. What a kernel neither lacks nor heeds is ignored
-without a word, so that a new one may need an entry, in _POSITIONS too if it is of positions.
+A form that every kernel takes has no entry yet. A kernel silently ignores what it neither heeds nor
+lists in ``lacks``. So a new kernel may need a new entry, in _POSITIONS too if it is of positions.
 """
 
 _ALL_LACK = (
@@ -135,14 +135,14 @@ _ALL_LACK = (
 
 
 def lacking(kernel: Kernel, inputs: Inputs, call: Call, *, training: bool) -> list[str]:
-    """What a call has that a kernel does not take, nor by a mask; empty where there is nothing."""
+    """What a call has that a kernel does not take, not even as a mask; empty if nothing."""
     form, masked = Form(inputs, call, training), _masked(kernel, inputs, call)
     arrays = [name for name in inputs.present if name not in (*GIVEN, *masked)]
     return arrays + [name for name in kernel.lacks if FORMS[name](form) and name not in masked]
 
 
 _SEGMENTS = ("query_segment_ids", "key_value_segment_ids")
-# By which rows and keys a query sees, from its position on.
+# Forms that say by position which keys a query sees.
 _POSITIONS = (
     "a local_window_size that reaches to the right",
     "a local_window_size of more queries than keys",
@@ -152,7 +152,7 @@ _POSITIONS = (
 
 
 def _masked(kernel: Kernel, inputs: Inputs, call: Call) -> list[str]:
-    """What a call has that a kernel sees by a mask alone: names of arrays and of forms."""
+    """What a call has that a kernel can take only as a mask: names of arrays and of forms."""
     form = Form(inputs, call, training=False)
     forms = [name for name in _POSITIONS if name in kernel.lacks and FORMS[name](form)]
     arrays = ["query_offset"] if inputs.query_offset is not None else []
@@ -160,9 +160,10 @@ def _masked(kernel: Kernel, inputs: Inputs, call: Call) -> list[str]:
 
 
 def as_mask(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Call]:
-    """The same call with a mask [..., H, G, T', T] in place of what a kernel sees only by one.
+    """The same call with a mask [..., H, G, T', T] in place of what a kernel takes only as a mask.
 
-    It has sizes of one where all are alike: of a single sequence, and of all heads, it is [T', T].
+    Dims along which it does not differ have size one: for one sequence, and the same for all heads,
+    it is in effect [T', T].
     """
     masked = _masked(kernel, inputs, call)
     if not masked:
@@ -199,7 +200,7 @@ cudnn = Kernel(
         "a local_window_size of more queries than keys",
         "a local_window_size and lengths",
         "logits_soft_cap",
-        # of any other its gradient is zero, without a word
+        # the gradient of any other bias is zero, without an error
         "the gradient of a bias that is not [1, H, T', T]",
     ),
 )
@@ -231,7 +232,7 @@ def _tokamax(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Tokamax's warning of each call and gradient that it has no tuned blocks for."""
+    """Hides Tokamax's warning about each call and gradient that it has no tuned blocks for."""
 
     def is_kept(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith("Autotuning cache miss")
@@ -261,7 +262,7 @@ tokamax_mosaic = Kernel(
     lacks=(*_ALL_LACK, "a bias of a single query"),
     one_row_masks=True,
     selects=True,
-    # of masks and biases with numbers of keys that its tiles do not divide
+    # masks and biases whose number of keys is no multiple of its tiles
     refuses_late=True,
 )
 """Tokamax's for Hopper and newer, written in Pallas Mosaic GPU."""
