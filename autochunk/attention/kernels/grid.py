@@ -18,10 +18,10 @@ from autochunk.plan import slice_count
 class Grid:
     """Runs a computation on every slice in turn and puts the parts together.
 
-    Slices along an axis have one size; where it does not divide the axis, the last one begins
-    earlier and overlaps its neighbour. Results written twice are equal; results that are joined
-    must weigh the repeated elements with ``Cell.fresh``, zero for those. With ``follow`` each slice
-    of rows has one slice of keys, which begins where that says of its first row.
+    All slices along an axis have the same size. If it does not divide the axis, the last slice
+    begins earlier and overlaps its neighbour. Results that are written twice are equal. Results
+    that are joined must be weighed with ``Cell.fresh``, which is zero for repeated elements. With
+    ``follow`` each slice of rows has one slice of keys, which begins at ``follow(first row)``.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Grid:
     ) -> Parts:
         """``compute(cell, *slices)`` gives one part per output.
 
-        Parts are written in place, or joined with what is there, of which after all cells
-        ``finish(cell, parts, slices)`` makes the results. Slices and parts are head-major.
+        Parts are written in place, or with ``join`` joined with what is there. After all cells
+        ``finish(cell, parts, slices)`` makes the results of them. Slices and parts are head-major.
         """
         over = self._outer(outputs, join)
         if not over:
@@ -59,10 +59,11 @@ class Grid:
             return _finished(finish, totals, outputs, arrays, axes)
         outer = Grid({axis: self.sizes[axis] for axis in over}, self.lengths, None, False)
         inner = {axis: size for axis, size in self.sizes.items() if axis not in over}
-        # What has all these axes is written once, and never joined.
+        # Outputs that have all these axes are written once, and never joined.
         alone = all(outer._has_part_of_its_own(output) for output in outputs)
 
-        # What has none of these axes is not taken here, which would make it head-major each time.
+        # Arrays that have none of these axes are not taken here: they would be made head-major for
+        # each slice.
         taken = [
             one if one is not None and outer._sliced(one.shape, names) else None
             for one, names in zip(arrays, axes, strict=True)
@@ -93,21 +94,21 @@ class Grid:
         return _finished(finish, totals, outputs, arrays, axes)
 
     def _outer(self, outputs: Sequence[Output], join: Join | None) -> list[str]:
-        """The axes whose slices an outer loop goes over; none for one loop over all."""
+        """The axes that an outer loop goes over; empty if one loop goes over all."""
         inner = [axis for axis in self.sizes if axis in ("rows", "keys")]
         outer = [axis for axis in self.sizes if axis not in inner]
         if self.differentiable:
             return []
-        # Keys, values and their cotangents are taken and put once for each batch element and head,
-        # not for each slice of its rows: unless an output, such as the cotangent of a broadcast
-        # bias, is shared by all, and would be joined whole each time.
+        # With an outer loop keys, values and their cotangents are taken and put once for each batch
+        # element and head, not for each slice of its rows. If all share an output, such as the
+        # cotangent of a broadcast bias, there is none: that output would be joined whole each time.
         groups = Grid({axis: self.sizes[axis] for axis in outer}, self.lengths, None, False)
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
         if not shared and self._cells(outer) != 1 and self._cells(inner) != 1:
             return outer
-        # Sums over keys alone are kept for one slice of rows at a time. Where how many slices of
-        # keys each has is known while tracing, one loop over all takes no look at it, which is what
-        # costs on GPUs.
+        # An outer loop keeps sums over keys for one slice of rows at a time. If the number of its
+        # slices of keys is known while tracing, one loop goes over all: it needs no look at them,
+        # and looking is what costs on GPUs.
         looks = join is not None and self.cover is not None and self.cover.names
         by_row = all("rows" in output.axes for output in outputs) and inner == ["rows", "keys"]
         several = by_row and all(self.counts[axis] != 1 for axis in inner)
@@ -183,8 +184,8 @@ class Grid:
     ) -> list[tuple[bool, jax.Array, jax.Array | None]]:
         """The slices to compute, in passes: whether they are open, their numbers, how many of them.
 
-        None is all. Closed ones are left out; of those that are open nothing need be excluded.
-        Where it is symbolic how many there are, they cannot be looked at one by one.
+        How many is None for all. Closed slices are skipped; in open ones nothing need be excluded.
+        If the number of slices is symbolic, they cannot be looked at one by one.
         """
         if self.cover is None or not isinstance(self.cells, int):
             return [(False, jnp.arange(self.cells, dtype=jnp.int32), None)]
@@ -218,7 +219,7 @@ class Grid:
         return passes
 
     def _by_tracing(self, cover: Cover) -> tuple[list[int], list[int]]:
-        """Numbers of the slices that may be crossed, and of the open ones, by what is static."""
+        """Numbers of slices not known to be closed or open, and of open ones, while tracing."""
         crossed: list[int] = []
         opened: list[int] = []
         for number in range(self.cells):
@@ -230,7 +231,7 @@ class Grid:
         return crossed, opened
 
     def _starts_of(self, positions: dict[str, Any]) -> dict[str, Any]:
-        """First index of a slice along each axis, by which slice along each it is."""
+        """First index of a slice along each axis, from its position among the slices of each."""
         starts = {axis: self._start(axis, position) for axis, position in positions.items()}
         if self.follow is not None:
             starts["keys"] = self.follow(starts["rows"])

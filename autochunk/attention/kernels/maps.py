@@ -35,8 +35,8 @@ from autochunk.attention.kernels.terms import may_see_nothing
 from autochunk.plan import Plan, runs_dense
 
 _NO_SOFTMAX_KERNEL = {"cpu"}
-# In keys. GPUs seen so far (H100, H200) take 0.87-0.93 of that kernel's time for longer rows in
-# three passes, for shorter ones up to 1.2 times of it.
+# In keys. On the GPUs seen so far (H100, H200) three passes take 0.87-0.93 of that kernel's time
+# for longer rows, and up to 1.2 times of it for shorter ones.
 _LONGEST_SOFTMAX = 16384
 
 
@@ -57,7 +57,7 @@ def forward(
     problem = Problem(inputs, call, plan, differentiable)
     whole_rows = problem.whole_rows
     # Dividing the output costs less than dividing the weights, except where XLA makes one kernel of
-    # a plain softmax, which tells no sums.
+    # a plain softmax. That kernel does not give the sums.
     fits_kernel = whole_rows and problem.slices.keys <= _LONGEST_SOFTMAX
     has_kernel = bool(platforms) and not set(platforms) & _NO_SOFTMAX_KERNEL
     mine = Forward(inputs, call, problem, fits_kernel and has_kernel and not need_stats)
@@ -107,7 +107,7 @@ def only_output(
 def with_stats(
     *operands: jax.Array, call: Call, differentiable: bool = False, platforms: tuple[str, ...] = ()
 ) -> list[jax.Array]:
-    """[out, row maximum, row sum of exponentials] by the plan for calls that are.
+    """[out, row maximum, row sum of exponentials] by the plan for calls that are differentiated.
 
     The output is in ``kept_dtype``.
     """
@@ -178,7 +178,7 @@ def cotangent(
     differentiable: bool = False,
     platforms: tuple[str, ...] = (),
 ) -> list[jax.Array]:
-    """Cotangents of those of ``call.moving`` that are wanted.
+    """Cotangents of the wanted inputs of ``call.moving``.
 
     Operands are inputs, out, maximum, total, then the output's cotangent, and that of the
     log-sum-exp if that is asked for.
@@ -229,7 +229,7 @@ def _by_kernel(
 
 
 def of_means(inputs: Inputs, total: jax.Array, d_out: jax.Array, dtype: Any) -> jax.Array:
-    """What the values' cotangents have of rows that see nothing, whose output is their mean."""
+    """What rows that see nothing, and so give the mean of all values, add to their cotangents."""
     blind = jnp.where(along_rows(total == 0), d_out.astype(dtype), 0)
     shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / inputs.key.shape[-3]
     return sum_to(shared, (*inputs.value.shape[:-3], 1, *inputs.value.shape[-2:]))

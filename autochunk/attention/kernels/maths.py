@@ -19,7 +19,7 @@ from autochunk.plan import slice_count
 
 # With fewer rows, transposing the keys costs more than it gains.
 _LONG = 256
-# Of the keys of a slice, where what is excluded is taken out of a product.
+# Into how many parts keys are cut, to compute a product without what is excluded.
 _PARTS = 16
 
 
@@ -33,12 +33,12 @@ def merge(array: jax.Array) -> jax.Array:
 
 
 def folds_scale(query: jax.Array) -> bool:
-    """Scaling the query costs less than scaling the logits, but rounds half precision once more."""
+    """Whether to scale the query: cheaper than scaling logits, but half precision rounds again."""
     return query.dtype.itemsize >= 4
 
 
 def scaled_query(query: jax.Array, call: Call) -> jax.Array:
-    """The query, scaled where that is the place to do it."""
+    """The query, scaled if ``folds_scale`` says so."""
     return query * jnp.asarray(call.scale, query.dtype) if folds_scale(query) else query
 
 
@@ -62,7 +62,7 @@ class SliceMath:
         self.visible = self.terms.visible(cell.is_open)
         worked_out = self.visible is not None and inputs.mask is None
         if worked_out and not self.differentiable:
-            # Otherwise XLA:CPU does so again in each pass over the logits, for every head.
+            # Otherwise XLA:CPU computes it again in each pass over the logits, for every head.
             self.visible = jax.lax.optimization_barrier(self.visible)
         self.kept = self.terms.kept(self.dtype)
 
@@ -118,11 +118,12 @@ class SliceMath:
         array: jax.Array,
         sums_keys: bool,
     ) -> jax.Array:
-        """A product in which what is excluded takes no part, though it be infinite or NaN.
+        """A product without what is excluded, even if that is infinite or NaN.
 
-        Its weight is zero, and zero times infinity is NaN; what is not excluded makes NaN of all
-        that it is summed with. Whether there is such a thing shows in the result, which is small.
-        Derivatives of derivatives do without: their programs would become several times as long.
+        Its weight is zero, but zero times infinity is NaN. What is not excluded and not finite
+        makes NaN of every sum that it is in. Either shows in the result, which is small: only that
+        is checked. Derivatives of derivatives go without: their programs would become several times
+        as long.
         """
         plain, visible = product(weights, array), self.visible
         if visible is None or self.differentiable:
@@ -141,7 +142,7 @@ class SliceMath:
         plain: jax.Array,
         sums_keys: bool,
     ) -> jax.Array:
-        """The product without what is excluded, a few keys at a time: it is to hold no memory."""
+        """The product without what is excluded, a few keys at a time to save memory."""
         axis = -2 if self.transposed else -1
         length = weights.shape[axis]
         size = slice_count(length, _PARTS)
@@ -179,12 +180,12 @@ class SliceMath:
         return flat[..., None, :] if self.transposed else flat[..., :, None]
 
     def logits(self) -> jax.Array:
-        """Logits with all that is added, minus infinity where a row does not see a key."""
+        """Logits with all added terms, minus infinity where a row does not see a key."""
         logits = self.capped()
         return logits if self.visible is None else self.where(self.visible, logits, -jnp.inf)
 
     def capped(self) -> jax.Array:
-        """Logits with all that is added, capped if they are to be."""
+        """Logits with all added terms, capped if there is a cap."""
         logits = self.product(self.query, self.inputs.key)
         if not folds_scale(self.inputs.query):
             logits = logits * jnp.asarray(self.call.scale, self.dtype)
@@ -194,13 +195,13 @@ class SliceMath:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def through_cap(self, d_logits: jax.Array) -> jax.Array:
-        """Tangents or cotangents of logits to those of what is capped."""
+        """Tangents of capped logits from those of the logits, or cotangents the other way."""
         if self.call.soft_cap is None:
             return d_logits
         return d_logits * (1 - jnp.square(self.capped() / self.call.soft_cap))
 
     def seen(self, logits: jax.Array) -> jax.Array:
-        """Something of the logits' shape, zero where a row does not see a key."""
+        """An array of the logits' shape, zero where a row does not see a key."""
         return logits if self.visible is None else self.where(self.visible, logits, 0.0)
 
     def dropped(self, weights: jax.Array) -> jax.Array:
@@ -251,7 +252,7 @@ class SliceMath:
     def fresh_rows(self) -> jax.Array | None:
         """One for elements of [..., H, G, T'] that no earlier slice had, zero for the others.
 
-        None where that is all.
+        None where that is one for all.
         """
         rank = self.inputs.query.ndim - 1
         dims = {axis: dim - rank for dim, axis in enumerate(batch_axes(rank - 3))}

@@ -18,18 +18,18 @@ from autochunk.attention.kernels.maths import SliceMath, folds_scale, merge, wei
 from autochunk.attention.kernels.problem import Problem
 from autochunk.attention.kernels.terms import HIDING, terms_of
 
-# XLA:CPU sums a product with fewer rows than this one element after the other, so that transposed
-# logits of fewer keys would differ from those that the row's sum is of by several roundings. With
-# so few rows, or keys, another pass over the logits takes no time.
+# XLA:CPU sums a product with fewer rows than this one element after the other. Transposed logits of
+# fewer keys would then differ by several roundings from the logits that the row's sum came from.
+# With so few rows, or keys, another pass over the logits takes no time.
 _FEW = 16
-# As many times as large as the mean of keys are those that are far from it.
+# Keys are far from their mean if they are this many times as large.
 _FAR = 16
 
 
 def _row_maximum(logits: jax.Array, may_be_infinite: bool) -> jax.Array:
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    # A row may see no key, or have a bias of -inf for all: that as the maximum would make NaN of
-    # the differences.
+    # A row may see no key, or have a bias of -inf for all keys. With -inf as the maximum the
+    # differences would be NaN.
     if may_be_infinite:
         maximum = jnp.maximum(maximum, jnp.finfo(logits.dtype).min)
     return maximum
@@ -41,7 +41,7 @@ def divisor(total: jax.Array, problem: Problem) -> jax.Array:
 
 
 class Forward:
-    """What becomes of one slice's logits, and of rows after all of theirs: (out, maximum, sum)."""
+    """One slice of the forward pass, and rows whose slices are all done: (out, maximum, sum)."""
 
     def __init__(self, inputs: Inputs, call: Call, problem: Problem, divides_weights: bool) -> None:
         self.inputs, self.call, self.problem = inputs, call, problem
@@ -50,7 +50,7 @@ class Forward:
         self.skips = problem.may_see_nothing and problem.cover.form is not None
 
     def of_slice(self, cell: Cell, *arrays: Any) -> Parts:
-        """Of rows and the keys that a slice has; finished, if these are all."""
+        """The parts of one slice; finished, if it has all keys that its rows see."""
         taken, _ = taken_of(arrays)
         maths = SliceMath(taken, cell, self.call, self.problem, transposed=False)
         parts = self._of_keys(maths)
@@ -61,7 +61,7 @@ class Forward:
         return weigh(out, fresh), maximum, total if fresh is None else total * fresh
 
     def finished(self, cell: Cell, parts: Parts, arrays: Sequence[Any]) -> Parts:
-        """Of rows all of whose slices were computed, or left out."""
+        """The results of rows whose slices were all computed, or skipped."""
         parts = parts if self.problem.whole_rows else self._divided(parts)
         return self._restored(cell, parts, arrays)
 
@@ -98,7 +98,7 @@ class Backward:
     """What one slice adds to the cotangents of the inputs ``names``.
 
     Attributes:
-      centre: what keys have in common, if the query's cotangent is summed over keys less that.
+      centre: what keys have in common, if it is subtracted from keys for the query's cotangent.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Backward:
         self.is_half = inputs.query.dtype.itemsize < 4
         self.on_cpu = "cpu" in platforms
         self.sees_all = problem.whole_rows and not call.some_keys
-        # Of long rows logits have cotangents that are too small for float16. GPUs multiply halves
-        # several times as fast, CPUs do not.
+        # In long rows the logits' cotangents are too small for float16. GPUs multiply half
+        # precision several times as fast, CPUs do not.
         is_wide = inputs.query.dtype == jnp.float16 or self.on_cpu
         self.wide = problem.dtype if is_wide else inputs.query.dtype
         self.centre = _in_common(inputs, call, self.is_half and self.sees_all)
@@ -130,7 +130,7 @@ class Backward:
         total = divisor(total, self.problem)
         weights, d_out = maths.weights(maximum), d_out.astype(self.dtype)
         # The sum of exponentials divides the rows' cotangents, not the weights: T' * V divisions
-        # instead of T' * T. In half precision those would be rounded once more, or too small.
+        # instead of T' * T. In half precision these quotients would be rounded again, or too small.
         if self.is_half:
             weights = weights / maths.by_row(total)
         else:
@@ -160,11 +160,11 @@ class Backward:
     def _cotangent_of_sum(
         self, maths: SliceMath, product: jax.Array, total: jax.Array
     ) -> jax.Array:
-        """What is taken from the weights' cotangents of a row, from the products of both.
+        """What to subtract from a row's cotangents of weights: the sum of weights times cotangents.
 
-        The output's product with its cotangent is the same but for rounding, which shows where the
-        cotangents of keys nearly cancel, unless what keys have in common is taken out. The way over
-        it costs less but for few rows or keys.
+        The output times its cotangent is the same but for rounding. The rounding shows where the
+        cotangents of keys nearly cancel, unless what keys have in common is subtracted. To use the
+        output costs less, except with few rows or keys.
         """
         product = maths.seen(product)
         if not self.is_half:
@@ -188,12 +188,13 @@ class Backward:
 
 
 def _in_common(inputs: Inputs, call: Call, by_weights: bool) -> list[jax.Array]:
-    """What keys have in common [..., 1, H, K], if the query's cotangent is to be less that.
+    """What keys have in common [..., 1, H, K], to leave out of the query's cotangent; or nothing.
 
-    The cotangents of a row's logits sum to zero, but for the rounding of the row's own sum, which
-    is then not multiplied by that. Not so of some of the keys, where logits are capped, or with a
-    cotangent of the log-sum-exp. A key that no row sees may be anything; which these are is not
-    looked for where the row's sum is taken ``by_weights``, which in half precision is as exact.
+    The cotangents of a row's logits sum to zero, but for the rounding of the row's own sum. If what
+    keys have in common is subtracted from them, that rounding is not multiplied by it. The sum is
+    not zero over some of the keys, where logits are capped, or with a cotangent of the log-sum-exp.
+    A key that no row sees may be anything, and must not count. Such keys are not looked for where
+    the row's sum is taken ``by_weights``: in half precision that is as exact.
     """
     if call.some_keys or call.residual or call.soft_cap is not None:
         return []
@@ -208,7 +209,7 @@ def _in_common(inputs: Inputs, call: Call, by_weights: bool) -> list[jax.Array]:
         key = jnp.where(seen, key, jnp.zeros((), key.dtype))
     mean = mean_over_keys(key)
     mean = mean if share is None else (mean / share).astype(key.dtype)
-    # One that few rows see, and that is far from the others, is no matter of other rows.
+    # A key that few rows see, and that is far from the others, must not matter to other rows.
     largest = jnp.max(jnp.abs(key), axis=-3, keepdims=True)
     return [jnp.where(largest < _FAR * jnp.abs(mean), mean, jnp.zeros((), mean.dtype))]
 
@@ -234,6 +235,6 @@ def _d_slopes(maths: SliceMath, d_logits: jax.Array) -> jax.Array:
 
 
 def taken_of(arrays: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
-    """The inputs' slices, and those of what else was sliced."""
+    """The inputs' slices, and the slices of the other arrays."""
     count = len(Inputs._fields)
     return Inputs(*arrays[:count]), arrays[count:]
