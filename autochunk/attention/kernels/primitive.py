@@ -25,7 +25,7 @@ Batched = tuple[list[jax.Array], list[int | None]]
 
 
 def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function by JAX's standard promotion of dtypes, whatever its caller's code asks for."""
+    """The function under JAX's standard promotion of dtypes, whatever its caller's code has set."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **settings: Any) -> Any:
@@ -44,10 +44,10 @@ def primitive(
 ) -> Primitive:
     """A primitive that runs ``function``, and batches by giving every operand one more leading dim.
 
-    ``shapes`` gives its outputs' shapes and dtypes. What runs dense and in a batch exceeds the
-    limit is computed by ``in_slices``, which takes the inputs and the other operands. Where there
-    are several devices each computes its share, if ``axes`` tells those of operands and outputs;
-    else XLA sees to it.
+    ``shapes`` gives its outputs' shapes and dtypes. A dense call that exceeds the limit in a batch
+    is computed by ``in_slices``, which takes the inputs and the other operands. On several devices
+    each computes its share, if ``axes`` names the axes of operands and outputs; else XLA
+    partitions the whole.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -142,9 +142,10 @@ class Family(NamedTuple):
     """The primitives of one kind of attention, alike in their static parameters.
 
     Attributes:
-      output: what the attention gives.
+      output: what the attention returns.
       with_stats: the output as it is kept, the row maxima and the sums of exponentials.
-      tangent, cotangent: its derivatives, of inputs and these, ``Call.moving`` and what is pulled.
+      tangent, cotangent: the derivatives. Operands are the inputs, what ``with_stats`` returns, and
+        the tangents of ``Call.moving`` or the cotangents of the outputs.
     """
 
     output: Primitive
@@ -165,7 +166,7 @@ class Family(NamedTuple):
     def transpose(
         self, cotangents: Sequence[Any], *operands: Any, call: Call, **params: Any
     ) -> list[Any]:
-        """The output's, which is linear in its values, if nothing else is asked for."""
+        """The output's rule for transposition: it is linear in its values and in nothing else."""
         unknown = [
             name
             for name, one in zip(call.operands, operands, strict=True)
@@ -189,14 +190,14 @@ class Family(NamedTuple):
 
 
 def moving_of(tangents: Sequence[Any], call: Call) -> list[Any]:
-    """Of the operands' tangents those of ``call.moving``."""
+    """The tangents of ``Call.moving``, from those of all operands."""
     whole = map(ad.instantiate_zeros, tangents)
     named = dict(zip(call.operands, whole, strict=True))
     return [named[name] for name in call.moving]
 
 
 def results(operands: Sequence[Any], stats: Sequence[jax.Array], call: Call) -> list[jax.Array]:
-    """What attention gives, by what is kept for the backward pass."""
+    """What attention returns, from what is kept for the backward pass."""
     (out, maximum, total), query = stats, operands[0]
     out = out.astype(query.dtype)
     return [out, log_sum_exp(maximum, total)] if call.residual else [out]
@@ -205,7 +206,7 @@ def results(operands: Sequence[Any], stats: Sequence[jax.Array], call: Call) -> 
 def tangent_transpose(
     by: Primitive, cotangents: Sequence[Any], *operands: Any, call: Call, **params: Any
 ) -> list[Any]:
-    """A tangent map's rule, ``by`` the primitive of cotangents."""
+    """A tangent map's rule for transposition; ``by`` is the primitive of cotangents."""
     moving = len(call.moving)
     residuals, tangents = operands[:-moving], operands[-moving:]
     wanted = tuple(ad.is_undefined_primal(tangent) for tangent in tangents)

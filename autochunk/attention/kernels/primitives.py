@@ -44,10 +44,10 @@ def attention(inputs: Inputs, call: Call) -> list[jax.Array]:
 
     Args:
       inputs: query [..., T', H, G, K], with at least one leading dim and no dim of size zero; key
-        [..., T, H, K] and value [..., T, H, V], whose leading dims broadcast where they are of size
-        one; bias, added to the scaled logits, and mask, boolean, of which False takes no part:
-        [..., H, G, T', T], of which any dim may be of size one and broadcast; the others by
-        ``AXES``, with as many leading dims.
+        [..., T, H, K] and value [..., T, H, V], whose leading dims of size one broadcast; bias
+        [..., H, G, T', T], added to the scaled logits; mask [..., H, G, T', T], boolean, where
+        False hides a key. Any dim of size one of bias and mask broadcasts. The others have the
+        axes in ``AXES`` and as many leading dims.
       call: scale, causality and the plans; names the arrays that are there.
     """
     operands = tuple(inputs.present.values())
@@ -65,7 +65,7 @@ def output_shapes(
 def stats_shapes(
     query: Any, _key: Any, value: Any, *_rest: Any, call: Call
 ) -> list[tuple[tuple[int, ...], Any]]:
-    """Of what is kept for the backward pass: the output, row maxima and sums of exponentials."""
+    """Shapes and dtypes of what is kept for the backward pass: output, row maxima and sums."""
     *leading, rows, heads, groups, _ = query.shape
     stats = ((*leading, heads, groups, rows), jnp.promote_types(query.dtype, jnp.float32))
     out = ((*query.shape[:-1], value.shape[-1]), kept_dtype(query.dtype, call))
@@ -75,14 +75,14 @@ def stats_shapes(
 def cotangent_shapes(
     *operands: Any, call: Call, wanted: tuple[bool, ...]
 ) -> list[tuple[tuple[int, ...], Any]]:
-    """Of the cotangents that are wanted."""
+    """Shapes and dtypes of the wanted cotangents."""
     named = dict(zip(call.operands, operands, strict=False))
     return [(named[name].shape, named[name].dtype) for name in call.wanted(wanted)]
 
 
-# Dense attention that is differentiated keeps its weights. It is known to be that before any batch
-# around it is: where that exceeds the limit, the weights are left out of the batch, and are not
-# looked at, and slices compute all.
+# Dense attention that is differentiated keeps its weights. That it is dense is known before any
+# batch around it. Where the batch exceeds the limit slices compute everything: the weights then
+# have no batch dim, and are not used.
 
 
 def _dense(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""Problem: what one lowering works on, and the slices that its plan comes to there."""
+"""Problem: what one lowering works on, and the slices that its plan gives."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from autochunk.plan import (
 
 
 def check_slices(inputs: Inputs, call: Call) -> None:
-    """Cuts a call into slices to no other end than to see that it can be.
+    """Cuts a call into slices only to see whether that works.
 
     Raises:
-      InconclusiveDimensionOperation: it depends on sizes that are symbolic.
+      InconclusiveDimensionOperation: the slices depend on symbolic sizes.
       ArgumentError: a limit is less than one logit.
     """
     for plan in (call.plans.forward, call.plans.training):
@@ -47,7 +47,7 @@ def check_slices(inputs: Inputs, call: Call) -> None:
 
 
 class Problem:
-    """One lowering: inputs with their leading dims made fit for slicing, and the slices."""
+    """One lowering: inputs with their leading dims prepared for slicing, and the slices."""
 
     def __init__(self, inputs: Inputs, call: Call, plan: Plan, differentiable: bool) -> None:
         self.leading = inputs.query.shape[:-4]
@@ -61,7 +61,7 @@ class Problem:
         if form and form.band is not None and self.slices.keys == block.keys < self.shape.keys:
             band = band_keys(self.slices.rows, form.band, self.shape.keys)
             self.slices = self.slices._replace(keys=band)
-            # Known by now, or one number that is traced.
+            # A static number, or one that is traced.
             moved = 0 if inputs.query_offset is None else inputs.query_offset.reshape(())
             self._follow = functools.partial(
                 _first_key, call.reach, call.offset + moved, self.shape.keys - band
@@ -80,7 +80,7 @@ class Problem:
     def fit(self, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """Flattens the leading dims, if they are to be sliced.
 
-        Into one, or, where an array broadcasts over some of them, into as few as will do.
+        Into one dim, or into as few as possible where an array broadcasts over some of them.
         """
         own = array.ndim - len(axes)
         leading, rest = array.shape[:own], array.shape[own:]
@@ -92,7 +92,7 @@ class Problem:
     def output(
         self, axes: tuple[str, ...], dtype: Any, features: int = 1, fill: float = 0.0
     ) -> Output:
-        """A whole output of these axes, its leading dims as those of the inputs here."""
+        """A whole output of these axes; its leading dims are like those of the inputs here."""
         sizes = {**self.shape._asdict(), "features": features}
         leading = self._flat(self.leading) if self.flatten else self.leading
         return Output(axes, (*leading, *(sizes[axis] for axis in axes)), dtype, fill)
@@ -121,11 +121,11 @@ class Problem:
 
 
 class BlockCover:
-    """What the terms of a call tell of blocks.
+    """What the terms of a call say about blocks.
 
     Attributes:
-      names: of the arrays that they tell it by.
-      form: what decides how blocks are cut; None where nothing tells of blocks.
+      names: of the arrays that say it.
+      form: what decides how blocks are cut; None where nothing says anything about blocks.
     """
 
     def __init__(self, inputs: Inputs, call: Call) -> None:
@@ -151,7 +151,7 @@ class BlockCover:
 
 
 def _first_key(reach: tuple[int | None, int | None], offset: Any, last: int, row: Any) -> Any:
-    """Where a slice's keys begin, whose first row that is: at ``last`` at most."""
+    """Where the keys of a slice begin whose first row is ``row``: at ``last`` at most."""
     first = row + offset - (reach[0] or 0)
     return max(0, min(first, last)) if isinstance(first, int) else jnp.clip(first, 0, last)
 
@@ -180,7 +180,7 @@ def _sizes_along_dims(batch: int, flat: Sequence[int]) -> list[int]:
     """
     sizes: list[int] = []
     for length in reversed(flat):
-        # Of symbolic sizes no more may be known than whether they are equal.
+        # Of symbolic sizes only equality may be known.
         whole = length == batch
         size = length if whole else 1 if batch == 1 else balanced(length, min(length, batch))
         sizes.insert(0, size)

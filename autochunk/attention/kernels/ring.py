@@ -1,11 +1,11 @@
 """Attention round a ring of devices, each of which has a share of the queries and of the keys.
 
-Each device keeps its queries; keys and values go round from device to device, and what each share
-of them contributes is merged by its log-sum-exp (Liu et al. 2023, "Ring Attention with Blockwise
+Each device keeps its queries; keys and values go round from device to device, and the results of
+each share of them are merged by their log-sum-exp (Liu et al. 2023, "Ring Attention with Blockwise
 Transformers for Near-Infinite Context", https://arxiv.org/abs/2310.01889). In the backward pass
-they go round once more, and their cotangents with them. With causality a device whose rows come
-late has more to do than one whose rows come early; where each has an early part and a late one, all
-have the same (as in Llama 3's training, https://arxiv.org/abs/2407.21783, section 3.3.2).
+they go round once more, together with their cotangents. In causal attention a device with late rows
+has more to do than one with early rows; if each has an early part and a late one, all have the same
+to do (as in Llama 3's training, https://arxiv.org/abs/2407.21783, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Spread(NamedTuple):
 
 
 class _Stats(NamedTuple):
-    """What is known of the rows of one part: sums over the keys that were there.
+    """Stats of the rows of one part, over the keys that were there so far.
 
     Attributes:
-      out: [..., rows, H, G, V] in float32 at least, of weights that are not divided by their sum.
-      maximum, total: of the logits, and of their exponentials [..., H, G, rows].
+      out: [..., rows, H, G, V] in float32 at least, by weights not divided by their sum.
+      maximum, total: maximum of the logits, sum of their exponentials [..., H, G, rows].
     """
 
     out: jax.Array
@@ -54,7 +54,7 @@ class _Stats(NamedTuple):
     total: jax.Array
 
     def joined(self, out: jax.Array, maximum: jax.Array, total: jax.Array) -> _Stats:
-        """With the output of more keys, which is divided by the sum of their weights."""
+        """With more keys, whose ``out`` is divided by the sum of their weights."""
         largest = jnp.maximum(self.maximum, maximum)
         before, now = jnp.exp(self.maximum - largest), jnp.exp(maximum - largest) * total
         return _Stats(
@@ -74,7 +74,7 @@ class Ring:
         self.keys = inputs.key.shape[-3] // self.parts
         self.wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
         self._pairs = list(itertools.product(range(self.parts), range(self.parts)))
-        # Of rows that see no key of their own, which by causality alone there are none of.
+        # Whether a row may see no key at all. By causality alone each sees its own.
         self.may_be_blind = bool(inputs.terms) or call.window is not None or call.offset != 0
 
     # What is computed
@@ -122,7 +122,7 @@ class Ring:
         return stats.out / along_rows(jnp.where(stats.total == 0, 1, stats.total))
 
     def _within_lengths(self, rows: jax.Array, inputs: Inputs) -> jax.Array:
-        """Of all this device's rows, zero beyond their lengths."""
+        """All this device's rows, zero beyond their lengths."""
         here, parts = jax.lax.axis_index(self.axis_name), []
         for part in range(self.parts):
             given = self._from(inputs, self._start(part, here, self.rows), 0)
@@ -144,7 +144,7 @@ class Ring:
     def tangents(
         self, inputs: Inputs, stats: Sequence[jax.Array], moving: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        """Of the output, and of the log-sum-exp if asked for, linear in the given ones."""
+        """Tangents of the output, and of the log-sum-exp if asked for, linear in ``moving``."""
         named = Inputs(**dict(zip(self.call.moving, moving, strict=True)))
         d_out = jnp.zeros(stats[0].shape, self.wide)
         by_row = [d_out, *([jnp.zeros(stats[1].shape, self.wide)] if self.call.residual else [])]
@@ -186,7 +186,7 @@ class Ring:
     def cotangents(
         self, inputs: Inputs, stats: Sequence[jax.Array], pulled: Sequence[jax.Array], wanted: Any
     ) -> list[jax.Array]:
-        """Of those of ``call.moving`` that are wanted."""
+        """Cotangents of the wanted inputs of ``call.moving``."""
         (out, maximum, total), names = stats, self.call.wanted(wanted)
         blind = along_rows(total == 0)
         d_out = self._within_lengths(pulled[0], inputs)
@@ -230,7 +230,7 @@ class Ring:
         carry: Any,
         like: Inputs,
     ) -> Any:
-        """``run`` on a pair's inputs; the carry as it is where its rows see none of its keys."""
+        """``run`` on a pair's inputs; the carry unchanged if its rows see none of its keys."""
         first_row = self._start(pair[0], jax.lax.axis_index(self.axis_name), self.rows)
         first_key = self._start(pair[1], source, self.keys)
         given = self._from(self._of_this_pair(now, source, pair), first_row, first_key)
@@ -255,7 +255,7 @@ class Ring:
         return Inputs(**cut)
 
     def _from(self, inputs: Inputs, first_row: Any, first_key: Any) -> Inputs:
-        """Inputs whose rows and keys are not the sequences' first."""
+        """Inputs of rows and keys that begin at these positions of the sequences."""
         changes = {
             name: jnp.maximum(getattr(inputs, name).astype(jnp.int32) - first, 0)
             for name, first in (
@@ -271,10 +271,10 @@ class Ring:
     def _forms(
         self, inputs: Inputs, offset: jax.Array
     ) -> tuple[jax.Array, list[tuple[Inputs, Call] | None]]:
-        """Which of several forms a pair's call has by its rows' offset; None is nothing to do.
+        """The forms that a pair's call may have, and which one it has; None is nothing to do.
 
-        Causality, of parts of one length, comes to all or nothing but on the diagonal: calls that
-        fused kernels take.
+        Its rows' offset decides. In causal attention with parts of one length a pair is all seen or
+        all hidden, except on the diagonal: fused kernels take such calls.
         """
         call, (left, right) = self.call, self.call.reach
         own = inputs.query_offset
@@ -299,7 +299,7 @@ class Ring:
     def _places(
         self, name: str, array: jax.Array, source: jax.Array, pair: tuple[int, int]
     ) -> dict[int, tuple[Any, int]]:
-        """Where a pair's part of an array is: (start, size) by axis, where that is not all."""
+        """Where a pair's part of an array is: (start, size) by axis, without axes taken whole."""
         places: dict[int, tuple[Any, int]] = {}
         for axis, kind in enumerate(AXES[name], array.ndim - len(AXES[name])):
             if kind == "rows" and array.shape[axis] != 1:
@@ -317,7 +317,7 @@ class Ring:
         source: jax.Array,
         pair: tuple[int, int],
     ) -> jax.Array:
-        """A total of cotangents with those of a pair."""
+        """A total of cotangents, with those of a pair added."""
         places = self._places(name, total, source, pair)
         start = [places.get(axis, (0, 0))[0] for axis in range(total.ndim)]
         both = _cut(total, places) + found.astype(total.dtype)
@@ -329,7 +329,7 @@ class Ring:
         return {name: one for name, one in inputs.present.items() if name in _TRAVELLING}
 
     def _source(self, number: jax.Array) -> jax.Array:
-        """Whose keys are here after so many steps."""
+        """The device whose keys are here after ``number`` steps."""
         return (jax.lax.axis_index(self.axis_name) - number) % self.devices
 
     def _start(self, part: int, device: jax.Array, size: int) -> jax.Array:
@@ -342,14 +342,14 @@ class Ring:
         return moved
 
     def _varying(self, tree: Any, inputs: Inputs) -> Any:
-        """What differs between devices, as far as JAX is told, as all inputs and this device do."""
+        """The arrays, varying over the mesh axes that inputs and this device's index vary over."""
         leaves, structure = jax.tree.flatten(tree)
         like = (*inputs.present.values(), jax.lax.axis_index(self.axis_name))
         return jax.tree.unflatten(structure, vary_alike(leaves, like))
 
 
 def first_position(device: jax.Array, part: int, devices: int, parts: int) -> jax.Array:
-    """Where a part of a device begins, in parts: each has an early one and a late one of two."""
+    """Where a device's part begins, counted in parts. Of two parts one is early and one late."""
     return device if part == 0 else parts * devices - 1 - device
 
 

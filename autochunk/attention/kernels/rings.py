@@ -1,7 +1,7 @@
 """A ring of devices as JAX primitives, so that it has all derivatives that the op has.
 
-In the backward pass, too, a device holds its own share of keys at a time. Derivatives beyond the
-first are JAX's own of the loop around the ring, which keeps what each step had.
+In the backward pass, too, a device holds one share of the keys at a time. Derivatives beyond the
+first are JAX's own, of the loop around the ring, and keep what each step had.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from autochunk.attention.kernels.ring import Ring, Spread
 
 
 def attention_around(inputs: Inputs, call: Call, spread: Spread) -> list[jax.Array]:
-    """What ``attention`` gives, of this device's queries and all devices' keys."""
+    """What ``attention`` returns for this device's queries and all devices' keys."""
     operands = tuple(inputs.present.values())
     like = (*operands, jax.lax.axis_index(spread.axis_name))
     found = _family.output.bind(*vary_alike(operands, like), call=call, spread=spread)
@@ -73,7 +73,7 @@ def _primitive(
         names = spread.axis_name
         if axis.name not in (names if isinstance(names, tuple) else (names,)):
             return batch(axis, operands, dims, spread=spread, **params)
-        # The ring is one of a batch's elements, which are on one device.
+        # The ring goes over the elements of a batch, which are on one device.
         run = functools.partial(function, spread=spread, **params)
         outs = jax.vmap(run, tuple(dims), axis_name=axis.name)(*operands)
         return outs, [0] * len(outs)

@@ -1,4 +1,4 @@
-"""What a fused kernel is given to see, and what rows without a key have instead of its output."""
+"""What a fused kernel is given to see, and what replaces its output in rows without a key."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 class Seen:
     """Inputs without what is excluded, and which rows see no key.
 
-    Kernels multiply what is excluded by a weight of zero, and zero times infinity is NaN; what no
-    row sees is therefore zero for them. What some rows see and others do not is to be finite.
+    Kernels multiply what is excluded by a weight of zero, and zero times infinity is NaN. So what
+    no row sees is set to zero for them. What only some rows see must be finite.
 
     Attributes:
       inputs: with zeros for queries, keys and values that take no part.
@@ -42,7 +42,7 @@ class Seen:
         )
 
     def for_output(self, kernel: Kernel) -> Inputs:
-        """Inputs for the output alone: each zero that is not needed for it saves a pass."""
+        """Inputs for the output alone: each zero that it does not need, left out, saves a pass."""
         kept = {"query": self._given.query}  # of rows that see nothing, which are restored
         if kernel.selects:
             kept["key"] = self._given.key
@@ -60,8 +60,8 @@ class Seen:
 def _have_a_key(visible: jax.Array, *others: jax.Array) -> jax.Array:
     """Which rows [..., H, G, T'] have a key that all of [..., H, G, T', T], broadcast, allow.
 
-    One of each key and one of each row come to as much as all logits; a product of the two does
-    not.
+    Two arrays that broadcast along different dims, combined, are as large as all logits; a product
+    of the two that sums over keys is not.
     """
     for other in others:
         sizes = list(zip(visible.shape[:-1], other.shape[:-1], strict=True))
@@ -72,7 +72,7 @@ def _have_a_key(visible: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 def _product_over_keys(one: jax.Array, other: jax.Array) -> jax.Array:
-    """How many keys two boolean arrays [..., T], of which dims of size one broadcast, share."""
+    """How many keys two boolean arrays [..., T] share; dims of size one broadcast."""
     dims = range(one.ndim - 1)
     letters = string.ascii_lowercase[: one.ndim]
 

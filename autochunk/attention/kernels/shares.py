@@ -1,11 +1,11 @@
 """Attention on several devices: each computes its share, in slices of its own.
 
 Leading dims, heads and query rows may be sharded, over any axes of a mesh; keys and features are
-gathered. What each device computes is attention of its share's shape, with the plan for that, so
-that a limit is one of each device. Nothing is communicated but the sums over shares that a
-cotangent is made of, once, after the slices.
+gathered. Each device computes attention of its share's shape with the plan for that shape, so a
+limit holds for each device. Only cotangents are communicated: they are summed over shares once,
+after the slices.
 
-XLA says what is sharded only when it partitions a program, after tracing: JAX's
+XLA says what is sharded only when it partitions a program, after tracing. JAX's
 ``custom_partitioning`` asks us then.
 """
 
@@ -38,9 +38,9 @@ _ONE = "one"
 
 @functools.cache
 def marker() -> Any:
-    """A traced program by which JAX sees that devices have to be known where it is lowered.
+    """A traced program that tells JAX that devices must be known where it is lowered.
 
-    JAX looks for it among a primitive's parameters, and what a primitive lowers to comes too late.
+    JAX looks for it among a primitive's parameters. What a primitive lowers to would come too late.
     """
     identity = custom_partitioning(lambda x: x)
     identity.def_partition(lambda *_: None, sharding_rule="i -> i")
@@ -53,9 +53,9 @@ def lowering(call: Call, lower: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with no mesh in force, whatever is where XLA partitions the program.
+    """The function with no mesh in force, whatever mesh is set where XLA partitions the program.
 
-    With explicit axes arrays would have shardings in their types, which nothing looks at any more.
+    With explicit axes arrays would have shardings in their types, which nothing uses any more.
     """
 
     @functools.wraps(function)
@@ -72,9 +72,9 @@ def is_spread(call: Call) -> bool:
 
 
 def unspread(call: Call) -> Call:
-    """A call that XLA partitions by itself, as that of a program which another process will run.
+    """A call for XLA to partition by itself, as in a program that another process will run.
 
-    Slicing along a sharded axis makes it gather that; rows are sharded least often.
+    Slicing along a sharded axis makes XLA gather it; rows are sharded least often.
     """
     if not is_spread(call):
         return call
@@ -87,17 +87,17 @@ def input_axes(call: Call) -> list[Axes]:
 
 
 def output_axes(call: Call) -> list[Axes]:
-    """Of what a call returns."""
+    """Trailing axes of what a call returns."""
     return [_named(QUERY, "value"), *([STATS] if call.residual else [])]
 
 
 def stats_axes() -> list[Axes]:
-    """Of the output, the row maxima and the sums of exponentials."""
+    """Trailing axes of the output, the row maxima and the sums of exponentials."""
     return [_named(QUERY, "value"), STATS, STATS]
 
 
 def moving_axes(call: Call, names: Sequence[str]) -> list[Axes]:
-    """Of tangents, or cotangents, of these inputs."""
+    """Trailing axes of the tangents, or cotangents, of these inputs."""
     return [
         axes for name, axes in zip(call.operands, input_axes(call), strict=True) if name in names
     ]
@@ -110,8 +110,8 @@ def _named(axes: Axes, kind: str) -> Axes:
 def in_shares(bind: Bind, call: Call, operands: Sequence[Axes], results: Sequence[Axes]) -> Bind:
     """A primitive's ``bind(*operands, call=...)`` as a program whose operands may be sharded.
 
-    Operands and results have these trailing axes; a result that has not all the axes of the query
-    is a sum over those that it lacks.
+    Operands and results have these trailing axes. A result that lacks some of the query's axes is a
+    sum over those.
     """
     whole = call._replace(shares=None)
 
@@ -148,7 +148,7 @@ class _Dims:
 def _factors(dims: Sequence[_Dims]) -> list[list[str]]:
     """A name for each dim of each array: the same where they are sharded alike.
 
-    A dim of size one that broadcasts is none of these.
+    A dim of size one that broadcasts has a name of its own.
     """
     sizes: dict[str, int] = {}
     for one in dims:
@@ -206,7 +206,7 @@ def own_call(inputs: Inputs, call: Call) -> Call:
 
 
 def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:
-    """What a share's Workload has that the whole's has not, as far as that may differ."""
+    """The fields of a share's Workload that may differ from the whole's."""
     logits = inputs.logits
     fields: dict[str, Any] = {
         "batch": logits.batch,
@@ -224,10 +224,10 @@ def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:
 
 
 def _refined(mesh: Mesh) -> Mesh:
-    """The mesh with each axis as several of prime sizes.
+    """The mesh with each axis split into several of prime sizes.
 
-    A dim that was reshaped to two may have its axis split between these: of four devices for eight
-    query heads, two are for two key heads and two for the queries of each.
+    A dim that was reshaped to two may have its mesh axis split between these: of four devices for
+    eight query heads, two are for two key heads and two for the queries of each.
     """
     primes = [(axis, prime) for axis, size in mesh.shape.items() for prime in _primes(size)]
     names = [f"{axis} {number}" for number, (axis, _) in enumerate(primes)]
@@ -244,7 +244,7 @@ def _primes(size: int) -> list[int]:
 def _mesh_axes(
     mesh: Mesh, arrays: Sequence[tuple[jax.ShapeDtypeStruct, Sequence[str]]]
 ) -> dict[str, Axes]:
-    """The mesh axes that each factor is sharded over, as the first array has it that is sharded."""
+    """The mesh axes that each factor is sharded over, as in the first array sharded by it."""
     over: dict[str, Axes] = {}
     used: set[str] = set()
     for array, factors in arrays:
@@ -252,7 +252,7 @@ def _mesh_axes(
         for factor, size, axes in zip(factors, array.shape, spec, strict=True):
             shares = math.prod(mesh.shape[axis] for axis in axes)
             stays = factor.replace("_", " ") in _WHOLE or factor.startswith("one")
-            # XLA would fill uneven shares up with rows that are none.
+            # XLA would pad uneven shares with rows that do not exist.
             fits = axes and size % shares == 0 and not stays
             if fits and factor not in over and not used & {*axes}:
                 over[factor] = axes
@@ -263,8 +263,8 @@ def _mesh_axes(
 def _axes_of_dims(mesh: Mesh, array: jax.ShapeDtypeStruct) -> list[Axes]:
     """The mesh axes that each dim is sharded over, the major one first.
 
-    Told from where shares begin, one step along each mesh axis, in an array that any number of
-    shares divides. None, where that is not how the array is sharded.
+    Found from where shares begin, one step along each mesh axis, in an array that any number of
+    shares divides. Empty for all dims, if the array is sharded in another way.
     """
     assert array.sharding is not None
     rank, count = len(array.shape), mesh.size
@@ -281,7 +281,7 @@ def _axes_of_dims(mesh: Mesh, array: jax.ShapeDtypeStruct) -> list[Axes]:
 
 
 def _from_row(inputs: Inputs, call: Call, first: jax.Array) -> Inputs:
-    """Inputs of a share whose first row is not that of the whole."""
+    """Inputs of a share whose first row is row ``first`` of the whole."""
     changes: dict[str, jax.Array] = {}
     if inputs.query_seq_lengths is not None:
         changes["query_seq_lengths"] = inputs.query_seq_lengths.astype(jnp.int32) - first
@@ -294,6 +294,6 @@ def _from_row(inputs: Inputs, call: Call, first: jax.Array) -> Inputs:
 
 
 def _summed(out: jax.Array, over: dict[str, Axes], factors: Sequence[str]) -> jax.Array:
-    """The sum over the shares of all that a result does not have."""
+    """The sum of a result over the shares along all axes that it does not have."""
     lacking = [axis for factor, axes in over.items() if factor not in factors for axis in axes]
     return jax.lax.psum(out, tuple(lacking)) if lacking else out

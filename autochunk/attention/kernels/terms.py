@@ -1,8 +1,8 @@
 """What a call says of its logits beside products: which keys a row sees, what is added, dropped.
 
-A term has small arrays with named axes, and says what it allows or adds from the indices of rows
-and keys; nothing of the size of the logits is stored. Of a block of logits it can say that it is
-closed (no row sees a key: left out) or open (every row sees every key: nothing to exclude).
+A term has small arrays with named axes. From the indices of rows and keys it says what it allows or
+adds; nothing of the size of the logits is stored. It can say that a block of logits is closed (no
+row sees a key: it is left out) or open (every row sees every key: nothing to exclude).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import jax.numpy as jnp
 
 from autochunk.attention.kernels.inputs import AXES, LOGITS, Call, Inputs, head_major
 
-# Of an integer hash with little bias: Wellons 2018, "Prospecting for Hash Functions"; of a sequence
-# that begins anywhere, in steps of the golden ratio: Steele, Lea and Flood 2014, "Fast Splittable
-# Pseudorandom Number Generators".
-# Its last step, which mixes high bits into low ones, is left out: a comparison asks the high ones.
-# With one product alone, keys that are thousands apart were seen to be dropped together.
+# An integer hash with little bias: Wellons 2018, "Prospecting for Hash Functions". It is taken of a
+# sequence that begins anywhere, in steps of the golden ratio: Steele, Lea and Flood 2014, "Fast
+# Splittable Pseudorandom Number Generators".
+# The hash's last step, which mixes high bits into low ones, is left out: the comparison depends on
+# high ones. With one product alone, keys thousands apart were seen to be dropped together.
 _HASH = ((16, 0x7FEB352D), (15, 0x846CA68B))
 _GOLDEN = 0x9E3779B9
 
 HIDING = frozenset({"bias", "mask", "query_offset"}) | {
     f"{whose}_{what}" for whose in ("query", "key_value") for what in ("seq_lengths", "segment_ids")
 }
-"""The arrays that may hide all keys from a row, or a key from all rows: a bias of -inf does."""
+"""The arrays that may hide all keys from a row, or a key from all rows (a bias by -inf)."""
 
 
 Block = tuple[Any, Any]
@@ -36,7 +36,7 @@ Block = tuple[Any, Any]
 
 
 def bits_from(bits: jax.Array, key: Any) -> jax.Array:
-    """A row's random bits for the key of that number, and for those that are counted from it."""
+    """A row's random bits for key number ``key``, and so for keys counted from there."""
     moved: jax.Array = bits + jnp.asarray(key, jnp.uint32) * jnp.uint32(_GOLDEN)
     return moved
 
@@ -65,7 +65,7 @@ class Terms:
       rows, keys: which the slice has.
       call: scale, causality, window.
       leading: how many leading dims the logits have.
-      covering: of the arrays those that blocks are known to be closed or open by.
+      covering: the names of arrays that say whether blocks are closed or open.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Terms:
     def visible(self, is_open: bool = False) -> jax.Array | None:
         """Which keys a row sees, broadcast against the logits; None is all.
 
-        Of an open block only a mask that differs by row is left to ask.
+        In an open block only a mask that differs by row is left to apply.
         """
         parts = [] if is_open else list(self._conditions())
         mask = self._array("mask")
@@ -144,7 +144,7 @@ class Terms:
         return -jnp.abs(self._positions() - self._key_indices()).astype(dtype)
 
     def kept(self, dtype: Any) -> jax.Array | None:
-        """Dropout's factor of each weight: 0, or what makes up for those; None is one for all.
+        """Dropout's factor of each weight: 0 or 1 / (1 - rate); None is one for all.
 
         It depends on the row's random bits and the key's index alone.
         """
@@ -206,9 +206,9 @@ def reach_block(call: Call, first: Any, last: Any, keys: Span) -> Block:
 
 
 def covering(arrays: Mapping[str, Any], call: Call) -> tuple[str, ...]:
-    """Names of the arrays that whole blocks are known to be closed or open by.
+    """Names of the arrays that say whether whole blocks are closed or open.
 
-    A mask is one of them where it is the same for all rows: it is then small.
+    A mask is one of them if it is the same for all rows: it is then small.
     """
     names = ["query_seq_lengths", "key_value_seq_lengths"]
     names += ["query_segment_ids", "key_value_segment_ids"]
