@@ -106,9 +106,9 @@ class Grid:
         shared = any(not groups._sliced(output.shape, output.axes) for output in outputs)
         if not shared and self._cells(outer) != 1 and self._cells(inner) != 1:
             return outer
-        # An outer loop keeps sums over keys for one slice of rows at a time. If the number of its
-        # slices of keys is known while tracing, one loop goes over all: it needs no look at them,
-        # and looking is what costs on GPUs.
+        # With rows in the outer loop sums over keys are kept for one slice of rows at a time. If
+        # the number of its slices of keys is known while tracing, one loop over all is better: it
+        # needs no look at each slice, and these looks are what costs on GPUs.
         looks = join is not None and self.cover is not None and self.cover.names
         by_row = all("rows" in output.axes for output in outputs) and inner == ["rows", "keys"]
         several = by_row and all(self.counts[axis] != 1 for axis in inner)

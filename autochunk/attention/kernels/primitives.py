@@ -80,9 +80,9 @@ def cotangent_shapes(
     return [(named[name].shape, named[name].dtype) for name in call.wanted(wanted)]
 
 
-# Dense attention that is differentiated keeps its weights. That it is dense is known before any
-# batch around it. Where the batch exceeds the limit slices compute everything: the weights then
-# have no batch dim, and are not used.
+# Dense attention that is differentiated keeps its weights. That is decided before a batch around it
+# is known. Where the batch exceeds the limit slices compute everything: the weights then have no
+# batch dim, and are not used.
 
 
 def _dense(*operands: jax.Array, call: Call, differentiable: bool = False) -> list[jax.Array]:

@@ -1,7 +1,7 @@
 """Attention round a ring of devices, each of which has a share of the queries and of the keys.
 
-Each device keeps its queries; keys and values go round from device to device, and the results of
-each share of them are merged by their log-sum-exp (Liu et al. 2023, "Ring Attention with Blockwise
+Each device keeps its queries; keys and values go round from device to device. The results of all
+shares of them are merged by their log-sum-exp (Liu et al. 2023, "Ring Attention with Blockwise
 Transformers for Near-Infinite Context", https://arxiv.org/abs/2310.01889). In the backward pass
 they go round once more, together with their cotangents. In causal attention a device with late rows
 has more to do than one with early rows; if each has an early part and a late one, all have the same
@@ -54,7 +54,7 @@ class _Stats(NamedTuple):
     total: jax.Array
 
     def joined(self, out: jax.Array, maximum: jax.Array, total: jax.Array) -> _Stats:
-        """With more keys, whose ``out`` is divided by the sum of their weights."""
+        """With the results for more keys, whose ``out`` is divided by the sum of weights."""
         largest = jnp.maximum(self.maximum, maximum)
         before, now = jnp.exp(self.maximum - largest), jnp.exp(maximum - largest) * total
         return _Stats(
