@@ -110,8 +110,8 @@ def dot_product_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(query @ key^T * scale + bias) @ value for every head, never with all logits at once.
 
-    Arguments and meaning are those of ``jax.nn.dot_product_attention``; leading dims [...] may be
-    any number, and values may have a size V of their own. There are H query heads and N key/value
+    Arguments and meaning are those of ``jax.nn.dot_product_attention``, with any number of leading
+    dims [...], and values may have a size V of their own. There are H query heads and N key/value
     heads, and N divides H: query head h uses key/value head h // (H / N).
 
     Args:
