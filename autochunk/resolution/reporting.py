@@ -36,12 +36,16 @@ def muted() -> Iterator[None]:
         _muted.reset(token)
 
 
-def report(resolution: Resolution) -> None:
-    """Tells of an answer that came to run, and records a miss for ``autochunk tune --missed``."""
+def report(resolution: Resolution, no_choice: bool = False) -> None:
+    """Tells of an answer that came to run, and records a miss for ``autochunk tune --missed``.
+
+    There is ``no_choice`` where an implementation was asked for that has one plan, which no tuning
+    could make another: nothing is missed then.
+    """
     if _muted.get() or (agree.several_processes() and not agree.is_first()):
         return  # process 0 says it for all
     subject = (resolution.workload, resolution.device)
-    missed, recorded = _is_missed(resolution)
+    missed, recorded = (False, False) if no_choice else _is_missed(resolution)
     if recorded and subject not in _reported:
         _reported.add(subject)
         _record_miss(resolution)
@@ -52,7 +56,7 @@ def report(resolution: Resolution) -> None:
         # A model of many lengths is told of one of them.
         family = (workload.family, resolution.device)
         warn_once(MissWarning, family, lambda: text + _cure_of_miss(resolution))
-    elif resolution.match == "default":
+    elif resolution.match == "default" and resolution.profile is not None:
         text = f"{auto} uses {resolution.plan} for {workload.key}: {resolution.reason}"
         warn_once(BudgetWarning, subject, text)
     if resolution.stale:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from autochunk import device as devices
 from autochunk.device import Device
 from autochunk.errors import BundleError, StoreError
-from autochunk.implementations import is_fused
+from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import (
     BYTES_PER_MB,
     DEFAULT_MAX_CHUNK_SIZE_MB,
@@ -148,10 +148,15 @@ def _plans(workload: Workload, implementation: str | None, now: Settings) -> Pla
         both[mode] = _resolve(workload.with_mode(mode), None, now, without=refusing[mode])
         return _bounded(both[mode])
 
+    def report(mode: Mode) -> None:
+        plan = both[mode].plan
+        no_choice = plan.implementation == wanted and not is_sliced(plan.implementation)
+        reporting.report(both[mode], no_choice)
+
     return Plans(
         forward=_bounded(both["forward"]),
         training=_bounded(both["training"]),
-        on_use=lambda mode: reporting.report(both[mode]),
+        on_use=report,
         instead=instead,
         for_share=lambda fields: _plans(
             Workload.make(**{**workload.model_dump(), **fields}), implementation, now

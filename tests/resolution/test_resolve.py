@@ -604,6 +604,18 @@ def test_miss_warns_once_and_names_the_command(store: ProfileStore) -> None:
     assert store.missed(detect()) == [WORKLOAD]
 
 
+@pytest.mark.parametrize(("wanted", "is_missed"), [("dense", False), ("xla", True), (None, True)])
+def test_what_has_one_plan_is_not_missed(
+    wanted: str | None, is_missed: bool, store: ProfileStore
+) -> None:
+    """No tuning could tell of another: ``implementation="dense"`` is all that there is of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resolve.plans(WORKLOAD, wanted).used("forward")
+    assert bool(caught) is is_missed
+    assert bool(store.missed(detect())) is is_missed
+
+
 def test_a_miss_is_counted_once_by_a_process(store: ProfileStore) -> None:
     """Every trace of a model may come by again: the file is not written for it."""
     for _ in range(2):  # as two processes
