@@ -32,7 +32,8 @@ def dense_with_weights(
     whole = _Whole(inputs, call)
     seen = whole.seen
     logits = whole.capped(seen if careful and differentiable else None)
-    stats = None
+    blind: jax.Array | None
+    stats: list[jax.Array] = []
     if call.residual or (differentiable and (seen is not None or whole.may_see_nothing)):
         logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
         weights, blind, *stats = _weights_and_stats(logits)
