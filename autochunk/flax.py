@@ -107,12 +107,12 @@ def attention_fn(
     else:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_shapes(jnp.shape(query), jnp.shape(key), jnp.shape(value))
-    bias = None if bias is None else _floating(jnp.asarray(bias))
+    added = None if bias is None else _floating(jnp.asarray(bias))
     arguments = Arguments.checked(
         query=query,
         key=key,
         value=value,
-        bias=bias,
+        bias=added,
         mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
         is_causal=is_causal,
         dropout_rate=0.0 if deterministic else dropout_rate,
@@ -120,7 +120,7 @@ def attention_fn(
         broadcast_dropout=broadcast_dropout,
         precision=precision,
         # Where a plan is Flax's order of operations, so are its precision and memory.
-        half_logits=not force_fp32_for_softmax and (bias is None or bias.dtype == query.dtype),
+        half_logits=not force_fp32_for_softmax and (added is None or added.dtype == query.dtype),
     )
     out: jax.Array = attend(arguments, max_chunk_size_mb, implementation)
     if force_fp32_for_softmax:

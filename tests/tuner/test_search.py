@@ -426,7 +426,7 @@ def test_a_plan_stays_whose_own_rounds_were_best() -> None:
     measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
     best = Plan("xla", 8.0)
     measured[best] = measured[best].model_copy(update={"ratios": (0.5,) * 5})
-    probe = Disturbed(8, 1e6)
+    probe: Any = Disturbed(8, 1e6)
     anchor = Plan("xla", 1.0)
     JointRounds(probe, EFFORT_SETTINGS["standard"], measured, anchor).run(list(measured))
     assert [best in plans for plans in probe.asked] == [True] * len(probe.asked)
