@@ -120,7 +120,8 @@ def attention_fn(
         broadcast_dropout=broadcast_dropout,
         precision=precision,
         # Where a plan is Flax's order of operations, so are its precision and memory.
-        half_logits=not force_fp32_for_softmax and (added is None or added.dtype == query.dtype),
+        half_logits=not force_fp32_for_softmax
+        and (added is None or added.dtype == jnp.result_type(query)),
     )
     out: jax.Array = attend(arguments, max_chunk_size_mb, implementation)
     if force_fp32_for_softmax:
