@@ -43,7 +43,7 @@ def report(call: Call, answers: dict[Mode, FunctionResolution], used: Any) -> No
             cure = f"{'; '.join(answer.stale)}. To measure again: {answer.workload.tune_command}"
             warn_once(StaleWarning, answer.workload, text + cure)
         if answer.over_budget:
-            text = f'chunk_size="auto" uses {answer.sizes} for {answer.workload.key}: '
+            text = f'chunk_size="auto" uses {used} for {answer.workload.key}: '
             warn_once(BudgetWarning, answer.workload, text + answer.reason)
     missed = [one for one in answers.values() if one.match != "exact" or one.stale]
     if any(one.workload.mode == "training" for one in missed) and not has_gradients(call):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,11 @@ def _auto(call: Call) -> Sizes:
     answers = auto.found_sizes(call)
     found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
     device = next((one.device for one in answers.values()), None) or devices.detect()
-    usual = _by_rule(call, device) if len(found) < len(MODES) else None
+    # A smaller chunk than any that was measured may fit a budget.
+    unfit = [mode for mode, one in answers.items() if one.over_budget and not one.mixes]
+    usual = _by_rule(call, device) if unfit or len(found) < len(MODES) else None
+    for mode in unfit:
+        found[mode] = min(found[mode], getattr(usual, mode), key=math.prod)
     sizes = Sizes(*(found.get(mode) or getattr(usual, mode) for mode in MODES))
     auto.report(call, answers, _said(sizes, call.lengths))
     return sizes

@@ -37,7 +37,9 @@ class FunctionResolution:
       source: key of the call whose profile answered; "" for none.
       stale: why the profile may no longer hold; empty if it does.
       asked: each layer that was asked and what it had.
-      over_budget: whether no plan that was measured fits the memory budget.
+      over_budget: whether no plan that was measured fits the memory budget; ``sizes`` are then of
+        the one that takes least.
+      mixes: whether chunks are refused, because the function mixes positions.
       choice: what the profile chose.
     """
 
@@ -51,6 +53,7 @@ class FunctionResolution:
     stale: tuple[str, ...] = ()
     asked: tuple[tuple[str, str], ...] = ()
     over_budget: bool = False
+    mixes: bool = False
     choice: Choice | None = None
 
 
@@ -148,6 +151,7 @@ def _answer(
         sizes=sizes,
         match="changed" if changed else "exact",
         over_budget=choice is None,
+        mixes=bool(refused),
         reason=reason if profile.complete else f"{reason}; its tuning was cut short",
         source=profile.workload,
         stale=tuple(stale),

@@ -151,6 +151,15 @@ def test_a_budget_that_nothing_fits_is_told(store_path: Path) -> None:
         assert loops(made(memory_budget_mb=1)) == 4
 
 
+def test_chunks_that_were_not_measured_may_fit_a_budget(store_path: Path) -> None:
+    """Smaller ones than any that were, by what memory they should take."""
+    for mode in ("forward", "training"):
+        whole = profile(call().with_mode(mode), measurements=(make_measurement("dense"),))
+        ProfileStore(store_path).put(whole)
+    with pytest.warns(BudgetWarning, match="uses chunks of .* no measured plan fits"):
+        assert loops(made(memory_budget_mb=0.004)) > 1
+
+
 def test_keys_of_a_newer_version_are_passed_over(store_path: Path) -> None:
     """One that has more items is no reason to fail, nor an answer."""
     ProfileStore(store_path).put(profile(call(name="another")))
