@@ -17,12 +17,16 @@ from autochunk.plan import BYTES_PER_MB
 # and whatever their backward passes keep. It is a share of all memory, not of what is free at the
 # moment: the same program then has the same plan in every process.
 SHARE_OF_MEMORY = 1 / 8
+# Of the part that is always there, what the part of a chunk may add to it.
+_LITTLE = 0.05
 
 
 def usual_sizes(
     lengths: Sequence[int], needed: Callable[[tuple[int, ...]], int], most: float
 ) -> tuple[int, ...]:
     """Sizes of chunks along each axis that should take no more than ``most`` bytes.
+
+    If none do, little more than the part that is always there.
 
     Args:
       lengths: of the axes; they are the answer if the whole call fits.
@@ -34,6 +38,8 @@ def usual_sizes(
         return whole
     half = tuple(-(-length // 2) for length in lengths)
     fixed, each = _line(math.prod(half), needed(half), math.prod(whole), all_of_it)
+    if fixed + each > most:  # not even the smallest chunk fits: it would cost time, save nothing
+        most = (1 + _LITTLE) * fixed
     sizes = whole
     while max(sizes) > 1 and fixed + each * math.prod(sizes) > most:
         sizes = _smaller(sizes)
