@@ -68,7 +68,8 @@ def attention_fn(
       promote_dtype: as of ``flax.nnx``: takes the three arrays as a tuple, and ``dtype``.
       is_causal: the query at position i sees keys 0 to i only.
       force_fp32_for_softmax: the output and, whatever the plan, the softmax are float32. Without,
-        a dense plan's are of half precision where all inputs are, as Flax's own are.
+        a dense plan with a ``dropout_rate`` has bfloat16 logits where all inputs are bfloat16, as
+        Flax has.
       einsum_dot_general: must be None, as the next two: products are not done by ``jnp.einsum``.
       qk_attn_weights_einsum: must be None.
       attn_weights_value_einsum: must be None.
@@ -119,9 +120,8 @@ def attention_fn(
         dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout,
         precision=precision,
-        # Where a plan is Flax's order of operations, so are its precision and memory.
         half_logits=not force_fp32_for_softmax
-        and (added is None or added.dtype == jnp.result_type(query)),
+        and _flax_has_half_logits(query, added, dropout_rate),
     )
     out: jax.Array = attend(arguments, max_chunk_size_mb, implementation)
     if force_fp32_for_softmax:
@@ -196,6 +196,19 @@ def _check_shapes(*shapes: tuple[int, ...]) -> None:
         raise ArgumentError(f"key and value lengths must match; got {key[-3]} and {value[-3]}")
     if query[-1:] != key[-1:]:
         raise ArgumentError(f"query and key depths must match; got {query[-1]} and {key[-1]}")
+
+
+def _flax_has_half_logits(
+    query: jax.typing.ArrayLike, bias: jax.Array | None, dropout_rate: float
+) -> bool:
+    """Whether a dense plan may have logits of half precision, with Flax's memory.
+
+    Without dropout nnx leaves it to ``jax.nn``, whose logits are float32. Those of float16 would
+    overflow: Flax divides queries before their product, a dense plan the logits after it.
+    """
+    dtype = jnp.result_type(query)
+    same = bias is None or bias.dtype == dtype
+    return bool(dropout_rate) and same and dtype == jnp.bfloat16
 
 
 def _floating(bias: jax.Array) -> jax.Array:

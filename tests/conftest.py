@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cases",
         default="0/1",
         metavar="K/N",
-        help="of a test that has more than N cases only one in N, from number K on",
+        help="of a test that has N cases or more only one in N, from number K on",
     )
 
 
@@ -76,9 +76,10 @@ def _sampled(items: list[pytest.Item], cases: str) -> list[pytest.Item]:
     left_out = {
         item
         for same in of_a_test.values()
-        if len(same) > step
+        if len(same) >= step > 1
         for number, item in enumerate(same)
-        if number % step != first % step
+        # Not each time the same of an inner parameter that has as many values.
+        if (number + number // step) % step != first % step
     }
     return [item for item in items if item not in left_out]
 

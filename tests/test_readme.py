@@ -222,5 +222,6 @@ def test_auto_is_what_the_profile_recommends() -> None:
     for mode, shape, wide, kernel in rows:
         dtype = "float32" if wide else "bfloat16"
         profile = profiles[Workload.parse(shape, dtype=dtype, mode=mode).key]
-        fastest = min((one for one in profile.measurements if one.timed), key=lambda m: m.ratio)
+        finished = [one for one in profile.measurements if one.status == "ok"]
+        fastest = min(finished, key=lambda one: one.ratio)
         assert kernel.lower() in fastest.implementation, shape

@@ -38,13 +38,14 @@ def usual_sizes(
         return whole
     half = tuple(-(-length // 2) for length in lengths)
     fixed, each = _line(math.prod(half), needed(half), math.prod(whole), all_of_it)
-    if fixed + each > most:  # not even the smallest chunk fits: it would cost time, save nothing
+    fits = fixed + each <= most
+    if not fits:  # not even the smallest chunk, which would cost time and save nothing
         most = (1 + _LITTLE) * fixed
     sizes = whole
     while max(sizes) > 1 and fixed + each * math.prod(sizes) > most:
         sizes = _smaller(sizes)
     # the line is a guess where several axes make parts of their own
-    while max(sizes) > 1 and needed(sizes) > most:
+    while fits and max(sizes) > 1 and needed(sizes) > most:
         sizes = _smaller(sizes)
     return sizes
 

@@ -139,7 +139,7 @@ def _answer(
         memory = (least.temp_bytes or 0) / BYTES_PER_MB
         reason = (
             f"no measured plan fits the memory budget of {budget:g} MB; the one that takes least, "
-            f"{least.plan}, takes {memory:.3g} MB"
+            f"{least.plan}, takes {memory:.3g} MB; smaller chunks are used if they should take less"
         )
     changed = profile.function is not None and profile.function.fingerprint != call.fingerprint
     stale = profile.stale_reasons(device)

@@ -39,8 +39,8 @@ def muted() -> Iterator[None]:
 def report(resolution: Resolution, no_choice: bool = False) -> None:
     """Tells of an answer that came to run, and records a miss for ``autochunk tune --missed``.
 
-    There is ``no_choice`` where an implementation was asked for that has one plan, which no tuning
-    could make another: nothing is missed then.
+    ``no_choice``: the caller named an implementation that has only one plan, so there is nothing to
+    tune, and nothing is missed.
     """
     if _muted.get() or (agree.several_processes() and not agree.is_first()):
         return  # process 0 says it for all

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from autochunk.store.profile import Effort
 from autochunk.tuner.presets import PRESETS
 
+# One timing takes at least this long, by repeating the call: shorter ones measure the clock and the
+# dispatch.
+SHORTEST_TIMING = 0.02
+
 
 @dataclass(frozen=True)
 class EffortSettings:
@@ -30,7 +34,8 @@ class EffortSettings:
       least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines,
         which users compare with, always get the fewest.
       seconds: time for the rounds of one plan, beyond the fewest.
-      steady: a plan whose ratios' relative spread is at most this gets no more rounds than these.
+      steady: a plan of attention that has had its fewest rounds gets no more once the relative
+        spread of its ratios is at most this.
       finalists: how many plans meet in the joint rounds.
       least_joint, joint_rounds: fewest and most joint rounds; they end when the choice is clear.
       joint_seconds: time for them, beyond the fewest.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
-from autochunk.tuner.effort import EffortSettings
+from autochunk.tuner.effort import SHORTEST_TIMING, EffortSettings
 from autochunk.tuner.probe import OutOfTime, Probe, seconds_left
 from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import undecided
@@ -63,15 +63,15 @@ class JointRounds:
             finalists = self._that_fit(finalists, look)
         playing = list(dict.fromkeys([self.anchor, *finalists]))
         if self._is_on_a_cpu:
-            cheap = int(_LEAST_LOOK / max(self._one_round(playing), 1e-6))
-            look = min(max(look, cheap), self.settings.joint_rounds)
+            cheap = int(_LEAST_LOOK / self._one_round(playing))
+            look = max(look, min(cheap, self.settings.joint_rounds // 2))
         self._end = time.monotonic() + self.settings.joint_seconds
         with contextlib.suppress(WorkerFailure):  # what was measured before stands
             while playing and len(self._rounds) < self.settings.joint_rounds:
                 random.shuffle(playing)
                 if not self._add_round(playing):
                     break
-                if len(self._rounds) == look:
+                if len(self._rounds) == look < self.settings.joint_rounds:
                     # Not after each round: who looks often enough sees what is not there.
                     look = math.ceil(1.5 * look)
                     playing = self._in_question(playing, finalists) if self._left() > 0 else []
@@ -108,7 +108,7 @@ class JointRounds:
     def _one_round(self, plans: Sequence[Plan]) -> float:
         """Seconds of a round of these plans and the anchor."""
         timed = dict.fromkeys([self.anchor, *plans])
-        return sum(self.measured[plan].seconds_median for plan in timed)
+        return sum(max(SHORTEST_TIMING, self.measured[plan].seconds_median) for plan in timed)
 
     def _maybe_restart(self, playing: Sequence[Plan]) -> None:
         """Has the next rounds in a new process, where there is time for it."""

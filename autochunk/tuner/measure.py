@@ -43,10 +43,8 @@ import jax.numpy as jnp
 
 from autochunk import device as devices
 from autochunk import host, nvidia
+from autochunk.tuner.effort import SHORTEST_TIMING
 
-# One timing takes at least this long, by repeating the call: shorter ones measure the clock and the
-# dispatch.
-SHORTEST_TIMING = 0.02
 # Longer computations, begun one after the other, hide what it takes to start them: 20 to 60 us.
 _LONGEST_REPEATED = 0.0002
 _REPEATS = 50  # of shorter ones, in one program

@@ -45,6 +45,8 @@ from autochunk.workload import Workload
 
 # Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
 _SHARE_OF_PLANS = 0.55
+# Ratios of so many rounds may be alike by chance.
+_FEW = 3
 _SHARE_ON_ACCELERATORS = 0.9
 # On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
 _JOINT_ON_ACCELERATORS = 3.0
@@ -259,7 +261,7 @@ class _Search:
                 return seconds, ratios, reason
             short = fewest < self.settings.least_rounds
             spread = relative_spread(ratios)
-            steady = spread is not None and spread <= self.settings.steady
+            steady = len(ratios) > _FEW and spread is not None and spread <= self.settings.steady
             enough = short or steady or time.monotonic() - start > self.settings.seconds
             if len(ratios) >= fewest and enough:
                 break

@@ -53,7 +53,7 @@ def undecided(measured: Iterable[Measurement]) -> list[Plan]:
 
 
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
-    """Why a limit need not be tried, if the two next larger that were say so; else nothing.
+    """Why a limit need not be tried, if the two next larger that were timed say so; else nothing.
 
     Both are hopeless, or the next larger one so much that no single bad timing explains it.
     """

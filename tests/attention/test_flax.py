@@ -126,21 +126,28 @@ def test_the_output_is_float32_where_the_softmax_must_be() -> None:
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [
+        ({"dropout_rate": 0.0}, np.float32),
         ({}, HALF),
         ({"bias": np.zeros((1, 1, 5, 6), HALF)}, HALF),
         ({"bias": np.zeros((1, 1, 5, 6), np.float32)}, np.float32),
         ({"force_fp32_for_softmax": True}, np.float32),
     ],
-    ids=["plain", "bias", "float32 bias", "float32 asked for"],
+    ids=["no dropout", "dropout", "bias", "float32 bias", "float32 asked for"],
 )
 def test_dense_weights_have_flaxs_precision(settings: dict[str, Any], dtype: Any) -> None:
-    """What a dense plan keeps of all weights for the backward pass has the dtype of Flax's."""
-    dense = functools.partial(
-        attention_fn, max_chunk_size_mb=None, implementation="dense", **settings
-    )
-    _, pull = jax.eval_shape(functools.partial(jax.vjp, dense), *heads(dtypes=(HALF,) * 3))
-    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == (2, 4, 5, 6)]
-    assert [leaf.dtype for leaf in kept] == [dtype]
+    """What a dense plan keeps of all weights for the backward pass is as wide as Flax's is."""
+    given: dict[str, Any] = {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)} | settings
+
+    def kept(function: Callable[..., Any]) -> set[Any]:
+        run = functools.partial(jax.vjp, functools.partial(function, **given))
+        _, pull = jax.eval_shape(run, *heads(dtypes=(HALF,) * 3))
+        shape = (2, 4, 5, 6)
+        return {x.dtype for x in jax.tree.leaves(pull) if x.shape == shape and x.dtype != bool}
+
+    dense = functools.partial(attention_fn, max_chunk_size_mb=None, implementation="dense")
+    assert kept(dense) == {jnp.dtype(dtype)}
+    if given["dropout_rate"]:  # else nnx leaves it to jax.nn, which keeps something else
+        assert jnp.result_type(*kept(linen.dot_product_attention)) == dtype
 
 
 def weights(function: Callable[..., Any], **settings: Any) -> np.ndarray[Any, Any]:

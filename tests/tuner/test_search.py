@@ -358,16 +358,18 @@ class _Ending:
         return [0.1 * (1 + self.jitter * side) for side in sides]
 
 
-def _joint_rounds(probe: Any, effort: Effort = "quick") -> JointRounds:
+def _joint_rounds(probe: Any, effort: Effort = "quick", seconds: float = 0.1) -> JointRounds:
     limits = (1.0, 2.0, 4.0, 8.0)
-    measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
+    times = {"seconds": (seconds,) * 5}
+    made = (make_measurement("xla", limit).model_copy(update=times) for limit in limits)
+    measured = {measurement.plan: measurement for measurement in made}
     return JointRounds(probe, EFFORT_SETTINGS[effort], measured, Plan("xla", 1.0))
 
 
 @pytest.mark.parametrize(("there", "cut_short"), [(1, True), (2, True), (3, False), (9, False)])
 def test_joint_rounds_that_time_cuts_short_count(there: int, cut_short: bool) -> None:
     """Few are better than none; without one there is nothing to tell."""
-    joint = _joint_rounds(_Ending(there))
+    joint = _joint_rounds(_Ending(there), seconds=1.0)  # which is looked at soon
     measurements = joint.run([Plan("xla", 1.0), Plan("xla", 2.0)])
     fewest = EFFORT_SETTINGS["quick"].least_joint
     assert [m.joint for m in measurements] == [min(there, fewest)] * 2
@@ -435,10 +437,12 @@ def test_a_plan_stays_whose_own_rounds_were_best() -> None:
 
 def test_where_time_is_limited_half_of_the_plans_leave(scripted: Scripted, tmp_path: Path) -> None:
     """So that the best have most of it; without a limit, only those that are clear."""
-    counts = {}
+    counts, slow = {}, {"seconds": 0.3, "temp": 1000}  # a look is soon
     for timeout in (None, 100.0):
         log = tmp_path / f"log {timeout}"
-        with Probe(scripted(log=str(log), jitter=0.15), seconds_per_request=9.0) as probe:
+        with Probe(
+            scripted(log=str(log), jitter=0.15, default=slow), seconds_per_request=9.0
+        ) as probe:
             probe.deadline = None if timeout is None else time.monotonic() + timeout
             journal = tmp_path / f"study {timeout}"
             outcome = search(probe, WORKLOAD, "standard", study(journal, "standard"))

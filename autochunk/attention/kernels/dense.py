@@ -32,10 +32,13 @@ def dense_with_weights(
     whole = _Whole(inputs, call)
     seen = whole.seen
     logits = whole.capped(seen if careful and differentiable else None)
+    if whole.blind is not None:  # -inf by overflow must not look like an excluded key
+        logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
+    if seen is not None:
+        logits = jnp.where(seen, logits, -jnp.inf)
     blind: jax.Array | None
     stats: list[jax.Array] = []
     if call.residual or (differentiable and (seen is not None or whole.may_see_nothing)):
-        logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
         weights, blind, *stats = _weights_and_stats(logits)
     else:
         weights, blind = _weights(whole, logits)
@@ -55,11 +58,7 @@ def _weights(whole: _Whole, logits: jax.Array) -> tuple[jax.Array, jax.Array | N
 
     On a GPU ``jax.nn.softmax`` is one kernel of XLA's, if nothing else uses its maxima.
     """
-    if (blind := whole.blind) is not None:  # -inf by overflow must not look like an excluded key
-        logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
-    if whole.seen is not None:
-        logits = jnp.where(whole.seen, logits, -jnp.inf)
-    weights = jax.nn.softmax(logits)
+    weights, blind = jax.nn.softmax(logits), whole.blind
     if whole.may_see_nothing and blind is None:
         blind = jnp.all(logits == -jnp.inf, axis=-1, keepdims=True)
         weights = jnp.where(blind, jnp.zeros((), logits.dtype), weights)
