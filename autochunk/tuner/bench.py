@@ -27,9 +27,9 @@ from autochunk.resolution.answer import Resolution
 from autochunk.resolution.resolve import resolve
 from autochunk.store.measurement import relative_spread
 from autochunk.tuner import peers as libraries
+from autochunk.tuner.effort import SHORTEST_TIMING
 from autochunk.tuner.inputs import Attend, WorkloadInputs, by_op, make_function
 from autochunk.tuner.measure import (
-    SHORTEST_TIMING,
     Timed,
     available_bytes,
     measure_growth,
