@@ -209,9 +209,8 @@ def test_python_runs(code: str) -> None:
 
 def test_auto_is_what_the_profile_recommends() -> None:
     """In the table of a GPU "auto" runs the kernel that was fastest in the profile that ships."""
-    table = README[README.index("| `autochunk bench --dtype bfloat16` (last row") :].split("\n\n")[
-        0
-    ]
+    start = README.index("| `autochunk bench --dtype bfloat16` (last row")
+    table, *_ = README[start:].split("\n\n")
     row = r"^\| `--mode (\S+) --shape (\S+)`(, float32)? .*\*\*, (\w+) \|$"
     rows = re.findall(row, table, re.MULTILINE)
     assert len(rows) == table.count("**, ") >= 7

@@ -45,11 +45,11 @@ from autochunk.workload import Workload
 
 # Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
 _SHARE_OF_PLANS = 0.55
-# Ratios of so many rounds may be alike by chance.
-_FEW = 3
 _SHARE_ON_ACCELERATORS = 0.9
 # On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
 _JOINT_ON_ACCELERATORS = 3.0
+# Ratios of so many rounds may be alike by chance.
+_FEW = 3
 
 
 def search(

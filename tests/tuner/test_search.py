@@ -358,11 +358,13 @@ class _Ending:
         return [0.1 * (1 + self.jitter * side) for side in sides]
 
 
+def _measured(**changes: Any) -> dict[Plan, Measurement]:
+    made = (make_measurement("xla", limit) for limit in (1.0, 2.0, 4.0, 8.0))
+    return {one.plan: one.model_copy(update=changes) for one in made}
+
+
 def _joint_rounds(probe: Any, effort: Effort = "quick", seconds: float = 0.1) -> JointRounds:
-    limits = (1.0, 2.0, 4.0, 8.0)
-    times = {"seconds": (seconds,) * 5}
-    made = (make_measurement("xla", limit).model_copy(update=times) for limit in limits)
-    measured = {measurement.plan: measurement for measurement in made}
+    measured = _measured(seconds=(seconds,) * 5)
     return JointRounds(probe, EFFORT_SETTINGS[effort], measured, Plan("xla", 1.0))
 
 
@@ -424,9 +426,7 @@ def test_a_plan_stays_whose_own_rounds_were_best() -> None:
             in_turn = zip(times, plans, strict=True)
             return [2 * t if plan == best and self.left >= 6 else t for t, plan in in_turn]
 
-    limits = (1.0, 2.0, 4.0, 8.0)
-    measured = {m.plan: m for m in (make_measurement("xla", limit) for limit in limits)}
-    best = Plan("xla", 8.0)
+    measured, best = _measured(), Plan("xla", 8.0)
     measured[best] = measured[best].model_copy(update={"ratios": (0.5,) * 5})
     probe: Any = Disturbed(8, 1e6)
     anchor = Plan("xla", 1.0)
