@@ -17,8 +17,9 @@ from autochunk.plan import BYTES_PER_MB
 # and whatever their backward passes keep. It is a share of all memory, not of what is free at the
 # moment: the same program then has the same plan in every process.
 SHARE_OF_MEMORY = 1 / 8
-# Of the part that is always there, what the part of a chunk may add to it.
-_LITTLE = 0.05
+# Of the part that is always there, what a chunk may add to it: to save the last of that costs more
+# time than all before.
+_LITTLE = 0.25
 
 
 def usual_sizes(

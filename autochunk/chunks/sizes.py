@@ -17,6 +17,7 @@ from autochunk.device import Device
 from autochunk.errors import ArgumentError
 from autochunk.plan import CHUNKS, Plan
 from autochunk.resolution import settings
+from autochunk.resolution.functions import FunctionResolution
 from autochunk.resolution.reporting import muted
 from autochunk.workload import MODES
 
@@ -66,11 +67,10 @@ def _auto(call: Call) -> Sizes:
     answers = auto.found_sizes(call)
     found = {mode: answer.sizes for mode, answer in answers.items() if answer.sizes is not None}
     device = next((one.device for one in answers.values()), None) or devices.detect()
-    # A smaller chunk than any that was measured may fit a budget.
     unfit = [mode for mode, one in answers.items() if one.over_budget and not one.mixes]
     usual = _by_rule(call, device) if unfit or len(found) < len(MODES) else None
     for mode in unfit:
-        found[mode] = min(found[mode], getattr(usual, mode), key=math.prod)
+        found[mode] = _least(call, answers[mode], getattr(usual, mode))
     sizes = Sizes(*(found.get(mode) or getattr(usual, mode) for mode in MODES))
     auto.report(call, answers, _said(sizes, call.lengths))
     return sizes
@@ -93,6 +93,23 @@ def _by_rule(call: Call, device: Device) -> Sizes:
         forward = usual_sizes(call.lengths, lambda sizes: _needed(call, sizes), most)
         training = usual_sizes(call.lengths, lambda sizes: _needed_to_train(call, sizes), most)
     return Sizes(forward, training)
+
+
+def _least(call: Call, answer: FunctionResolution, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """The rule's sizes, if they should take less memory than any that were measured.
+
+    The rule does not know of copies that XLA makes. What it leaves out of the smallest chunks that
+    were measured, it is taken to leave out of smaller ones in proportion.
+    """
+    assert answer.sizes is not None
+    smallest = min(answer.memory, key=math.prod, default=())
+    if math.prod(usual) >= math.prod(smallest):
+        return answer.sizes
+    needed = _needed if answer.workload.mode == "forward" else _needed_to_train
+    with muted():
+        share = needed(call, usual) / max(1, needed(call, smallest))
+    less = share * answer.memory[smallest] < min(answer.memory.values())
+    return usual if less else answer.sizes
 
 
 def _needed(call: Call, sizes: Sequence[int]) -> int:

@@ -8,7 +8,8 @@ travels says nothing of a function that it was not measured of.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from autochunk import device as devices
 from autochunk.device import Device
@@ -39,6 +40,7 @@ class FunctionResolution:
       asked: each layer that was asked and what it had.
       over_budget: whether no plan that was measured fits the memory budget; ``sizes`` are then of
         the one that takes least.
+      memory: then, bytes by sizes, of each plan that was measured.
       mixes: whether chunks are refused, because the function mixes positions.
       choice: what the profile chose.
     """
@@ -53,6 +55,7 @@ class FunctionResolution:
     stale: tuple[str, ...] = ()
     asked: tuple[tuple[str, str], ...] = ()
     over_budget: bool = False
+    memory: Mapping[tuple[int, ...], int] = field(default_factory=dict)
     mixes: bool = False
     choice: Choice | None = None
 
@@ -151,12 +154,18 @@ def _answer(
         sizes=sizes,
         match="changed" if changed else "exact",
         over_budget=choice is None,
+        memory={} if choice else _memory(profile, call),
         mixes=bool(refused),
         reason=reason if profile.complete else f"{reason}; its tuning was cut short",
         source=profile.workload,
         stale=tuple(stale),
         choice=choice,
     )
+
+
+def _memory(profile: Profile, call: FunctionCall) -> dict[tuple[int, ...], int]:
+    timed = [one for one in profile.measurements if one.timed and one.temp_bytes is not None]
+    return {sizes_of(one.plan, call): one.temp_bytes or 0 for one in timed}
 
 
 def sizes_of(plan: Plan, call: FunctionCall) -> tuple[int, ...]:

@@ -160,6 +160,15 @@ def test_chunks_that_were_not_measured_may_fit_a_budget(store_path: Path) -> Non
         assert loops(made(memory_budget_mb=0.004)) > 1
 
 
+def test_chunks_that_take_more_than_the_whole_call_save_nothing(store_path: Path) -> None:
+    """As was measured, whatever the rule makes of smaller ones."""
+    found = (make_measurement("dense", memory_mb=1.0), make_chunks(16, memory_mb=1000.0))
+    for mode in ("forward", "training"):
+        ProfileStore(store_path).put(profile(call().with_mode(mode), measurements=found))
+    with pytest.warns(BudgetWarning, match="uses all at once .* no measured plan fits"):
+        assert loops(made(memory_budget_mb=0.004)) == 0
+
+
 def test_keys_of_a_newer_version_are_passed_over(store_path: Path) -> None:
     """One that has more items is no reason to fail, nor an answer."""
     ProfileStore(store_path).put(profile(call(name="another")))
