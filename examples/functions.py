@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import random
 import statistics
 import time
 import warnings
@@ -36,6 +37,7 @@ from autochunk.tuner.measure import available_bytes, program_bytes
 Function = Callable[..., jax.Array]
 
 MOST_SIZES = 10  # that are tried, from large to small
+SHORTEST = 0.01  # seconds of a timing, by repeating the call
 
 
 @dataclass(frozen=True)
@@ -222,21 +224,28 @@ class Program:
         temp, out = program_bytes(compiled)
         return cls(compiled if temp + out < 0.8 * available_bytes() else None, temp)
 
+    def run(self, task: Task) -> float:
+        """Seconds of a call: of so many that the clock can tell."""
+        assert self.call is not None
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < SHORTEST:
+            jax.block_until_ready(self.call(*task.args))
+            count += 1
+        return (time.perf_counter() - start) / count
+
     def median(self) -> float:
         """Seconds."""
         return statistics.median(self.seconds)
 
 
 def take_turns(programs: Iterable[Program], task: Task, rounds: int) -> None:
-    """Times those that fit, one after the other in each round."""
+    """Times those that fit, in each round in a new order: what runs before one may slow it down."""
     fitting = [one for one in programs if one.call is not None]
-    for step in range(rounds + 1):
-        for one in fitting:
-            assert one.call is not None
-            start = time.perf_counter()
-            jax.block_until_ready(one.call(*task.args))
-            if step:  # the first brings in code and memory
-                one.seconds.append(time.perf_counter() - start)
+    for one in fitting:  # brings in code and memory
+        one.run(task)
+    for _ in range(rounds):
+        for one in random.sample(fitting, len(fitting)):
+            one.seconds.append(one.run(task))
 
 
 def best_of_all(name: str, task: Task, mode: str, rounds: int) -> int:

@@ -18,8 +18,8 @@ from autochunk.tuner.functions.search import Search
 from autochunk.tuner.probe import Probe
 
 LENGTH = 768
-CALL = make_call(lengths=str(LENGTH), arguments=f"float32[{LENGTH}.8]@0")
-COARSE = [one for (one,) in Candidates([LENGTH], 256).coarse()]
+MOST = 1024  # chunks that quick effort looks at
+COARSE = [one for (one,) in Candidates([LENGTH], MOST).coarse()]
 SLOW = 100.0
 
 
@@ -28,11 +28,14 @@ def chunks(size: int) -> Plan:
     return Plan(CHUNKS, None, (size,))
 
 
-def searched(command: tuple[str, ...], seconds: float = math.inf) -> tuple[Search, bool]:
+def searched(
+    command: tuple[str, ...], seconds: float = math.inf, length: int = LENGTH
+) -> tuple[Search, bool]:
     """A search by a worker of its own, which is ready when the time begins; whether it is done."""
+    call = make_call(lengths=str(length), arguments=f"float32[{length}.8]@0")
     with Probe(command) as probe:
         probe.connect()
-        search = Search(CALL, probe, EFFORT_SETTINGS["quick"])
+        search = Search(call, probe, EFFORT_SETTINGS["quick"])
         return search, search.run(seconds)
 
 
@@ -54,11 +57,23 @@ def test_from_coarse_to_fine(scripted: Scripted, tmp_path: Path) -> None:
     assert complete
     order = sizes_prepared(tmp_path / "log")
     assert order[: 1 + len(COARSE)] == [None, *COARSE]
-    beside = Candidates([LENGTH], 256).neighbours((COARSE[1],))
+    beside = Candidates([LENGTH], MOST).neighbours((COARSE[1],))
     assert {(one,) for one in order[1 + len(COARSE) :]} >= set(beside)
     choice = choose(search.found.values())
     assert choice is not None
     assert choice.plan == chunks(COARSE[1])
+
+
+def test_below_the_range_if_that_is_worth_it(scripted: Scripted) -> None:
+    """While smaller chunks are about as fast: they take less memory, and may fit a cache."""
+    plans = {str(chunks(2)): {"seconds": 0.005}, str(chunks(1)): {"seconds": 0.02}}
+    length = 4 * MOST
+    search, complete = searched(scripted(plans=plans), length=length)
+    assert complete
+    assert 2 not in [size for (size,) in Candidates([length], MOST).fine()]
+    choice = choose(search.found.values())
+    assert choice is not None
+    assert choice.plan == chunks(2)
 
 
 def test_a_slow_whole_call_is_timed_once(scripted: Scripted, tmp_path: Path) -> None:

@@ -215,13 +215,24 @@ def test_the_precision_of_products_is_kept(precision: Any) -> None:
 
 
 def test_deviation() -> None:
-    """Relative to the largest value; NaN where NaN is expected is right, elsewhere wrong."""
-    nan, expected = float("nan"), [np.array([1.0, -4.0])]
-    assert deviation([np.array([1.0, -4.0])], expected) == 0
-    assert deviation([np.array([1.0, -3.0])], expected) == 0.25
+    """Relative to the values; NaN where NaN is expected is right, elsewhere wrong."""
+    nan, expected = float("nan"), [np.array([3.0, -4.0])]
+    assert deviation([np.array([3.0, -4.0])], expected) == 0
+    assert deviation([np.array([3.0, -3.0])], expected) == pytest.approx(1 / 5)
     assert deviation([np.array([1.0, nan])], expected) == float("inf")
     assert deviation([np.array([1.0, nan])], [np.array([1.0, nan])]) == 0
     assert deviation([np.zeros(0)], [np.zeros(0)]) == 0
+
+
+def test_a_kink_is_no_mixing() -> None:
+    """A few gradients jump where a ReLU's input is rounded to its other side; a wrong edge shows."""
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(256, 1024))
+    jumped, wrong = expected.copy(), expected.copy()
+    jumped.flat[::50_000] += 0.1 * expected.max()
+    wrong[-1] = 0
+    allowed = tolerance_of([error_of_product("float32", _as_tf32)])
+    assert deviation([jumped], [expected]) < allowed < deviation([wrong], [expected])
 
 
 MODEL = """

@@ -3,7 +3,7 @@
 They lie on lines, each from the whole call to ever smaller chunks: along one axis alone, and along
 all together in about as many chunks. What is coarse is a factor of four apart and comes first, from
 the middle of each line, so that the whole range is seen however soon the time ends; then come the
-neighbours of what is best, in whichever direction.
+neighbours of what is best, in whichever direction, and down to whatever size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Candidates:
         moves = filter(_is_step, itertools.product((-1, 0, 1), repeat=len(sizes)))
         found = [tuple(map(_next, self._ladders, sizes, move)) for move in moves]
         several = [one for one in found if one not in (self.whole, sizes)]
-        return list(dict.fromkeys(filter(self._is_possible, several)))
+        return [one for one in dict.fromkeys(several) if self._is_there(one)]
 
     def larger(self, sizes: Sizes, others: Iterable[Sizes]) -> list[Sizes]:
         """Of others those that chunk the same axes, none of them smaller, the nearest first."""
@@ -82,7 +82,10 @@ class Candidates:
 
     def _is_possible(self, sizes: Sizes) -> bool:
         chunks = math.prod(-(-one // size) for one, size in zip(self.whole, sizes, strict=True))
-        return chunks <= self._most_chunks and (self._only is None or sizes in self._only)
+        return chunks <= self._most_chunks and self._is_there(sizes)
+
+    def _is_there(self, sizes: Sizes) -> bool:
+        return self._only is None or sizes in self._only
 
 
 def _is_power(number: int) -> bool:

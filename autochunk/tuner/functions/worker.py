@@ -35,7 +35,7 @@ from autochunk.tuner.worker import keep_programs, run_worker
 PROGRAM_VARIABLE = "AUTOCHUNK_PROGRAM"
 
 MIXES = (
-    "results differ from those of the whole call by {error:.2g} of the largest value, where "
+    "results differ from those of the whole call by {error:.2g} of their size, where "
     "{allowed:.2g} is allowed: the function mixes positions along the chunked axis (as a "
     "normalisation over it does), or reduces in another way than `reduce` says"
 )
