@@ -225,7 +225,7 @@ def test_deviation() -> None:
 
 
 def test_a_kink_is_no_mixing() -> None:
-    """A few gradients jump where a ReLU's input is rounded to its other side; a wrong edge shows."""
+    """Gradients jump where a ReLU's input is rounded to its other side; a wrong edge shows."""
     rng = np.random.default_rng(0)
     expected = rng.normal(size=(256, 1024))
     jumped, wrong = expected.copy(), expected.copy()
