@@ -27,8 +27,11 @@ def tune_missed_functions(
     modes: Sequence[Mode] = (),
     gpus: Sequence[str] = (),
     shared: bool = False,
+    alone: bool = False,
 ) -> tuple[Tuned, float | None]:
     """Tunes functions that are not attention, which "auto" missed, in at most half of the time.
+
+    In all of it if they are ``alone``, with nothing else to measure.
 
     Returns:
       What became of them, and how many seconds of the time are left; None is no limit.
@@ -37,7 +40,7 @@ def tune_missed_functions(
 
     check_positive("timeout", timeout, "seconds")
     limit = timeout if timeout is not None else EFFORT_SETTINGS[effort].timeout
-    if not store.functions_are_missed():
+    if not store.are_missed(functions=True):
         return Tuned([], 0, 0), limit
     if shared:
         say(
@@ -47,7 +50,7 @@ def tune_missed_functions(
             err=True,
         )
     start = time.monotonic()
-    deadline = None if limit is None else start + limit / 2
+    deadline = None if limit is None else start + limit * (1.0 if alone else 0.5)
     limits = Limits(effort, deadline, memory_budget_mb, dtypes, modes)
     tell = functools.partial(say, err=True)
     found = tune_missed(store, limits, tell, known_only=known_only, gpus=gpus)

@@ -101,9 +101,9 @@ def tune(
     most half of the time) and a standard set of shapes: on a CPU in float32, on a GPU in bfloat16
     and (not when quick) float32, with thorough effort in float16, too.
 
-    Functions of autochunk.chunked that "auto" missed come first, in at most half of the time. With
-    --devices the GPUs share them; with --storage this machine measures its own alone, as their
-    programs never leave it.
+    Functions of autochunk.chunked that "auto" missed come first, in at most half of the time where
+    anything else is to be measured. With --devices the GPUs share them; with --storage this machine
+    measures its own alone, as their programs never leave it.
 
     If it is interrupted, the same command goes on where it stopped.
 
@@ -121,6 +121,7 @@ def tune(
     told: list[Event] = []
     functions, left_time = Tuned([], 0, 0), timeout
     gpus = visible_gpus(devices) if devices else ()
+    only_missed = missed and not (named or stale)
 
     def choose(device: Device) -> Wishes:
         if not (named or missed or stale):
@@ -152,6 +153,7 @@ def tune(
                     modes=wanted.modes,
                     gpus=gpus,
                     shared=storage is not None,
+                    alone=only_missed and not profile_store.are_missed(functions=False),
                 )
         with _ended_like_ctrl_c(), TuneProgress(make_console(stderr=True)) as progress:
 

@@ -189,10 +189,11 @@ class ProfileStore:
         """The same of functions that are not attention."""
         return self._misses(device, FunctionCall.parse)
 
-    def functions_are_missed(self) -> bool:
-        """Whether any are, on whichever device: a look that needs none."""
+    def are_missed(self, *, functions: bool) -> bool:
+        """Whether functions, or else attention, are, on whichever device: a look that needs none."""
         keys = self._database.keys(MISSED)
-        return any(is_function(names[1]) for key in keys if (names := names_of(key)))
+        every = (names[1] for key in keys if (names := names_of(key)))
+        return any(is_function(one) == functions for one in every)
 
     def _misses(self, device: Device, parse: Callable[[str], _Call]) -> dict[_Call, int]:
         found: dict[_Call, int] = {}

@@ -15,6 +15,7 @@ from factories import (
     make_function_profile,
     make_measurement,
     make_profile,
+    make_workload,
 )
 from pydantic import ValidationError
 
@@ -154,6 +155,20 @@ def test_programs_go_with_what_was_missed(store_path: Path) -> None:
     assert [kept.has(one) for one in calls] == [True, True, False]
     assert store.forget_missed(device) == 1
     assert [kept.has(one) for one in calls] == [False, True, False]
+
+
+def test_which_kinds_are_missed(store_path: Path) -> None:
+    """On whichever device: functions have all the time of a tune where no attention was missed."""
+    store, device = ProfileStore(store_path), make_device(kind="Another/One")
+
+    def kinds() -> tuple[bool, bool]:
+        return store.are_missed(functions=True), store.are_missed(functions=False)
+
+    assert kinds() == (False, False)
+    store.record_miss(device, CALL)
+    assert kinds() == (True, False)
+    store.record_miss(device, make_workload())
+    assert kinds() == (True, True)
 
 
 @pytest.mark.parametrize(
