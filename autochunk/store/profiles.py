@@ -190,7 +190,7 @@ class ProfileStore:
         return self._misses(device, FunctionCall.parse)
 
     def are_missed(self, *, functions: bool) -> bool:
-        """Whether functions, or else attention, are, on whichever device: a look that needs none."""
+        """Whether functions are, or else attention, on any device: a look that needs none."""
         keys = self._database.keys(MISSED)
         every = (names[1] for key in keys if (names := names_of(key)))
         return any(is_function(one) == functions for one in every)
