@@ -229,9 +229,9 @@ def attend(
         call = static_call(arguments, max_chunk_size_mb, implementation)
         if symbolic:
             call = _for_any_batch(call, inputs, max_chunk_size_mb)
-        if not _mesh_without_devices(inputs.query).empty:
+        if not kernels.mesh_without_devices(inputs.query).empty:
             call = call._replace(plans=call.plans.rows_first())
-        elif _each_its_share():
+        elif each_its_share():
             call = call._replace(shares=kernels.marker())
         out, *stats = kernels.attention(inputs, _taken(call, inputs, implementation))
         by_row = [jnp.moveaxis(one, -1, -3).reshape(query.shape[:-1]) for one in stats]
@@ -359,7 +359,7 @@ def _by_propagation(
 
 def _mesh_of(query: jax.Array) -> jax.sharding.AbstractMesh:
     mesh = jax.sharding.get_abstract_mesh()
-    return _mesh_without_devices(query) if mesh.empty else mesh
+    return kernels.mesh_without_devices(query) if mesh.empty else mesh
 
 
 def _plans(
@@ -377,24 +377,20 @@ def _plans(
     return dataclasses.replace(plans, forward=forward, training=training)
 
 
-def _each_its_share() -> bool:
-    """Whether arrays that are traced as if they were whole may be sharded."""
+def each_its_share() -> bool:
+    """Whether arrays that are traced as if they were whole may be sharded.
+
+    Inside a ``shard_map`` they may be over the mesh axes that it leaves to XLA.
+    """
     several = jax.device_count() > 1 and not _alone.get()
-    return several and not jax.sharding.get_abstract_mesh().manual_axes
-
-
-def _mesh_without_devices(array: jax.Array) -> jax.sharding.AbstractMesh:
-    """An array's mesh, if its program is lowered for devices that are not here; else none."""
-    mesh = jax.typeof(array).sharding.mesh
-    there = mesh.abstract_device is not None or mesh.manual_axes
-    return jax.sharding.AbstractMesh((), ()) if there else mesh
+    mesh = jax.sharding.get_abstract_mesh()
+    return several and (not mesh.manual_axes or kernels.is_mixed(mesh))
 
 
 def _for_mesh(plan: Plan) -> Plan:
-    """The plan; rows first where ``shard_map`` has some mesh axes and XLA partitions the others.
+    """The plan; rows first where XLA alone partitions what ``shard_map`` leaves of a mesh.
 
     Slicing along a sharded axis makes XLA gather it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    mixed = mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names)
-    return plan.rows_first() if mixed else plan
+    mixed = kernels.is_mixed(jax.sharding.get_abstract_mesh())
+    return plan.rows_first() if mixed and not each_its_share() else plan

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autochunk.attention import checks
+from autochunk.attention import checks, kernels
 from autochunk.attention.arguments import Arguments
 from autochunk.attention.kernels.ring import Spread, first_position
 from autochunk.attention.kernels.rings import attention_around
-from autochunk.attention.op import static_call
+from autochunk.attention.op import each_its_share, static_call
 from autochunk.errors import ArgumentError
 
 
@@ -86,6 +86,8 @@ def ring_attention(
     _check_lengths(arguments, parts)
     arguments = _with_dropout_of_own_rows(arguments, axis_name, devices, parts, **dropout)
     call = static_call(arguments, max_chunk_size_mb, implementation)
+    if each_its_share():
+        call = call._replace(shares=kernels.marker())
     call, inputs = call._replace(residual=return_residual), arguments.inputs()
     out, *stats = attention_around(inputs, call, Spread(axis_name, devices, parts))
     out = out.reshape(arguments.output_shape)

@@ -26,8 +26,8 @@ again without it (see ``SliceMath``). A row that sees no key gives the mean of a
 Reading order: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
 ``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
 (forward, tangent and cotangent by slices), ``primitives`` (what JAX sees, made by ``primitive``),
-``dense`` and ``fused`` (with ``seen`` and ``libraries``), which run without slices, and ``shares``,
-``ring`` and ``rings`` (what each of several devices does).
+``dense`` and ``fused`` (with ``seen`` and ``libraries``), which run without slices, and ``shares``
+(with ``meshes``), ``ring`` and ``rings`` (what each of several devices does).
 
 What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 """
@@ -38,6 +38,7 @@ from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, platform, taken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.libraries import quiet
+from autochunk.attention.kernels.meshes import is_mixed, mesh_without_devices
 from autochunk.attention.kernels.primitive import promoting
 from autochunk.attention.kernels.primitives import attention
 from autochunk.attention.kernels.problem import check_slices
@@ -50,8 +51,10 @@ __all__ = [
     "attention",
     "check_slices",
     "dense",
+    "is_mixed",
     "log_sum_exp",
     "marker",
+    "mesh_without_devices",
     "platform",
     "promoting",
     "quiet",

@@ -17,7 +17,8 @@ from jax.interpreters import ad, batching, mlir
 from autochunk.attention.kernels import fused
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.inputs import Call, split
-from autochunk.attention.kernels.shares import Axes, in_shares, is_spread, lowering, unspread
+from autochunk.attention.kernels.meshes import Axes
+from autochunk.attention.kernels.shares import in_shares, is_spread, lowering, spread_over
 from autochunk.plan import LogitsShape, runs_dense
 
 Batched = tuple[list[jax.Array], list[int | None]]
@@ -53,7 +54,8 @@ def primitive(
     primitive.multiple_results = True
     function, shapes = promoting(function), promoting(shapes)
     parameters = inspect.signature(function).parameters
-    statics = [parameter for parameter in ("call", "spread", "wanted") if parameter in parameters]
+    names = ("call", "spread", "wanted", "of")
+    statics = [one for one in names if one in parameters]
     compiled = jax.jit(primitive.bind, static_argnames=statics)
 
     def implement(*operands: jax.Array, **params: Any) -> list[jax.Array]:
@@ -65,13 +67,12 @@ def primitive(
     primitive.def_impl(implement)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
-        exported = context.module_context.lowering_parameters.for_export
-        call = unspread(params["call"]) if exported else params["call"]
+        call, free = spread_over(context, params["call"])
         params["call"] = call
         if axes is not None and is_spread(call):
             del params["call"]
             bind = functools.partial(primitive.bind, **params)
-            shared = in_shares(bind, call, *axes(call, **params))
+            shared = in_shares(bind, call, *axes(call, **params), free)
             return mlir.lower_fun(shared, multiple_results=True)(context, *operands)
         if "platforms" in parameters:
             params["platforms"] = tuple(context.module_context.platforms)
@@ -129,12 +130,15 @@ def element(operand: jax.Array, dim: int | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, operand.dtype)
 
 
-def _shared(call: Call, wanted: tuple[bool, ...] = (), **_params: Any) -> set[int]:
+def _shared(
+    call: Call, wanted: tuple[bool, ...] = (), of: Any = None, **_params: Any
+) -> set[int]:
     """Positions of operands that a batch may share by broadcasting.
 
-    All inputs but the query, unless each element needs its own cotangent.
+    All inputs but the query, unless each element needs its own cotangent, or is differentiated
+    again (``of`` a map).
     """
-    own = {"query", *call.wanted(wanted)}
+    own = {"query", *call.wanted(wanted), *(() if of is None else of.own(call))}
     return {position for position, name in enumerate(call.operands) if name not in own}
 
 
@@ -221,6 +225,11 @@ def tangent_transpose(
 
 def differentiate_plainly(primitive: Primitive, function: Callable[..., list[jax.Array]]) -> None:
     """Derivatives of a derivative: JAX's own, through slices that are recomputed."""
+    ad.primitive_jvps[primitive] = plain_rule(function)
+
+
+def plain_rule(function: Callable[..., list[jax.Array]]) -> Callable[..., Any]:
+    """JAX's own rule for the tangents of a primitive that ``function`` computes."""
 
     @promoting
     def rule(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
@@ -228,4 +237,4 @@ def differentiate_plainly(primitive: Primitive, function: Callable[..., list[jax
         moved = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
         return jax.jvp(plain, tuple(primals), moved)
 
-    ad.primitive_jvps[primitive] = rule
+    return rule

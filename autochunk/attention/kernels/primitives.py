@@ -12,9 +12,11 @@ from jax.experimental import jet
 from jax.interpreters import ad
 
 from autochunk.attention.kernels.dense import dense, dense_tangent, dense_with_weights
+from autochunk.attention.kernels.derivatives import Plain, differentiate_in_shares
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import Call, Inputs, kept_dtype, split
 from autochunk.attention.kernels.maps import cotangent, only_output, tangent, with_stats
+from autochunk.attention.kernels.meshes import Axes
 from autochunk.attention.kernels.primitive import (
     Batched,
     Family,
@@ -28,7 +30,6 @@ from autochunk.attention.kernels.primitive import (
     tangent_transpose,
 )
 from autochunk.attention.kernels.shares import (
-    Axes,
     input_axes,
     moving_axes,
     output_axes,
@@ -190,9 +191,17 @@ ad.primitive_jvps[attention_p] = _attention_jvp
 ad.primitive_transposes[attention_p] = _sliced.transpose
 ad.primitive_transposes[tangent_p] = functools.partial(tangent_transpose, cotangent_p)
 ad.primitive_transposes[dense_tangent_p] = functools.partial(tangent_transpose, dense_cotangent_p)
-differentiate_plainly(attention_with_stats_p, functools.partial(with_stats, differentiable=True))
-differentiate_plainly(tangent_p, functools.partial(tangent, differentiable=True))
-differentiate_plainly(cotangent_p, functools.partial(cotangent, differentiable=True))
+differentiate_in_shares(
+    attention_with_stats_p,
+    Plain(functools.partial(with_stats, differentiable=True), stats_shapes, _with_stats_axes),
+)
+differentiate_in_shares(
+    tangent_p, Plain(functools.partial(tangent, differentiable=True), output_shapes, _tangent_axes)
+)
+differentiate_in_shares(
+    cotangent_p,
+    Plain(functools.partial(cotangent, differentiable=True), cotangent_shapes, _cotangent_axes),
+)
 differentiate_plainly(dense_p, functools.partial(_dense, differentiable=True))
 differentiate_plainly(dense_tangent_p, _dense_tangent)
 differentiate_plainly(dense_cotangent_p, _dense_cotangent)

@@ -6,7 +6,8 @@ limit holds for each device. Only cotangents are communicated: they are summed o
 after the slices.
 
 XLA says what is sharded only when it partitions a program, after tracing. JAX's
-``custom_partitioning`` asks us then.
+``custom_partitioning`` asks us then. Inside a ``shard_map`` over some axes of a mesh it does so for
+the other axes (``meshes``).
 """
 
 from __future__ import annotations
@@ -19,18 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autochunk.attention.kernels.fused import taken
 from autochunk.attention.kernels.inputs import AXES, QUERY, STATS, Call, Inputs, split
+from autochunk.attention.kernels.meshes import Axes, FreeAxes, Places
 
-Axes = tuple[str, ...]
 Bind = Callable[..., list[jax.Array]]
-
-# Dims of these stay whole.
-_WHOLE = {"keys", "key features", "value features"}
 
 # As ``Call.shares``: this is the computation of one share.
 _ONE = "one"
@@ -81,6 +78,20 @@ def unspread(call: Call) -> Call:
     return call._replace(shares=None, plans=call.plans.rows_first())
 
 
+def spread_over(context: Any, call: Call) -> tuple[Call, FreeAxes | None]:
+    """The call as it is lowered here, and the mesh axes that a ``shard_map`` around it leaves.
+
+    There are none of these if there is no ``shard_map``.
+    """
+    exported = context.module_context.lowering_parameters.for_export
+    free = FreeAxes.around(context)
+    if exported or (free is not None and free.devices is None):
+        return unspread(call), None
+    if is_spread(call) and free is not None and free.devices == 1:
+        return call._replace(shares=None), None
+    return call, free
+
+
 def input_axes(call: Call) -> list[Axes]:
     """Trailing axes of a call's inputs, which tell features of keys from those of values."""
     return [_named(AXES[name], "value" if name == "value" else "key") for name in call.operands]
@@ -107,11 +118,17 @@ def _named(axes: Axes, kind: str) -> Axes:
     return tuple(f"{kind} {axis}" if axis == "features" else axis for axis in axes)
 
 
-def in_shares(bind: Bind, call: Call, operands: Sequence[Axes], results: Sequence[Axes]) -> Bind:
+def in_shares(
+    bind: Bind,
+    call: Call,
+    operands: Sequence[Axes],
+    results: Sequence[Axes],
+    free: FreeAxes | None = None,
+) -> Bind:
     """A primitive's ``bind(*operands, call=...)`` as a program whose operands may be sharded.
 
     Operands and results have these trailing axes. A result that lacks some of the query's axes is a
-    sum over those.
+    sum over those. Inside a ``shard_map`` operands may be sharded over the ``free`` axes.
     """
     whole = call._replace(shares=None)
 
@@ -120,20 +137,22 @@ def in_shares(bind: Bind, call: Call, operands: Sequence[Axes], results: Sequenc
         dims = [*map(_Dims, arrays, operands), *map(_Dims, outs, results)]
         named = _factors(dims)
         given, made = named[: len(arrays)], named[len(arrays) :]
-        program = custom_partitioning(functools.partial(_tuple_of, bind, whole))
-        rule = ", ".join(map(" ".join, given)) + " -> " + ", ".join(map(" ".join, made))
+        chart = [] if free is None else [free.chart()]
+        mapped = given if free is None else [*given, free.factors]
+        program = custom_partitioning(functools.partial(_tuple_of, bind, whole, len(arrays)))
+        rule = ", ".join(map(" ".join, mapped)) + " -> " + ", ".join(map(" ".join, made))
         program.def_partition(
-            functools.partial(_partition, bind, whole, given, made),
+            functools.partial(_partition, bind, whole, given, made, free),
             decode_shardings=False,  # JAX knows no parts of a mesh axis
             sharding_rule=rule,
         )
-        return list(program(*arrays))
+        return list(program(*arrays, *chart))
 
     return run
 
 
-def _tuple_of(bind: Bind, call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(bind(*arrays, call=call))
+def _tuple_of(bind: Bind, call: Call, count: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(bind(*arrays[:count], call=call))
 
 
 class _Dims:
@@ -169,33 +188,32 @@ def _partition(
     call: Call,
     given: Sequence[Sequence[str]],
     made: Sequence[Sequence[str]],
+    free: FreeAxes | None,
     mesh: Mesh,
     operands: Sequence[jax.ShapeDtypeStruct],
     results: Sequence[jax.ShapeDtypeStruct],
 ) -> tuple[Mesh, Callable[..., Any], Any, Any]:
     """The program of one share, and how its operands and results are sharded."""
-    arrays = [*zip(operands, given, strict=True), *zip(results, made, strict=True)]
-    if mesh.empty:  # shardings without names, of which nothing can be summed
-        devices = sorted(operands[0].sharding.device_set, key=lambda device: device.id)
-        mesh = Mesh(np.array(devices), ("devices",))
-        over: dict[str, Axes] = {}
-    else:
-        mesh = _refined(mesh)
-        over = _mesh_axes(mesh, arrays)
+    count = len(given)
+    places = Places.of_all(mesh, operands[0]) if free is None else free.places(operands[count])
+    over = places.mesh_axes(
+        [*zip(operands[:count], given, strict=True), *zip(results, made, strict=True)]
+    )
 
     def spec(factors: Sequence[str]) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(over.get(factor) for factor in factors)))
+        return NamedSharding(places.group, PartitionSpec(*(over.get(one) for one in factors)))
 
     @_without_mesh
     def share(*shares: jax.Array) -> tuple[jax.Array, ...]:
-        inputs, rest = split(shares, call)
+        inputs, rest = split(shares[:count], call)
         if rows := over.get("rows"):
             inputs = _from_row(inputs, call, jax.lax.axis_index(rows) * inputs.query.shape[-4])
         own = own_call(inputs, call)._replace(shares=_ONE, kernel=None, training_kernel=None)
         outs = bind(*inputs.present.values(), *rest, call=own)
         return tuple(_summed(out, over, factors) for out, factors in zip(outs, made, strict=True))
 
-    return mesh, share, tuple(map(spec, made)), tuple(map(spec, given))
+    chart = tuple(places.own(one).sharding for one in operands[count:])
+    return places.mesh, share, tuple(map(spec, made)), (*map(spec, given), *chart)
 
 
 def own_call(inputs: Inputs, call: Call) -> Call:
@@ -221,63 +239,6 @@ def _workload_fields(inputs: Inputs, call: Call) -> dict[str, Any]:
     if offset is not None and math.prod(offset.shape) == 1:
         fields["query_offset"] = "1"
     return fields
-
-
-def _refined(mesh: Mesh) -> Mesh:
-    """The mesh with each axis split into several of prime sizes.
-
-    A dim that was reshaped to two may have its mesh axis split between these: of four devices for
-    eight query heads, two are for two key heads and two for the queries of each.
-    """
-    primes = [(axis, prime) for axis, size in mesh.shape.items() for prime in _primes(size)]
-    names = [f"{axis} {number}" for number, (axis, _) in enumerate(primes)]
-    return Mesh(mesh.devices.reshape([prime for _, prime in primes]), names)
-
-
-def _primes(size: int) -> list[int]:
-    for prime in range(2, size + 1):
-        if size % prime == 0:
-            return [prime, *_primes(size // prime)]
-    return []
-
-
-def _mesh_axes(
-    mesh: Mesh, arrays: Sequence[tuple[jax.ShapeDtypeStruct, Sequence[str]]]
-) -> dict[str, Axes]:
-    """The mesh axes that each factor is sharded over, as in the first array sharded by it."""
-    over: dict[str, Axes] = {}
-    used: set[str] = set()
-    for array, factors in arrays:
-        spec = _axes_of_dims(mesh, array)
-        for factor, size, axes in zip(factors, array.shape, spec, strict=True):
-            shares = math.prod(mesh.shape[axis] for axis in axes)
-            stays = factor.replace("_", " ") in _WHOLE or factor.startswith("one")
-            # XLA would pad uneven shares with rows that do not exist.
-            fits = axes and size % shares == 0 and not stays
-            if fits and factor not in over and not used & {*axes}:
-                over[factor] = axes
-                used |= {*axes}
-    return over
-
-
-def _axes_of_dims(mesh: Mesh, array: jax.ShapeDtypeStruct) -> list[Axes]:
-    """The mesh axes that each dim is sharded over, the major one first.
-
-    Found from where shares begin, one step along each mesh axis, in an array that any number of
-    shares divides. Empty for all dims, if the array is sharded in another way.
-    """
-    assert array.sharding is not None
-    rank, count = len(array.shape), mesh.size
-    begin = array.sharding.devices_indices_map((count,) * rank)
-    strides: list[dict[str, int]] = [{} for _ in range(rank)]
-    for number, axis in enumerate(mesh.axis_names):
-        device = mesh.devices[tuple(int(number == other) for other in range(mesh.devices.ndim))]
-        for dim, part in enumerate(begin[device] or ()):
-            if part.start:
-                strides[dim][axis] = part.start
-    axes = [tuple(sorted(found, key=found.__getitem__, reverse=True)) for found in strides]
-    same = NamedSharding(mesh, PartitionSpec(*axes)).is_equivalent_to(array.sharding, rank)
-    return axes if same else [()] * rank
 
 
 def _from_row(inputs: Inputs, call: Call, first: jax.Array) -> Inputs:
