@@ -213,7 +213,7 @@ def attend(
     """What ``dot_product_attention`` returns for checked arguments."""
     max_chunk_size_mb = check_max_chunk_size_mb(max_chunk_size_mb)
     implementation = check_implementation(implementation)
-    if jax.sharding.AxisType.Explicit in _mesh_of(arguments.query).axis_types:
+    if _mesh_of(arguments.query).explicit_axes:
         return _by_propagation(arguments, max_chunk_size_mb, implementation)
     out_shape, query = arguments.output_shape, arguments.query
     if 0 in arguments.logits_shape or 0 in out_shape:
@@ -350,9 +350,11 @@ def _by_propagation(
     """
     *spec, _ = jax.typeof(arguments.query).sharding.spec
     specs = jax.sharding.PartitionSpec(*spec, None), jax.sharding.PartitionSpec(*spec)
-    with jax.sharding.use_abstract_mesh(_mesh_of(arguments.query)):
+    mesh = _mesh_of(arguments.query)
+    with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(
             lambda arrays: attend(arguments.replace(**arrays), limit, implementation),
+            axes=mesh.explicit_axes,
             out_sharding=specs if arguments.residual else specs[0],
         )(arguments.present)
 
