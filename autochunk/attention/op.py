@@ -382,11 +382,12 @@ def _plans(
 def each_its_share() -> bool:
     """Whether arrays that are traced as if they were whole may be sharded.
 
-    Inside a ``shard_map`` they may be over the mesh axes that it leaves to XLA.
+    Inside a ``shard_map`` they may be over the mesh axes that it leaves to XLA, if the mesh has
+    devices.
     """
-    several = jax.device_count() > 1 and not _alone.get()
     mesh = jax.sharding.get_abstract_mesh()
-    return several and (not mesh.manual_axes or kernels.is_mixed(mesh))
+    mixed = kernels.is_mixed(mesh) and mesh.abstract_device is not None
+    return jax.device_count() > 1 and not _alone.get() and (mixed or not mesh.manual_axes)
 
 
 def _for_mesh(plan: Plan) -> Plan:
