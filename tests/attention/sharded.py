@@ -156,15 +156,15 @@ def own_spec(name: str, batch: Any, rows: Any, heads: Any) -> P:
     }.get(name, P(batch))
 
 
-def trains(form: str, **settings: Any) -> Callable[[dict[str, jax.Array], jax.Array], Any]:
+def trains(
+    form: str, function: Callable[..., Any] = dot_product_attention, **settings: Any
+) -> Callable[[dict[str, jax.Array], jax.Array], Any]:
     """The output and gradients of a form of call."""
     fixed = {"implementation": "xla", "max_chunk_size_mb": LIMIT, **FORMS[form][1], **settings}
 
     def training(arrays: dict[str, jax.Array], cotangent: jax.Array) -> Any:
         moving = {name: arrays[name] for name in moving_of(form)}
-        out, pull = jax.vjp(
-            lambda moved: dot_product_attention(**(arrays | moved), **fixed), moving
-        )
+        out, pull = jax.vjp(lambda moved: function(**(arrays | moved), **fixed), moving)
         return out, pull(cotangent)[0]
 
     return training

@@ -503,14 +503,28 @@ def test_only_what_is_needed_is_kept_for_the_backward_pass() -> None:
 # --- Several devices ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cases", "least"), [("meshes", 18), ("shares", 20), ("rings", 15)])
-def test_several_devices(cases: str, least: int) -> None:
+LEAST = {"meshes": 18, "shares": 20, "rings": 15, "mixed": 16, "second": 6, "kernels": 5}
+"""Cases that each of these has at least."""
+
+
+@pytest.mark.parametrize(
+    ("script", "devices", "cases"),
+    [
+        ("sharded", 4, "meshes"),
+        ("sharded", 4, "shares"),
+        ("sharded", 4, "rings"),
+        ("mixed", 8, "mixed"),
+        ("mixed", 8, "second"),
+        ("mixed", 8, "kernels"),
+    ],
+)
+def test_several_devices(script: str, devices: int, cases: str) -> None:
     """Each device computes its share, and no more is communicated than sums of cotangents.
 
-    ``sharded.py`` does it, on four devices of a process of its own.
+    A script beside this one does it, on devices of a process of its own.
     """
-    script = Path(__file__).with_name("sharded.py")
-    printed = run_python(script, cases, timeout=1500, **devices_on_cpu(4))
+    path = Path(__file__).with_name(f"{script}.py")
+    printed = run_python(path, cases, timeout=1500, **devices_on_cpu(devices))
     errors: dict[str, str] = json.loads(printed)
-    assert len(errors) >= least
+    assert len(errors) >= LEAST[cases]
     assert {case: error for case, error in errors.items() if error} == {}

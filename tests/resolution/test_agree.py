@@ -127,21 +127,27 @@ def test_one_plan_everywhere(limits: tuple[float | None, ...], tmp_path: Path) -
     assert {answer["sum"] for answer in found} == {4 * 64 * 2 * 8}
 
 
-# Training with query rows sharded over all processes, against the same on one device.
+# Training with query rows sharded over all processes, and over those of a part of the batch that a
+# shard_map has, against the same on one device.
 _TRAIN = """
 def train(query, key):
     def loss(query, key):
         return jnp.sum(jnp.sin(autochunk.dot_product_attention(query, key, key, is_causal=True)))
     return jax.grad(loss, argnums=(0, 1))(query, key)
-rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "batch"))
-whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+P = jax.sharding.PartitionSpec
 noise = np.random.default_rng(0).standard_normal((4, 64, 2, 8), np.float32)
-given = [jax.make_array_from_callback(noise.shape, s, lambda i: noise[i]) for s in (rows, whole)]
-received = jax.jit(train, out_shardings=(rows, whole))(*given)
 expected = jax.jit(train)(noise, noise)
-for one, other in zip(received, expected):
-    for piece in one.addressable_shards:
-        np.testing.assert_allclose(piece.data, np.asarray(other)[piece.index], atol=1e-5)
+def check(function, mesh, *specs):
+    spread = tuple(jax.sharding.NamedSharding(mesh, spec) for spec in specs)
+    given = [jax.make_array_from_callback(noise.shape, s, lambda i: noise[i]) for s in spread]
+    received = jax.jit(function, out_shardings=spread)(*given)
+    for one, other in zip(received, expected):
+        for piece in one.addressable_shards:
+            np.testing.assert_allclose(piece.data, np.asarray(other)[piece.index], atol=1e-5)
+check(train, mesh, P(None, "batch"), P())
+both = jax.sharding.Mesh(mesh.devices.reshape(-1, 2), ("batch", "rows"))
+part = dict(in_specs=P("batch"), out_specs=P("batch"), axis_names={"batch"})
+check(jax.shard_map(train, mesh=both, **part), both, P("batch", "rows"), P("batch"))
 """
 
 

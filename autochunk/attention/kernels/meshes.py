@@ -117,11 +117,12 @@ class FreeAxes(NamedTuple):
     def chart(self) -> jax.Array:
         """An array with an element for each device of a group, at the device's place."""
         assert isinstance(self.mesh, Mesh)
-        there = Mesh(self.mesh.devices, self.mesh.axis_names)
+        mesh = Mesh(self.mesh.devices, self.mesh.axis_names)
+        spread = NamedSharding(mesh, PartitionSpec(*self.axes))
+        # With a mesh in force arrays might have shardings in their types.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            return jax.lax.with_sharding_constraint(
-                jnp.zeros(self._sizes, jnp.int32), NamedSharding(there, PartitionSpec(*self.axes))
-            )
+            chart = jnp.zeros(self._sizes, jnp.int32)
+            return jnp.asarray(jax.lax.with_sharding_constraint(chart, spread))
 
     def places(self, chart: jax.ShapeDtypeStruct) -> Places:
         """The devices of a group, in the order that the chart tells."""

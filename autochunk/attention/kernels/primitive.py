@@ -130,9 +130,7 @@ def element(operand: jax.Array, dim: int | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, operand.dtype)
 
 
-def _shared(
-    call: Call, wanted: tuple[bool, ...] = (), of: Any = None, **_params: Any
-) -> set[int]:
+def _shared(call: Call, wanted: tuple[bool, ...] = (), of: Any = None, **_params: Any) -> set[int]:
     """Positions of operands that a batch may share by broadcasting.
 
     All inputs but the query, unless each element needs its own cotangent, or is differentiated
