@@ -27,7 +27,7 @@ Reading order: ``inputs`` (what a call is), ``terms`` (what its small arrays say
 ``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
 (forward, tangent and cotangent by slices), ``primitives`` (what JAX sees, made by ``primitive``),
 ``dense`` and ``fused`` (with ``seen`` and ``libraries``), which run without slices, and ``shares``
-(with ``meshes``), ``ring`` and ``rings`` (what each of several devices does).
+(with ``meshes``), ``derivatives``, ``ring`` and ``rings`` (what each of several devices does).
 
 What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 """
