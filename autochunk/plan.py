@@ -237,12 +237,15 @@ _WINDOW = BlockForm(256, 256, 32)
 _PACKED = BlockForm(384, 256, 32)
 # Where only the ends of sequences are left out, joining the parts of a row costs most.
 _ENDS = BlockForm(1024, 1024, 8)
+# No key is further from a query: sums of positions and sides of windows fit 32 bits.
+_FARTHEST = 2**30
 
 
 def reach_of(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
     """How many positions to its left and right a query sees; None is all."""
-    left, right = window or (None, None)
-    return left, (0 if right is None else min(right, 0)) if is_causal else right
+    sides = window or (None, None)
+    left, right = (None if side is None or side > _FARTHEST else side for side in sides)
+    return left, 0 if is_causal else right
 
 
 def block_form(

@@ -114,8 +114,9 @@ class Arguments:
         given: dict[str, Any] = {name: checks.array_of(name, arrays[name]) for name in there}
         heads = Inputs(**{name: given[name] for name in OPERANDS if name not in TERMS})
         checks.check_shapes(*heads[:3])
+        given["query"], scale = checks.scaled(heads.query, scale)
         settings: dict[str, Any] = {
-            "scale": None if scale is None else checks.number("scale", scale),
+            "scale": scale,
             "is_causal": bool(is_causal),
             "window": checks.window_sides(local_window_size),
             "soft_cap": None if logits_soft_cap is None else checks.positive_cap(logits_soft_cap),

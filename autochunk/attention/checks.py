@@ -84,10 +84,14 @@ def whole_term(
 ) -> jax.Array:
     """A term with all its dims."""
     operand = TERMS[name]
+    if jnp.issubdtype(term.dtype, jnp.integer):
+        term = _in_working_dtype(term, operand.dtype)
     if not jnp.issubdtype(term.dtype, _KINDS[operand.dtype]):
         kind = "floating point" if operand.dtype == "floating" else operand.dtype
         raise ArgumentError(f"{name} must be {kind}{_HINTS.get(name, '')}; got {term.dtype}")
     wanted = (*leading, *(sizes[letter] for letter in operand.dims))
+    if not leading and term.ndim == len(wanted) + 1 and term.shape[0] == 1:
+        term = term[0]  # jax.nn takes arrays without a batch as a batch of one
     padded = (1,) * (len(wanted) - term.ndim) + term.shape
     if len(padded) != len(wanted) or any(
         size not in (1, whole) for size, whole in zip(padded, wanted, strict=True)
@@ -95,6 +99,19 @@ def whole_term(
         dims = ", ".join(["...", *(_DIMS[letter] for letter in operand.dims)])
         raise ArgumentError(f"{name} must broadcast to [{dims}] = {wanted}; got shape {term.shape}")
     return term.reshape(padded)
+
+
+def _in_working_dtype(term: jax.Array, wanted: str) -> jax.Array:
+    """Integers as they are computed with: as floats if added, else signed and not narrow.
+
+    Indices of rows and keys take the dtype of what they are compared with, and differences of
+    positions are negative.
+    """
+    if wanted == "floating":
+        return term.astype(jnp.float32)
+    if wanted != "integer" or term.dtype in (jnp.int32, jnp.int64):
+        return term
+    return term.astype(jnp.int64 if term.dtype == jnp.uint64 else jnp.int32)
 
 
 def check_pairs(given: Mapping[str, Any]) -> None:
@@ -111,12 +128,19 @@ def check_pairs(given: Mapping[str, Any]) -> None:
 def number(name: str, value: Any) -> float:
     """A value that is known while tracing, as a float."""
     try:
-        return float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
-        cure = " Multiply the query by a traced scale instead" if name == "scale" else ""
-        raise ArgumentError(
-            f"{name} must be a number known while tracing, or None; got {value!r}.{cure}"
-        ) from None
+        if not isinstance(value, jax.core.Tracer):  # one may be known, but has a gradient
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ArgumentError(f"{name} must be a number known while tracing, or None; got {value!r}")
+
+
+def scaled(query: jax.Array, scale: Any) -> tuple[jax.Array, float | None]:
+    """The query and ``scale``; a traced number multiplies the query, so that it has a gradient."""
+    if isinstance(scale, jax.core.Tracer) and not scale.shape:
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        return (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
+    return query, None if scale is None else number("scale", scale)
 
 
 def positive_cap(value: Any) -> float:

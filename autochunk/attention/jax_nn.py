@@ -126,8 +126,6 @@ def _arguments(
     Raises:
       ArgumentError: slices cannot compute this call.
     """
-    if isinstance(scale, jax.core.Tracer) and not scale.shape:  # such as one that is learnt
-        query, scale = (query * scale).astype(query.dtype), 1.0
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
         bias = bias.astype(jnp.float32)
     return Arguments.checked(

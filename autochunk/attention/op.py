@@ -118,9 +118,10 @@ def dot_product_attention(
       query: [..., T', H, K], floating point.
       key: [..., T, N, K], of the query's dtype.
       value: [..., T, N, V], of the query's dtype.
-      bias: added to the scaled logits; broadcasts to [..., H, T', T].
+      bias: numbers, added to the scaled logits; broadcasts to [..., H, T', T].
       mask: boolean, False hides a key from a row; broadcasts to [..., H, T', T].
-      scale: factor on the logits; None is 1 / sqrt(K).
+      scale: factor on the logits; None is 1 / sqrt(K). A traced one multiplies the query instead,
+        which is rounded to its dtype.
       is_causal: the query at position i sees keys 0 to i only.
       query_seq_lengths: integers that broadcast to [...]; output rows from there on are zero.
       key_value_seq_lengths: integers that broadcast to [...]; keys from there on are excluded.

@@ -31,6 +31,7 @@ from reference import (
 
 import autochunk
 from autochunk import Plan, dot_product_attention, use
+from autochunk.attention import checks
 from autochunk.device import detect
 from autochunk.errors import ArgumentError
 from autochunk.store.profiles import ProfileStore
@@ -665,7 +666,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"mask": np.ones((2, 2, 6, 10), bool)},
         ["mask", LOGITS, "(2, 2, 6, 10)"],
     ),
-    "bias of integers": ({"bias": np.ones((6, 5), np.int32)}, ["bias", "floating", "int32"]),
     "bias of booleans": ({"bias": np.ones((6, 5), bool)}, ["bias", "floating", "bool"]),
     "bias that does not broadcast": ({"bias": draw((2, 6, 4))}, ["bias", LOGITS, "(2, 6, 4)"]),
     "scale that is text": ({"scale": "large"}, ["scale", "number", "large"]),
@@ -683,15 +683,56 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], words: list[str]) ->
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_a_traced_scale() -> None:
-    """The scale is part of the program; one that is traced is refused with a way out."""
+@pytest.mark.parametrize("limit", [None, TINY])
+@pytest.mark.parametrize("transform", [lambda run: run, jax.jit, jax.vmap], ids=["", "jit", "vmap"])
+def test_a_traced_scale(transform: Callable[..., Any], limit: float | None) -> None:
+    """Outputs are those of jax.nn, and gradients, which the scale has, too."""
+    arrays = operands()
+    moving = [arrays[name] for name in ("query", "key", "value")]
+
+    def loss(scale: Any, attend: Callable[..., Any], **settings: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(attend(*moving, scale=scale, **settings)))
+
+    scales = jnp.array([0.3, -0.7]) if transform is jax.vmap else jnp.float32(0.3)
+    ours = functools.partial(loss, attend=dot_product_attention, max_chunk_size_mb=limit)
+    theirs = functools.partial(loss, attend=jax.nn.dot_product_attention)
+    found, expected = (transform(jax.value_and_grad(one))(scales) for one in (ours, theirs))
+    assert_close(found, expected, 1e-4)
+
+
+def test_a_traced_scale_in_half_precision() -> None:
+    """It is not rounded to the query's dtype before it multiplies the query."""
+    query = np.arange(1, 128).astype(HALF)
+    found = jax.jit(lambda x: checks.scaled(x, 1 / jnp.sqrt(48))[0])(query)
+    exact_scale = np.float32(1 / math.sqrt(48))
+    np.testing.assert_array_equal(found, (query.astype(np.float32) * exact_scale).astype(HALF))
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "key_value_seq_lengths", "query_seq_lengths"])
+def test_without_a_batch_terms_may_have_one(name: str) -> None:
+    """A batch of one is dropped, and a bias may be of integers, as in jax.nn."""
+    heads = [draw(shape, seed) for seed, shape in enumerate(((6, 4, 8), (5, 2, 8), (5, 2, 8)))]
+    term: dict[str, Any] = {
+        "bias": np.arange(120).reshape(1, 4, 6, 5) % 7,
+        "mask": draw_mask((1, 1, 6, 5)),
+        "key_value_seq_lengths": np.array([3], np.int32),
+        "query_seq_lengths": np.array([4], np.int32),
+    }
+    call = {name: term[name]}
+    received = dot_product_attention(*heads, **call, max_chunk_size_mb=TINY)
+    assert_close(received, jax.nn.dot_product_attention(*heads, **call))
+
+
+@pytest.mark.parametrize("name", ["logits_soft_cap", "dropout_rate"])
+def test_traced_settings(name: str) -> None:
+    """Part of the program: what is differentiated is refused, not taken with a gradient of zero."""
     x = jnp.ones((1, 2, 1, 2))
 
-    def attend(scale: Any) -> jax.Array:
-        return dot_product_attention(x, x, x, scale=scale, max_chunk_size_mb=None)
+    def attend(number: Any) -> jax.Array:
+        return jnp.sum(dot_product_attention(x, x, x, max_chunk_size_mb=None, **{name: number}))
 
-    with pytest.raises(ArgumentError, match=r"known while tracing.*[Mm]ultiply the query"):
-        jax.jit(attend)(1.0)
+    with pytest.raises(ArgumentError, match=f"{name} must be a number known while tracing"):
+        jax.grad(attend)(0.5)
 
 
 @pytest.mark.parametrize("container", [list, np.asarray, jnp.asarray])

@@ -127,6 +127,16 @@ def test_terms_are_right_by_every_plan(name: str) -> None:
     assert_close(received, expected, 1e-5 if "residual" not in str(call) else 1e-4)
 
 
+@pytest.mark.parametrize("far", [2**31, 10**12])
+def test_a_side_of_a_window_that_is_longer_than_all_sequences(far: int) -> None:
+    """It is none, however large the number."""
+    attend = functools.partial(
+        dot_product_attention, **arrays_of({}), implementation="xla", max_chunk_size_mb=4e-5
+    )
+    for window, same in (((far, 1), (11, 1)), ((2, far), (2, 9)), (far, None)):
+        assert_close(attend(local_window_size=window), attend(local_window_size=same))
+
+
 @pytest.mark.parametrize(("one", "both"), [(3, (3, 3)), (0, (0, 0))])
 def test_a_window_of_one_number_has_it_on_both_sides(one: int, both: tuple[int, int]) -> None:
     """As in ``jax.nn.dot_product_attention``."""
@@ -240,6 +250,11 @@ def test_sums_are_held_for_a_few_rows_at_a_time(call: str) -> None:
         {"mask": np.arange(1100)[None, None, None] < 700, "is_causal": True},
         {"query_offset": whole(-300, 500), "is_causal": True},
         {"query_segment_ids": None, "is_causal": True},
+        # Sums of indices that would leave the range of these integers.
+        {"key_value_seq_lengths": np.asarray([200, 100], np.uint8)},
+        {"query_offset": np.asarray([0, 500], np.uint32), "local_window_size": (70, 30)},
+        {"query_offset": np.asarray([0, 100], np.int8), "is_causal": True},
+        {"local_window_size": (30, 2**31 - 1)},
     ],
     ids=str,
 )
