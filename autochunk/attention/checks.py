@@ -102,10 +102,9 @@ def whole_term(
 
 
 def _in_working_dtype(term: jax.Array, wanted: str) -> jax.Array:
-    """Integers as they are computed with: as floats if added, else signed and not narrow.
+    """Integers as they are computed with: as floats if added to logits, else of 32 bits at least.
 
-    Indices of rows and keys take the dtype of what they are compared with, and differences of
-    positions are negative.
+    Indices of rows and keys take the dtype of what they are compared with: they must fit it.
     """
     if wanted == "floating":
         return term.astype(jnp.float32)
@@ -128,11 +127,11 @@ def check_pairs(given: Mapping[str, Any]) -> None:
 def number(name: str, value: Any) -> float:
     """A value that is known while tracing, as a float."""
     try:
-        if not isinstance(value, jax.core.Tracer):  # one may be known, but has a gradient
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise ArgumentError(f"{name} must be a number known while tracing, or None; got {value!r}")
+        return float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        raise ArgumentError(
+            f"{name} must be a number known while tracing, or None; got {value!r}"
+        ) from None
 
 
 def scaled(query: jax.Array, scale: Any) -> tuple[jax.Array, float | None]:

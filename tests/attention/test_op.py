@@ -723,18 +723,6 @@ def test_without_a_batch_terms_may_have_one(name: str) -> None:
     assert_close(received, jax.nn.dot_product_attention(*heads, **call))
 
 
-@pytest.mark.parametrize("name", ["logits_soft_cap", "dropout_rate"])
-def test_traced_settings(name: str) -> None:
-    """Part of the program: what is differentiated is refused, not taken with a gradient of zero."""
-    x = jnp.ones((1, 2, 1, 2))
-
-    def attend(number: Any) -> jax.Array:
-        return jnp.sum(dot_product_attention(x, x, x, max_chunk_size_mb=None, **{name: number}))
-
-    with pytest.raises(ArgumentError, match=f"{name} must be a number known while tracing"):
-        jax.grad(attend)(0.5)
-
-
 @pytest.mark.parametrize("container", [list, np.asarray, jnp.asarray])
 def test_anything_like_an_array(container: Any) -> None:
     """Lists and numpy arrays are taken as JAX takes them."""
