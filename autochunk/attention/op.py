@@ -120,8 +120,7 @@ def dot_product_attention(
       value: [..., T, N, V], of the query's dtype.
       bias: numbers, added to the scaled logits; broadcasts to [..., H, T', T].
       mask: boolean, False hides a key from a row; broadcasts to [..., H, T', T].
-      scale: factor on the logits; None is 1 / sqrt(K). A traced one multiplies the query instead,
-        which is rounded to its dtype.
+      scale: factor on the logits; None is 1 / sqrt(K). A traced one multiplies the query, rounded.
       is_causal: the query at position i sees keys 0 to i only.
       query_seq_lengths: integers that broadcast to [...]; output rows from there on are zero.
       key_value_seq_lengths: integers that broadcast to [...]; keys from there on are excluded.
