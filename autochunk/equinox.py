@@ -16,8 +16,11 @@ from autochunk.attention.op import dot_product_attention
 from autochunk.errors import ArgumentError
 from autochunk.plan import check_implementation, check_max_chunk_size_mb
 
+# Users may put ours in place of the name in Equinox; what it named before is meant here.
+_Own = eqx.nn.MultiheadAttention
 
-class MultiheadAttention(eqx.nn.MultiheadAttention):
+
+class MultiheadAttention(_Own):
     """``eqx.nn.MultiheadAttention``, its leaves and its results, with bounded memory.
 
     Example:
@@ -233,7 +236,7 @@ def _dropout_rate(dropout: Any, key: Any, inference: bool | None) -> Any:
 
 
 def _is_attention(node: Any) -> bool:
-    return isinstance(node, eqx.nn.MultiheadAttention)
+    return isinstance(node, _Own)
 
 
 def _swapped(module: eqx.nn.MultiheadAttention, settings: dict[str, Any]) -> Any:
@@ -250,7 +253,7 @@ def _in_slices(kind: type[eqx.nn.MultiheadAttention]) -> type[MultiheadAttention
     """The class that ``super().__call__`` of a class, or its own ``__call__``, comes to last."""
     if issubclass(kind, MultiheadAttention):
         return kind
-    if kind is eqx.nn.MultiheadAttention:
+    if kind is _Own:
         return MultiheadAttention
     metaclass: Any = type(kind)
     made = metaclass(kind.__name__, (kind, MultiheadAttention), {"__module__": kind.__module__})

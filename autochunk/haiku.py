@@ -21,8 +21,11 @@ from autochunk.attention.op import attend
 from autochunk.plan import check_implementation, check_max_chunk_size_mb
 from autochunk.workload import DTYPES
 
+# Users may put ours in place of the name in haiku; what it named before is meant here.
+_Own = hk.MultiHeadAttention
 
-class MultiHeadAttention(hk.MultiHeadAttention):
+
+class MultiHeadAttention(_Own):
     """``hk.MultiHeadAttention``, its parameters and its results, with bounded memory.
 
     Glossary of shapes: T' and T are query and key lengths, H heads, K key size, V value size, D'
@@ -156,7 +159,7 @@ _lock = threading.Lock()
 
 
 def _interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    is_attention = context.orig_class is hk.MultiHeadAttention
+    is_attention = context.orig_class is _Own
     if is_attention and context.method_name == "__call__" and _floating(*args, **kwargs):
         limit, implementation = _settings().value
         return _attended(limit, implementation, context.module, *args, **kwargs)

@@ -224,6 +224,28 @@ def test_the_limit_holds_under_vmap(training: bool) -> None:
     assert largest(patched(module, max_chunk_size_mb=logits / 8e6)) <= logits / 4
 
 
+@pytest.mark.parametrize("limit", [SMALLEST, None])
+def test_strict_promotion(limit: float | None) -> None:
+    """A model that forbids implicit promotion, of dtypes and ranks, trains in half precision."""
+    module = patched(theirs(dtype=jnp.bfloat16, dropout_p=0.5), max_chunk_size_mb=limit)
+    moving, fixed = eqx.partition(module, eqx.is_array)
+    arrays, mask = inputs(dtype=jnp.bfloat16), draw_mask((2, 6, 5))
+    run: Any = lambda moving: eqx.combine(moving, fixed)(*arrays, mask, key=KEY)  # noqa: E731
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        out, pull = jax.vjp(run, moving)
+        assert {one.dtype for one in jax.tree.leaves((out, pull(out)))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_the_name_in_equinox_may_be_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where code that makes modules by Equinox's name shall make ours, patched modules included."""
+    own = eqx.nn.MultiheadAttention
+    for made in (MultiheadAttention, lambda *args, **settings: patched(own(*args, **settings))):
+        monkeypatch.setattr(eqx.nn, "MultiheadAttention", made)
+        module = theirs()
+        assert type(module) is MultiheadAttention
+        assert_close(module(*inputs()), own(**SIZES, key=KEY)(*inputs()))
+
+
 def test_a_deprecated_argument() -> None:
     """``deterministic`` is ``inference``, with a warning, as in Equinox."""
     module = patched(theirs(dropout_p=0.5))

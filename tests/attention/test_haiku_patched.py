@@ -190,6 +190,16 @@ def test_our_own_module_keeps_its_settings() -> None:
         assert largest(function.apply, params, x) >= LOGITS
 
 
+def test_the_name_in_haiku_may_be_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that were imported by that name before are haiku's, and run in slices."""
+    monkeypatch.setattr(hk, "MultiHeadAttention", autochunk.MultiHeadAttention)
+    function = transformed(lambda x: ImportedByName(2, 4, **INIT)(x, x, x))
+    x = draw((64, 8))
+    params = function.init(KEY, x)
+    with patched(max_chunk_size_mb=LOGITS / 8e6):
+        assert largest(function.apply, params, x) <= LOGITS / 4
+
+
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_what_slices_cannot_do_is_haikus() -> None:
     """Complex numbers are computed as without the context."""
