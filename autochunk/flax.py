@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.linen import dot_product_attention as linens_attention
 from flax.linen import dtypes
 
 from autochunk.attention.arguments import Arguments
@@ -52,7 +53,8 @@ def attention_fn(
     H.
 
     Args:
-      query: [..., T', H, K].
+      query: [..., T', H, K]. Complex numbers, of which there are no slices, are left to linen's
+        function: no limit holds.
       key: [..., T, N, K].
       value: [..., T, N, V].
       bias: added to the logits; broadcasts to [..., H, T', T].
@@ -108,6 +110,16 @@ def attention_fn(
     else:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_shapes(jnp.shape(query), jnp.shape(key), jnp.shape(value))
+    if jnp.iscomplexobj(query):
+        if is_causal:
+            raise ArgumentError("is_causal must be False for complex numbers: pass it as the mask")
+        left: jax.Array = linens_attention(
+            *(query, key, value, bias, mask, broadcast_dropout, dropout_rng, dropout_rate),
+            deterministic,
+            precision=precision,
+            force_fp32_for_softmax=force_fp32_for_softmax,
+        )
+        return left
     added = None if bias is None else _floating(jnp.asarray(bias))
     arguments = Arguments.checked(
         query=query,

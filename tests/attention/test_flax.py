@@ -114,6 +114,21 @@ def test_shapes_and_dtypes(shapes: Any, dtypes: Any) -> None:
         assert_close(one, expected, 2e-5 if expected.dtype == np.float32 else 2e-2)
 
 
+def test_what_slices_cannot_do_is_linens() -> None:
+    """Complex numbers are computed as without ours, dropout included."""
+    arrays = [one * (1 + 2j) for one in heads()]
+    settings: dict[str, Any] = {
+        "bias": draw((1, 4, 5, 6)),
+        "mask": draw_mask((2, 1, 5, 6)),
+        "dropout_rate": 0.5,
+        "dropout_rng": jax.random.key(3),
+    }
+    expected, *received = all_three(linen.dot_product_attention, *arrays, **settings)
+    assert expected.dtype == jnp.complex64
+    for one in received:
+        np.testing.assert_array_equal(one, expected)
+
+
 def test_the_output_is_float32_where_the_softmax_must_be() -> None:
     """``force_fp32_for_softmax`` gives linen's dtype of half-precision inputs, too."""
     query, key, value = heads(dtypes=(HALF,) * 3)
@@ -279,7 +294,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "the other einsum": ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum"),
     "a rate": ({"dropout_rate": 1.0, "dropout_rng": jax.random.key(0)}, r"in the range \[0, 1\)"),
     "no key": ({"dropout_rate": 0.5}, "dropout_rng is required"),
-    "complex numbers": ({"dtype": jnp.complex64}, "float32.*complex64"),
+    "complex and causal": ({"dtype": jnp.complex64, "is_causal": True}, "pass it as the mask"),
     "a limit": ({"max_chunk_size_mb": 0}, "max_chunk_size_mb must be"),
 }
 
