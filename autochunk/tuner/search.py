@@ -44,7 +44,7 @@ from autochunk.tuner.study import JOINT, LOADING, MOST_DEATHS, Claim, Study
 from autochunk.workload import Workload
 
 # Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
-_SHARE_OF_PLANS = 0.7
+_SHARE_OF_PLANS = 0.8
 _SHARE_ON_ACCELERATORS = 0.9
 # On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
 _JOINT_ON_ACCELERATORS = 3.0
