@@ -112,7 +112,7 @@ EFFORT_SETTINGS: dict[Effort, EffortSettings] = {
         finalists=8,
         least_joint=6,
         joint_rounds=60,
-        joint_seconds=24.0,
+        joint_seconds=30.0,
     ),
     "thorough": EffortSettings(
         timeout=None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +52,14 @@ Event = dict[str, Any]
 
 def scripted(**script: Any) -> tuple[str, ...]:
     return sys.executable, SCRIPTED, json.dumps(script)
+
+
+@pytest.fixture
+def only_watch() -> Iterator[None]:
+    """The one test that watches this machine's device, of all processes that test."""
+    with (Path(tempfile.gettempdir()) / "autochunk-tests-watch.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Machine:
@@ -353,6 +363,7 @@ def test_others_are_seen_and_its_own_are_not() -> None:
     assert cores is None or 0.0 <= cores <= (os.cpu_count() or 1)
 
 
+@pytest.mark.usefixtures("only_watch")
 def test_the_command_tells_what_it_did_and_will_do(tmp_path: Path) -> None:
     """With a real measuring process, until it is told to stop; a line an event, JSON if asked."""
     command = [sys.executable, "-m", "autochunk.cli", "watch", "--json", "--busy-cores", "1000"]
@@ -373,6 +384,7 @@ def test_the_command_tells_what_it_did_and_will_do(tmp_path: Path) -> None:
     assert found["runs"] is False
 
 
+@pytest.mark.usefixtures("only_watch")
 def test_told_to_stop_while_it_starts() -> None:
     """It ends as it does later, with status 0 and a word; starting takes a second or more."""
     run = (
