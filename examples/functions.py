@@ -32,12 +32,12 @@ import numpy as np
 
 import autochunk
 from autochunk.errors import AutochunkWarning, ProbeError
+from autochunk.tuner.effort import SHORTEST_TIMING
 from autochunk.tuner.measure import available_bytes, program_bytes
 
 Function = Callable[..., jax.Array]
 
 MOST_SIZES = 10  # that are tried, from large to small
-SHORTEST = 0.01  # seconds of a timing, by repeating the call
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Program:
         """Seconds of a call: of so many that the clock can tell."""
         assert self.call is not None
         start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < SHORTEST:
+        while time.perf_counter() - start < SHORTEST_TIMING:
             jax.block_until_ready(self.call(*task.args))
             count += 1
         return (time.perf_counter() - start) / count
