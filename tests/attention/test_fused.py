@@ -21,9 +21,7 @@ from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, libraries
-from autochunk.attention.kernels.dense import mean_value
 from autochunk.attention.kernels.libraries import Kernel, Settings
-from autochunk.attention.kernels.seen import mean_in_steps
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS, Implementation
 
@@ -348,15 +346,3 @@ def test_what_it_does_not_take(
     refusal = f"implementation='cudnn' does not take this call.*{said}"
     with pytest.raises(ArgumentError, match=refusal):
         attend("cudnn", **settings)(x, x, x)
-
-
-@pytest.mark.parametrize("keys", [0, 1, 384, 512, 1000, 1024, 1040, 1537])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_mean_by_parts_is_the_mean(keys: int, dtype: str) -> None:
-    """However many keys there are, in the shape that rows of an output are."""
-    value = jnp.asarray(draw((2, keys, 3, 8)) + 1, dtype)
-    expected, found = mean_value(value), jax.jit(mean_in_steps)(value)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    np.testing.assert_allclose(
-        np.asarray(found, np.float64), np.asarray(expected, np.float64), rtol=1e-2, atol=1e-6
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -232,7 +233,10 @@ def _tokamax(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides Tokamax's warning about each call and gradient that it has no tuned blocks for."""
+    """Hides Tokamax's warning about each call and gradient that it has no tuned blocks for.
+
+    And JAX's that Triton kernels, which Tokamax and ``blind`` have, are deprecated.
+    """
 
     def is_kept(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith("Autotuning cache miss")
@@ -240,7 +244,9 @@ def quiet() -> Iterator[None]:
     log = logging.getLogger("absl")
     log.addFilter(is_kept)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+            yield
     finally:
         log.removeFilter(is_kept)
 

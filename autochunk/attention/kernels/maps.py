@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels import fused
+from autochunk.attention.kernels.blind import of_means, with_cotangents_of_means
 from autochunk.attention.kernels.cells import Cell, Output, Parts, add
 from autochunk.attention.kernels.dense import (
     dense,
@@ -15,7 +16,6 @@ from autochunk.attention.kernels.dense import (
     mean_value,
     within_lengths,
 )
-from autochunk.attention.kernels.grid import sum_to
 from autochunk.attention.kernels.inputs import (
     AXES,
     INPUT_AXES,
@@ -205,7 +205,7 @@ def cotangent(
         for name, total in zip(names, totals, strict=True)
     }
     if problem.may_see_nothing and "value" in names:
-        found["value"] += of_means(inputs, rest[2], rest[3], problem.dtype)
+        found["value"] += of_means(rest[3], inputs.value, rest[2] == 0, problem.dtype)
     return [found[name].astype(inputs.present[name].dtype) for name in names]
 
 
@@ -222,14 +222,5 @@ def _by_kernel(
     out = out.astype(inputs.query.dtype)
     found = fused.cotangent(name, inputs, call, out, log_sum_exp(maximum, total), d_out)
     if may_see_nothing(inputs, call):
-        wide = jnp.promote_types(inputs.value.dtype, jnp.float32)
-        mean = of_means(inputs, total, d_out, wide)
-        found["value"] = (found["value"].astype(wide) + mean).astype(inputs.value.dtype)
+        found["value"] = with_cotangents_of_means(found["value"], d_out, total == 0)
     return found
-
-
-def of_means(inputs: Inputs, total: jax.Array, d_out: jax.Array, dtype: Any) -> jax.Array:
-    """What rows that see nothing, and so give the mean of all values, add to their cotangents."""
-    blind = jnp.where(along_rows(total == 0), d_out.astype(dtype), 0)
-    shared = jnp.sum(blind, axis=(-4, -2))[..., None, :, :] / inputs.key.shape[-3]
-    return sum_to(shared, (*inputs.value.shape[:-3], 1, *inputs.value.shape[-2:]))

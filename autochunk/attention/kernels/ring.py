@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autochunk.attention.kernels.blind import of_means
 from autochunk.attention.kernels.dense import mean_value, within_lengths
 from autochunk.attention.kernels.grid import vary_alike
 from autochunk.attention.kernels.inputs import AXES, Call, Inputs, along_rows
-from autochunk.attention.kernels.maps import of_means
 from autochunk.attention.kernels.primitives import (
     attention_with_stats_p,
     cotangent_p,
@@ -215,7 +215,7 @@ class Ring:
         start = self._varying((self._travelling(inputs), zeros), inputs)
         _, totals = jax.lax.fori_loop(0, self.devices, step, start)
         if self.may_be_blind and "value" in names:
-            of_own_keys = of_means(inputs, total, d_out, self.wide)
+            of_own_keys = of_means(d_out, inputs.value, total == 0, self.wide)
             totals["value"] += jax.lax.pmean(of_own_keys, self.axis_name)
         return [totals[name].astype(getattr(inputs, name).dtype) for name in names]
 

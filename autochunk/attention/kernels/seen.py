@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import string
 
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.dense import mean_value, within_lengths
+from autochunk.attention.kernels.blind import with_means
+from autochunk.attention.kernels.dense import within_lengths
 from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
 from autochunk.attention.kernels.libraries import Kernel
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
@@ -54,28 +54,8 @@ class Seen:
         given = self._given
         out = out.reshape((*given.query.shape[:-1], given.value.shape[-1]))
         if self.blind is not None:
-            out = jnp.where(along_rows(self.blind), mean_in_steps(given.value), out)
+            out = with_means(out, given.value, self.blind)
         return within_lengths(out, given)
-
-
-def mean_in_steps(value: jax.Array) -> jax.Array:
-    """``mean_value``, of many keys by parts: a GPU sums long columns of a few heads slowly.
-
-    It was half of what masks cost a forward pass (``EXPERIMENTS.md``).
-    """
-    *leading, keys, heads, size = value.shape
-    part = math.gcd(keys, _PART)
-    if keys < _MANY_KEYS or part < _PART // 4:
-        return mean_value(value)
-    wide = jnp.promote_types(value.dtype, jnp.float32)
-    sums = jnp.sum(value.reshape((*leading, keys // part, part, heads, size)), -3, dtype=wide)
-    sums = jax.lax.optimization_barrier(sums)  # else XLA makes one sum of both
-    return (jnp.sum(sums, -3, keepdims=True) / keys).astype(value.dtype)[..., None, :]
-
-
-# Keys of a part of a mean, and from how many on there are parts: of 384 they were no faster.
-_PART = 64
-_MANY_KEYS = 512
 
 
 def _have_a_key(visible: jax.Array, *others: jax.Array) -> jax.Array:

@@ -1,0 +1,125 @@
+"""Rows without a key beside fused kernels: the kernels that put them right, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autochunk.attention.kernels.blind import (
+    put_cotangents,
+    put_means,
+    with_cotangents_of_means,
+    with_means,
+)
+from autochunk.attention.kernels.libraries import quiet
+
+# Leading dims, T', H, G, V, T, and the sizes of what says which rows are blind.
+SHAPES = {
+    "a mask of all rows": ((2,), 5, 2, 1, 8, 7, (2, 1, 1, 1)),
+    "one row, one key": ((), 1, 1, 1, 1, 1, (1, 1, 1)),
+    "sizes that divide nothing": ((2, 3), 9, 2, 2, 5, 130, (2, 3, 2, 2, 9)),
+    "one mask for all heads": ((1, 2), 300, 1, 3, 16, 64, (1, 2, 1, 1, 300)),
+    "one mask for all sequences": ((2, 2), 130, 2, 1, 24, 65, (1, 1, 2, 1, 130)),
+    "more rows than are looked at at a time": ((2,), 1100, 1, 2, 8, 3, (2, 1, 2, 1100)),
+}
+
+
+def drawn(shape: str, share: float, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An output, values, and which rows are blind."""
+    leading, rows, heads, groups, size, keys, sizes = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    out = rng.normal(size=(*leading, rows, heads, groups, size))
+    value = rng.normal(size=(*leading, keys, heads, size)) + 1
+    return (
+        jnp.asarray(out, dtype),
+        jnp.asarray(value, dtype),
+        jnp.asarray(rng.random(sizes) < share),
+    )
+
+
+def by_rows(out: jax.Array, blind: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [..., T', H, G, V]."""
+    flags = np.moveaxis(np.asarray(blind), -1, -3)[..., None]
+    exact = np.asarray(out, np.float64)
+    return exact, np.broadcast_to(flags, exact.shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blind_rows_give_the_mean(shape: str, share: float, dtype: Any) -> None:
+    """The others stay as they are, to the bit; by the kernel and without it."""
+    out, value, blind = drawn(shape, share, dtype)
+    exact, flags = by_rows(out, blind)
+    mean = np.asarray(value, np.float64).mean(-3, keepdims=True)[..., None, :]
+    expected = np.where(flags, mean, exact)
+    for found in (put_means(out, value, blind, interpret=True), with_means(out, value, blind)):
+        received = np.asarray(found, np.float64)
+        np.testing.assert_array_equal(received[~flags], exact[~flags])
+        np.testing.assert_allclose(received, expected, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_of_their_means(shape: str, share: float, dtype: Any) -> None:
+    """A blind row's cotangent goes to all values in equal parts, on top of what they have."""
+    d_out, d_value, blind = drawn(shape, share, dtype)
+    exact, flags = by_rows(d_out, blind)
+    added = np.where(flags, exact, 0).sum((-4, -2))[..., None, :, :] / d_value.shape[-3]
+    expected = np.asarray(d_value, np.float64) + added
+    kernel = put_cotangents(d_value, d_out, blind, interpret=True)
+    for found in (kernel, with_cotangents_of_means(d_value, d_out, blind)):
+        eps = float(jnp.finfo(dtype).eps)
+        received = np.asarray(found, np.float64)
+        np.testing.assert_allclose(received, expected, rtol=8 * eps, atol=200 * 1e-7 + eps)
+        if not flags.any():
+            np.testing.assert_array_equal(received, expected)
+
+
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    """A blind row's own output, and the values of other sequences, do not matter to the means."""
+    out, value, blind = drawn("a mask of all rows", 0.0, jnp.float32)
+    blind = blind.at[0].set(True)
+    expected = put_means(out, value, blind, interpret=True)
+    spoilt = put_means(out.at[0].set(jnp.nan), value.at[1].set(jnp.inf), blind, interpret=True)
+    np.testing.assert_array_equal(spoilt, expected)
+
+
+def test_values_that_sequences_share() -> None:
+    """Fewer sequences of values than of rows: right all the same."""
+    out, value, blind = drawn("one mask for all sequences", 0.3, jnp.float32)
+    whole = jnp.broadcast_to(value[:1], value.shape)
+    expected = with_means(out, whole, blind)
+    np.testing.assert_allclose(with_means(out, value[:1], blind), expected, rtol=1e-6)
+
+
+def lowering_for_an_h100() -> Any:
+    """The context in which jax lowers Pallas kernels for a GPU that is not there."""
+    sharding: Any = jax.sharding
+    if jax.__version_info__ < (0, 12):
+        return contextlib.nullcontext()
+    h100 = {"device_kind": "NVIDIA H100 80GB HBM3", "num_cores": 132, "platform": "gpu"}
+    device = sharding.AbstractDevice(**h100)
+    return sharding.use_abstract_mesh(sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_takes_the_kernels(shape: str) -> None:
+    """As far as can be told without a GPU: what is written is the first operand's own memory."""
+    out, value, blind = (jax.typeof(one) for one in drawn(shape, 0.3, jnp.bfloat16))
+    for function, arrays in ((put_means, (out, value)), (put_cotangents, (value, out))):
+        with lowering_for_an_h100(), quiet():
+            traced = jax.jit(function).trace(*arrays, blind)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        call = next(
+            line for line in text.splitlines() if "custom_call @__gpu$xla.gpu.triton" in line
+        )
+        assert re.search(r"output_operand_alias<.*operand_index = 0", call)
