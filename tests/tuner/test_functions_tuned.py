@@ -222,6 +222,24 @@ def test_deviation() -> None:
     assert deviation([np.array([1.0, nan])], expected) == float("inf")
     assert deviation([np.array([1.0, nan])], [np.array([1.0, nan])]) == 0
     assert deviation([np.zeros(0)], [np.zeros(0)]) == 0
+    assert deviation([], []) == 0
+
+
+@pytest.mark.parametrize("size", [1, 1 << 17, (1 << 17) + 1, 300_000])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_deviation_of_many_values(size: int, dtype: Any) -> None:
+    """However many are compared at a time, it is that of all of them at once."""
+    rng = np.random.default_rng(size)
+    expected = rng.normal(size=size).astype(dtype)
+    received = expected + (0.01 * rng.normal(size=size)).astype(dtype)
+    received[-1] = expected[-1] + 2  # the largest difference counts by its square
+    one, other = (array.astype(np.float64) for array in (received, expected))
+    typical = np.sqrt(np.square(one - other).mean() / np.square(other).mean())
+    largest = np.abs(one - other).max() / np.abs(other).max()
+    found = deviation([received.reshape(-1, 1)], [expected.reshape(-1, 1)])
+    assert found == pytest.approx(max(typical, largest**2))
+    received[size // 2] = np.inf
+    assert deviation([received], [expected]) == float("inf")
 
 
 def test_a_kink_is_no_mixing() -> None:

@@ -172,7 +172,7 @@ def tolerance_of(roundings: Sequence[float]) -> float:
 
 
 def as_numbers(results: Any) -> list[np.ndarray[Any, Any]]:
-    """Results as float64 on the host; keys of random numbers by their data."""
+    """Results as floating-point numbers on the host; keys of random numbers by their data."""
     return [_number(one) for one in jax.tree.leaves(results) if one.dtype != jax.dtypes.float0]
 
 
@@ -181,7 +181,7 @@ def _number(array: jax.Array) -> np.ndarray[Any, Any]:
         array = jax.random.key_data(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag])
-    return np.asarray(array.astype(jnp.promote_types(array.dtype, jnp.float32)), np.float64)
+    return np.asarray(array.astype(jnp.promote_types(array.dtype, jnp.float32)))
 
 
 def deviation(results: Sequence[Any], expected: Sequence[Any]) -> float:
@@ -192,19 +192,40 @@ def deviation(results: Sequence[Any], expected: Sequence[Any]) -> float:
     value, counts by its square: enough for positions that are wrong altogether. NaN where NaN is
     expected is right; where only one is finite, the result is infinite.
     """
-    worst = 0.0
-    for one, other in zip(results, expected, strict=True):
+    pairs = zip(results, expected, strict=True)
+    return max((_deviation(one.ravel(), other.ravel()) for one, other in pairs), default=0.0)
+
+
+# Values that are compared at a time. Results may have gigabytes: of these whole arrays in float64,
+# several at once, would take tens.
+_BLOCK = 1 << 17
+
+
+def _deviation(received: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    starts = range(0, expected.size, _BLOCK)
+
+    def block(array: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
+        return array[start : start + _BLOCK].astype(np.float64)
+
+    def finite(start: int) -> np.ndarray[Any, Any]:
+        one = block(expected, start)
+        usual: np.ndarray[Any, Any] = one[np.isfinite(one)]
+        return usual
+
+    largest = max((np.abs(finite(start)).max(initial=0.0) for start in starts), default=0.0)
+    largest = max(float(largest), 1e-30)
+    most, squares, expected_squares, count = 0.0, 0.0, 0.0, 0
+    for start in starts:
+        one, other = block(received, start), block(expected, start)
         same = (one == other) | (np.isnan(one) & np.isnan(other))
-        finite = other[np.isfinite(other)]
-        largest = max(float(np.abs(finite).max(initial=0.0)), 1e-30)
         with np.errstate(invalid="ignore"):
             apart = np.where(same, 0.0, np.abs(one - other)) / largest
         if not np.isfinite(apart).all():
             return math.inf
-        typical = _root_mean_square(apart) / max(_root_mean_square(finite / largest), 1e-30)
-        worst = max(worst, typical, float(apart.max(initial=0.0)) ** 2)
-    return worst
-
-
-def _root_mean_square(values: np.ndarray[Any, Any]) -> float:
-    return math.sqrt(np.square(values).mean()) if values.size else 0.0
+        usual = finite(start) / largest
+        most = max(most, float(apart.max()))
+        squares += float(apart @ apart)
+        expected_squares += float(usual @ usual)
+        count += usual.size
+    typical = math.sqrt(squares / max(expected.size, 1))
+    return max(typical / max(math.sqrt(expected_squares / max(count, 1)), 1e-30), most**2)
