@@ -345,6 +345,36 @@ def test_what_keys_have_in_common_costs_no_accuracy(
     assert error(ours) <= 1.2 * error(jax.nn.dot_product_attention)
 
 
+@pytest.mark.parametrize("form", ["plain", "causal", "mask"])
+@pytest.mark.parametrize(("plan", "limit"), [("dense", None), ("xla", NO_LIMIT), ("xla", 0.05)])
+def test_half_precision_errs_no_more_than_jax_nn(plan: Any, limit: float | None, form: str) -> None:
+    """Each gradient, by the root of the mean square against float64, by whatever plan."""
+    arrays = operands((2,), 96, 96, 2, key_size=32, dtype=HALF)
+    mask = np.random.default_rng(1).random((2, 1, 96, 96)) < 0.7
+    options: dict[str, Any] = {"causal": {"is_causal": True}, "mask": {"mask": mask}}
+    expected = exact(arrays | options.get("mask" if form == "mask" else "", {}))
+    if form == "causal":
+        expected = exact(arrays, is_causal=True)
+    names = ("query", "key", "value")
+    moving = [arrays[name] for name in names]
+
+    def errors(function: Callable[..., jax.Array]) -> dict[str, float]:
+        def both(*moving: jax.Array) -> Any:
+            out, pull = jax.vjp(lambda *a: function(*a, **options.get(form, {})), *moving)
+            return out, *pull(arrays["cotangent"])
+
+        results = zip(("output", *names), jax.jit(both)(*moving), strict=True)
+        return {
+            name: float(np.sqrt(np.mean(np.square(np.asarray(one, np.float64) - expected[name]))))
+            for name, one in results
+        }
+
+    ours = functools.partial(dot_product_attention, max_chunk_size_mb=limit, implementation=plan)
+    theirs = errors(jax.nn.dot_product_attention)
+    for name, error in errors(ours).items():
+        assert error <= 1.2 * theirs[name], name
+
+
 @pytest.mark.parametrize("far", [np.nan, np.inf, 1e30])
 def test_a_key_far_from_the_others_is_no_matter_of_rows_that_do_not_see_it(far: float) -> None:
     """The query's gradient in these rows is that without it."""

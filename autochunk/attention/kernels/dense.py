@@ -76,9 +76,18 @@ def _weights_and_stats(logits: jax.Array) -> list[jax.Array]:
 
 
 def dense_tangent(
-    inputs: Inputs, call: Call, weights: jax.Array, tangents: Mapping[str, jax.Array]
+    inputs: Inputs,
+    call: Call,
+    weights: jax.Array,
+    tangents: Mapping[str, jax.Array],
+    platforms: tuple[str, ...] = (),
 ) -> list[jax.Array]:
-    """Tangents of what ``dense`` returns, linear in the tangents of some inputs, by name."""
+    """Tangents of what ``dense`` returns, linear in the tangents of some inputs, by name.
+
+    On CPUs the weights' cotangents keep the logits' dtype. XLA:CPU computes half precision in
+    float32 anyway, and rounds it at the end of a fusion: of ``jax.nn``'s, which has all of a row's
+    derivatives in one, less is rounded.
+    """
     if excludes(inputs, call):  # no product of the saved weights may meet what is excluded
         finite = {name: _finite(inputs.present[name]) for name in _HEADS}
         inputs = inputs._replace(**finite)
@@ -99,7 +108,8 @@ def dense_tangent(
         d_sum = jnp.sum(change, axis=-1, keepdims=True)
         d_lse = d_sum[..., 0]
         change = whole.visible(whole.dropped(change - weights * d_sum))
-        d_out.append(_sum(change.astype(whole.value.dtype), whole.value, call))
+        wide = dtype if "cpu" in platforms else whole.value.dtype
+        d_out.append(_sum(change.astype(wide), whole.value.astype(wide), call))
     if "value" in moved:
         d_value = _sum(whole.dropped(weights).astype(whole.value.dtype), moved["value"], call)
         if whole.may_see_nothing:
@@ -109,7 +119,7 @@ def dense_tangent(
             d_value = jnp.where(
                 jnp.swapaxes(blind, -2, -3), mean_over_keys(moved["value"]), d_value
             )
-        d_out.append(d_value)
+        d_out.append(d_value.astype(d_out[0].dtype) if d_out else d_value)
     outs = [whole.rows(functools.reduce(jnp.add, d_out))]
     return [*outs, whole.stats(d_lse)] if call.residual else outs
 

@@ -105,9 +105,12 @@ def _dense_in_slices(inputs: list[jax.Array], _rest: Any, *, call: Call) -> Batc
     return [*outs, jnp.zeros(shape, dtype)], [0] * len(outs) + [None]
 
 
-def _dense_tangent(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _dense_tangent(
+    *operands: jax.Array, call: Call, platforms: tuple[str, ...] = ()
+) -> list[jax.Array]:
     inputs, (weights, *tangents) = split(operands, call)
-    return dense_tangent(inputs, call, weights, dict(zip(call.moving, tangents, strict=True)))
+    named = dict(zip(call.moving, tangents, strict=True))
+    return dense_tangent(inputs, call, weights, named, platforms)
 
 
 def _dense_tangent_in_slices(
@@ -118,12 +121,15 @@ def _dense_tangent_in_slices(
     return outs, [0] * len(outs)
 
 
-def _dense_cotangent(*operands: jax.Array, call: Call, wanted: tuple[bool, ...]) -> list[jax.Array]:
+def _dense_cotangent(
+    *operands: jax.Array, call: Call, wanted: tuple[bool, ...], platforms: tuple[str, ...] = ()
+) -> list[jax.Array]:
     inputs, (weights, *cotangents) = split(operands, call)
     names = call.wanted(wanted)
 
     def moved(*tangents: jax.Array) -> list[jax.Array]:
-        return dense_tangent(inputs, call, weights, dict(zip(names, tangents, strict=True)))
+        named = dict(zip(names, tangents, strict=True))
+        return dense_tangent(inputs, call, weights, named, platforms)
 
     pull = jax.linear_transpose(moved, *(inputs.present[name] for name in names))
     return list(pull(list(cotangents)))
