@@ -254,8 +254,10 @@ def best_of_all(name: str, task: Task, mode: str, rounds: int) -> int:
     powers = [1 << n for n in range((count - 1).bit_length())]
     sizes = [*powers[-MOST_SIZES:], count]
     found = {one: Program.of(in_chunks(name, task, one), task, mode) for one in sizes}
-    take_turns(found.values(), task, rounds)
-    return min((one for one in sizes if found[one].seconds), key=lambda one: found[one].median())
+    once = {size: one.run(task) for size, one in found.items() if one.call is not None}
+    hopeful = {size: found[size] for size in once if once[size] < 3 * min(once.values())}
+    take_turns(hopeful.values(), task, rounds)
+    return min(hopeful, key=lambda size: hopeful[size].median())
 
 
 def measure(name: str, task: Task, mode: str, rounds: int) -> dict[str, Program]:

@@ -60,16 +60,22 @@ class Curves:
         self._sizes = np.array([sizes for _, sizes, _ in places]).reshape(-1, 4)
         self._kinds = np.array([kinds for _, _, kinds in places]).reshape(-1, KINDS)
         self._likeness = np.array([one.likeness for one in self._subjects])
+        self._sources: dict[int, Source | None] = {}
 
     def near(self, workload: Workload) -> list[Source]:
         """Those that tell most of a workload, the most alike first."""
         asked = sizes_of(workload), kinds_of(workload)
         close = alike(SECONDS, asked, self._sizes, self._kinds, self._likeness)
         order = [n for n in np.argsort(-close, kind="stable") if close[n] >= _LEAST_ALIKE]
-        found = (self._source(self._subjects[number]) for number in order)
+        found = (self._source(number) for number in order)
         return first_of(one for one in found if one is not None)
 
-    def _source(self, subject: _Subject) -> Source | None:
+    def _source(self, number: int) -> Source | None:
+        if number not in self._sources:
+            self._sources[number] = self._made(self._subjects[number])
+        return self._sources[number]
+
+    def _made(self, subject: _Subject) -> Source | None:
         read = _read.setdefault(subject.layer, {})
         key = (subject.device, subject.workload.key)
         if key not in read:
