@@ -290,8 +290,8 @@ def _is_for_any_batch(plan: Plan, call: kernels.Call, inputs: kernels.Inputs) ->
     return True
 
 
-quiet = kernels.quiet
-"""A context that hides what other libraries log about each of their calls."""
+quiet, for_this_machine = kernels.quiet, kernels.for_this_machine
+"""Contexts that hide what libraries log of each call, and that export for this machine alone."""
 
 _alone = contextvars.ContextVar("alone", default=False)
 

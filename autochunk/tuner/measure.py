@@ -43,6 +43,7 @@ import jax.numpy as jnp
 
 from autochunk import device as devices
 from autochunk import host, nvidia
+from autochunk.attention.op import for_this_machine
 from autochunk.tuner.effort import SHORTEST_TIMING
 
 # Longer computations, begun one after the other, hide what it takes to start them: 20 to 60 us.
@@ -124,7 +125,8 @@ class LoweredOnce:
                 # Nothing of it is kept, so that it need not be stable.
                 any_kernel = jax.export.DisabledSafetyCheck.custom_call("ALL")
                 export = jax.export.export(jax.jit(self._function), disabled_checks=[any_kernel])
-                lowered: Any = export(*self._arguments)
+                with for_this_machine():
+                    lowered: Any = export(*self._arguments)
                 self._lowered = lowered.call
         return self._lowered(*arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from autochunk.attention.kernels import blind as under_test
 from autochunk.attention.kernels.blind import (
     put_cotangents,
     put_means,
@@ -98,6 +100,25 @@ def test_values_that_sequences_share() -> None:
     whole = jnp.broadcast_to(value[:1], value.shape)
     expected = with_means(out, whole, blind)
     np.testing.assert_allclose(with_means(out, value[:1], blind), expected, rtol=1e-6)
+
+
+def test_exported_programs_have_no_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept, and Triton's form is not stable; but for what is exported to be run here."""
+    monkeypatch.setattr(under_test, "_has_triton", lambda: True)
+
+    def has_kernel() -> bool:
+        fresh = functools.partial(with_means)  # nothing traced before is taken again
+        arrays = drawn("a mask of all rows", 0.3, jnp.float32)
+        return "pallas_call" in str(jax.make_jaxpr(fresh)(*arrays))
+
+    assert has_kernel()
+    with under_test.lowering(for_export=False):
+        assert has_kernel()
+    with under_test.lowering(for_export=True):
+        assert not has_kernel()
+    with under_test.for_this_machine(), under_test.lowering(for_export=True):
+        assert has_kernel()
+    assert has_kernel()
 
 
 def lowering_for_an_h100() -> Any:

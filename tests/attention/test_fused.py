@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from reference import assert_close, compiled_text, draw, exact, operands
 from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call
 
 from autochunk import dot_product_attention
-from autochunk.attention.kernels import Inputs, libraries
+from autochunk.attention.kernels import Inputs, blind, libraries, maps, seen
 from autochunk.attention.kernels.libraries import Kernel, Settings
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS, Implementation
@@ -280,6 +281,33 @@ def test_every_form_that_it_takes(recorded: Recorded, form: dict[str, Any]) -> N
         assert_close(poisoned[0][0], received[0][0])
         for name, one in poisoned[1][0].items():
             np.testing.assert_allclose(one[0], received[1][0][name][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_rows_without_a_key_know_of_exports(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, exported: bool
+) -> None:
+    """What puts them right is told whether the program is exported, forward and backward."""
+    told: list[bool] = []
+
+    def spy(function: Any) -> Any:
+        def told_first(*arrays: jax.Array) -> Any:
+            told.append(blind._is_kept.get())
+            return function(*arrays)
+
+        return told_first
+
+    for module, name in ((seen, "with_means"), (maps, "with_cotangents_of_means")):
+        monkeypatch.setattr(module, name, spy(getattr(blind, name)))
+    arrays = operands((2,), 6, 6, 4, 2, 8)
+    moving = [arrays[name] for name in NAMES]
+    gradient = jax.jit(jax.grad(lambda *a: total(attend(**LENGTHS)(*a)), argnums=(0, 1, 2)))
+    if exported:
+        jax.export.export(gradient)(*moving)
+    else:
+        gradient.lower(*moving)
+    assert recorded.traced
+    assert told == [exported] * 2
 
 
 @pytest.mark.parametrize("form", UNSEEN)

@@ -35,6 +35,7 @@ What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 
 from __future__ import annotations
 
+from autochunk.attention.kernels.blind import for_this_machine
 from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, platform, taken, trace
 from autochunk.attention.kernels.inputs import Call, Inputs
@@ -52,6 +53,7 @@ __all__ = [
     "attention",
     "check_slices",
     "dense",
+    "for_this_machine",
     "is_mixed",
     "log_sum_exp",
     "marker",

@@ -3,14 +3,17 @@
 There are hardly ever any. Written as selections, they cost passes over values, output and
 cotangents, together up to half the time of a short call. So on a GPU small kernels look for such
 rows, and only where there are some do they read more, and write to what they were given in place.
-Should JAX lose its Triton backend, which it calls deprecated, the selections are what is left.
+Should JAX lose its Triton backend, which it calls deprecated, the selections are what is left. They
+are in exported programs, too: later versions need not read what Triton makes of a kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -28,6 +31,29 @@ _STEP = 64
 _FLAGS = 1024
 # Triton counts elements in 32 bits.
 _MOST_ELEMENTS = 2**31 - 1
+
+_is_kept = ContextVar("is_kept", default=False)
+_is_for_here = ContextVar("is_for_here", default=False)
+
+
+@contextlib.contextmanager
+def lowering(*, for_export: bool) -> Iterator[None]:
+    """Says whether what is lowered here is exported."""
+    token = _is_kept.set(for_export and not _is_for_here.get())
+    try:
+        yield
+    finally:
+        _is_kept.reset(token)
+
+
+@contextlib.contextmanager
+def for_this_machine() -> Iterator[None]:
+    """What is exported here runs on this machine, and nothing of it is kept."""
+    token = _is_for_here.set(True)
+    try:
+        yield
+    finally:
+        _is_for_here.reset(token)
 
 
 def with_means(out: jax.Array, value: jax.Array, blind: jax.Array) -> jax.Array:
@@ -72,7 +98,7 @@ def _in_place_on_gpus(
     """``kernel`` of some arrays where it can be used, else ``plain``, which does the same."""
     same_batch = out.shape[:-4] == value.shape[:-3]
     countable = min(out.size, value.size) > 0 and max(out.size, value.size) <= _MOST_ELEMENTS
-    if not same_batch or not countable or not _has_triton():
+    if not same_batch or not countable or _is_kept.get() or not _has_triton():
         return plain(*arrays)
     found: jax.Array = jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autochunk.attention.kernels import fused
+from autochunk.attention.kernels import blind, fused
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.inputs import Call, split
 from autochunk.attention.kernels.meshes import Axes
@@ -78,8 +77,10 @@ def primitive(
             params["platforms"] = tuple(context.module_context.platforms)
         lowered = lowering(call, mlir.lower_fun(function, multiple_results=True))
         # Functions that a kernel's derivatives hide are traced here.
-        kernels = call.kernel, call.training_kernel
-        with contextlib.nullcontext() if kernels == (None, None) else fused.their_rules():
+        if (call.kernel, call.training_kernel) == (None, None):
+            return lowered(context, *operands, **params)
+        exported = context.module_context.lowering_parameters.for_export
+        with fused.their_rules(), blind.lowering(for_export=exported):
             return lowered(context, *operands, **params)
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:
