@@ -96,9 +96,11 @@ def _in_place_on_gpus(
     *arrays: jax.Array,
 ) -> jax.Array:
     """``kernel`` of some arrays where it can be used, else ``plain``, which does the same."""
+    if _is_kept.get() or not _has_triton():
+        return plain(*arrays)
     same_batch = out.shape[:-4] == value.shape[:-3]
-    countable = min(out.size, value.size) > 0 and max(out.size, value.size) <= _MOST_ELEMENTS
-    if not same_batch or not countable or _is_kept.get() or not _has_triton():
+    smallest, largest = sorted((out.size, value.size))
+    if not same_batch or smallest == 0 or largest > _MOST_ELEMENTS:
         return plain(*arrays)
     found: jax.Array = jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
     return found
