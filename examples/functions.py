@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import random
 import statistics
 import time
@@ -238,13 +239,19 @@ class Program:
         return statistics.median(self.seconds)
 
 
-def take_turns(programs: Iterable[Program], task: Task, rounds: int) -> None:
-    """Times those that fit, in each round in a new order: what runs before one may slow it down."""
+def take_turns(
+    programs: Iterable[Program], task: Task, rounds: int, patience: float = math.inf
+) -> None:
+    """Times those that fit, in each round in a new order: what runs before one may slow it down.
+
+    Those whose first run takes ``patience`` times the shortest are left out.
+    """
     fitting = [one for one in programs if one.call is not None]
-    for one in fitting:  # brings in code and memory
-        one.run(task)
+    once = [one.run(task) for one in fitting]  # brings in code and memory
+    most = patience * min(once, default=0.0)
+    hopeful = [one for one, seconds in zip(fitting, once, strict=True) if seconds < most]
     for _ in range(rounds):
-        for one in random.sample(fitting, len(fitting)):
+        for one in random.sample(hopeful, len(hopeful)):
             one.seconds.append(one.run(task))
 
 
@@ -254,10 +261,8 @@ def best_of_all(name: str, task: Task, mode: str, rounds: int) -> int:
     powers = [1 << n for n in range((count - 1).bit_length())]
     sizes = [*powers[-MOST_SIZES:], count]
     found = {one: Program.of(in_chunks(name, task, one), task, mode) for one in sizes}
-    once = {size: one.run(task) for size, one in found.items() if one.call is not None}
-    hopeful = {size: found[size] for size in once if once[size] < 3 * min(once.values())}
-    take_turns(hopeful.values(), task, rounds)
-    return min(hopeful, key=lambda size: hopeful[size].median())
+    take_turns(found.values(), task, rounds, patience=3)
+    return min((one for one in sizes if found[one].seconds), key=lambda one: found[one].median())
 
 
 def measure(name: str, task: Task, mode: str, rounds: int) -> dict[str, Program]:

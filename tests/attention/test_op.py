@@ -306,6 +306,11 @@ def test_accuracy(dtype: Any, call: tuple[dict[str, Any], dict[str, Any]]) -> No
         assert error <= 2 * dense_error + rounding * max(1.0, np.max(np.abs(array))), name
 
 
+def root_mean_square_error(received: Any, expected: Any) -> float:
+    """In float64."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(received, np.float64) - expected))))
+
+
 @pytest.mark.parametrize(
     ("form", "dtype", "limit"),
     [
@@ -338,8 +343,7 @@ def test_what_keys_have_in_common_costs_no_accuracy(
             out = function(query, arrays["key"], arrays["value"], **options.get(form, {}))
             return jnp.sum(out * arrays["cotangent"])
 
-        found = np.asarray(jax.jit(jax.grad(summed))(arrays["query"]), np.float64)
-        return float(np.sqrt(np.mean(np.square(found - expected))))
+        return root_mean_square_error(jax.jit(jax.grad(summed))(arrays["query"]), expected)
 
     ours = functools.partial(dot_product_attention, max_chunk_size_mb=limit)
     assert error(ours) <= 1.2 * error(jax.nn.dot_product_attention)
@@ -352,9 +356,8 @@ def test_half_precision_errs_no_more_than_jax_nn(plan: Any, limit: float | None,
     arrays = operands((2,), 96, 96, 2, key_size=32, dtype=HALF)
     mask = np.random.default_rng(1).random((2, 1, 96, 96)) < 0.7
     options: dict[str, Any] = {"causal": {"is_causal": True}, "mask": {"mask": mask}}
-    expected = exact(arrays | options.get("mask" if form == "mask" else "", {}))
-    if form == "causal":
-        expected = exact(arrays, is_causal=True)
+    known = {"mask": mask} if form == "mask" else {}
+    expected = exact(arrays | known, is_causal=form == "causal")
     names = ("query", "key", "value")
     moving = [arrays[name] for name in names]
 
@@ -364,10 +367,7 @@ def test_half_precision_errs_no_more_than_jax_nn(plan: Any, limit: float | None,
             return out, *pull(arrays["cotangent"])
 
         results = zip(("output", *names), jax.jit(both)(*moving), strict=True)
-        return {
-            name: float(np.sqrt(np.mean(np.square(np.asarray(one, np.float64) - expected[name]))))
-            for name, one in results
-        }
+        return {name: root_mean_square_error(one, expected[name]) for name, one in results}
 
     ours = functools.partial(dot_product_attention, max_chunk_size_mb=limit, implementation=plan)
     theirs = errors(jax.nn.dot_product_attention)

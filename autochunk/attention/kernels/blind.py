@@ -144,16 +144,12 @@ def put_means(
 
         @pl.when(jnp.max(is_blind.astype(jnp.int32)) > 0)
         def _put_right() -> None:
-            def add(step: Any, total: jax.Array) -> jax.Array:
-                key = step * _STEP + jnp.arange(_STEP)
+            def some_values(first: Any) -> jax.Array:
+                key = first + jnp.arange(_STEP)
                 at = ((one * keys + key) * heads + head // groups)[:, None] * size + column
-                there = (key < keys)[:, None] & (column < size)
-                return total + jnp.sum(
-                    _load(value_ref, at, there).astype(jnp.float32), axis=0, keepdims=True
-                )
+                return _load(value_ref, at, (key < keys)[:, None] & (column < size))
 
-            zeros = jnp.zeros(column.shape, jnp.float32)
-            mean = jax.lax.fori_loop(0, pl.cdiv(keys, _STEP), add, zeros) / keys
+            mean = _sum(some_values, keys, column.size) / keys
             new = jnp.broadcast_to(mean.astype(out_ref.dtype), (block, column.size))
             at = ((one * rows + row) * heads * groups + head)[:, None] * size + column
             _store(out_ref, at, new, is_blind[:, None] & (column < size))
@@ -187,17 +183,13 @@ def put_cotangents(
 
         @pl.when(jax.lax.fori_loop(0, pl.cdiv(count, _FLAGS), look, jnp.int32(0)) > 0)
         def _put_right() -> None:
-            def add(step: Any, total: jax.Array) -> jax.Array:
-                number, is_blind = flags(step * _STEP, _STEP)
+            def some_rows(first: Any) -> jax.Array:
+                number, is_blind = flags(first, _STEP)
                 row, group = number % rows, number // rows
                 at = (((one * rows + row) * heads + head) * groups + group)[:, None] * size + column
-                there = (is_blind > 0)[:, None] & (column < size)
-                return total + jnp.sum(
-                    _load(out_ref, at, there).astype(jnp.float32), axis=0, keepdims=True
-                )
+                return _load(out_ref, at, (is_blind > 0)[:, None] & (column < size))
 
-            zeros = jnp.zeros(column.shape, jnp.float32)
-            total = jax.lax.fori_loop(0, pl.cdiv(count, _STEP), add, zeros)
+            total = _sum(some_rows, count, column.size)
             at = ((one * keys + key) * heads + head)[:, None] * size + column
             there = (key < keys)[:, None] & (column < size)
             new = _load(value_ref, at, there).astype(jnp.float32) + total / keys
@@ -230,6 +222,18 @@ def _run(
     )
     found: jax.Array = run(written.ravel(), read.ravel(), blind.astype(jnp.int8).ravel())
     return found.reshape(written.shape)
+
+
+def _sum(some: Callable[[Any], jax.Array], count: int, width: int) -> jax.Array:
+    """The sum [1, width] of so many rows, of which ``some`` gives _STEP from one on, float32."""
+    from jax.experimental import pallas as pl
+
+    def add(step: Any, total: jax.Array) -> jax.Array:
+        return total + jnp.sum(some(step * _STEP).astype(jnp.float32), axis=0, keepdims=True)
+
+    zeros = jnp.zeros((1, width), jnp.float32)
+    found: jax.Array = jax.lax.fori_loop(0, pl.cdiv(count, _STEP), add, zeros)
+    return found
 
 
 def _load(ref: Any, at: jax.Array, there: jax.Array) -> jax.Array:

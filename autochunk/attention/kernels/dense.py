@@ -102,13 +102,13 @@ def dense_tangent(
     d_logits = [one * jnp.asarray(call.scale, dtype) for one in d_logits]
     d_logits += whole.added(tangents)
     d_out, d_lse = [], jnp.zeros(weights.shape[:-1], dtype)
+    wide = dtype if "cpu" in platforms else whole.value.dtype
     if d_logits:
         change = whole.through_cap(functools.reduce(jnp.add, d_logits))
         change = weights * whole.visible(change)
         d_sum = jnp.sum(change, axis=-1, keepdims=True)
         d_lse = d_sum[..., 0]
         change = whole.visible(whole.dropped(change - weights * d_sum))
-        wide = dtype if "cpu" in platforms else whole.value.dtype
         d_out.append(_sum(change.astype(wide), whole.value.astype(wide), call))
     if "value" in moved:
         d_value = _sum(whole.dropped(weights).astype(whole.value.dtype), moved["value"], call)
@@ -119,7 +119,7 @@ def dense_tangent(
             d_value = jnp.where(
                 jnp.swapaxes(blind, -2, -3), mean_over_keys(moved["value"]), d_value
             )
-        d_out.append(d_value.astype(d_out[0].dtype) if d_out else d_value)
+        d_out.append(d_value.astype(wide))
     outs = [whole.rows(functools.reduce(jnp.add, d_out))]
     return [*outs, whole.stats(d_lse)] if call.residual else outs
 

@@ -17,7 +17,13 @@ from autochunk.attention.kernels import blind, fused
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.inputs import Call, split
 from autochunk.attention.kernels.meshes import Axes
-from autochunk.attention.kernels.shares import in_shares, is_spread, lowering, spread_over
+from autochunk.attention.kernels.shares import (
+    in_shares,
+    is_exported,
+    is_spread,
+    lowering,
+    spread_over,
+)
 from autochunk.plan import LogitsShape, runs_dense
 
 Batched = tuple[list[jax.Array], list[int | None]]
@@ -79,8 +85,7 @@ def primitive(
         # Functions that a kernel's derivatives hide are traced here.
         if (call.kernel, call.training_kernel) == (None, None):
             return lowered(context, *operands, **params)
-        exported = context.module_context.lowering_parameters.for_export
-        with fused.their_rules(), blind.lowering(for_export=exported):
+        with fused.their_rules(), blind.lowering(for_export=is_exported(context)):
             return lowered(context, *operands, **params)
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:

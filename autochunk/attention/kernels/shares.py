@@ -78,14 +78,18 @@ def unspread(call: Call) -> Call:
     return call._replace(shares=None, plans=call.plans.rows_first())
 
 
+def is_exported(context: Any) -> bool:
+    """Whether what is lowered here is exported."""
+    return bool(context.module_context.lowering_parameters.for_export)
+
+
 def spread_over(context: Any, call: Call) -> tuple[Call, FreeAxes | None]:
     """The call as it is lowered here, and the mesh axes that a ``shard_map`` around it leaves.
 
     There are none of these if there is no ``shard_map``.
     """
-    exported = context.module_context.lowering_parameters.for_export
     free = FreeAxes.around(context)
-    if exported or (free is not None and free.devices is None):
+    if is_exported(context) or (free is not None and free.devices is None):
         return unspread(call), None
     if is_spread(call) and free is not None and free.devices == 1:
         return call._replace(shares=None), None

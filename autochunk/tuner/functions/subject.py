@@ -207,13 +207,10 @@ def _deviation(received: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -
     def block(array: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
         return array[start : start + _BLOCK].astype(np.float64)
 
-    def finite(start: int) -> np.ndarray[Any, Any]:
-        one = block(expected, start)
-        usual: np.ndarray[Any, Any] = one[np.isfinite(one)]
-        return usual
-
-    largest = max((np.abs(finite(start)).max(initial=0.0) for start in starts), default=0.0)
-    largest = max(float(largest), 1e-30)
+    largest = 1e-30
+    for start in starts:
+        finite = _finite(block(expected, start))
+        largest = max(largest, float(np.abs(finite).max(initial=0.0)))
     most, squares, expected_squares, count = 0.0, 0.0, 0.0, 0
     for start in starts:
         one, other = block(received, start), block(expected, start)
@@ -222,10 +219,15 @@ def _deviation(received: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -
             apart = np.where(same, 0.0, np.abs(one - other)) / largest
         if not np.isfinite(apart).all():
             return math.inf
-        usual = finite(start) / largest
+        usual = _finite(other) / largest
         most = max(most, float(apart.max()))
         squares += float(apart @ apart)
         expected_squares += float(usual @ usual)
         count += usual.size
     typical = math.sqrt(squares / max(expected.size, 1))
     return max(typical / max(math.sqrt(expected_squares / max(count, 1)), 1e-30), most**2)
+
+
+def _finite(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = values[np.isfinite(values)]
+    return found
