@@ -31,7 +31,6 @@ import ctypes
 import dataclasses
 import math
 import re
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,24 +109,22 @@ class Timed:
 class LoweredOnce:
     """A function that is traced and lowered once for all programs that it is part of.
 
-    It takes seconds of Python for some Pallas kernels. It may be called in several threads.
+    It takes seconds of Python for some Pallas kernels.
     """
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self._function, self._arguments = function, arguments
-        self._lowering = threading.Lock()
         self._lowered: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function gives."""
-        with self._lowering:
-            if self._lowered is None:
-                # Nothing of it is kept, so that it need not be stable.
-                any_kernel = jax.export.DisabledSafetyCheck.custom_call("ALL")
-                export = jax.export.export(jax.jit(self._function), disabled_checks=[any_kernel])
-                with for_this_machine():
-                    lowered: Any = export(*self._arguments)
-                self._lowered = lowered.call
+        if self._lowered is None:
+            # Nothing of it is kept, so that it need not be stable.
+            any_kernel = jax.export.DisabledSafetyCheck.custom_call("ALL")
+            export = jax.export.export(jax.jit(self._function), disabled_checks=[any_kernel])
+            with for_this_machine():
+                lowered: Any = export(*self._arguments)
+            self._lowered = lowered.call
         return self._lowered(*arguments)
 
 

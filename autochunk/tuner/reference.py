@@ -11,21 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autochunk import device as devices
 from autochunk.attention.arguments import Arguments
 from autochunk.tuner.inputs import WorkloadInputs, as_float, by_op, make_function
 
+_Floats = np.ndarray[Any, Any]
 
-def reference(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
+
+def reference(inputs: WorkloadInputs) -> list[_Floats]:
     """Output, residual if asked for, and in training the gradients, on the sampled rows, by numpy.
 
     The residual's cotangent is zero.
     """
     w, (arguments, cotangent) = inputs.workload, inputs.sampled()
-    groups, bias = w.num_heads // w.num_kv_heads, arguments.bias
+    bias = arguments.bias
     q, g = _heads_first(arguments.query), _heads_first(cotangent)  # [B, H, rows, K]
-    k, v = (np.repeat(_heads_first(x), groups, axis=1) for x in (arguments.key, arguments.value))
+    k, v = _heads_first(arguments.key), _heads_first(arguments.value)  # [B, N, T, K]
+
+    def grouped(rows: _Floats) -> _Floats:
+        """[B, H, rows, ...] as [B, N, rows of all heads that share keys, ...]"""
+        return rows.reshape((w.batch, w.num_kv_heads, -1, rows.shape[-1]))
+
+    def by_head(rows: _Floats) -> _Floats:
+        return rows.reshape((w.batch, w.num_heads, -1, rows.shape[-1]))
+
     scale = 1 / math.sqrt(w.key_size)
-    logits = q @ np.swapaxes(k, -1, -2) * scale  # [B, H, rows, T]
+    logits = by_head(grouped(q) @ np.swapaxes(k, -1, -2)) * scale  # [B, H, rows, T]
     if bias is not None:
         logits += _float64(bias)
     distance = np.abs(np.asarray(inputs.positions()) - np.arange(w.key_length))
@@ -44,22 +55,20 @@ def reference(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
     weights /= total
     # A row that sees nothing is the mean of all values, with nothing dropped.
     kept = np.where(live, _kept(arguments, w.key_length), 1.0)
-    out, g = (weights * kept) @ v * inside, g * inside
-    results = [np.moveaxis(out, 1, 2)]
+    out, g = by_head(grouped(weights * kept) @ v) * inside, g * inside
+    results = [_heads_last(out)]
     if w.residual:
         lse = np.where(live, highest + np.log(total), -0.7 * np.finfo(np.float32).max)
-        results.append(np.moveaxis(lse[..., 0], 1, 2))
+        results.append(_heads_last(lse[..., 0]))
     if w.mode == "forward":
         return results
-    d_weights = g @ np.swapaxes(v, -1, -2) * kept
+    d_weights = by_head(grouped(g) @ np.swapaxes(v, -1, -2)) * kept
     d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * live
     d_logits = d_logits * through_cap
-    d_query = d_logits @ k * scale
-    d_key = np.swapaxes(d_logits, -1, -2) @ q * scale
-    d_value = np.swapaxes(weights * kept, -1, -2) @ g
-    # Query heads that share a key head add up there.
-    shared = [one.reshape((w.batch, -1, groups, *one.shape[2:])).sum(2) for one in (d_key, d_value)]
-    results += [np.moveaxis(one, 1, 2) for one in (d_query, *shared)]
+    d_query = by_head(grouped(d_logits) @ k) * scale
+    d_key = np.swapaxes(grouped(d_logits), -1, -2) @ grouped(q) * scale
+    d_value = np.swapaxes(grouped(weights * kept), -1, -2) @ grouped(g)
+    results += [_heads_last(one) for one in (d_query, d_key, d_value)]
     if bias is not None:
         results.append(_sum_to(d_logits, bias.shape))
     if arguments.alibi_slopes is not None:
@@ -100,22 +109,27 @@ def _kept(arguments: Arguments, keys: int) -> Any:
     return np.where(mixed >= np.uint32(round(rate * 2**32)), 1 / (1 - rate), 0.0)
 
 
-def _sum_to(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def _sum_to(array: _Floats, shape: tuple[int, ...]) -> _Floats:
     sizes = zip(shape, array.shape, strict=True)
     broadcast = tuple(dim for dim, (own, size) in enumerate(sizes) if own == 1 < size)
     return np.asarray(array.sum(broadcast, keepdims=True))
 
 
-def _float64(array: jax.Array) -> np.ndarray[Any, Any]:
+def _float64(array: jax.Array) -> _Floats:
     return as_float(array).astype(np.float64)
 
 
-def _heads_first(array: jax.Array) -> np.ndarray[Any, Any]:
+def _heads_first(array: jax.Array) -> _Floats:
     """[B, T, H, K] to [B, H, T, K]."""
     return np.moveaxis(_float64(array), 2, 1)
 
 
-def dense_on_sample(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
+def _heads_last(array: _Floats) -> _Floats:
+    """[B, H, T, ...] to [B, T, H, ...]"""
+    return np.ascontiguousarray(np.moveaxis(array, 1, 2))
+
+
+def dense_on_sample(inputs: WorkloadInputs) -> list[_Floats]:
     """The same by haiku's dense attention in the workload's dtype: how much error is usual."""
     arguments, cotangent = inputs.sampled()
 
@@ -129,8 +143,15 @@ def dense_on_sample(inputs: WorkloadInputs) -> list[np.ndarray[Any, Any]]:
 
     function = make_function(inputs.workload, attend)
     training = inputs.workload.mode == "training"
-    results = jax.jit(function)(arguments, *([cotangent] if training else []))
+    run = jax.jit(function, compiler_options=_untried())
+    results = run(arguments, *([cotangent] if training else []))
     return [as_float(result) for result in results]
+
+
+def _untried() -> dict[str, Any]:
+    """Options by which XLA tries nothing out on a GPU, which takes seconds: this is run once."""
+    on_gpu = devices.default_device().platform == "gpu"
+    return {"xla_gpu_autotune_level": 0} if on_gpu else {}
 
 
 def error_of_products(inputs: WorkloadInputs) -> float:
@@ -155,17 +176,26 @@ def error_of_product(dtype: str, multiply: Callable[..., jax.Array]) -> float:
     return relative_error([as_float(product)], [_float64(left) @ _float64(right)])
 
 
-def relative_error(
-    results: list[np.ndarray[Any, Any]], references: list[np.ndarray[Any, Any]]
-) -> float:
+# Values that are compared at a time: results may have gigabytes, and whole differences as much.
+_BLOCK = 1 << 17
+
+
+def relative_error(results: list[_Floats], references: list[_Floats]) -> float:
     """Largest error over the results, each relative to its reference's largest value.
 
     It is infinite where a result is not finite. A reference may be zero throughout (the query's
     gradient of a single key): a hundredth of the largest value of all is the least to compare with.
     """
-    largest = [float(np.abs(expected).max()) for expected in references]
+    largest = [max(expected.max(), -expected.min()) for expected in references]
     worst = 0.0
     for result, expected, size in zip(results, references, largest, strict=True):
-        error = float(np.abs(result - expected).max() / max(size, 0.01 * max(largest), 1e-30))
+        error = _largest_difference(result.ravel(), expected.ravel())
+        error /= max(size, 0.01 * max(largest), 1e-30)
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
+
+
+def _largest_difference(result: _Floats, expected: _Floats) -> float:
+    """NaN if any is."""
+    blocks = (slice(start, start + _BLOCK) for start in range(0, expected.size, _BLOCK))
+    return float(np.max([np.abs(result[block] - expected[block]).max() for block in blocks]))

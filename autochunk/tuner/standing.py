@@ -55,7 +55,8 @@ def undecided(measured: Iterable[Measurement]) -> list[Plan]:
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
     """Why a limit need not be tried, if the two next larger that were timed say so; else nothing.
 
-    Both are hopeless, or the next larger one so much that no single bad timing explains it.
+    They get slower as they get smaller: both by so much that no single bad timing explains it, or
+    one of them by far.
     """
     larger = _larger(plan, measured)
     if larger and larger[0].status == "skipped":
@@ -64,7 +65,9 @@ def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSet
     slower = [m.ratio / best_ratio(measured) for m in nearest]
     if len(slower) < 2 or slower[0] <= slower[1]:
         return ""
-    if slower[1] <= settings.hopeless**2 and slower[0] <= settings.hopeless**3:
+    both = min(slower[1] / settings.hopeless, slower[0] / settings.hopeless**2)
+    by_far = max(slower[1] / settings.hopeless**2, slower[0] / settings.hopeless**3)
+    if max(both, by_far) <= 1:
         return ""
     return (
         f"limits of {nearest[1].max_chunk_size_mb:g} and {nearest[0].max_chunk_size_mb:g} MB "

@@ -138,28 +138,33 @@ class Session:
         return str(devices.default_device().platform) != "cpu"
 
     def _compile_ahead(self, plans: list[Plan]) -> None:
-        """Begins fused kernels, which are traced by one thread at a time, and what XLA does beside.
+        """Begins fused kernels, which take seconds of Python, and then what XLA does beside.
 
         Later ones would be tried out by XLA on the device that another is measured on.
         """
         inputs = self._loaded()
-        others = [plan for plan in plans if not is_fused(plan.implementation)]
         logits_bytes = inputs.workload.logits_bytes * _TIMES[inputs.workload.mode]
+        for plan in plans:
+            if is_fused(plan.implementation):
+                self._begin(plan, is_short=logits_bytes < _SHORT_LOGITS_BYTES_OF_KERNELS)
+        others = [plan for plan in plans if not is_fused(plan.implementation)]
         for plan in others[:_OTHERS_AHEAD]:
             self._begin(plan, is_short=logits_bytes < _SHORT_LOGITS_BYTES)
-        for plan in plans:
-            if is_fused(plan.implementation) and not inputs.refusal(plan):
-                self._begin(plan, is_short=logits_bytes < _SHORT_LOGITS_BYTES_OF_KERNELS)
 
     def _begin(self, plan: Plan, *, is_short: bool) -> None:
-        once, repeating = self._compilers(plan)
-        program = self._aside.submit(once)
-        self._begun.append(program)
-        if is_short:
-            several = self._aside.submit(repeating)
-            self._begun.append(several)
-            repeating = several.result
-        self._ahead[plan] = program.result, repeating
+        inputs, (once, repeating) = self._loaded(), self._compilers(plan)
+
+        def both() -> tuple[_Compiled, Any]:
+            # A kernel that refuses the call late is lowered for that, which takes seconds.
+            if refusal := inputs.refusal(plan):
+                raise ValueError(refusal)
+            # One after the other: the second finds what XLA tried out for the first.
+            return once(), repeating() if is_short else None
+
+        begun = self._aside.submit(both)
+        self._begun.append(begun)
+        several = (lambda: begun.result()[1]) if is_short else repeating
+        self._ahead[plan] = (lambda: begun.result()[0]), several
 
     def _settle(self) -> None:
         """Waits until nothing is compiled aside, which would disturb what is timed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -66,7 +65,7 @@ def test_the_sample_has_the_ends_and_fits() -> None:
 
 
 def test_what_is_lowered_once_is_the_same_program() -> None:
-    """A plan's program and that for short timings are made from one tracing, by several threads.
+    """A plan's program and that for short timings are made from one tracing.
 
     Results and memory are those of the function itself.
     """
@@ -79,14 +78,13 @@ def test_what_is_lowered_once_is_the_same_program() -> None:
         return plain(*arguments)
 
     once = measure.LoweredOnce(function, inputs.passed)
-    with ThreadPoolExecutor(2) as pool:
-        repeating = pool.submit(measure.repeated, once, inputs.passed)
-        compiled = pool.submit(lambda: jax.jit(once).lower(*inputs.passed).compile()).result()
+    compiled, _ = measure.compiled(once, inputs.passed)
+    repeating = measure.repeated(once, inputs.passed)
     assert traced == 1
     expected = jax.jit(plain).lower(*inputs.passed).compile()
     assert measure.program_bytes(compiled) == measure.program_bytes(expected)
     wanted = expected(*inputs.passed)
-    for program in (compiled, repeating.result()):
+    for program in (compiled, repeating):
         jax.tree.map(np.testing.assert_array_equal, program(*inputs.passed), wanted)
 
 

@@ -70,3 +70,26 @@ def test_below_two_hopeless_limits_nothing_is_tried() -> None:
     found[skipped.plan] = skipped
     assert "limits of 32 and 8 MB" in beneath_the_hopeless(lowest, found, SETTINGS)
     assert beneath_the_hopeless(Plan("xla", 2.0), found, SETTINGS) == ""
+
+
+@pytest.mark.parametrize(
+    ("larger", "next_larger", "tried"),
+    [
+        pytest.param(1.1, 1.4, True, id="hardly slower"),
+        pytest.param(1.1, 2.1, True, id="one bad timing"),
+        pytest.param(1.8, 1.4, True, id="no trend"),
+        pytest.param(1.4, 1.8, False, id="both slower, and more so"),
+        pytest.param(1.1, 3.0, False, id="one by far"),
+        pytest.param(2.0, 2.1, False, id="both by far"),
+    ],
+)
+def test_a_trend_takes_two_timings(larger: float, next_larger: float, *, tried: bool) -> None:
+    """A smaller limit is tried unless both of the next larger ones say that it is slower still."""
+    measurements = (
+        make_measurement("xla", 4.0, 1.0),
+        make_measurement("xla_rows", 4.0, larger),
+        make_measurement("xla_rows", 2.0, next_larger),
+    )
+    settings = dataclasses.replace(SETTINGS, hopeless=1.3)
+    found = {one.plan: one for one in measurements}
+    assert (beneath_the_hopeless(Plan("xla_rows", 1.0), found, settings) == "") is tried
