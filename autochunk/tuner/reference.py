@@ -18,10 +18,14 @@ from autochunk.tuner.inputs import WorkloadInputs, as_float, by_op, make_functio
 _Floats = np.ndarray[Any, Any]
 
 
-def reference(inputs: WorkloadInputs) -> list[_Floats]:
+def reference(
+    inputs: WorkloadInputs, rounded: Callable[[_Floats], _Floats] | None = None
+) -> list[_Floats]:
     """Output, residual if asked for, and in training the gradients, on the sampled rows, by numpy.
 
-    The residual's cotangent is zero.
+    The residual's cotangent is zero. With ``rounded`` the weights' cotangents are products of
+    operands that this rounds, but not their sum over a row, which fused kernels take from the
+    output.
     """
     w, (arguments, cotangent) = inputs.workload, inputs.sampled()
     bias = arguments.bias
@@ -63,8 +67,10 @@ def reference(inputs: WorkloadInputs) -> list[_Floats]:
     if w.mode == "forward":
         return results
     d_weights = by_head(grouped(g) @ np.swapaxes(v, -1, -2)) * kept
-    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * live
-    d_logits = d_logits * through_cap
+    of_row = (weights * d_weights).sum(-1, keepdims=True)
+    if rounded is not None:
+        d_weights = by_head(grouped(rounded(g)) @ rounded(np.swapaxes(v, -1, -2))) * kept
+    d_logits = weights * (d_weights - of_row) * live * through_cap
     d_query = by_head(grouped(d_logits) @ k) * scale
     d_key = np.swapaxes(grouped(d_logits), -1, -2) @ grouped(q) * scale
     d_value = np.swapaxes(grouped(weights * kept), -1, -2) @ grouped(g)
@@ -162,6 +168,33 @@ def error_of_products(inputs: WorkloadInputs) -> float:
     """
     w = inputs.workload
     return error_of_product(w.dtype, multiplying(w.precision))
+
+
+def error_of_rounded_products(
+    inputs: WorkloadInputs, expected: list[_Floats], of_products: float
+) -> float:
+    """How much gradients err by rounded products alone, as every fused kernel's do.
+
+    Where a row sees few keys, the weights' cotangents should cancel with their sum over the row,
+    and do not where a GPU rounds the operands of the one: for the first rows of a causal call, or
+    of a window, that is far more than what dense attention errs by, whose sum is of the same
+    products.
+    """
+    w = inputs.workload
+    is_exact = of_products < _MOST_BY_FLOAT32
+    if w.mode == "forward" or w.dtype != "float32" or is_exact:
+        return 0.0
+    return relative_error(reference(inputs, _as_tf32), expected)
+
+
+# Products of float32 were seen to err by 2e-7 of the largest value, of TF32 by 4e-4.
+_MOST_BY_FLOAT32 = 2e-5
+
+
+def _as_tf32(array: _Floats) -> _Floats:
+    """Rounded to the ten bits of mantissa that tensor cores multiply."""
+    mantissa, exponent = np.frexp(array)
+    return np.ldexp(np.rint(mantissa * 2**11) / 2**11, exponent)
 
 
 def multiplying(precision: str) -> Callable[..., jax.Array]:

@@ -52,13 +52,14 @@ from autochunk.tuner.measure import (
 from autochunk.tuner.reference import (
     dense_on_sample,
     error_of_products,
+    error_of_rounded_products,
     reference,
     relative_error,
 )
 from autochunk.workload import Workload
 
-# A plan may err this many times as much as dense attention in the same dtype does, plus a few
-# roundings.
+# A plan may err this many times as much as dense attention in the same dtype does, plus what fused
+# kernels' rounded products come to and a few roundings.
 ERROR_FACTOR = 4.0
 ERROR_ROUNDINGS = 16.0
 
@@ -84,9 +85,11 @@ class _Expected:
     def __init__(self, inputs: WorkloadInputs) -> None:
         self.results = reference(inputs)
         of_dense = relative_error(dense_on_sample(inputs), self.results)
-        usual = max(of_dense, error_of_products(inputs))
+        of_products = error_of_products(inputs)
+        of_kernels = error_of_rounded_products(inputs, self.results, of_products)
+        usual = ERROR_FACTOR * max(of_dense, of_products) + of_kernels
         rounding = float(jnp.finfo(inputs.workload.dtype).eps)
-        self.error_limit = ERROR_FACTOR * usual + ERROR_ROUNDINGS * rounding
+        self.error_limit = usual + ERROR_ROUNDINGS * rounding
 
 
 class Session:

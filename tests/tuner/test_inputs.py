@@ -10,6 +10,7 @@ from autochunk.tuner.inputs import WorkloadInputs
 from autochunk.tuner.reference import (
     dense_on_sample,
     error_of_products,
+    error_of_rounded_products,
     reference,
     relative_error,
 )
@@ -52,6 +53,24 @@ def test_products_err_as_their_dtype_does(dtype: DType, rounding: float) -> None
     """By about the rounding of one number, of the largest value."""
     inputs = WorkloadInputs(Workload.parse("t=4,h=2,k=8", dtype=dtype))
     assert rounding / 20 < error_of_products(inputs) < 20 * rounding
+
+
+def test_rows_that_see_few_keys_err_by_rounded_products() -> None:
+    """As TF32 does, which dense attention does not show: its rows' sums are of the same products.
+
+    Where nothing is rounded, and forward, nothing is allowed for it.
+    """
+    few, many = (
+        WorkloadInputs(Workload.parse(f"t=2000,h=2,k=16{more}", mode="training"))
+        for more in (",window=999:0", "")
+    )
+    expected = reference(few)
+    as_tf32, as_float32 = 4e-4, 2e-7
+    found = error_of_rounded_products(few, expected, as_tf32)
+    assert 10 * as_tf32 > found > 2 * error_of_rounded_products(many, reference(many), as_tf32)
+    assert error_of_rounded_products(few, expected, as_float32) == 0
+    forward = WorkloadInputs(few.workload.with_mode("forward"))
+    assert error_of_rounded_products(forward, reference(forward), as_tf32) == 0
 
 
 @pytest.mark.gpu
