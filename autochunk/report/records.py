@@ -218,7 +218,7 @@ def rivals_record(profile: Profile, found: Sequence[Rival]) -> dict[str, Any]:
 
     ``stored`` and ``slower`` are [low, best guess, high] of the fraction by which a plan is slower
     than the chosen one, when it was tuned and now; ``faster`` are the plans that surely are now;
-    ``rank_correlation`` and ``contradiction`` as in ``Agreement``.
+    the rest as in ``Agreement``.
     """
     from autochunk.tuner.rivals import agreement
 

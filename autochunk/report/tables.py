@@ -87,7 +87,8 @@ def bench_table(records: Sequence[dict[str, Any]], title: str) -> Table:
 def rivals_table(record: dict[str, Any], title: str, in_layer: bool = False) -> Table:
     """The table of ``autochunk bench --plans``, fastest first."""
     correlation, contradiction = record["rank_correlation"], record["contradiction"]
-    told = f"largest contradiction {contradiction:.1%}"
+    sure = record["sure_contradiction"]
+    told = f"largest contradiction {contradiction:.1%}, by intervals that do not overlap {sure:.1%}"
     if correlation is not None:
         told = f"rank correlation with the profile {correlation:.2f}, {told}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

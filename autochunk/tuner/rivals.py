@@ -60,10 +60,12 @@ class Agreement:
       rank_correlation: Spearman's; None of fewer than three plans, or where there is no order.
       contradiction: of two plans of which one was faster then and the other is faster now, the
         smaller one of these fractions, where that is largest; 0 if there are no such two.
+      sure_contradiction: the same of two whose intervals do not overlap, neither then nor now.
     """
 
     rank_correlation: float | None
     contradiction: float
+    sure_contradiction: float
 
 
 def rivals(
@@ -146,18 +148,28 @@ def _alternating(one: Contender, other: Contender, rounds: int) -> Interval:
 def agreement(found: Sequence[Rival]) -> Agreement:
     """How well the stored figures agree with those of now."""
     both = [
-        (rival.stored.middle, rival.slower.middle)
+        (rival.stored, rival.slower)
         for rival in found
         if rival.stored is not None and rival.slower is not None
     ]
-    then, now = zip(*both, strict=True)
+    then, now = ([interval.middle for interval in those] for those in zip(*both, strict=True))
     ordered = len(both) > 2 and len(set(then)) > 1 and len(set(now)) > 1
-    contradictions = (
-        min(abs(a[0] - b[0]), abs(a[1] - b[1]))
-        for a, b in itertools.combinations(both, 2)
-        if (a[0] - b[0]) * (a[1] - b[1]) < 0
-    )
+    pairs = list(itertools.combinations(both, 2))
+    apart = [pair for pair in pairs if all(map(_are_apart, *pair))]
     return Agreement(
         rank_correlation=float(scipy.stats.spearmanr(then, now).statistic) if ordered else None,
-        contradiction=max(contradictions, default=0.0),
+        contradiction=max(map(_contradiction, pairs), default=0.0),
+        sure_contradiction=max(map(_contradiction, apart), default=0.0),
     )
+
+
+_ThenAndNow = tuple[Interval, Interval]
+
+
+def _contradiction(pair: tuple[_ThenAndNow, _ThenAndNow]) -> float:
+    then, now = (one.middle - other.middle for one, other in zip(*pair, strict=True))
+    return min(abs(then), abs(now)) if then * now < 0 else 0.0
+
+
+def _are_apart(one: Interval, other: Interval) -> bool:
+    return one.high < other.low or other.high < one.low

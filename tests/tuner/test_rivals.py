@@ -114,3 +114,18 @@ def test_agreement(
     found = agreement([rival(*pair) for pair in pairs])
     assert found.rank_correlation == (None if correlation is None else pytest.approx(correlation))
     assert found.contradiction == pytest.approx(contradiction)
+
+
+def test_a_sure_contradiction_is_one_of_intervals() -> None:
+    """What overlaps, then or now, may be a tie."""
+
+    def about(middle: float, *, within: float = 0.05) -> Interval:
+        return Interval(middle - within, middle, middle + within)
+
+    chosen = Rival(Plan("xla", None), 0.1, about(0.0, within=0.0), about(0.0, within=0.0))
+    other = Rival(Plan("xla", 1.0), 0.1, about(0.2), about(-0.1))
+    unsure = Rival(Plan("xla", 2.0), 0.1, about(0.4, within=0.5), about(-0.4))
+    found = agreement([chosen, other, unsure])
+    assert found.contradiction == pytest.approx(0.4)
+    assert found.sure_contradiction == pytest.approx(0.1)
+    assert agreement([chosen, unsure]).sure_contradiction == 0.0
