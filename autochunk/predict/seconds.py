@@ -27,21 +27,25 @@ class Rates:
     Attributes:
       operations: of products, in full and in half precision.
       passes: bytes of logits that are read or written, in slices and at once.
-      slice_seconds: that each slice takes beside.
+      slice_seconds: that each slice takes beside, in forward and in training.
       hash_seconds: that dropout's hash of a logit takes, or a soft cap's tangent.
     """
 
     operations: tuple[float, float]
     passes: tuple[float, float]
-    slice_seconds: float
+    slice_seconds: tuple[float, float]
     hash_seconds: float
 
 
 _CPU = Rates(
-    operations=(1.2e11, 1.2e11), passes=(2e10, 4e9), slice_seconds=2e-5, hash_seconds=1e-10
+    operations=(1.2e11, 1.2e11), passes=(2e10, 4e9), slice_seconds=(2e-5, 2e-5), hash_seconds=1e-10
 )
 _ACCELERATOR = Rates(
-    operations=(5e13, 4e14), passes=(2e12, 2e12), slice_seconds=1e-5, hash_seconds=1e-12
+    operations=(5e13, 4e14),
+    passes=(2e12, 2e12),
+    # the middle of 236 slices' of an H100 and an H200, against the same call unsliced
+    slice_seconds=(2e-5, 6e-5),
+    hash_seconds=1e-12,
 )
 # How often a logit is hashed, in forward and in training: each fused loop over logits, and each
 # product of them, does so anew. Of an H100, on which dropout in a training step of b=8, t=1024,
@@ -55,9 +59,9 @@ _ROWS_OF_ALL_BLOCKS = 64 * 128
 def seconds(workload: Workload, plan: Plan, platform: str) -> float:
     """What a plan would take by physics alone."""
     work, rates = work_of(workload, plan), _CPU if platform == "cpu" else _ACCELERATOR
-    kind = kind_of(plan.implementation)
+    kind, training = kind_of(plan.implementation), workload.mode == "training"
     operations = 2 * work.logits * (workload.key_size + workload.value_size)
-    operations *= _TRAINING_OPERATIONS if workload.mode == "training" else 1.0
+    operations *= _TRAINING_OPERATIONS if training else 1.0
     took = operations / rates.operations[workload.dtype in HALVES]
     if kind == "fused":
         rows = workload.batch * workload.num_heads * workload.query_length
@@ -66,8 +70,9 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
     if platform != "cpu":  # which has most of them in its caches
         passes += _operand_bytes(workload, plan) * _PASSES_OF_OPERANDS[workload.mode]
     hashes = ((workload.dropout_bits != "none") + workload.soft_cap) * work.logits
-    took += hashes * _HASHES[kind][workload.mode == "training"] * rates.hash_seconds
-    return took + passes / rates.passes[kind != "sliced"] + rates.slice_seconds * work.slices
+    took += hashes * _HASHES[kind][training] * rates.hash_seconds
+    took += passes / rates.passes[kind != "sliced"]
+    return took + rates.slice_seconds[training] * work.slices
 
 
 def _operand_bytes(workload: Workload, plan: Plan) -> float:
