@@ -11,7 +11,7 @@ with three workloads (2 x 1024 positions forward and training, 16 x 256 training
 deviation of the plans' ratios, in parts of the call's time, was 0.064 with random orders, 0.095
 with one order rotated, 0.092 with each plan beside one other, 0.097 with products as of an MLP
 before each timing and 0.095 before each call, and 0.117 with an untimed call before each timing.
-Nothing is therefore put between. With that, of the standard set on the same machine, idle, all
+Nothing is therefore put between. With that, of the standard set on the same machine, all
 twelve curves were timed again in a layer's step (``bench --in-layer``, six rounds): rank
 correlations were 0.52 to 0.95, 0.78 in the middle, and no two plans whose intervals do not overlap
 changed places.
