@@ -5,10 +5,10 @@ it quick is giving up early. Every round times the plan beside one fixed plan, t
 alternating order: drift of the machine hits both alike, and the ratios of different plans, measured
 by different workers too, compare. A plan that is clearly hopeless goes after a round or two, one
 that is probably worse by Wilcoxon's signed-rank test over the paired rounds (Optuna's
-``WilcoxonPruner``); limits below hopeless ones, each the slower the smaller it is, are not tried at
-all. Where time is short, plans have fewer rounds, so that all are tried. Those that are
-left and close meet once more in joint rounds, until it is clear which of them to choose; where time
-is shorter still, before all plans were tried.
+``WilcoxonPruner``); limits below hopeless ones, each the slower the smaller it is, and between two
+of them are not tried at all. Where time is short, plans have fewer rounds, so that all are tried.
+Those that are left and close meet once more in joint rounds, until it is clear which of them to
+choose; where time is shorter still, before all plans were tried.
 
 Who measures what is the study's business: an interrupted search goes on where it stopped, and
 several workers share one.
@@ -39,6 +39,7 @@ from autochunk.tuner.standing import (
     beneath_the_hopeless,
     best_plans,
     best_ratio,
+    between_the_hopeless,
 )
 from autochunk.tuner.study import JOINT, LOADING, MOST_DEATHS, Claim, Study
 from autochunk.workload import Workload
@@ -239,8 +240,9 @@ class _Search:
 
     def _needless(self, plan: Plan) -> str:
         """Why a plan need not be tried; empty if it has to be."""
-        if reason := beneath_the_hopeless(plan, self.measured, self.settings):
-            return reason
+        for neighbours in (beneath_the_hopeless, between_the_hopeless):
+            if reason := neighbours(plan, self.measured, self.settings):
+                return reason
         if plan in self.baselines or plan == self.anchor:
             return ""
         return beaten_by_a_kernel(plan, self.measured, self.settings)

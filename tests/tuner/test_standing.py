@@ -10,7 +10,11 @@ from factories import make_measurement
 from autochunk.plan import Plan
 from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import EFFORT_SETTINGS
-from autochunk.tuner.standing import beaten_by_a_kernel, beneath_the_hopeless
+from autochunk.tuner.standing import (
+    beaten_by_a_kernel,
+    beneath_the_hopeless,
+    between_the_hopeless,
+)
 
 SETTINGS = dataclasses.replace(EFFORT_SETTINGS["quick"], beaten=1.5)
 KERNEL = make_measurement("cudnn", None, 1.0)
@@ -93,3 +97,28 @@ def test_a_trend_takes_two_timings(larger: float, next_larger: float, *, tried: 
     settings = dataclasses.replace(SETTINGS, hopeless=1.3)
     found = {one.plan: one for one in measurements}
     assert (beneath_the_hopeless(Plan("xla_rows", 1.0), found, settings) == "") is tried
+
+
+@pytest.mark.parametrize(
+    ("larger", "smaller", "tried"),
+    [
+        pytest.param(1.2, 2.0, True, id="beside a good one"),
+        pytest.param(1.5, 1.4, False, id="between two"),
+        pytest.param(None, 2.0, True, id="the largest"),
+        pytest.param(2.0, None, True, id="the smallest"),
+    ],
+)
+def test_between_two_hopeless_limits_nothing_is_tried(
+    larger: float | None, smaller: float | None, *, tried: bool
+) -> None:
+    """Of the same implementation: time changes little from one limit to the next."""
+    sides = ((larger, 16.0), (smaller, 4.0))
+    near = [make_measurement("xla_rows", mb, one) for one, mb in sides if one is not None]
+    far = [make_measurement("xla", mb, 3.0) for mb in (16.0, 4.0)]
+    best = make_measurement("xla", 64.0, 1.0)
+    settings = dataclasses.replace(SETTINGS, hopeless=1.3)
+    found = {one.plan: one for one in (best, *near, *far)}
+    said = between_the_hopeless(Plan("xla_rows", 8.0), found, settings)
+    assert (said == "") is tried
+    assert tried or "limits of 4 and 16 MB took 1.4x and 1.5x" in said
+    assert between_the_hopeless(Plan("xla_rows", None), found, settings) == ""
