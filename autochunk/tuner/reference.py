@@ -194,7 +194,8 @@ _MOST_BY_FLOAT32 = 2e-5
 def _as_tf32(array: _Floats) -> _Floats:
     """Rounded to the ten bits of mantissa that tensor cores multiply."""
     mantissa, exponent = np.frexp(array)
-    return np.ldexp(np.rint(mantissa * 2**11) / 2**11, exponent)
+    rounded: _Floats = np.ldexp(np.rint(mantissa * 2**11) / 2**11, exponent)
+    return rounded
 
 
 def multiplying(precision: str) -> Callable[..., jax.Array]:
