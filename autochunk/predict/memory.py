@@ -25,6 +25,7 @@ class _Held:
     Attributes:
       logits: those at once, in float32.
       excluding: so many more of them, where keys are left out.
+      added: so many more, where a bias, ALiBi, a soft cap or dropout is between two products.
       slices: operands of a slice, in float32.
       operands: all queries, keys and values, in their dtype.
       zeroed: so many more of these, where keys are left out.
@@ -33,17 +34,19 @@ class _Held:
 
     logits: tuple[float, float]
     excluding: tuple[float, float] = (0.0, 0.0)
+    added: float = 0.0
     slices: tuple[float, float] = (0.0, 0.0)
     operands: tuple[float, float] = (0.0, 0.0)
     zeroed: float = 0.0
     unfused: float = 0.0
 
 
-# CPUs compute half precision in float32, and fuse a part of the logits away.
+# CPUs compute half precision in float32, and fuse a part of the logits away, where nothing is done
+# to these between two products.
 _CPU = {
-    ("dense", "forward"): _Held((1.0, 1.0), unfused=0.5),
-    ("dense", "training"): _Held((3.3, 3.8), slices=(0.5, 0.5)),
-    ("sliced", "forward"): _Held((0.5, 0.5), slices=(3.0, 1.0), zeroed=0.4, unfused=1.5),
+    ("dense", "forward"): _Held((1.0, 1.0), excluding=(2.0, 2.0), added=1.0, unfused=0.5),
+    ("dense", "training"): _Held((3.3, 3.8), excluding=(1.0, 1.0), slices=(0.5, 0.5)),
+    ("sliced", "forward"): _Held((0.5, 0.5), added=0.7, slices=(3.0, 1.0), zeroed=0.4, unfused=1.5),
     ("sliced", "training"): _Held((2.4, 2.4), slices=(3.3, 1.3), operands=(1.5, 0.0), zeroed=0.4),
 }
 # Logits are float32, the weights that are multiplied with values in the inputs' dtype.
@@ -153,12 +156,23 @@ def _of_logits(workload: Workload, plan: Plan, platform: str) -> float:
     if excluding:
         logits += held.excluding[full]
         operands += held.zeroed + (_STACKED if work.share < 1 else 0.0)
+    elif _adds(workload):
+        logits += held.added
+    if platform == "cpu" and kind_of(plan.implementation) == "dense":
+        # Operands in the order of its products are gone when most of the logits are there.
+        operands = max(operands, 1.0 - logits * work.at_once / (sizes.queries + sizes.keys))
     return (
         logits * work.at_once
         + held.slices[full] * of_slice * workload.logits_itemsize / _itemsize(workload)
         + operands * (sizes.queries + sizes.keys)
         + _GROUPED * grouped_bytes(workload)
     )
+
+
+def _adds(workload: Workload) -> bool:
+    """Whether something is done to logits between two products."""
+    absent = {workload.bias, workload.alibi_slopes, workload.dropout_bits} == {"none"}
+    return workload.soft_cap or not absent
 
 
 def _of_kernel(workload: Workload, kernel: _Kernel) -> float:
