@@ -69,7 +69,7 @@ def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSet
     by_far = max(slower[1] / settings.hopeless**2, slower[0] / settings.hopeless**3)
     if max(both, by_far) <= 1:
         return ""
-    return _said([m.max_chunk_size_mb for m in nearest[::-1]], slower[::-1])
+    return _said([m.max_chunk_size_mb or 0.0 for m in nearest[::-1]], slower[::-1])
 
 
 def between_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
@@ -90,10 +90,9 @@ def between_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSet
     return _said(around, slower)
 
 
-def _said(limits: Sequence[float | None], slower: Sequence[float]) -> str:
-    first, second = (f"{one:g}" for one in limits if one is not None)
+def _said(limits: Sequence[float], slower: Sequence[float]) -> str:
     times = f"{slower[0]:.1f}x and {slower[1]:.1f}x"
-    return f"limits of {first} and {second} MB took {times} the best time"
+    return f"limits of {limits[0]:g} and {limits[1]:g} MB took {times} the best time"
 
 
 def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
