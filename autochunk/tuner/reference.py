@@ -210,8 +210,14 @@ def error_of_product(dtype: str, multiply: Callable[..., jax.Array]) -> float:
     return relative_error([as_float(product)], [_float64(left) @ _float64(right)])
 
 
-# Values that are compared at a time: results may have gigabytes, and whole differences as much.
+# Values that are compared at a time: results may have gigabytes, and whole differences of them, or
+# copies in float64, would have as much.
 _BLOCK = 1 << 17
+
+
+def blocks(size: int) -> list[slice]:
+    """Of so many values the parts that are compared at a time."""
+    return [slice(start, start + _BLOCK) for start in range(0, size, _BLOCK)]
 
 
 def relative_error(results: list[_Floats], references: list[_Floats]) -> float:
@@ -231,5 +237,5 @@ def relative_error(results: list[_Floats], references: list[_Floats]) -> float:
 
 def _largest_difference(result: _Floats, expected: _Floats) -> float:
     """NaN if any is."""
-    blocks = (slice(start, start + _BLOCK) for start in range(0, expected.size, _BLOCK))
-    return float(np.max([np.abs(result[block] - expected[block]).max() for block in blocks]))
+    parts = blocks(expected.size)
+    return float(np.max([np.abs(result[part] - expected[part]).max() for part in parts]))

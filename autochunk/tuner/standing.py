@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import Plan
@@ -55,8 +55,8 @@ def undecided(measured: Iterable[Measurement]) -> list[Plan]:
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
     """Why a limit need not be tried, if the two next larger that were timed say so; else nothing.
 
-    They get slower as they get smaller: both by so much that no single bad timing explains it, or
-    one of them by far.
+    They get slower as they get smaller, and both are hopeless, or the next larger one is by so much
+    that no single bad timing explains it.
     """
     larger = _larger(plan, measured)
     if larger and larger[0].status == "skipped":
@@ -65,11 +65,10 @@ def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSet
     slower = [m.ratio / best_ratio(measured) for m in nearest]
     if len(slower) < 2 or slower[0] <= slower[1]:
         return ""
-    both = min(slower[1] / settings.hopeless, slower[0] / settings.hopeless**2)
-    by_far = max(slower[1] / settings.hopeless**2, slower[0] / settings.hopeless**3)
-    if max(both, by_far) <= 1:
+    trend = slower[1] > settings.hopeless and slower[0] > settings.hopeless**2
+    if not trend and slower[0] <= settings.hopeless**3:
         return ""
-    return _said([m.max_chunk_size_mb or 0.0 for m in nearest[::-1]], slower[::-1])
+    return _too_slow(nearest[1], nearest[0], measured)
 
 
 def between_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
@@ -78,21 +77,22 @@ def between_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSet
     Of 1157 such threes in curves of CPUs both neighbours were slower than the best plan by a third
     in 390; of the limits between them one was within a tenth of the best.
     """
-    limit = plan.max_chunk_size_mb
-    same = [m for m in measured.values() if m.implementation == plan.implementation and m.timed]
-    limits = {m.max_chunk_size_mb: m for m in same if m.max_chunk_size_mb is not None}
-    if limit is None or not limits or not min(limits) < limit < max(limits):
+    smaller = [m for m in _smaller(plan, measured) if m.timed]
+    larger = [m for m in _larger(plan, measured) if m.timed]
+    if not smaller or not larger:
         return ""
-    around = max(one for one in limits if one < limit), min(one for one in limits if one > limit)
-    slower = [limits[one].ratio / best_ratio(measured) for one in around]
-    if min(slower) <= settings.hopeless:
+    around = smaller[-1], larger[0]
+    if min(m.ratio for m in around) <= settings.hopeless * best_ratio(measured):
         return ""
-    return _said(around, slower)
+    return _too_slow(*around, measured)
 
 
-def _said(limits: Sequence[float], slower: Sequence[float]) -> str:
-    times = f"{slower[0]:.1f}x and {slower[1]:.1f}x"
-    return f"limits of {limits[0]:g} and {limits[1]:g} MB took {times} the best time"
+def _too_slow(one: Measurement, other: Measurement, measured: Measurements) -> str:
+    best = best_ratio(measured)
+    return (
+        f"limits of {one.max_chunk_size_mb:g} and {other.max_chunk_size_mb:g} MB "
+        f"took {one.ratio / best:.1f}x and {other.ratio / best:.1f}x the best time"
+    )
 
 
 def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:
@@ -116,12 +116,15 @@ def beaten_by_a_kernel(plan: Plan, measured: Measurements, settings: EffortSetti
 
 def _larger(plan: Plan, measured: Measurements) -> list[Measurement]:
     """Of the same implementation the larger limits, the smallest first."""
-    limit = plan.max_chunk_size_mb
-    if limit is None:
-        return []
-    larger = [
-        m
-        for m in measured.values()
-        if m.implementation == plan.implementation and (m.max_chunk_size_mb or 0) > limit
-    ]
-    return sorted(larger, key=lambda m: m.max_chunk_size_mb or 0)
+    return [m for limit, m in _limits(plan, measured) if limit > (plan.max_chunk_size_mb or limit)]
+
+
+def _smaller(plan: Plan, measured: Measurements) -> list[Measurement]:
+    """The smaller limits, in the same order."""
+    return [m for limit, m in _limits(plan, measured) if limit < (plan.max_chunk_size_mb or limit)]
+
+
+def _limits(plan: Plan, measured: Measurements) -> list[tuple[float, Measurement]]:
+    same = [m for m in measured.values() if m.implementation == plan.implementation]
+    limits = [(m.max_chunk_size_mb, m) for m in same if m.max_chunk_size_mb is not None]
+    return sorted(limits, key=lambda one: one[0])

@@ -115,8 +115,8 @@ class Session:
     def load(self, workload: str, programs: str, ahead: Sequence[list[Any]] = ()) -> dict[str, Any]:
         """Makes a workload's arguments and what its results should be; the last one's go.
 
-        Programs of the plans ``ahead`` that are surely asked for are compiled meanwhile; the reply
-        says which.
+        Programs of the plans ``ahead`` that are surely asked for are compiled meanwhile, or found
+        to be refused; the reply says which.
         """
         self._settle()
         self.inputs, self.expected, self.prepared = None, None, {}

@@ -18,7 +18,7 @@ from autochunk.chunks.export import drawn
 from autochunk.chunks.loop import in_chunks, make_split
 from autochunk.chunks.reductions import NAMED, Arrays, Reduction
 from autochunk.plan import Plan
-from autochunk.tuner.reference import error_of_product, multiplying
+from autochunk.tuner.reference import blocks, error_of_product, multiplying
 from autochunk.workload import Mode
 
 
@@ -196,24 +196,14 @@ def deviation(results: Sequence[Any], expected: Sequence[Any]) -> float:
     return max((_deviation(one.ravel(), other.ravel()) for one, other in pairs), default=0.0)
 
 
-# Values that are compared at a time. Results may have gigabytes: of these whole arrays in float64,
-# several at once, would take tens.
-_BLOCK = 1 << 17
-
-
 def _deviation(received: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    starts = range(0, expected.size, _BLOCK)
-
-    def block(array: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
-        return array[start : start + _BLOCK].astype(np.float64)
-
     largest = 1e-30
-    for start in starts:
-        finite = _finite(block(expected, start))
+    for part in blocks(expected.size):
+        finite = _finite(expected[part].astype(np.float64))
         largest = max(largest, float(np.abs(finite).max(initial=0.0)))
     most, squares, expected_squares, count = 0.0, 0.0, 0.0, 0
-    for start in starts:
-        one, other = block(received, start), block(expected, start)
+    for part in blocks(expected.size):
+        one, other = (array[part].astype(np.float64) for array in (received, expected))
         same = (one == other) | (np.isnan(one) & np.isnan(other))
         with np.errstate(invalid="ignore"):
             apart = np.where(same, 0.0, np.abs(one - other)) / largest
