@@ -26,11 +26,11 @@ class JointRounds:
     """Rounds in which all plans that are still in question are timed, and the anchor.
 
     Each round has a new random order: a plan may be slower after one that takes much memory. From
-    time to time the plans that are decided leave, and where time is limited the slower half, so
-    that the best get most of it (Karnin, Koren and Somekh 2013, "Almost optimal exploration in
-    multi-armed bandits"). None comes back, so two plans share all rounds from the first on. On a
-    CPU the others then go on in a new process: where a process has its memory favours some plan in
-    all its rounds.
+    time to time the plans that are decided leave, and where time does not do for all, the slower
+    half, so that the best get most of it (Karnin, Koren and Somekh 2013, "Almost optimal
+    exploration in multi-armed bandits"). None comes back, so two plans share all rounds from the
+    first on. On a CPU the others then go on in a new process: where a process has its memory
+    favours some plan in all its rounds.
     """
 
     def __init__(
@@ -40,10 +40,14 @@ class JointRounds:
         measured: Mapping[Plan, Measurement],
         anchor: Plan,
         end: float = math.inf,
+        end_of_share: float = math.inf,
     ) -> None:
-        """``end`` is when no further round is begun, by ``time.monotonic()``."""
+        """No further round is begun after ``end``, by ``time.monotonic()``.
+
+        After ``end_of_share`` the rounds take time that others could have, so fewer plans stay.
+        """
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
-        self._end_of_all = end
+        self._end_of_all, self._end_of_share = end, end_of_share
         self._rounds: list[dict[Plan, float]] = []
         self._end = math.inf
         self.cut_short = False
@@ -60,7 +64,7 @@ class JointRounds:
         look = self.settings.least_joint
         if self._is_limited:
             look = math.ceil(look / 2)
-            finalists = self._that_fit(finalists, look)
+            finalists = self._that_fit(finalists, look, self._left_of_all())
         playing = list(dict.fromkeys([self.anchor, *finalists]))
         if self._is_on_a_cpu:
             cheap = int(_LEAST_LOOK / self._one_round(playing))
@@ -74,7 +78,9 @@ class JointRounds:
                 if len(self._rounds) == look < self.settings.joint_rounds:
                     # Not after each round: who looks often enough sees what is not there.
                     look = math.ceil(1.5 * look)
-                    playing = self._in_question(playing, finalists) if self._left() > 0 else []
+                    rounds = look - len(self._rounds)
+                    between = self._in_question(playing, finalists, rounds)
+                    playing = between if self._left() > 0 else []
                     self._maybe_restart(playing)
         return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
 
@@ -92,15 +98,15 @@ class JointRounds:
     def _left(self) -> float:
         return min(self._end - time.monotonic(), self._left_of_all())
 
-    def _that_fit(self, finalists: Sequence[Plan], rounds: int) -> list[Plan]:
-        """The first of the finalists, two at least, that have so many rounds in half the time.
+    def _that_fit(self, plans: Sequence[Plan], rounds: int, seconds: float) -> list[Plan]:
+        """The first of some plans, two at least, that have so many rounds in half of the time.
 
         The other half is for the best of them.
         """
         fit: list[Plan] = []
-        for plan in finalists:
+        for plan in plans:
             needed = rounds * self._one_round([*fit, plan])
-            if len(fit) >= 2 and 2 * needed > self._left_of_all():
+            if len(fit) >= 2 and 2 * needed > seconds:
                 break
             fit.append(plan)
         return fit
@@ -135,15 +141,22 @@ class JointRounds:
         self._rounds.append(dict(zip(playing, times, strict=True)))
         return True
 
-    def _in_question(self, playing: Sequence[Plan], finalists: Sequence[Plan]) -> list[Plan]:
-        """Of the plans in the last round those that the choice is between, and the anchor."""
+    def _in_question(
+        self, playing: Sequence[Plan], finalists: Sequence[Plan], rounds: int
+    ) -> list[Plan]:
+        """Of the plans in the last round those that the choice is between, and the anchor.
+
+        They are to have so many rounds before they are looked at again.
+        """
         timed = [plan for plan in playing if plan in finalists]
         if len(self._rounds) < self.settings.least_joint:
             between = sorted(timed, key=self._ratio_so_far)
         else:
             between = undecided(map(self._measurement, timed))
         if self._is_limited:
-            between = between[: max(2, math.ceil(len(timed) / 2))]
+            own = min(self._left(), self._end_of_share - time.monotonic())
+            fit = self._that_fit(between, rounds, own)
+            between = between[: max(len(fit), math.ceil(len(timed) / 2))]
         return list(dict.fromkeys([self.anchor, *between])) if between else []
 
     def _ratio_so_far(self, plan: Plan) -> float:

@@ -40,6 +40,8 @@ from autochunk.tuner.standing import (
     best_plans,
     best_ratio,
     between_the_hopeless,
+    is_doubtful,
+    is_hopeless,
 )
 from autochunk.tuner.study import JOINT, LOADING, MOST_DEATHS, Claim, Study
 from autochunk.workload import Workload
@@ -126,7 +128,7 @@ class _Search:
         self.measured: dict[Plan, Measurement] = study.measured()
         self.anchor: Plan | None = None
         self._loaded = False
-        self._end = self._end_of_all = math.inf
+        self._end = self._end_of_share = self._end_of_all = math.inf
         self._cut_short = False  # the joint rounds
         self._preparing: list[float] = []  # seconds that it took for each plan
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
@@ -136,7 +138,8 @@ class _Search:
         is_accelerated, start = self.probe.is_accelerated, time.monotonic()
         share = _SHARE_ON_ACCELERATORS if is_accelerated else _SHARE_OF_PLANS
         self._end = start + share * seconds
-        self._end_of_all = start + seconds if is_accelerated else math.inf
+        self._end_of_share = start + seconds
+        self._end_of_all = self._end_of_share if is_accelerated else math.inf
         while True:
             while claim := self.study.claim(self.plans):
                 with claim:
@@ -191,7 +194,9 @@ class _Search:
         if self.anchor is None or len(finalists) < 2:
             return []
         end = max(self._end_of_all, time.monotonic() + _JOINT_ON_ACCELERATORS)
-        rounds = JointRounds(self.probe, self.settings, self.measured, self.anchor, end)
+        rounds = JointRounds(
+            self.probe, self.settings, self.measured, self.anchor, end, self._end_of_share
+        )
         measurements = rounds.run(finalists)
         self._cut_short = rounds.cut_short
         return measurements
@@ -259,6 +264,8 @@ class _Search:
             ratios.append(own / anchors)
             claim.report(ratios[-1], step)
             fewest = self._fewest_rounds((time.monotonic() - start) / len(ratios))
+            if is_doubtful(ratios, best_ratio(self.measured), self.settings):
+                fewest = max(fewest, _FEW)
             if reason := self._too_slow(plan, claim, ratios, fewest):
                 return seconds, ratios, reason
             short = fewest < self.settings.least_rounds
@@ -281,9 +288,11 @@ class _Search:
     def _too_slow(self, plan: Plan, claim: Claim, ratios: list[float], fewest: int) -> str:
         """Why a plan is given up after these rounds, or nothing."""
         best = best_ratio(self.measured)
-        slower = statistics.median(ratios) / best if plan != self.anchor else 1.0
+        slower = statistics.median(ratios) / best
         few = plan in self.baselines and len(ratios) < fewest
-        if slower > self.settings.hopeless ** (2 if len(ratios) == 1 else 1) and not few:
+        if plan == self.anchor or few:
+            return ""
+        if is_hopeless(ratios, best, self.settings):
             return f"{slower:.1f}x the best plan's time"
         # A plan that is slower by no more than noise may still win by its memory.
         if len(ratios) > 3 and slower > 1 + LARGEST_NOISE and claim.hopeless():

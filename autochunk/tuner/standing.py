@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
 from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import Plan
@@ -10,6 +11,8 @@ from autochunk.store.choice import DENSE, choose, compare
 from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import EffortSettings
 
+# A single ratio is hopeless from this power of what several are.
+_SINGLE = 4
 # Within this of the best, a plan takes part in the joint rounds: three rounds each were seen to err
 # by a tenth, and the best of many plans is one that was lucky.
 _CLOSE = 1.2
@@ -50,6 +53,22 @@ def undecided(measured: Iterable[Measurement]) -> list[Plan]:
     others = [m for m in measured if m is not best and compare(best, m).high > SURE]
     others.sort(key=lambda m: m.ratio)
     return [best.plan, *(m.plan for m in others)] if others else []
+
+
+def is_hopeless(ratios: Sequence[float], best: float, settings: EffortSettings) -> bool:
+    """Whether a plan of these ratios is given up, all but its last having been too few for that.
+
+    After one it takes more, for something else that runs meanwhile was seen to double the time of
+    either plan; after two, both.
+    """
+    lower = min(ratios) if len(ratios) == 2 else statistics.median(ratios)
+    return lower > best * settings.hopeless ** (_SINGLE if len(ratios) == 1 else 1)
+
+
+def is_doubtful(ratios: Sequence[float], best: float, settings: EffortSettings) -> bool:
+    """Whether the first ratio is so far from the best plan's that more are needed to believe it."""
+    far = max(ratios[0] / best, best / ratios[0]) > settings.hopeless
+    return far and not is_hopeless(ratios, best, settings)
 
 
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:

@@ -1,13 +1,14 @@
 """A measuring process that does as its script says: dies, hangs, talks nonsense.
 
 A real one does that too rarely. ``python scripted_worker.py SCRIPT``: SCRIPT is JSON, {"plans":
-{plan text: act}, "default": act}; an act is {"seconds": x, "temp": n, "do": deed} with deed ""
-(answer well), "die N" (by signal N), "end-parent" (as a kernel does that kills a whole container),
-"exit N", "hang", "sleep N" (N seconds), "take N" (N MB), "babble", "refuse" (answer with an error)
-or a status to answer with. "do" may begin with "time:" to happen while timing instead of while
-preparing, with "once:FILE:" to happen only until FILE exists, and with "after:FILE:" only then.
-"log" names a file that every request is appended to; times scatter by a fraction "jitter"; "ahead"
-lists the plans that it says it has compiled.
+{plan text: act}, "default": act}; an act is {"seconds": x, "first": y, "temp": n, "do": deed}, of
+which the first timing takes y times as long, with deed "" (answer well), "die N" (by signal N),
+"end-parent" (as a kernel does that kills a whole container), "exit N", "hang", "sleep N" (N
+seconds), "take N" (N MB), "babble", "refuse" (answer with an error) or a status to answer with.
+"do" may begin with "time:" to happen while timing instead of while preparing, with "once:FILE:" to
+happen only until FILE exists, and with "after:FILE:" only then. "log" names a file that every
+request is appended to; times scatter by a fraction "jitter"; "ahead" lists the plans that it says
+it has compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from autochunk.plan import Plan
 
 NOISE = random.Random(os.getpid())  # another process, other noise
+TIMED: set[str] = set()
 DEVICE = {"platform": "cpu", "kind": "scripted", "cores": 2, "memory_gib": 8}
 DEVICE |= {"jax": "0.12.0", "jaxlib": "0.12.0", "driver": ""}
 
@@ -70,6 +72,12 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
         found: dict[str, Any] = script.get("plans", {}).get(str(Plan(*plan)), default)
         return found
 
+    def first(plan: list[Any]) -> float:
+        if str(plan) in TIMED:
+            return 1.0
+        TIMED.add(str(plan))
+        return float(act(plan).get("first", 1.0))
+
     if request["do"] == "hello":
         return {"device": script.get("device", DEVICE)}
     if request["do"] == "load":
@@ -98,7 +106,7 @@ def answer(script: dict[str, Any], request: dict[str, Any], prepared: set[str]) 
         time.sleep(script.get("delay", 0))
         spread = script.get("jitter", 0.0)
         scatter = [1 + spread * NOISE.uniform(-1, 1) for _ in request["plans"]]
-        seconds = [act(plan).get("seconds", 0.01) for plan in request["plans"]]
+        seconds = [act(plan).get("seconds", 0.01) * first(plan) for plan in request["plans"]]
         return {"seconds": [one * by for one, by in zip(seconds, scatter, strict=True)]}
     return {}
 

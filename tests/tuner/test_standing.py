@@ -14,6 +14,8 @@ from autochunk.tuner.standing import (
     beaten_by_a_kernel,
     beneath_the_hopeless,
     between_the_hopeless,
+    is_doubtful,
+    is_hopeless,
 )
 
 SETTINGS = dataclasses.replace(EFFORT_SETTINGS["quick"], beaten=1.5)
@@ -61,6 +63,27 @@ def test_thorough_leaves_nothing_out() -> None:
     """Slices are what a memory budget, or a call that the kernel refuses, falls back to."""
     measured = {one.plan: one for one in (KERNEL, DENSE, SLICES)}
     assert beaten_by_a_kernel(Plan("xla", 8.0), measured, EFFORT_SETTINGS["thorough"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("ratios", "hopeless", "doubtful"),
+    [
+        pytest.param([1.2], False, False, id="close"),
+        pytest.param([2.0], False, True, id="one that may be off"),
+        pytest.param([0.5], False, True, id="one that may be off the other way"),
+        pytest.param([4.0], True, False, id="one by far"),
+        pytest.param([2.0, 1.5], True, False, id="two"),
+        pytest.param([2.0, 1.1], False, True, id="one of two"),
+        pytest.param([2.0, 1.1, 1.4], True, False, id="most of three"),
+        pytest.param([2.0, 1.1, 1.2], False, True, id="one of three"),
+    ],
+)
+def test_a_single_ratio_is_hardly_believed(
+    ratios: list[float], *, hopeless: bool, doubtful: bool
+) -> None:
+    """Whatever else runs meanwhile can double either time; it takes two to give a plan up."""
+    assert is_hopeless([2 * ratio for ratio in ratios], 2.0, SETTINGS) is hopeless
+    assert is_doubtful([2 * ratio for ratio in ratios], 2.0, SETTINGS) is doubtful
 
 
 def test_below_two_hopeless_limits_nothing_is_tried() -> None:

@@ -29,7 +29,7 @@ from autochunk.tuner.functions.candidates import Candidates, Sizes
 from autochunk.tuner.joint import JointRounds
 from autochunk.tuner.probe import OutOfTime, Prepared, Probe
 from autochunk.tuner.process import WorkerFailure
-from autochunk.tuner.standing import best_plans, best_ratio
+from autochunk.tuner.standing import best_plans, best_ratio, is_hopeless
 
 # Of the time: after the first no plan is begun, and one that takes the second is given up.
 _SHARE_OF_PLANS = 3 / 4
@@ -222,10 +222,10 @@ class Search:
         if one is None or one.status != "ok" or self._is_over:
             return False
         count = len(one.seconds)
-        slower = one.ratio / best_ratio(self.found)
-        if slower > self.settings.hopeless ** (2 if count == 1 else 1) and plan != self._anchor:
+        best = best_ratio(self.found)
+        if is_hopeless(one.ratios, best, self.settings) and plan != self._anchor:
             self.probe.drop(plan)
-            given_up = {"status": "pruned", "detail": f"{slower:.1f}x the best time"}
+            given_up = {"status": "pruned", "detail": f"{one.ratio / best:.1f}x the best time"}
             self._record(one.model_copy(update=given_up))
             return False
         in_time = count < self.settings.least_rounds or taken < self.settings.seconds
