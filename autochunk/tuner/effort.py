@@ -28,7 +28,7 @@ class EffortSettings:
       step: ratio between neighbouring limits in MB.
       most_slices: plans with more slices are not tried.
       hopeless: slower than the best by this factor, a plan gets no third round; slower by its
-        fourth power, not even a second.
+        third power, not even a second.
       beaten: where a fused kernel is faster than dense attention and than slices by this factor,
         no other slices are tried.
       least_rounds, rounds: fewest and most rounds for one plan that is not given up; the baselines,

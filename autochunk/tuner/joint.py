@@ -40,14 +40,15 @@ class JointRounds:
         measured: Mapping[Plan, Measurement],
         anchor: Plan,
         end: float = math.inf,
-        end_of_share: float = math.inf,
+        ample_until: float = math.inf,
     ) -> None:
         """No further round is begun after ``end``, by ``time.monotonic()``.
 
-        After ``end_of_share`` the rounds take time that others could have, so fewer plans stay.
+        Until ``ample_until`` more than half of the plans may stay, as many as have more rounds by
+        then.
         """
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
-        self._end_of_all, self._end_of_share = end, end_of_share
+        self._end_of_all, self._ample_until = end, ample_until
         self._rounds: list[dict[Plan, float]] = []
         self._end = math.inf
         self.cut_short = False
@@ -154,8 +155,8 @@ class JointRounds:
         else:
             between = undecided(map(self._measurement, timed))
         if self._is_limited:
-            own = min(self._left(), self._end_of_share - time.monotonic())
-            fit = self._that_fit(between, rounds, own)
+            ample = min(self._left(), self._ample_until - time.monotonic())
+            fit = self._that_fit(between, rounds, ample)
             between = between[: max(len(fit), math.ceil(len(timed) / 2))]
         return list(dict.fromkeys([self.anchor, *between])) if between else []
 

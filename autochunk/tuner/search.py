@@ -49,6 +49,8 @@ from autochunk.workload import Workload
 # Of the time for a workload: the rest is for joint rounds of the best, which take seconds on a CPU.
 _SHARE_OF_PLANS = 0.8
 _SHARE_ON_ACCELERATORS = 0.9
+# So long all that are close stay in joint rounds; what short calls leave is for long ones.
+_SHARE_OF_AMPLE_ROUNDS = 0.25
 # On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
 _JOINT_ON_ACCELERATORS = 3.0
 # Ratios of so many rounds may be alike by chance.
@@ -128,7 +130,7 @@ class _Search:
         self.measured: dict[Plan, Measurement] = study.measured()
         self.anchor: Plan | None = None
         self._loaded = False
-        self._end = self._end_of_share = self._end_of_all = math.inf
+        self._share = self._end = self._end_of_all = math.inf
         self._cut_short = False  # the joint rounds
         self._preparing: list[float] = []  # seconds that it took for each plan
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
@@ -137,9 +139,8 @@ class _Search:
         """Begins no plan that takes time after most of it, if there are some to compare."""
         is_accelerated, start = self.probe.is_accelerated, time.monotonic()
         share = _SHARE_ON_ACCELERATORS if is_accelerated else _SHARE_OF_PLANS
-        self._end = start + share * seconds
-        self._end_of_share = start + seconds
-        self._end_of_all = self._end_of_share if is_accelerated else math.inf
+        self._share, self._end = seconds, start + share * seconds
+        self._end_of_all = start + seconds if is_accelerated else math.inf
         while True:
             while claim := self.study.claim(self.plans):
                 with claim:
@@ -194,9 +195,8 @@ class _Search:
         if self.anchor is None or len(finalists) < 2:
             return []
         end = max(self._end_of_all, time.monotonic() + _JOINT_ON_ACCELERATORS)
-        rounds = JointRounds(
-            self.probe, self.settings, self.measured, self.anchor, end, self._end_of_share
-        )
+        ample = time.monotonic() + _SHARE_OF_AMPLE_ROUNDS * self._share
+        rounds = JointRounds(self.probe, self.settings, self.measured, self.anchor, end, ample)
         measurements = rounds.run(finalists)
         self._cut_short = rounds.cut_short
         return measurements

@@ -12,7 +12,7 @@ from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import EffortSettings
 
 # A single ratio is hopeless from this power of what several are.
-_SINGLE = 4
+_SINGLE = 3
 # Within this of the best, a plan takes part in the joint rounds: three rounds each were seen to err
 # by a tenth, and the best of many plans is one that was lucky.
 _CLOSE = 1.2

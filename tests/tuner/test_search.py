@@ -444,14 +444,14 @@ def test_a_plan_stays_whose_own_rounds_were_best() -> None:
     measured[best] = measured[best].model_copy(update={"ratios": (0.5,) * 5})
     probe: Any = Disturbed(8, 1e6)
     anchor = Plan("xla", 1.0)
-    settings, share = EFFORT_SETTINGS["standard"], time.monotonic()  # is over
-    joint = JointRounds(probe, settings, measured, anchor, end_of_share=share)
+    settings, over = EFFORT_SETTINGS["standard"], time.monotonic()
+    joint = JointRounds(probe, settings, measured, anchor, ample_until=over)
     joint.run(list(measured))
     assert [best in plans for plans in probe.asked] == [True] * len(probe.asked)
     assert len(probe.asked[-1]) < len(probe.asked[0])
 
 
-@pytest.mark.parametrize(("share", "half"), [(math.inf, False), (60.0, False), (4.0, True)])
+@pytest.mark.parametrize(("share", "half"), [(math.inf, False), (90.0, False), (10.0, True)])
 def test_where_time_does_not_do_for_all_half_of_the_plans_leave(
     share: float, half: bool, scripted: Scripted, tmp_path: Path
 ) -> None:
