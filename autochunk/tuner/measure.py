@@ -51,6 +51,9 @@ from autochunk.tuner.effort import SHORTEST_TIMING
 # Longer computations, begun one after the other, hide what it takes to start them: 20 to 60 us.
 _LONGEST_REPEATED = 0.0002
 _REPEATS = 50  # of shorter ones, in one program
+# The kernels of one call in one graph, as in a model's program: of a call with few of them XLA else
+# makes none, and to start these one by one was seen to take twice as long as they run.
+_TOGETHER = {"xla_gpu_graph_min_graph_size": 1}
 # Of a run that is over sooner, what a first run brings in would count: code, and threads' stacks.
 _SHORT_RUN = 0.5
 _FIRST_RUN_BYTES = 8 * 2**20
@@ -146,7 +149,8 @@ def repeated(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         )
         return jax.lax.fori_loop(0, _REPEATS, again, (arguments, results))[1]
 
-    return jax.jit(run).lower(*arguments).compile()
+    options = _TOGETHER if _platform() == "gpu" else None
+    return jax.jit(run).lower(*arguments).compile(compiler_options=options)
 
 
 def _platform() -> str:

@@ -213,12 +213,14 @@ def cotangent(
     """Cotangents of the inputs that the kernel differentiates, by name.
 
     The values' cotangents lack what rows without a key add. ``d_out`` must be zero beyond the rows'
-    lengths.
+    lengths. (It is not selected in rows without a key, which would cost a pass over it; one that is
+    not finite there reaches the keys' and queries' cotangents, too, not only the values'.)
     """
     seen, kernel = Seen(inputs, call), _kernel(name)
     if seen.blind is not None:
-        # The mean of all values may be NaN, and zero times NaN is NaN.
-        out, d_out = (jnp.where(along_rows(seen.blind), 0, one) for one in (out, d_out))
+        # Weights of zero keep the row's cotangent out; its output is a mean that may be NaN, and
+        # zero times NaN is NaN.
+        out = jnp.where(along_rows(seen.blind), 0, out)
         lse = jnp.where(seen.blind, _UNREACHED, lse)
     own_out, kept, pull = _forward(kernel, *_given(kernel, seen.inputs, call))
     ours = {"output": out, "log-sum-exp": lse, "maximum": lse, "sum": jnp.ones_like(lse)}
