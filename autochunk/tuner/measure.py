@@ -48,8 +48,10 @@ from autochunk import host, nvidia
 from autochunk.attention.op import for_this_machine
 from autochunk.tuner.effort import SHORTEST_TIMING
 
-# Longer computations, begun one after the other, hide what it takes to start them: 20 to 60 us.
-_LONGEST_REPEATED = 0.0002
+# Longer computations, begun one after the other, hide what it takes to start them: 20 to 60 us,
+# and several times that where all the host's cores are busy. An H100 that takes 185 us for a
+# kernel's backward was so seen to take 226 or 628; for the same, repeated in one program, 190.
+_LONGEST_REPEATED = 0.0005
 _REPEATS = 50  # of shorter ones, in one program
 # The kernels of one call in one graph, as in a model's program: of a call with few of them XLA else
 # makes none, and to start these one by one was seen to take twice as long as they run.

@@ -68,8 +68,8 @@ ERROR_ROUNDINGS = 16.0
 _OTHERS_AHEAD = 3
 # What has no more logits may take so little time on a GPU (an H100 was measured) that a program is
 # timed that repeats it; what has more may, too, but then that is compiled when it is seen.
-_SHORT_LOGITS_BYTES = 128 * 2**20
-_SHORT_LOGITS_BYTES_OF_KERNELS = 2**30
+_SHORT_LOGITS_BYTES = 256 * 2**20
+_SHORT_LOGITS_BYTES_OF_KERNELS = 2560 * 2**20
 _TIMES = {"forward": 1, "training": 4}  # as much
 
 
