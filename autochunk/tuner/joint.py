@@ -18,6 +18,10 @@ from autochunk.tuner.standing import undecided
 
 # Of the time that is left, what starting a new process may take.
 _SHARE_OF_STARTING = 0.25
+# Where the plans of a round take so many times as long as they can, in the middle, something else
+# has the machine's cores. Virtual ones of a host that others use were seen to halve the speed of
+# some plans, not of all, for seconds.
+_DISTURBED = 1.25
 # On a CPU, seconds of rounds before plans leave, or a new process goes on, which takes longer.
 _LEAST_LOOK = 1.0
 
@@ -139,8 +143,20 @@ class JointRounds:
         if over:
             self.cut_short = len(self._rounds) < self.settings.least_joint
             return False
-        self._rounds.append(dict(zip(playing, times, strict=True)))
+        found = dict(zip(playing, times, strict=True))
+        in_time = time.monotonic() < min(self._end, self._ample_until)
+        if not (in_time and self._is_disturbed(found)):
+            self._rounds.append(found)
         return True
+
+    def _is_disturbed(self, times: Mapping[Plan, float]) -> bool:
+        """Whether most plans take far longer than in a quarter of their rounds so far."""
+        longer = []
+        for plan, seconds in times.items():
+            own = (one[plan] for one in self._rounds if plan in one)
+            known = sorted((*self.measured[plan].seconds, *own))
+            longer.append(seconds / known[len(known) // 4])
+        return statistics.median_low(longer) > _DISTURBED
 
     def _in_question(
         self, playing: Sequence[Plan], finalists: Sequence[Plan], rounds: int

@@ -23,6 +23,12 @@ allocator was there; the median of 24 such ratios by 0.021 to 0.034 (three workl
 by 0.037 to 0.056. In six processes of eight rounds each the medians scattered by 0.05 to 0.15, of
 which the rounds themselves make 0.05 to 0.10: a process favours a plan by some hundredths.
 
+The two virtual cores of that machine are a host's that others use. For 1 to 12 seconds on end some
+slices took 1.8 times as long (136 ms, not 76), dense attention beside them the same 130 ms: as if
+both cores were threads of one. What is timed in such a while is ordered wrongly, however small its
+scatter. So the rounds of plans that are compared are spread over all the time that there is for
+them, and joint rounds in which most plans take far longer than they can are made again (``joint``).
+
 The output's cotangent is zero but for the rows that are checked, which takes no less time to
 multiply by. Threads and cores are those that any program of this process's gets.
 """

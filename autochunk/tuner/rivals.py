@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import scipy.stats
@@ -101,25 +103,26 @@ def rivals(
     with jax.enable_x64(profile.parsed_workload().dtype == "float64"):
         inputs = WorkloadInputs(profile.parsed_workload())
         around = Layer(inputs) if in_layer else inputs
-        on_plan(choice.plan)
-        chosen = _program(around, choice.plan)
+        programs = {}
+        for plan in (choice.plan, *others):
+            on_plan(plan)
+            programs[plan] = _program(around, plan)
+        chosen = programs.pop(choice.plan)
         if chosen.run is None:
             raise ArgumentError(f"{choice.plan} of {profile.workload}: {chosen.detail}")
-        whole = chosen.run()
         # Of a step's time a difference of the attention is a smaller part.
         alone = _program(inputs, choice.plan).run if in_layer else None
-        of_step = whole / alone() if alone is not None else 1.0
-        found = [Rival(choice.plan, whole, _EQUAL, _EQUAL, chosen.temp_bytes)]
-        for plan in others:
-            on_plan(plan)
-            program = _program(around, plan)
+        of_step = chosen.run() / alone() if alone is not None else 1.0
+        pairs = _alternating(chosen, programs, rounds)
+        whole = [second for pair in pairs.values() for second in pair.chosen] or [chosen.run()]
+        found = [Rival(choice.plan, statistics.median(whole), _EQUAL, _EQUAL, chosen.temp_bytes)]
+        for plan, program in programs.items():
             stored = compare(measured[plan], choice.measurement) if plan in measured else None
-            slower = None
-            if program.run is not None:
-                of_attention = (of_step * part for part in _alternating(program, chosen, rounds))
-                slower = Interval(*of_attention)
-            figures = program.seconds_median, stored, slower, program.temp_bytes
-            found.append(Rival(plan, *figures, program.detail))
+            seconds = slower = None
+            if plan in pairs:
+                seconds = statistics.median(pairs[plan].own)
+                slower = Interval(*(of_step * part for part in pairs[plan].slower))
+            found.append(Rival(plan, seconds, stored, slower, program.temp_bytes, program.detail))
     return found
 
 
@@ -132,17 +135,36 @@ def _program(around: WorkloadInputs | Layer, plan: Plan) -> Contender:
     return prepare(str(plan), around.function(plan), around.passed)
 
 
-def _alternating(one: Contender, other: Contender, rounds: int) -> Interval:
-    """By what fraction one is slower than another, whose times of other rounds go."""
-    other.seconds = []
+class _Pair(NamedTuple):
+    """Seconds of a plan, and of the chosen one in the same rounds."""
+
+    own: list[float]
+    chosen: list[float]
+
+    @property
+    def slower(self) -> Interval:
+        """By what fraction the plan is slower."""
+        return paired(self.own, self.chosen)
+
+
+def _alternating(
+    chosen: Contender, programs: Mapping[Plan, Contender], rounds: int
+) -> dict[Plan, _Pair]:
+    """Times of those that run, two at a time, all of them in each round.
+
+    What disturbs a machine for seconds so hits a few rounds of each pair, not all of one.
+    """
+    pairs = {plan: _Pair([], []) for plan, program in programs.items() if program.run}
+    playing = list(pairs)
     for number in range(rounds):
-        for contender in random.sample([one, other], 2):
-            assert contender.run is not None
-            contender.seconds.append(contender.run())
-        slower = paired(one.seconds, other.seconds)
-        if number + 1 == _FIRST_ROUNDS and slower.middle > _HOPELESS - 1:
-            break
-    return slower
+        for plan in random.sample(playing, len(playing)):
+            times = zip((programs[plan], chosen), pairs[plan], strict=True)
+            for contender, seconds in random.sample(list(times), 2):
+                assert contender.run is not None
+                seconds.append(contender.run())
+        if number + 1 == _FIRST_ROUNDS:
+            playing = [plan for plan in playing if pairs[plan].slower.middle <= _HOPELESS - 1]
+    return pairs
 
 
 def agreement(found: Sequence[Rival]) -> Agreement:

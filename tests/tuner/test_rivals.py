@@ -13,6 +13,7 @@ from factories import CURVE, make_measurement, make_profile
 from autochunk.errors import ArgumentError
 from autochunk.plan import Plan
 from autochunk.store.interval import Interval
+from autochunk.tuner.bench import Contender
 from autochunk.tuner.inputs import WorkloadInputs
 from autochunk.tuner.layer import Layer
 from autochunk.tuner.rivals import Rival, agreement, rivals, timed_plans
@@ -52,6 +53,30 @@ def test_a_layer_is_the_same_by_every_plan(shape: str, mode: str, dtype: str) ->
         assert whole[1].keys() == moving.keys()
         # The softmax over a single key is one whatever the logits are.
         assert all(np.any(np.asarray(gradient, np.float32)) for gradient in whole[1].values())
+
+
+def test_what_disturbs_for_a_while_hits_a_few_rounds_of_each_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two programs that take turns alone would all be timed within it."""
+    ran: list[str] = []
+
+    def prepare(name: str, *_: object) -> Contender:
+        def run() -> float:
+            ran.append(name)
+            if name != "xla, 16 MB":
+                return 1.2
+            return 1.8 if len(ran) < 18 else 1.0
+
+        return Contender(name, run=run)
+
+    monkeypatch.setattr("autochunk.tuner.rivals.prepare", prepare)
+    profile = make_profile(Workload.parse("t=32,h=2,k=8"), measurements=CURVE)
+    found = rivals(profile, timed_plans(profile), rounds=10)
+    assert {str(rival.plan): rival.slower.middle for rival in found[1:] if rival.slower} == {
+        str(plan): pytest.approx(0.2) for plan in timed_plans(profile) if plan != found[0].plan
+    }
+    assert found[0].seconds == 1.0
 
 
 @pytest.mark.parametrize("in_layer", [False, True])

@@ -417,6 +417,26 @@ def test_a_new_process_only_where_there_is_time_for_it(
     assert [m.joint for m in measurements] == [7] * 2
 
 
+@pytest.mark.parametrize(("ample", "disturbed"), [(60.0, 0), (-1.0, 4)])
+def test_a_round_in_which_everything_takes_longer_is_made_again(
+    ample: float, disturbed: int
+) -> None:
+    """While there is ample time: what disturbs a machine for seconds slows some plans more."""
+
+    class Disturbed(_Ending):
+        def time(self, plans: list[Plan]) -> list[float]:
+            by = 2.0 if 5 <= self.left < 9 else 1.0
+            return [by * seconds for seconds in super().time(plans)]
+
+    measured, probe = _measured(seconds=(0.1,) * 5), Disturbed(12, 1e6)
+    settings, until = EFFORT_SETTINGS["standard"], time.monotonic() + ample
+    anyone: Any = probe
+    joint = JointRounds(anyone, settings, measured, Plan("xla", 1.0), ample_until=until)
+    found = joint.run([Plan("xla", 1.0), Plan("xla", 2.0)])
+    assert [sum(s > 0.15 for s in m.seconds) for m in found] == [disturbed] * 2
+    assert [m.joint for m in found] == [len(probe.asked) - 4 + disturbed] * 2
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_finalists_meet_in_several_processes(
     platform: str, scripted: Scripted, scripted_gpu: Scripted, tmp_path: Path
