@@ -14,14 +14,10 @@ from autochunk.store.measurement import Measurement
 from autochunk.tuner.effort import SHORTEST_TIMING, EffortSettings
 from autochunk.tuner.probe import OutOfTime, Probe, seconds_left
 from autochunk.tuner.process import WorkerFailure
-from autochunk.tuner.standing import undecided
+from autochunk.tuner.standing import DISTURBED, can_take, undecided
 
 # Of the time that is left, what starting a new process may take.
 _SHARE_OF_STARTING = 0.25
-# Where the plans of a round take so many times as long as they can, in the middle, something else
-# has the machine's cores. Virtual ones of a host that others use were seen to halve the speed of
-# some plans, not of all, for seconds.
-_DISTURBED = 1.25
 # On a CPU, seconds of rounds before plans leave, or a new process goes on, which takes longer.
 _LEAST_LOOK = 1.0
 
@@ -150,13 +146,12 @@ class JointRounds:
         return True
 
     def _is_disturbed(self, times: Mapping[Plan, float]) -> bool:
-        """Whether most plans take far longer than in a quarter of their rounds so far."""
+        """Whether most plans take far longer than they can."""
         longer = []
         for plan, seconds in times.items():
             own = (one[plan] for one in self._rounds if plan in one)
-            known = sorted((*self.measured[plan].seconds, *own))
-            longer.append(seconds / known[len(known) // 4])
-        return statistics.median_low(longer) > _DISTURBED
+            longer.append(seconds / can_take((*self.measured[plan].seconds, *own)))
+        return statistics.median_low(longer) > DISTURBED
 
     def _in_question(
         self, playing: Sequence[Plan], finalists: Sequence[Plan], rounds: int

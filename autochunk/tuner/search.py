@@ -37,9 +37,9 @@ from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import (
     beaten_by_a_kernel,
     beneath_the_hopeless,
-    best_plans,
     best_ratio,
     between_the_hopeless,
+    finalists,
     is_doubtful,
     is_hopeless,
 )
@@ -118,11 +118,8 @@ class _Search:
         hints: Iterable[Plan],
         on_measurement: Callable[[Measurement, int, int], None],
     ) -> None:
-        self.probe = probe
-        self.workload = workload
-        self.settings = settings
-        self.study = study
-        self.on_measurement = on_measurement
+        self.probe, self.workload, self.settings = probe, workload, settings
+        self.study, self.on_measurement = study, on_measurement
         shape = sliced_shape(workload)
         plans = all_plans(shape, settings, platform)
         self.plans = in_order(plans, hints, shape)
@@ -133,6 +130,7 @@ class _Search:
         self._share = self._end = self._end_of_all = math.inf
         self._cut_short = False  # the joint rounds
         self._preparing: list[float] = []  # seconds that it took for each plan
+        self._beside: dict[Plan, float] = {}  # seconds of the anchor in a plan's rounds
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
 
     def run(self, seconds: float) -> Outcome:
@@ -191,15 +189,19 @@ class _Search:
 
     def _joint_rounds(self) -> list[Measurement]:
         """What the best plans' joint rounds make of them; nothing without several."""
-        finalists = best_plans(self.measured, self.settings)
-        if self.anchor is None or len(finalists) < 2:
+        if self.anchor is None or len(close := self._finalists()) < 2:
             return []
         end = max(self._end_of_all, time.monotonic() + _JOINT_ON_ACCELERATORS)
         ample = time.monotonic() + _SHARE_OF_AMPLE_ROUNDS * self._share
         rounds = JointRounds(self.probe, self.settings, self.measured, self.anchor, end, ample)
-        measurements = rounds.run(finalists)
+        measurements = rounds.run(close)
         self._cut_short = rounds.cut_short
         return measurements
+
+    def _finalists(self) -> list[Plan]:
+        # Accelerators have no cores to lose, and compile for long.
+        beside = {} if self.probe.is_accelerated else self._beside
+        return finalists(self.measured, beside, self.settings)
 
     def latest(self) -> dict[Plan, Measurement]:
         """All that is measured, by others since the last claim too.
@@ -240,8 +242,8 @@ class _Search:
             self._check_anchor(plan)
             return _measurement(plan, prepared, status=failure.status, detail=failure.detail)
         status = "pruned" if reason else "ok"
-        times = {"seconds": seconds, "ratios": ratios}
-        return _measurement(plan, prepared, status=status, detail=reason, **times)
+        times = {"seconds": seconds, "ratios": ratios, "detail": reason}
+        return _measurement(plan, prepared, status=status, **times)
 
     def _needless(self, plan: Plan) -> str:
         """Why a plan need not be tried; empty if it has to be."""
@@ -258,10 +260,13 @@ class _Search:
         start = time.monotonic()
         seconds: list[float] = []
         ratios: list[float] = []
+        beside: list[float] = []
         for step in range(self.settings.rounds):
             own, anchors = self.probe.time_beside(plan, self.anchor, step)
             seconds.append(own)
+            beside.append(anchors)
             ratios.append(own / anchors)
+            self._beside[plan] = statistics.median(beside)
             claim.report(ratios[-1], step)
             fewest = self._fewest_rounds((time.monotonic() - start) / len(ratios))
             if is_doubtful(ratios, best_ratio(self.measured), self.settings):
@@ -301,7 +306,7 @@ class _Search:
 
     def _drop_losers(self) -> None:
         """Lets the programs go that no later round needs."""
-        needed = (self.anchor, *best_plans(self.measured, self.settings))
+        needed = (self.anchor, *self._finalists())
         with contextlib.suppress(WorkerFailure):  # the next worker has none of them
             for plan in self.measured:
                 if plan not in needed:

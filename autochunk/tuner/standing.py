@@ -16,6 +16,12 @@ _SINGLE = 3
 # Within this of the best, a plan takes part in the joint rounds: three rounds each were seen to err
 # by a tenth, and the best of many plans is one that was lucky.
 _CLOSE = 1.2
+DISTURBED = 1.25
+"""Where something takes so many times as long as it can, something else has the machine's cores.
+
+Virtual ones of a host that others use were seen to halve the speed of some plans, not of all, for
+seconds.
+"""
 SURE = 0.02
 """A choice is clear when no other plan can be faster by more than this."""
 
@@ -38,6 +44,22 @@ def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
     plans = [m.plan for m in (*close[:1], *second, *close[1:])]
     return list(dict.fromkeys(plans))[: settings.finalists]
+
+
+def finalists(
+    measured: Measurements, beside: Mapping[Plan, float], settings: EffortSettings
+) -> list[Plan]:
+    """The best plans, and those that may be as good, since their rounds were disturbed.
+
+    ``beside`` are seconds of the anchor in the rounds of each.
+    """
+    best = best_plans(measured, settings)
+    if not beside:
+        return best
+    usual, most = can_take(beside.values()), settings.hopeless**2 * best_ratio(measured)
+    disturbed = (measured.get(plan) for plan, took in beside.items() if took > DISTURBED * usual)
+    maybe = [m for m in disturbed if m is not None and m.timed and m.ratio <= most]
+    return list(dict.fromkeys([*best, *(m.plan for m in sorted(maybe, key=lambda m: m.ratio))]))
 
 
 def undecided(measured: Iterable[Measurement]) -> list[Plan]:
@@ -69,6 +91,12 @@ def is_doubtful(ratios: Sequence[float], best: float, settings: EffortSettings) 
     """Whether the first ratio is so far from the best plan's that more are needed to believe it."""
     far = max(ratios[0] / best, best / ratios[0]) > settings.hopeless
     return far and not is_hopeless(ratios, best, settings)
+
+
+def can_take(seconds: Iterable[float]) -> float:
+    """What something takes where nothing disturbs it: a quarter of its times are no longer."""
+    known = sorted(seconds)
+    return known[len(known) // 4]
 
 
 def beneath_the_hopeless(plan: Plan, measured: Measurements, settings: EffortSettings) -> str:

@@ -477,7 +477,7 @@ def test_where_time_does_not_do_for_all_half_of_the_plans_leave(
 ) -> None:
     """So that the best have most of it; else only those leave that are clear."""
     log, slow = tmp_path / "log", {"seconds": 0.3, "temp": 1000}  # a look is soon
-    command = scripted(log=str(log), jitter=0.15, default=slow)
+    command = scripted(log=str(log), jitter=0.1, default=slow)  # more would be a disturbance
     with Probe(command, seconds_per_request=9.0) as probe:
         probe.deadline = time.monotonic() + 100.0
         journal = study(tmp_path / "study", "standard")
@@ -487,7 +487,7 @@ def test_where_time_does_not_do_for_all_half_of_the_plans_leave(
     plans = timed[-max(m.joint for m in outcome.measurements) :]
     first = EFFORT_SETTINGS["standard"].least_joint // 2
     assert plans[:first] == [plans[0]] * first
-    assert (plans[first] <= 2 + plans[0] / 2) is half
+    assert (plans[first] < plans[0]) is half
     assert len(plans) > 2 * first
     if half:
         assert plans[-1] in (2, 3), "the best two, and the anchor"
@@ -552,7 +552,7 @@ def test_joint_rounds_have_a_new_order_each_time(scripted: Scripted, tmp_path: P
     """The anchor is in all of them, and no plan always follows the same other one."""
     log = tmp_path / "log"
     plans = {name: {"seconds": 0.1} for name in ("xla, 16.8 MB", "xla, 8.4 MB", "xla, 4.2 MB")}
-    command = scripted(plans=plans, default={"seconds": 0.2}, log=str(log), jitter=0.02)
+    command = scripted(plans=plans, default={"seconds": 0.2}, log=str(log), jitter=0.005)
     outcome = run(command, tmp_path / "study", effort="standard")
     requests = [json.loads(line) for line in log.read_text().splitlines()]
     timed = [request["plans"] for request in requests if request["do"] == "time"]

@@ -13,7 +13,9 @@ from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.standing import (
     beaten_by_a_kernel,
     beneath_the_hopeless,
+    best_plans,
     between_the_hopeless,
+    finalists,
     is_doubtful,
     is_hopeless,
 )
@@ -84,6 +86,20 @@ def test_a_single_ratio_is_hardly_believed(
     """Whatever else runs meanwhile can double either time; it takes two to give a plan up."""
     assert is_hopeless([2 * ratio for ratio in ratios], 2.0, SETTINGS) is hopeless
     assert is_doubtful([2 * ratio for ratio in ratios], 2.0, SETTINGS) is doubtful
+
+
+def test_disturbed_plans_may_be_better_than_they_look() -> None:
+    """Those beside which the anchor took far longer than it can, unless they are slow by far."""
+    ratios = {64.0: 1.0, 32.0: 1.6, 16.0: 1.4, 8.0: 5.0, 4.0: 1.5}
+    every = [make_measurement("xla", limit, ratio) for limit, ratio in ratios.items()]
+    measured = {one.plan: one for one in every}
+    seconds = dict(zip(measured, (0.1, 0.16, 0.17, 0.2, 0.12), strict=True))
+    found = finalists(measured, seconds, SETTINGS)
+    assert found == [Plan("xla", limit) for limit in (64.0, 16.0, 32.0)]
+    failed = {found[1]: make_measurement("xla", 16.0, status="crashed")}
+    assert found[1] not in finalists(measured | failed, seconds, SETTINGS)
+    for undisturbed in (dict.fromkeys(measured, 0.2), {}):
+        assert finalists(measured, undisturbed, SETTINGS) == best_plans(measured, SETTINGS)
 
 
 def test_below_two_hopeless_limits_nothing_is_tried() -> None:
