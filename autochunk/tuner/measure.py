@@ -61,7 +61,7 @@ _LONGEST_REPEATED = 0.0005
 _REPEATS = 50  # of shorter ones, in one program
 # The kernels of one call in one graph, as in a model's program: of a call with few of them XLA else
 # makes none, and to start these one by one was seen to take twice as long as they run.
-_TOGETHER = {"xla_gpu_graph_min_graph_size": 1}
+_TOGETHER: dict[str, str | bool] = {"xla_gpu_graph_min_graph_size": "1"}
 # Of a run that is over sooner, what a first run brings in would count: code, and threads' stacks.
 _SHORT_RUN = 0.5
 _FIRST_RUN_BYTES = 8 * 2**20

@@ -88,6 +88,13 @@ def test_what_is_lowered_once_is_the_same_program() -> None:
         jax.tree.map(np.testing.assert_array_equal, program(*inputs.passed), wanted)
 
 
+def test_xla_knows_how_repeats_are_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option for GPUs that this version does not know would be an error, here as there."""
+    monkeypatch.setattr(measure, "_platform", lambda: "gpu")
+    program = measure.repeated(lambda x: x + 1, (jax.numpy.ones(3),))
+    np.testing.assert_array_equal(program(jax.numpy.ones(3)), np.full(3, 2.0))
+
+
 def test_plans_run_as_they_are_where_jax_sees_several_devices() -> None:
     """The op slices over rows first there, lest sharded heads be gathered.
 
