@@ -50,6 +50,7 @@ class JointRounds:
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
         self._end_of_all, self._ample_until = end, ample_until
         self._rounds: list[dict[Plan, float]] = []
+        self._disturbed: list[dict[Plan, float]] = []  # which are better than none
         self._end = math.inf
         self.cut_short = False
 
@@ -129,20 +130,23 @@ class JointRounds:
 
     def _add_round(self, playing: Sequence[Plan]) -> bool:
         """Times plans once more; returns False if time ran out, with enough rounds before."""
-        over = bool(self._rounds) and self._end_of_all < time.monotonic()
+        some = bool(self._rounds or self._disturbed)
+        over = some and self._end_of_all < time.monotonic()
         try:
             times = [] if over else self.probe.time(playing)
         except OutOfTime:
-            if not self._rounds:
+            if not some:
                 raise
             over = True
         if over:
+            if len(self._rounds) < self.settings.least_joint:
+                self._rounds.extend(self._disturbed)
             self.cut_short = len(self._rounds) < self.settings.least_joint
             return False
         found = dict(zip(playing, times, strict=True))
         in_time = time.monotonic() < min(self._end, self._ample_until)
-        if not (in_time and self._is_disturbed(found)):
-            self._rounds.append(found)
+        disturbed = in_time and self._is_disturbed(found)
+        (self._disturbed if disturbed else self._rounds).append(found)
         return True
 
     def _is_disturbed(self, times: Mapping[Plan, float]) -> bool:

@@ -377,7 +377,7 @@ class _Search:
         if found is not None and self.study.anchor != found:
             self.study.anchor = found
         if self.study.anchor != self.anchor:
-            self.anchor = self.study.anchor
+            self.anchor, self._beside = self.study.anchor, {}
             self.measured = self.study.measured()  # ratios to another anchor do not compare
 
 

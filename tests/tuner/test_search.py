@@ -437,6 +437,21 @@ def test_a_round_in_which_everything_takes_longer_is_made_again(
     assert [m.joint for m in found] == [len(probe.asked) - 4 + disturbed] * 2
 
 
+def test_disturbed_rounds_are_better_than_none() -> None:
+    """Where time ends before there were others."""
+
+    class Disturbed(_Ending):
+        def time(self, plans: list[Plan]) -> list[float]:
+            return [2 * seconds for seconds in super().time(plans)]
+
+    probe: Any = Disturbed(4, 1e6)
+    measured = _measured(seconds=(0.1,) * 5)
+    joint = JointRounds(probe, EFFORT_SETTINGS["standard"], measured, Plan("xla", 1.0))
+    found = joint.run([Plan("xla", 1.0), Plan("xla", 2.0)])
+    assert [m.joint for m in found] == [4] * 2
+    assert joint.cut_short
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_finalists_meet_in_several_processes(
     platform: str, scripted: Scripted, scripted_gpu: Scripted, tmp_path: Path
