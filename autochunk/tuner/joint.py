@@ -30,7 +30,8 @@ class JointRounds:
     half, so that the best get most of it (Karnin, Koren and Somekh 2013, "Almost optimal
     exploration in multi-armed bandits"). None comes back, so two plans share all rounds from the
     first on. On a CPU the others then go on in a new process: where a process has its memory
-    favours some plan in all its rounds.
+    favours some plan in all its rounds. A round in which most plans take far longer than they can
+    is made again, while time is ample.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class JointRounds:
     ) -> None:
         """No further round is begun after ``end``, by ``time.monotonic()``.
 
-        Until ``ample_until`` more than half of the plans may stay, as many as have more rounds by
-        then.
+        Until ``ample_until`` time is ample: more than half of the plans may stay, as many as have
+        more rounds by then.
         """
         self.probe, self.settings, self.measured, self.anchor = probe, settings, measured, anchor
         self._end_of_all, self._ample_until = end, ample_until
