@@ -50,7 +50,7 @@ from autochunk.workload import Workload
 _SHARE_OF_PLANS = 0.8
 _SHARE_ON_ACCELERATORS = 0.9
 # So long all that are close stay in joint rounds; what short calls leave is for long ones.
-_SHARE_OF_AMPLE_ROUNDS = 0.25
+_SHARE_OF_AMPLE_ROUNDS = 0.1
 # On an accelerator compiling takes what time there is, and rounds next to none: in seconds.
 _JOINT_ON_ACCELERATORS = 3.0
 # Ratios of so many rounds may be alike by chance.

@@ -486,7 +486,7 @@ def test_a_plan_stays_whose_own_rounds_were_best() -> None:
     assert len(probe.asked[-1]) < len(probe.asked[0])
 
 
-@pytest.mark.parametrize(("share", "half"), [(math.inf, False), (90.0, False), (10.0, True)])
+@pytest.mark.parametrize(("share", "half"), [(math.inf, False), (150.0, False), (25.0, True)])
 def test_where_time_does_not_do_for_all_half_of_the_plans_leave(
     share: float, half: bool, scripted: Scripted, tmp_path: Path
 ) -> None:
