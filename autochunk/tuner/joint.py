@@ -82,8 +82,7 @@ class JointRounds:
                     # Not after each round: who looks often enough sees what is not there.
                     look = math.ceil(1.5 * look)
                     rounds = look - len(self._rounds)
-                    between = self._in_question(playing, finalists, rounds)
-                    playing = between if self._left() > 0 else []
+                    playing = self._in_question(playing, finalists, rounds)
                     self._maybe_restart(playing)
         return [self._measurement(plan) for plan in dict.fromkeys([*finalists, self.anchor])]
 
@@ -163,8 +162,10 @@ class JointRounds:
     ) -> list[Plan]:
         """Of the plans in the last round those that the choice is between, and the anchor.
 
-        They are to have so many rounds before they are looked at again.
+        They are to have so many rounds before they are looked at again. None where time is over.
         """
+        if self._left() <= 0:
+            return []
         timed = [plan for plan in playing if plan in finalists]
         if len(self._rounds) < self.settings.least_joint:
             between = sorted(timed, key=self._ratio_so_far)

@@ -37,6 +37,7 @@ from autochunk.tuner.process import WorkerFailure
 from autochunk.tuner.standing import (
     beaten_by_a_kernel,
     beneath_the_hopeless,
+    best_plans,
     best_ratio,
     between_the_hopeless,
     finalists,
@@ -130,7 +131,6 @@ class _Search:
         self._share = self._end = self._end_of_all = math.inf
         self._cut_short = False  # the joint rounds
         self._preparing: list[float] = []  # seconds that it took for each plan
-        self._beside: dict[Plan, float] = {}  # seconds of the anchor in a plan's rounds
         self._failed: dict[Plan, Prepared] = {}  # while an anchor was looked for
 
     def run(self, seconds: float) -> Outcome:
@@ -200,8 +200,8 @@ class _Search:
 
     def _finalists(self) -> list[Plan]:
         # Accelerators have no cores to lose, and compile for long.
-        beside = {} if self.probe.is_accelerated else self._beside
-        return finalists(self.measured, beside, self.settings)
+        close = best_plans if self.probe.is_accelerated else finalists
+        return close(self.measured, self.settings)
 
     def latest(self) -> dict[Plan, Measurement]:
         """All that is measured, by others since the last claim too.
@@ -260,13 +260,10 @@ class _Search:
         start = time.monotonic()
         seconds: list[float] = []
         ratios: list[float] = []
-        beside: list[float] = []
         for step in range(self.settings.rounds):
             own, anchors = self.probe.time_beside(plan, self.anchor, step)
             seconds.append(own)
-            beside.append(anchors)
             ratios.append(own / anchors)
-            self._beside[plan] = statistics.median(beside)
             claim.report(ratios[-1], step)
             fewest = self._fewest_rounds((time.monotonic() - start) / len(ratios))
             if is_doubtful(ratios, best_ratio(self.measured), self.settings):
@@ -377,7 +374,7 @@ class _Search:
         if found is not None and self.study.anchor != found:
             self.study.anchor = found
         if self.study.anchor != self.anchor:
-            self.anchor, self._beside = self.study.anchor, {}
+            self.anchor = self.study.anchor
             self.measured = self.study.measured()  # ratios to another anchor do not compare
 
 

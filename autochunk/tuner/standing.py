@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from operator import truediv
 
 from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import Plan
@@ -46,19 +47,18 @@ def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     return list(dict.fromkeys(plans))[: settings.finalists]
 
 
-def finalists(
-    measured: Measurements, beside: Mapping[Plan, float], settings: EffortSettings
-) -> list[Plan]:
+def finalists(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     """The best plans, and those that may be as good, since their rounds were disturbed.
 
-    ``beside`` are seconds of the anchor in the rounds of each.
+    The anchor took far longer in these than it can.
     """
     best = best_plans(measured, settings)
-    if not beside:
+    timed = [m for m in measured.values() if m.timed and all(m.ratios)]  # a file may have zeros
+    if not timed:
         return best
-    usual, most = can_take(beside.values()), settings.hopeless**2 * best_ratio(measured)
-    disturbed = (measured.get(plan) for plan, took in beside.items() if took > DISTURBED * usual)
-    maybe = [m for m in disturbed if m is not None and m.timed and m.ratio <= most]
+    anchors = {m.plan: statistics.median(map(truediv, m.seconds, m.ratios)) for m in timed}
+    usual, most = can_take(anchors.values()), settings.hopeless**2 * best_ratio(measured)
+    maybe = [m for m in timed if anchors[m.plan] > DISTURBED * usual and m.ratio <= most]
     return list(dict.fromkeys([*best, *(m.plan for m in sorted(maybe, key=lambda m: m.ratio))]))
 
 

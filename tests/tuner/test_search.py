@@ -505,6 +505,7 @@ def test_where_time_does_not_do_for_all_half_of_the_plans_leave(
     assert (plans[first] < plans[0]) is half
     assert len(plans) > 2 * first
     if half:
+        assert plans[first] <= 2 + plans[0] / 2
         assert plans[-1] in (2, 3), "the best two, and the anchor"
 
 

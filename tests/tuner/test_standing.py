@@ -91,15 +91,21 @@ def test_a_single_ratio_is_hardly_believed(
 def test_disturbed_plans_may_be_better_than_they_look() -> None:
     """Those beside which the anchor took far longer than it can, unless they are slow by far."""
     ratios = {64.0: 1.0, 32.0: 1.6, 16.0: 1.4, 8.0: 5.0, 4.0: 1.5}
-    every = [make_measurement("xla", limit, ratio) for limit, ratio in ratios.items()]
-    measured = {one.plan: one for one in every}
-    seconds = dict(zip(measured, (0.1, 0.16, 0.17, 0.2, 0.12), strict=True))
-    found = finalists(measured, seconds, SETTINGS)
+
+    def by_anchors(*seconds: float) -> dict[Plan, Measurement]:
+        every = [make_measurement("xla", limit, ratio) for limit, ratio in ratios.items()]
+        return {
+            one.plan: one.model_copy(update={"seconds": tuple(took * r for r in one.ratios)})
+            for one, took in zip(every, seconds, strict=True)
+        }
+
+    measured = by_anchors(0.1, 0.16, 0.17, 0.2, 0.12)
+    found = finalists(measured, SETTINGS)
     assert found == [Plan("xla", limit) for limit in (64.0, 16.0, 32.0)]
     failed = {found[1]: make_measurement("xla", 16.0, status="crashed")}
-    assert found[1] not in finalists(measured | failed, seconds, SETTINGS)
-    for undisturbed in (dict.fromkeys(measured, 0.2), {}):
-        assert finalists(measured, undisturbed, SETTINGS) == best_plans(measured, SETTINGS)
+    assert found[1] not in finalists(measured | failed, SETTINGS)
+    for undisturbed in (by_anchors(*[0.2] * 5), {}):
+        assert finalists(undisturbed, SETTINGS) == best_plans(undisturbed, SETTINGS)
 
 
 def test_below_two_hopeless_limits_nothing_is_tried() -> None:
