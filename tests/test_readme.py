@@ -208,7 +208,7 @@ def test_python_runs(code: str) -> None:
 
 
 def test_auto_is_what_the_profile_recommends() -> None:
-    """In the table of a GPU "auto" runs the kernel that was fastest in the profile that ships."""
+    """In the table of a GPU "auto" runs the fastest kernel of the profile that ships, within 2%."""
     start = README.index("| `autochunk bench --dtype bfloat16` (last row")
     table, *_ = README[start:].split("\n\n")
     row = r"^\| `--mode (\S+) --shape (\S+)`(, float32)? .*\*\*, (\w+) \|$"
@@ -222,5 +222,6 @@ def test_auto_is_what_the_profile_recommends() -> None:
         dtype = "float32" if wide else "bfloat16"
         profile = profiles[Workload.parse(shape, dtype=dtype, mode=mode).key]
         finished = [one for one in profile.measurements if one.status == "ok"]
-        fastest = min(finished, key=lambda one: one.ratio)
-        assert kernel.lower() in fastest.implementation, shape
+        most = 1.02 * min(one.ratio for one in finished)
+        fast = [one.implementation for one in finished if one.ratio <= most]
+        assert any(kernel.lower() in name for name in fast), shape

@@ -32,8 +32,9 @@ class Sites(NamedTuple):
 
     Attributes:
       sizes: of each workload log2 of T', T, batch x heads and key size.
-      kinds: of each workload dtype, mode, whether positions, a bias and a mask (or lengths,
-        segments) leave keys out, and what else is computed of each logit, as numbers.
+      kinds: of each workload dtype, mode, whether positions and a bias are there, whether a mask or
+        segments leave keys out, or lengths alone, and what else is computed of each logit, as
+        numbers.
       of: the workload of each plan, by its row in the two.
       names: of each plan its implementation, by its place in ``IMPLEMENTATIONS``.
       slices: of each plan log2 of bytes of logits at once, rows of a slice and number of slices.
@@ -86,7 +87,8 @@ def sizes_of(workload: Workload) -> np.ndarray:
 def kinds_of(workload: Workload) -> np.ndarray:
     """What ``Sites.kinds`` has."""
     positions = workload.reach != (None, None)
-    masks = workload.mask != "none" or bool(workload.covering)
+    masks = 1 if workload.mask != "none" or workload.query_segment_ids != "none" else 0
+    masks = masks or 2 * bool(workload.covering)
     added = workload.bias != "none" or workload.alibi_slopes != "none"
     more = (workload.dropout_bits != "none") + 2 * workload.soft_cap
     more += 4 * (workload.alibi_slopes != "none")

@@ -105,7 +105,7 @@ def _replay(profile: Profile, sources: Sequence[Source]) -> Replay | None:
     if len(timed) < 2:
         return None
     workload, platform = profile.parsed_workload(), profile.device.platform
-    found = predict(workload, platform, nearest(workload, sources), list(timed))
+    found = predict(workload, platform, nearest(workload, platform, sources), list(timed))
     if found is None:
         return None
     chosen = timed[found.cost.plan]

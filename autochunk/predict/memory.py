@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autochunk.implementations import is_sliced
 from autochunk.plan import Plan
-from autochunk.predict.work import HALVES, kind_of, work_of
+from autochunk.predict.work import HALVES, Work, kind_of, work_of
 from autochunk.workload import Workload
 
 LEAST_BYTES = 2**20
@@ -26,39 +27,64 @@ class _Held:
       logits: those at once, in float32.
       excluding: so many more of them, where keys are left out.
       added: so many more, where a bias, ALiBi, a soft cap or dropout is between two products.
+      few: so many more, where a CPU has few heads' at once, or long ones: it does not fuse these.
       slices: operands of a slice, in float32.
       operands: all queries, keys and values, in their dtype.
       zeroed: so many more of these, where keys are left out.
+      stacked: so many more of these in the order of slices of some heads, where keys are left out.
+      several: so many more of these where slices have several sequences, and no keys are left out.
+      by_rows: so many more of these in slices of rows, which all add to the cotangents of all keys.
       unfused: so many more logits, where a CPU computes float16: it fuses none of that.
     """
 
     logits: tuple[float, float]
     excluding: tuple[float, float] = (0.0, 0.0)
     added: float = 0.0
+    few: tuple[float, float] = (0.0, 0.0)
     slices: tuple[float, float] = (0.0, 0.0)
     operands: tuple[float, float] = (0.0, 0.0)
     zeroed: float = 0.0
+    stacked: tuple[float, float] = (0.5, 0.5)
+    several: float = 0.0
+    by_rows: float = 0.0
     unfused: float = 0.0
 
 
 # CPUs compute half precision in float32, and fuse a part of the logits away, where nothing is done
 # to these between two products.
 _CPU = {
-    ("dense", "forward"): _Held((1.0, 1.0), excluding=(2.0, 2.0), added=1.0, unfused=0.5),
+    ("dense", "forward"): _Held(
+        (1.0, 1.0), excluding=(2.0, 2.0), added=1.0, few=(0.0, 1.0), unfused=0.5
+    ),
     ("dense", "training"): _Held((3.3, 3.8), excluding=(1.0, 1.0), slices=(0.5, 0.5)),
-    ("sliced", "forward"): _Held((0.5, 0.5), added=0.7, slices=(3.0, 1.0), zeroed=0.4, unfused=1.5),
+    ("sliced", "forward"): _Held(
+        (0.5, 0.5), added=0.7, few=(0.6, 0.6), slices=(3.0, 1.0), zeroed=0.4, unfused=1.5
+    ),
     ("sliced", "training"): _Held((2.4, 2.4), slices=(3.3, 1.3), operands=(1.5, 0.0), zeroed=0.4),
 }
 # Logits are float32, the weights that are multiplied with values in the inputs' dtype.
 _ACCELERATOR = {
-    ("dense", "forward"): _Held((1.5, 2.0), excluding=(1.5, 1.0)),
-    ("dense", "training"): _Held((2.5, 3.0), excluding=(0.5, 0.0)),
-    ("sliced", "forward"): _Held((1.5, 2.0), excluding=(0.6, 0.6), operands=(0.2, 0.2), zeroed=0.2),
+    ("dense", "forward"): _Held((1.5, 2.0)),
+    ("dense", "training"): _Held((2.5, 3.0), excluding=(0.0, -0.3)),
+    ("sliced", "forward"): _Held(
+        (1.5, 2.0),
+        excluding=(0.6, 0.6),
+        operands=(0.2, 0.2),
+        zeroed=0.2,
+        stacked=(0.8, 0.8),
+        several=0.6,
+    ),
     ("sliced", "training"): _Held(
-        (3.0, 3.8), excluding=(0.3, 0.3), operands=(1.6, 0.3), zeroed=0.5
+        (3.0, 3.8),
+        excluding=(0.3, 0.3),
+        operands=(1.6, 0.3),
+        zeroed=0.5,
+        stacked=(1.3, 1.0),
+        several=0.5,
+        by_rows=0.9,
     ),
 }
-_STACKED = 0.5  # of the operands, in the order of slices of some heads where keys are left out
+_FEW_HEADS, _LONG = 8, 4096
 _GROUPED = 0.5  # of the operands, with keys and values for all heads: one of these two at a time
 _ALIGNED = 8  # elements of half precision, 16 bytes: what Hopper's asynchronous copies need
 
@@ -69,7 +95,7 @@ class _Kernel:
 
     Attributes:
       zeroed: arrays as large as keys or values where some of these are left out, in forward and in
-        training.
+        training; in training ``queries`` as large as queries.
       masks: bytes of a mask for each row and key.
       given: of which masks a copy is made, by the letter of their rows: "t" where these differ,
         "1" where they do not.
@@ -82,6 +108,7 @@ class _Kernel:
     """
 
     zeroed: tuple[float, float]
+    queries: float
     masks: tuple[float, float]
     given: str = ""
     sums: float = 0.0
@@ -93,19 +120,22 @@ class _Kernel:
 
 
 _KERNELS = {
-    "cudnn": _Kernel(zeroed=(2.0, 5.0), masks=(2.0, 2.0), given="t1", sums=4.0, rows=8.0),
+    "cudnn": _Kernel(
+        zeroed=(2.0, 2.0), queries=2.0, masks=(2.0, 2.0), given="t1", sums=4.0, rows=8.0
+    ),
     "tokamax_mosaic": _Kernel(
-        zeroed=(1.0, 4.0),
+        zeroed=(1.0, 2.0),
+        queries=1.0,
         masks=(1.0, 2.0),
         given="t",
         bias=2.0,
         grouped=False,
         odd=(3.0, 4.0),
     ),
-    "tokamax_triton": _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 1.0), windows=True),
+    "tokamax_triton": _Kernel(zeroed=(1.0, 2.0), queries=1.0, masks=(1.0, 1.0), windows=True),
 }
 # Of one that nobody has measured yet.
-_UNKNOWN = _Kernel(zeroed=(1.0, 4.0), masks=(1.0, 2.0), given="t1")
+_UNKNOWN = _Kernel(zeroed=(1.0, 2.0), queries=1.0, masks=(1.0, 2.0), given="t1")
 
 
 def _kernel(name: str) -> _Kernel:
@@ -151,13 +181,19 @@ def _of_logits(workload: Workload, plan: Plan, platform: str) -> float:
     share = work.rows / workload.query_length, work.keys / workload.key_length
     of_slice = (sizes.queries * share[0] + sizes.keys * share[1]) * work.share
     logits, operands = held.logits[full], held.operands[full]
+    if plan.implementation == "xla_rows":
+        operands += held.by_rows
     if platform == "cpu" and workload.dtype == "float16":
         logits += held.unfused
     if excluding:
         logits += held.excluding[full]
-        operands += held.zeroed + (_STACKED if work.share < 1 else 0.0)
-    elif _adds(workload):
-        logits += held.added
+        operands += held.zeroed + (held.stacked[full] if _stacks(workload, work, platform) else 0.0)
+    else:
+        if _adds(workload):
+            logits += held.added
+        elif workload.dtype != "float16" and _few(work, workload, plan):
+            logits += held.few[full]
+        operands += _several(plan, work, workload.batch) * held.several
     if platform == "cpu" and kind_of(plan.implementation) == "dense":
         # Operands in the order of its products are gone when most of the logits are there.
         operands = max(operands, 1.0 - logits * work.at_once / (sizes.queries + sizes.keys))
@@ -166,6 +202,35 @@ def _of_logits(workload: Workload, plan: Plan, platform: str) -> float:
         + held.slices[full] * of_slice * workload.logits_itemsize / _itemsize(workload)
         + operands * (sizes.queries + sizes.keys)
         + _GROUPED * grouped_bytes(workload)
+    )
+
+
+def _stacks(workload: Workload, work: Work, platform: str) -> bool:
+    """Whether operands are brought into the order of slices of some heads.
+
+    A GPU takes one head from where it is, and needs no blocks where a mask is given.
+    """
+    if platform == "cpu":
+        return work.share < 1
+    one = work.share * workload.batch * workload.num_heads <= 1
+    return work.share < 1 and not one and workload.mask == "none"
+
+
+def _few(work: Work, workload: Workload, plan: Plan) -> bool:
+    """Whether a CPU's slice has few heads, or rows of its own of many keys; dense: many keys."""
+    if not is_sliced(plan.implementation):
+        return work.keys >= _LONG
+    heads = work.share * workload.batch * workload.num_heads
+    return heads < _FEW_HEADS or (work.rows < workload.query_length and work.keys > _LONG)
+
+
+def _several(plan: Plan, work: Work, batch: int) -> bool:
+    """Whether a slice has rows of several sequences, but not all."""
+    by_rows = plan.implementation == "xla_rows"
+    return (
+        batch > 1
+        and is_sliced(plan.implementation)
+        and (by_rows if work.share == 1 else work.share * batch > 1)
     )
 
 
@@ -180,17 +245,19 @@ def _of_kernel(workload: Workload, kernel: _Kernel) -> float:
     pairs = workload.batch * workload.query_length * workload.key_length * workload.num_heads
     held = kernel.masks[training] * mask_bytes(workload)
     if workload.mask != "none" and workload.mask[2:3] in kernel.given:
-        held += kernel.masks[0] * _given_mask(workload)
+        copies = 2 if training and workload.bias != "none" else 1
+        held += copies * kernel.masks[0] * _given_mask(workload)
     if kernel.windows and None not in workload.reach and not held:
         held += workload.query_length * workload.key_length
     if workload.key_length % _ALIGNED:
         held += kernel.odd[training] * pairs
-    if _zeroes(workload):
-        held += kernel.zeroed[training] * sizes.keys / 2
+    grouped = grouped_bytes(workload) if training and kernel.grouped else 0
+    # Those of fewer heads are gone when there are some for all heads.
+    held += max(kernel.zeroed[training] * sizes.keys / 2 if _zeroes(workload) else 0, grouped)
     if training:
+        held += kernel.queries * sizes.queries / 2 if _zeroes(workload) else 0
         rows = workload.batch * workload.num_heads * workload.query_length
         held += rows * (kernel.rows + kernel.sums * workload.key_size)
-        held += grouped_bytes(workload) if kernel.grouped else 0
         held += kernel.bias * pairs * _itemsize(workload) if workload.bias != "none" else 0
     return held
 

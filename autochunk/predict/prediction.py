@@ -24,11 +24,12 @@ from autochunk.predict.curves import (
     sizes_of,
 )
 from autochunk.predict.process import (
-    SECONDS,
     TEMP_BYTES,
+    Covariance,
     Known,
     Posterior,
     alike,
+    of_seconds,
     posterior,
 )
 from autochunk.predict.seconds import seconds
@@ -148,7 +149,8 @@ def predict(
     if not sources or not plans:
         return None
     asked = sites(workload, plans)
-    times = _times(sources, asked, [seconds(workload, plan, platform) for plan in plans])
+    physics = [seconds(workload, plan, platform) for plan in plans]
+    times = _times(of_seconds(platform), sources, asked, physics)
     held = _memory(sources, asked, [memory.temp_bytes(workload, plan, platform) for plan in plans])
     costs = [
         Cost(plan, float(second), float(likely), float(most))
@@ -219,10 +221,10 @@ def _gains_nothing(costs: Sequence[Cost], one: int, dense: int) -> bool:
     return unsliced and memory >= costs[dense].temp_bytes
 
 
-def nearest(workload: Workload, sources: Sequence[Source]) -> list[Source]:
+def nearest(workload: Workload, platform: str, sources: Sequence[Source]) -> list[Source]:
     """The curves that tell most of a workload, of ``MOST_POINTS`` plans, the most alike first."""
     close = alike(
-        SECONDS,
+        of_seconds(platform),
         (sizes_of(workload), kinds_of(workload)),
         np.array([source.curve.sites.sizes[0] for source in sources]).reshape(-1, 4),
         np.array([source.curve.sites.kinds[0] for source in sources]).reshape(-1, KINDS),
@@ -253,10 +255,12 @@ def _known(sources: Sequence[Source], values: str, noise: Sequence[np.ndarray]) 
     )
 
 
-def _times(sources: Sequence[Source], asked: Sites, physics: Sequence[float]) -> Posterior:
+def _times(
+    covariance: Covariance, sources: Sequence[Source], asked: Sites, physics: Sequence[float]
+) -> Posterior:
     """Logs of seconds."""
     known = _known(sources, "seconds", [source.curve.noise for source in sources])
-    found = posterior(SECONDS, known, asked)
+    found = posterior(covariance, known, asked)
     return found._replace(mean=found.mean + np.log(physics))
 
 

@@ -25,7 +25,7 @@ from autochunk.predict.prediction import (
     predict,
     tells,
 )
-from autochunk.predict.process import SECONDS, alike
+from autochunk.predict.process import alike, of_seconds
 from autochunk.resolution.answer import Request, Resolution, most_memory
 from autochunk.resolution.layers import Layer, find
 from autochunk.resolution.rule import usual_kernel
@@ -65,7 +65,8 @@ class Curves:
     def near(self, workload: Workload) -> list[Source]:
         """Those that tell most of a workload, the most alike first."""
         asked = sizes_of(workload), kinds_of(workload)
-        close = alike(SECONDS, asked, self._sizes, self._kinds, self._likeness)
+        covariance = of_seconds(self._device.platform)
+        close = alike(covariance, asked, self._sizes, self._kinds, self._likeness)
         order = [n for n in np.argsort(-close, kind="stable") if close[n] >= _LEAST_ALIKE]
         found = (self._source(number) for number in order)
         return first_of(one for one in found if one is not None)

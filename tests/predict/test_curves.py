@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from factories import (
     make_device,
     make_function_profile,
@@ -10,7 +12,7 @@ from factories import (
     make_workload,
 )
 
-from autochunk.predict.curves import MOST_PLANS, curve, fastest
+from autochunk.predict.curves import MOST_PLANS, curve, fastest, kinds_of
 from autochunk.predict.evaluate import replay
 
 
@@ -35,3 +37,15 @@ def test_functions_are_no_curves() -> None:
     """They teach nothing of attention, nor is it said how well they are predicted."""
     assert curve(make_function_profile()) is None
     assert replay([make_function_profile(), make_profile()]) == []
+
+
+def test_lengths_are_a_kind_of_their_own() -> None:
+    """Kernels skip what lengths leave out, and read a mask; segments are read as one, too."""
+    forms = ["", ",kv_lengths=yes", ",mask=b1ts", ",mask=b1ts,kv_lengths=yes"]
+    forms += [",q_segments=yes,kv_segments=yes", ",q_segments=yes,kv_segments=yes,kv_lengths=yes"]
+    plain, lengths, *masks = (
+        tuple(kinds_of(make_workload(f"b=2,t=64,h=2,k=8{form}"))) for form in forms
+    )
+    assert len({plain, lengths, *masks}) == 3
+    for one, other in itertools.combinations((plain, lengths, masks[0]), 2):
+        assert sum(a != b for a, b in zip(one, other, strict=True)) == 1

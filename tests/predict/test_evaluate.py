@@ -31,7 +31,7 @@ def of_platform(platform: str, devices: bool) -> list[Summary]:
 # Worst: of the CPU it is a curve whose seconds and ratios contradict each other.
 @pytest.mark.parametrize(
     ("platform", "ninth", "worst", "too_small"),
-    [("cpu", 0.08, 0.25, 0.10), ("gpu", 0.03, 0.2, 0.06)],
+    [("cpu", 0.08, 0.25, 0.10), ("gpu", 0.01, 0.06, 0.02)],
 )
 def test_a_workload_that_is_left_out(
     platform: str, ninth: float, worst: float, too_small: float
@@ -52,19 +52,21 @@ def test_a_workload_that_is_left_out(
 
 
 def test_a_device_that_is_left_out() -> None:
-    """Nine in ten choices cost at most 4%, and none is slower than dense attention by over 5%.
+    """Nine in ten choices cost at most 1%, and one is slower than dense attention by over 5%.
 
-    There is one CPU only, and nothing like it.
+    That is in float32 with heads of 128, where an H100 and an H200 differ. There is one CPU only,
+    and nothing like it.
     """
     found = of_platform("gpu", devices=True)
     assert len(found) == 2
     for one in found:
         assert one.regret[0] <= 0.01
-        assert one.regret[1] <= 0.04
-        assert one.against_dense is not None
-        assert one.against_dense <= 0.05
-        assert one.memory <= 0.15
-        assert one.memory_under <= 0.10
+        assert one.regret[1] <= 0.01
+        assert one.regret[2] <= 0.15
+        assert one.memory <= 0.10
+        assert one.memory_under <= 0.02
+    slower = [one.against_dense or 0.0 for one in replays(devices=True)]
+    assert sum(by > 0.05 for by in slower) <= 1
     assert not of_platform("cpu", devices=True)
 
 
@@ -85,10 +87,12 @@ def test_what_no_curve_has_is_left_to_dense_attention(term: str, mode: str) -> N
     workload = Workload.parse(f"b=8,t=1024,h=12,k=64,{term}", dtype="bfloat16", mode=mode)
     sources = [Source(own, 1.0) for one in profiles if (own := curve(one)) is not None]
     plans = plans_of(workload, "gpu")
-    found = predict(workload, "gpu", nearest(workload, sources), plans)
+    found = predict(workload, "gpu", nearest(workload, "gpu", sources), plans)
     assert found is not None
     assert found.cost.plan == DENSE
-    little = predict(workload, "gpu", nearest(workload, sources), plans, memory_budget_mb=300)
+    little = predict(
+        workload, "gpu", nearest(workload, "gpu", sources), plans, memory_budget_mb=300
+    )
     assert little is not None
     assert little.cost.most_bytes <= 300e6
 
@@ -100,6 +104,6 @@ def test_on_a_cpu_it_is_not(term: str, mode: str) -> None:
     profiles = bundle.read(next(file for file in SHIPPED if "xeon" in file.name)).profiles
     workload = Workload.parse(f"t=2048,h=4,k=32,{term}", mode=mode)
     sources = [Source(own, 1.0) for one in profiles if (own := curve(one)) is not None]
-    found = predict(workload, "cpu", nearest(workload, sources), plans_of(workload, "cpu"))
+    found = predict(workload, "cpu", nearest(workload, "cpu", sources), plans_of(workload, "cpu"))
     assert found is not None
     assert found.cost.plan != DENSE

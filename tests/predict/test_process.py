@@ -10,18 +10,22 @@ from hypothesis import given
 from autochunk.plan import Plan
 from autochunk.predict.curves import Sites, joined, sites
 from autochunk.predict.process import (
-    SECONDS,
     TEMP_BYTES,
     Covariance,
     Known,
     _solve,
     covaries,
+    of_seconds,
     posterior,
 )
 from autochunk.workload import Workload
 
 PLANS = [Plan("dense"), Plan("xla"), Plan("xla", 1.05), Plan("xla_rows", 4.2), Plan("cudnn")]
-PARAMETERS = pytest.mark.parametrize("covariance", [SECONDS, TEMP_BYTES], ids=["time", "memory"])
+PARAMETERS = pytest.mark.parametrize(
+    "covariance",
+    [of_seconds("cpu"), of_seconds("gpu"), TEMP_BYTES],
+    ids=["time", "time of GPUs", "memory"],
+)
 
 
 def workload(text: str = "b=2,t=512,h=4,k=32", **fields: str) -> Workload:
