@@ -24,11 +24,11 @@ from autochunk.predict.curves import (
     sizes_of,
 )
 from autochunk.predict.process import (
-    TEMP_BYTES,
     Covariance,
     Known,
     Posterior,
     alike,
+    of_bytes,
     of_seconds,
     posterior,
 )
@@ -41,8 +41,9 @@ MOST_POINTS = MOST_PLANS
 """The nearest curves of so many plans are asked: more add little but time."""
 
 # Memory is reckoned so many standard deviations higher: more than that is rare. What is told of a
-# plan leans that way, too: memory that is missed hurts, some that is left does not.
-_MARGIN, _LIKELY = 1.5, 0.6
+# plan leans that way, too: memory that is missed hurts, some that is left does not. (On CPUs less:
+# deviations are three times those of GPUs there, and half of what is told must be near.)
+_MARGIN, _LIKELY, _LIKELY_ON_CPUS = 1.5, 1.0, 0.3
 _NOISE_OF_BYTES = 0.07
 # With so many curves of the device itself, and no more than this to gain, a prediction is sure.
 _FEWEST_HERE, _SURE = 3, 0.05
@@ -151,13 +152,14 @@ def predict(
     asked = sites(workload, plans)
     physics = [seconds(workload, plan, platform) for plan in plans]
     times = _times(of_seconds(platform), sources, asked, physics)
-    held = _memory(sources, asked, [memory.temp_bytes(workload, plan, platform) for plan in plans])
+    accounted = [memory.temp_bytes(workload, plan, platform) for plan in plans]
+    held = _memory(of_bytes(platform), sources, asked, accounted)
     costs = [
         Cost(plan, float(second), float(likely), float(most))
         for plan, second, likely, most in zip(
             plans,
             np.exp(times.mean),
-            _bytes(held, _LIKELY),
+            _bytes(held, _LIKELY_ON_CPUS if platform == "cpu" else _LIKELY),
             _bytes(held, _MARGIN),
             strict=True,
         )
@@ -264,10 +266,12 @@ def _times(
     return found._replace(mean=found.mean + np.log(physics))
 
 
-def _memory(sources: Sequence[Source], asked: Sites, held: Sequence[float]) -> Posterior:
+def _memory(
+    covariance: Covariance, sources: Sequence[Source], asked: Sites, held: Sequence[float]
+) -> Posterior:
     """Logs of bytes."""
     noise = [np.full(len(source.curve.noise), _NOISE_OF_BYTES) for source in sources]
-    found = posterior(TEMP_BYTES, _known(sources, "temp_bytes", noise), asked)
+    found = posterior(covariance, _known(sources, "temp_bytes", noise), asked)
     return found._replace(mean=found.mean + np.log(held))
 
 

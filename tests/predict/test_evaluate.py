@@ -31,7 +31,7 @@ def of_platform(platform: str, devices: bool) -> list[Summary]:
 # Worst: of the CPU it is a curve whose seconds and ratios contradict each other.
 @pytest.mark.parametrize(
     ("platform", "ninth", "worst", "too_small"),
-    [("cpu", 0.08, 0.25, 0.10), ("gpu", 0.01, 0.06, 0.02)],
+    [("cpu", 0.08, 0.25, 0.10), ("gpu", 0.01, 0.06, 0.01)],
 )
 def test_a_workload_that_is_left_out(
     platform: str, ninth: float, worst: float, too_small: float
@@ -64,7 +64,7 @@ def test_a_device_that_is_left_out() -> None:
         assert one.regret[1] <= 0.01
         assert one.regret[2] <= 0.15
         assert one.memory <= 0.10
-        assert one.memory_under <= 0.02
+        assert one.memory_under <= 0.01
     slower = [one.against_dense or 0.0 for one in replays(devices=True)]
     assert sum(by > 0.05 for by in slower) <= 1
     assert not of_platform("cpu", devices=True)

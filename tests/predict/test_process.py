@@ -10,11 +10,11 @@ from hypothesis import given
 from autochunk.plan import Plan
 from autochunk.predict.curves import Sites, joined, sites
 from autochunk.predict.process import (
-    TEMP_BYTES,
     Covariance,
     Known,
     _solve,
     covaries,
+    of_bytes,
     of_seconds,
     posterior,
 )
@@ -23,8 +23,8 @@ from autochunk.workload import Workload
 PLANS = [Plan("dense"), Plan("xla"), Plan("xla", 1.05), Plan("xla_rows", 4.2), Plan("cudnn")]
 PARAMETERS = pytest.mark.parametrize(
     "covariance",
-    [of_seconds("cpu"), of_seconds("gpu"), TEMP_BYTES],
-    ids=["time", "time of GPUs", "memory"],
+    [of(platform) for of in (of_seconds, of_bytes) for platform in ("cpu", "gpu")],
+    ids=["time of CPUs", "time of GPUs", "memory on CPUs", "memory on GPUs"],
 )
 
 
@@ -72,7 +72,7 @@ def test_what_is_known_comes_back(covariance: Covariance) -> None:
 
 @PARAMETERS
 def test_what_is_far_is_unknown(covariance: Covariance) -> None:
-    """Nearer sizes say more: their values move the answer further, and it is surer."""
+    """Far sizes say less: their values move the answer little, and the nearer the surer."""
     asked, values = sites(workload(), PLANS), np.full(len(PLANS), 1.0)
     texts = ["b=2,t=512,h=4,k=32", "b=2,t=1024,h=4,k=32", "b=64,t=16384,h=4,k=128"]
     found = [
@@ -81,7 +81,8 @@ def test_what_is_far_is_unknown(covariance: Covariance) -> None:
     ]
     means = [one.mean.mean() for one in found]
     unsure = [np.diag(one.covariance).mean() for one in found]
-    assert means[0] > means[1] > means[2] >= 0
+    assert min(means[:2]) > 0.8
+    assert abs(means[2]) < 0.5
     assert unsure[0] < unsure[1] < unsure[2]
 
 
