@@ -16,6 +16,13 @@ HALVES = ("bfloat16", "float16")
 
 # Whether fused kernels skip, in forward and in training, what lies outside a window on both sides.
 _SKIPS_WINDOWS = {"cudnn": (True, True), "tokamax_mosaic": (True, False)}
+# Whether they skip keys beyond lengths; other kernels compute them.
+_SKIPS_LENGTHS = {
+    "cudnn": (False, True),
+    "tokamax_mosaic": (True, False),
+    "tokamax_triton": (True, False),
+}
+_WITHIN_LENGTHS = 0.8  # of the blocks, where lengths are from half to all, as the tuner has them
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     every = workload.batch * workload.num_heads * workload.query_length * workload.key_length
     if not is_sliced(plan.implementation):
         seen = _seen(workload) if _skips(workload, plan.implementation) else 1.0
+        seen *= _within_lengths(workload, plan.implementation)
         rows, keys = workload.query_length, workload.key_length
         return Work(1.0, rows, keys, 1.0, workload.logits_bytes, every * seen)
     shape = sliced_shape(workload)
@@ -76,6 +84,12 @@ def _skips(workload: Workload, implementation: str) -> bool:
     if not is_fused(implementation) or None in workload.reach:
         return is_fused(implementation)
     return _SKIPS_WINDOWS.get(implementation, (False, False))[workload.mode == "training"]
+
+
+def _within_lengths(workload: Workload, implementation: str) -> float:
+    """The share of the logits that an implementation computes of what lengths leave."""
+    skips = _SKIPS_LENGTHS.get(implementation, (False, False))[workload.mode == "training"]
+    return _WITHIN_LENGTHS if skips and workload.key_value_seq_lengths != "none" else 1.0
 
 
 def _seen(workload: Workload) -> float:

@@ -34,6 +34,22 @@ def test_only_some_skip_what_is_outside_a_window(
     assert (window < plain / 4) == skips
 
 
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize(
+    ("implementation", "skips_in"),
+    [("cudnn", "training"), ("tokamax_mosaic", "forward"), ("tokamax_triton", "forward")],
+)
+def test_only_some_skip_what_is_beyond_lengths(
+    implementation: str, skips_in: str, mode: str
+) -> None:
+    """Of keys; lengths of queries alone save none of them anything, and zeros cost as much."""
+    shape = "b=8,t=2048,h=16,k=64"
+    keys, queries = (
+        took(shape + text, implementation, mode) for text in (",kv_lengths=yes", ",q_lengths=yes")
+    )
+    assert (keys < 0.95 * queries) == (mode == skips_in)
+
+
 def test_few_rows_leave_a_gpu_waiting() -> None:
     """As many logits of few rows take a fused kernel longer; a CPU has no such blocks."""
     few, many = "b=1,t=512,s=32768,h=8,k=64", "b=1,t=4096,s=4096,h=8,k=64"
