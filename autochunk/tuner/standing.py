@@ -9,7 +9,7 @@ from operator import truediv
 from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import Plan
 from autochunk.store.choice import DENSE, choose, compare
-from autochunk.store.measurement import Measurement
+from autochunk.store.measurement import ENOUGH_JOINT, Measurement
 from autochunk.tuner.effort import EffortSettings
 
 # A single ratio is hopeless from this power of what several are.
@@ -31,7 +31,35 @@ Measurements = Mapping[Plan, Measurement]
 
 def best_ratio(measured: Measurements) -> float:
     """The ratio to compare with; the anchor's own, if nothing is measured, is one."""
-    return min((m.ratio for m in measured.values() if m.status == "ok"), default=1.0)
+    ratios = believed(measured)
+    finished = (plan for plan, m in measured.items() if m.status == "ok" and m.timed)
+    return min((ratios[plan] for plan in finished), default=1.0)
+
+
+def believed(measured: Measurements) -> dict[Plan, float]:
+    """The ratio of each plan that was timed.
+
+    Where the anchor took far longer beside a plan than it can, the ratio flatters the plan: it is
+    no less than the plan's own time over what the anchor takes. Joint rounds flatter none.
+    """
+    timed = {plan: m for plan, m in measured.items() if m.timed}
+    anchors = _anchors(timed)
+    usual = can_take(anchors.values()) if anchors else 0.0
+    return {
+        plan: max(m.ratio, m.seconds_median / usual)
+        if anchors.get(plan, 0.0) > DISTURBED * usual > 0 and m.joint < ENOUGH_JOINT
+        else m.ratio
+        for plan, m in timed.items()
+    }
+
+
+def _anchors(timed: Measurements) -> dict[Plan, float]:
+    """What the anchor took beside each plan: that over the plan's ratio; a file may have zeros."""
+    return {
+        plan: statistics.median(map(truediv, m.seconds, m.ratios))
+        for plan, m in timed.items()
+        if all(m.ratios)
+    }
 
 
 def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
@@ -40,7 +68,7 @@ def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     The second is among them even if it was given up: the first may only have been lucky.
     """
     ranked = sorted((m for m in measured.values() if m.timed), key=lambda m: m.ratio)
-    best = ranked[0].ratio if ranked else 0.0
+    best = min(believed(measured).values(), default=0.0)
     second = [m for m in ranked[1:2] if m.ratio <= settings.hopeless**2 * best]
     close = [m for m in ranked if m.status == "ok" and m.ratio <= _CLOSE * best]
     plans = [m.plan for m in (*close[:1], *second, *close[1:])]
@@ -53,13 +81,13 @@ def finalists(measured: Measurements, settings: EffortSettings) -> list[Plan]:
     The anchor took far longer in these than it can.
     """
     best = best_plans(measured, settings)
-    timed = [m for m in measured.values() if m.timed and all(m.ratios)]  # a file may have zeros
-    if not timed:
+    anchors = _anchors({plan: m for plan, m in measured.items() if m.timed})
+    if not anchors:
         return best
-    anchors = {m.plan: statistics.median(map(truediv, m.seconds, m.ratios)) for m in timed}
     usual, most = can_take(anchors.values()), settings.hopeless**2 * best_ratio(measured)
-    maybe = [m for m in timed if anchors[m.plan] > DISTURBED * usual and m.ratio <= most]
-    return list(dict.fromkeys([*best, *(m.plan for m in sorted(maybe, key=lambda m: m.ratio))]))
+    disturbed = [measured[plan] for plan, took in anchors.items() if took > DISTURBED * usual]
+    maybe = sorted((m for m in disturbed if m.ratio <= most), key=lambda m: m.ratio)
+    return list(dict.fromkeys([*best, *(m.plan for m in maybe)]))
 
 
 def undecided(measured: Iterable[Measurement]) -> list[Plan]:

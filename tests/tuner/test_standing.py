@@ -14,6 +14,7 @@ from autochunk.tuner.standing import (
     beaten_by_a_kernel,
     beneath_the_hopeless,
     best_plans,
+    best_ratio,
     between_the_hopeless,
     finalists,
     is_doubtful,
@@ -106,6 +107,31 @@ def test_disturbed_plans_may_be_better_than_they_look() -> None:
     assert found[1] not in finalists(measured | failed, SETTINGS)
     for undisturbed in (by_anchors(*[0.2] * 5), {}):
         assert finalists(undisturbed, SETTINGS) == best_plans(undisturbed, SETTINGS)
+
+
+def test_who_was_flattered_makes_no_other_hopeless() -> None:
+    """A ratio is that of the plan's own time where the anchor took twice what it can.
+
+    Seen: a plan of 1.2 times the anchor's time had ten rounds in which the anchor took 30 ms, not
+    13, and so a ratio of 0.5; beside that the best plan, 0.7, was given up as 1.4 times slower.
+    """
+    rounds = {64.0: (1.0, 13.0), 32.0: (1.36, 13.2), 16.0: (1.29, 13.5), 0.07: (0.5, 31.0)}
+    measured = {
+        Plan("xla", limit): make_measurement(
+            "xla", limit, ratio, seconds=(ratio * anchor / 1000,) * 5
+        )
+        for limit, (ratio, anchor) in rounds.items()
+    }
+    settings = EFFORT_SETTINGS["standard"]
+    assert best_ratio(measured) == pytest.approx(1.0)
+    assert not is_hopeless([0.7, 0.71], best_ratio(measured), settings)
+    rows = make_measurement("xla_rows", 2.1, 0.71, seconds=(0.0096,) * 5)
+    assert rows.plan in finalists(measured | {rows.plan: rows}, settings)
+    flattered = measured[Plan("xla", 0.07)]
+    together = flattered.model_copy(
+        update={"ratios": (0.5,) * 6, "seconds": flattered.seconds[:1] * 6, "joint": 6}
+    )
+    assert best_ratio(measured | {flattered.plan: together}) == 0.5
 
 
 def test_below_two_hopeless_limits_nothing_is_tried() -> None:
