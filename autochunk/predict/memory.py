@@ -212,26 +212,26 @@ def _stacks(workload: Workload, work: Work, platform: str) -> bool:
     """
     if platform == "cpu":
         return work.share < 1
-    one = work.share * workload.batch * workload.num_heads <= 1
-    return work.share < 1 and not one and workload.mask == "none"
+    return work.share < 1 < _heads(work, workload) and workload.mask == "none"
 
 
 def _few(work: Work, workload: Workload, plan: Plan) -> bool:
     """Whether a CPU's slice has few heads, or rows of its own of many keys; dense: many keys."""
     if not is_sliced(plan.implementation):
         return work.keys >= _LONG
-    heads = work.share * workload.batch * workload.num_heads
-    return heads < _FEW_HEADS or (work.rows < workload.query_length and work.keys > _LONG)
+    by_rows = work.rows < workload.query_length and work.keys > _LONG
+    return by_rows or _heads(work, workload) < _FEW_HEADS
+
+
+def _heads(work: Work, workload: Workload) -> float:
+    """How many heads, of all sequences, a slice has."""
+    return work.share * workload.batch * workload.num_heads
 
 
 def _several(plan: Plan, work: Work, batch: int) -> bool:
     """Whether a slice has rows of several sequences, but not all."""
-    by_rows = plan.implementation == "xla_rows"
-    return (
-        batch > 1
-        and is_sliced(plan.implementation)
-        and (by_rows if work.share == 1 else work.share * batch > 1)
-    )
+    some = plan.implementation == "xla_rows" if work.share == 1 else work.share * batch > 1
+    return batch > 1 and some
 
 
 def _adds(workload: Workload) -> bool:

@@ -42,24 +42,27 @@ def believed(measured: Measurements) -> dict[Plan, float]:
     Where the anchor took far longer beside a plan than it can, the ratio flatters the plan: it is
     no less than the plan's own time over what the anchor takes. Joint rounds flatter none.
     """
-    timed = {plan: m for plan, m in measured.items() if m.timed}
-    anchors = _anchors(timed)
-    usual = can_take(anchors.values()) if anchors else 0.0
+    flattered = _beside_a_slow_anchor(measured)
     return {
-        plan: max(m.ratio, m.seconds_median / usual)
-        if anchors.get(plan, 0.0) > DISTURBED * usual > 0 and m.joint < ENOUGH_JOINT
+        plan: max(m.ratio, flattered[plan])
+        if plan in flattered and m.joint < ENOUGH_JOINT
         else m.ratio
-        for plan, m in timed.items()
+        for plan, m in measured.items()
+        if m.timed
     }
 
 
-def _anchors(timed: Measurements) -> dict[Plan, float]:
-    """What the anchor took beside each plan: that over the plan's ratio; a file may have zeros."""
-    return {
-        plan: statistics.median(map(truediv, m.seconds, m.ratios))
-        for plan, m in timed.items()
-        if all(m.ratios)
+def _beside_a_slow_anchor(measured: Measurements) -> dict[Plan, float]:
+    """Plans beside which the anchor took far longer than it can: their time over what it can."""
+    timed = {plan: m for plan, m in measured.items() if m.timed and all(m.ratios)}  # files have any
+    if not timed:
+        return {}
+    anchors = {
+        plan: statistics.median(map(truediv, m.seconds, m.ratios)) for plan, m in timed.items()
     }
+    usual = can_take(anchors.values())
+    slow = [plan for plan, took in anchors.items() if took > DISTURBED * usual > 0]
+    return {plan: timed[plan].seconds_median / usual for plan in slow}
 
 
 def best_plans(measured: Measurements, settings: EffortSettings) -> list[Plan]:
@@ -80,14 +83,10 @@ def finalists(measured: Measurements, settings: EffortSettings) -> list[Plan]:
 
     The anchor took far longer in these than it can.
     """
-    best = best_plans(measured, settings)
-    anchors = _anchors({plan: m for plan, m in measured.items() if m.timed})
-    if not anchors:
-        return best
-    usual, most = can_take(anchors.values()), settings.hopeless**2 * best_ratio(measured)
-    disturbed = [measured[plan] for plan, took in anchors.items() if took > DISTURBED * usual]
+    most = settings.hopeless**2 * best_ratio(measured)
+    disturbed = [measured[plan] for plan in _beside_a_slow_anchor(measured)]
     maybe = sorted((m for m in disturbed if m.ratio <= most), key=lambda m: m.ratio)
-    return list(dict.fromkeys([*best, *(m.plan for m in maybe)]))
+    return list(dict.fromkeys([*best_plans(measured, settings), *(m.plan for m in maybe)]))
 
 
 def undecided(measured: Iterable[Measurement]) -> list[Plan]:
