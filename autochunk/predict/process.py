@@ -111,7 +111,7 @@ _BYTES = Covariance(
     plain=1.1,
     orders=0.05,
     kernels=0.05,
-    others=0.1,
+    others=0.05,
     common=0.38,
     own=0.24,
     general=0.37,
@@ -137,7 +137,7 @@ _BYTES_OF_ACCELERATORS = Covariance(
     elsewhere=0.9,
     elsewhere_plans=0.99,
     noise=0.5,
-    fused=0.05,
+    fused=0.1,
 )
 
 

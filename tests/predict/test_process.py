@@ -72,7 +72,7 @@ def test_what_is_known_comes_back(covariance: Covariance) -> None:
 
 @PARAMETERS
 def test_what_is_far_is_unknown(covariance: Covariance) -> None:
-    """Far sizes say less: their values move the answer little, and the nearer the surer."""
+    """Nearer sizes say more: their values move the answer further, and it is surer."""
     asked, values = sites(workload(), PLANS), np.full(len(PLANS), 1.0)
     texts = ["b=2,t=512,h=4,k=32", "b=2,t=1024,h=4,k=32", "b=64,t=16384,h=4,k=128"]
     found = [
@@ -81,8 +81,7 @@ def test_what_is_far_is_unknown(covariance: Covariance) -> None:
     ]
     means = [one.mean.mean() for one in found]
     unsure = [np.diag(one.covariance).mean() for one in found]
-    assert min(means[:2]) > 0.8
-    assert abs(means[2]) < 0.5
+    assert means[0] > means[1] > means[2] >= 0
     assert unsure[0] < unsure[1] < unsure[2]
 
 
