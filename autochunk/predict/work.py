@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from operator import mul
 
 from autochunk.implementations import is_fused, is_sliced
 from autochunk.plan import Plan, slice_logits
@@ -34,7 +35,7 @@ class Work:
       rows, keys: of one slice.
       share: of all batch elements and heads that one slice has.
       at_once: bytes of logits of one slice.
-      logits: how many are computed in all.
+      logits: how many are computed in all, where slices overlap more than once.
     """
 
     slices: float
@@ -68,14 +69,16 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     shape = sliced_shape(workload)
     slices = slice_logits(plan, shape)
     blocks = workload.query_length / shape.rows * workload.key_length / shape.keys
-    seen = _seen(workload)
+    seen, counts = _seen(workload), slices.counts(shape)
+    lengths = (shape.batch, shape.heads, shape.rows, shape.keys)
+    overlapping = math.prod(map(mul, counts, slices)) / math.prod(lengths)
     return Work(
-        slices=math.prod(slices.counts(shape)) * max(1.0, blocks * seen),
+        slices=math.prod(counts) * max(1.0, blocks * seen),
         rows=slices.rows,
         keys=slices.keys,
         share=slices.batch * slices.heads / (shape.batch * shape.heads),
         at_once=slices.chunk_bytes(shape),
-        logits=every * seen,
+        logits=every * seen * overlapping,
     )
 
 
