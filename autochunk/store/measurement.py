@@ -33,7 +33,7 @@ Status = Literal[
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ENOUGH_JOINT = 6
-"""Fewer joint rounds than this say less than the rounds that a plan had beside the anchor only."""
+"""Fewer joint rounds than this are not compared by themselves."""
 
 # Without FailFast each wrong value of a hostile file is an error that takes memory.
 _Times = Annotated[tuple[_Seconds, ...], FailFast()]
@@ -152,8 +152,8 @@ class Measurement(Record):
 
     @property
     def own_ratios(self) -> tuple[float, ...]:
-        """Those of rounds beside the anchor only; where there are none, all."""
-        return self.ratios[: len(self.ratios) - self.joint] or self.ratios
+        """Those of rounds beside the anchor only; all, where these are no more than joint ones."""
+        return self._alone if len(self._alone) > self.joint else self.ratios
 
     @property
     def ratio(self) -> float:
@@ -166,7 +166,12 @@ class Measurement(Record):
         """The ``relative_spread`` of the ratios; 0 for a single repeat."""
         joint = self.joint_ratios if self.joint >= ENOUGH_JOINT else ()
         # The anchor beside itself, in one timing, tells nothing of how times scatter.
-        return relative_spread(joint) or relative_spread(self.own_ratios) or 0.0
+        spreads = map(relative_spread, (joint, self._alone, self.own_ratios))
+        return next(filter(None, spreads), 0.0)
+
+    @property
+    def _alone(self) -> tuple[float, ...]:
+        return self.ratios[: len(self.ratios) - self.joint]
 
 
 def relative_spread(values: Sequence[float]) -> float | None:

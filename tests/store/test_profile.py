@@ -103,6 +103,16 @@ def test_statistics_of_a_measurement() -> None:
     assert measurement.spread == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("own", "expected"), [(1, 1.5), (2, 1.5), (4, 0.9)])
+def test_few_joint_rounds_count_beside_fewer_others(own: int, expected: float) -> None:
+    """One round alone may be one that something disturbed: three joint ones say more than it.
+
+    Only more rounds than these are taken by themselves.
+    """
+    ratios = (0.9,) * own + (1.5, 1.5, 1.6)
+    assert make_measurement(seconds=ratios, ratios=ratios, joint=3).ratio == expected
+
+
 def test_joint_rounds_count_where_there_are_enough() -> None:
     """A ratio is that of joint rounds, if there are enough of them; of few, that of all."""
     alone, together = (1.0,) * 9, (0.5, 0.6, 0.7) * 2
