@@ -55,7 +55,7 @@ def test_few_rows_leave_a_gpu_waiting() -> None:
     few, many = "b=1,t=512,s=32768,h=8,k=64", "b=1,t=4096,s=4096,h=8,k=64"
     assert took(few, "cudnn") > 1.5 * took(many, "cudnn")
     assert took(few, "xla", platform="cpu") == pytest.approx(
-        took(many, "xla", platform="cpu"), rel=0.01
+        took(many, "xla", platform="cpu"), rel=0.2
     )
 
 
@@ -86,3 +86,10 @@ def test_what_is_computed_of_each_logit_takes_time(term: str, platform: str) -> 
         for name in ("dense", "xla")
     }
     assert more["xla"] > more["dense"] > 0
+
+
+def test_pages_of_large_buffers_take_a_cpu_time() -> None:
+    """Eight times as many logits take longer than that, where they are more than is kept."""
+    one, eight = "b=1,t=1024,h=4,k=64", "b=8,t=1024,h=4,k=64"
+    assert took(eight, "xla", platform="cpu") > 8.4 * took(one, "xla", platform="cpu")
+    assert took(eight, "xla") <= 8 * took(one, "xla")
