@@ -79,9 +79,9 @@ def _off_the_anchor(measurement: Measurement) -> float:
 
 def _with_own_rounds(measurement: Measurement) -> Measurement:
     """The same by the rounds that say most of it, all of them its own."""
-    joint = measurement.joint if measurement.joint >= ENOUGH_JOINT else 0
-    count = len(measurement.ratios)
-    own = slice(count - joint, None) if joint else slice(0, count - measurement.joint or count)
+    is_joint = measurement.joint >= ENOUGH_JOINT
+    first = len(measurement.ratios) - measurement.joint
+    own = slice(first, None) if is_joint else slice(len(measurement.own_ratios))
     times = {"seconds": measurement.seconds[own], "ratios": measurement.ratios[own]}
     return measurement.model_copy(update={"joint": 0, **times})
 

@@ -255,7 +255,8 @@ def test_several_gpus_begin_with_what_takes_longest(scripted_gpu: Scripted) -> N
     events = measured(scripted_gpu(), workloads, effort="quick", gpus=["3", "7"])
     started = [event.workload for event in events if isinstance(event, Started)]
     begun = [(workload.mode, workload.query_length) for workload in started]
-    assert set(begun[:2]) == {("training", 700), ("training", 600)}
+    # One worker may be through with its first before the other one's is told of.
+    assert {("training", 700), ("training", 600)} <= set(begun[:3])
     assert len(begun) == len(set(begun)) + begun.count(begun[-1]) - 1  # the last one may be shared
     assert kinds(events).count(Finished) <= len(workloads) + 1
 
