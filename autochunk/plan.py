@@ -297,9 +297,8 @@ def balanced(length: int, most: int) -> int:
         return length
     size = slice_count(length, slice_count(length, max(1, most)))
     if size < _SMALL:
-        sizes = range(size, (size - 1) // 2, -1)
-        overlap = {one: slice_count(length, one) * one / length - 1 for one in sizes}
-        return min(sizes, key=lambda one: max(overlap[one], _OVERLAP))
+        sizes, enough = range(size, (size - 1) // 2, -1), (1 + _OVERLAP) * length
+        return min(sizes, key=lambda one: max(slice_count(length, one) * one, enough))
     # Matrix units work in eights; round up to one where that still fits and makes no fewer slices.
     rounded = -(-size // 8) * 8
     return rounded if rounded <= most else size

@@ -11,7 +11,7 @@ from autochunk.plan import BYTES_PER_MB
 from autochunk.report.records import WHOLE, plan_text
 from autochunk.report.scales import steps
 from autochunk.store.choice import DEFAULT, DENSE, Choice
-from autochunk.store.measurement import ENOUGH_JOINT, Measurement
+from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 
 
@@ -110,7 +110,7 @@ def _plan_record(profile: Profile, one: Measurement, anchor: float) -> dict[str,
 def _times(one: Measurement, anchor: float) -> dict[str, float | None]:
     if not one.timed:
         return {"seconds": None, "low": None, "high": None}
-    ratios = one.joint_ratios if one.joint >= ENOUGH_JOINT else one.own_ratios
+    ratios = one.ratios[one.telling]
     low, high = ratios[0], ratios[0]
     if len(ratios) > 1:
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")

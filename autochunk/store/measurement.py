@@ -157,9 +157,15 @@ class Measurement(Record):
 
     @property
     def ratio(self) -> float:
-        """Median time relative to the anchor plan; of joint rounds, if there are enough of them."""
-        enough = self.joint >= ENOUGH_JOINT
-        return statistics.median(self.joint_ratios if enough else self.own_ratios)
+        """Median time relative to the anchor plan, of the rounds that say most."""
+        return statistics.median(self.ratios[self.telling])
+
+    @property
+    def telling(self) -> slice:
+        """Where the rounds that say most are: joint ones, if there are enough of them."""
+        if self.joint >= ENOUGH_JOINT:
+            return slice(len(self.ratios) - self.joint, None)
+        return slice(len(self.own_ratios))
 
     @property
     def spread(self) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import LogitsShape, Plan
-from autochunk.store.measurement import ENOUGH_JOINT, Measurement
+from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.tuner.candidates import equivalent
 
@@ -79,10 +79,8 @@ def _off_the_anchor(measurement: Measurement) -> float:
 
 def _with_own_rounds(measurement: Measurement) -> Measurement:
     """The same by the rounds that say most of it, all of them its own."""
-    is_joint = measurement.joint >= ENOUGH_JOINT
-    first = len(measurement.ratios) - measurement.joint
-    own = slice(first, None) if is_joint else slice(len(measurement.own_ratios))
-    times = {"seconds": measurement.seconds[own], "ratios": measurement.ratios[own]}
+    told = measurement.telling
+    times = {"seconds": measurement.seconds[told], "ratios": measurement.ratios[told]}
     return measurement.model_copy(update={"joint": 0, **times})
 
 
