@@ -54,14 +54,16 @@ def test_dense_attention_is_not_counted_too_small() -> None:
     assert np.median(np.abs(found)) < 0.05
 
 
-@pytest.mark.parametrize(("implementation", "near"), [("xla", 0.2), ("xla_rows", 0.4)])
-def test_slices_are_counted(implementation: str, near: float) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "ships", "near"), [("xla", 31, 0.2), ("xla_rows", 20, 0.4)]
+)
+def test_slices_are_counted(implementation: str, ships: int, near: float) -> None:
     """Half of them so near, few too small by over a quarter, before curves correct it.
 
     Slices of rows are counted too large: what they add to all keys' cotangents depends on the form.
     """
     found = np.array(list(errors(implementation)))
-    assert len(found) >= 20
+    assert len(found) >= ships
     assert np.median(np.abs(found)) < near
     assert np.mean(found < -0.25) < 0.05
 

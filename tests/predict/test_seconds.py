@@ -54,8 +54,9 @@ def test_few_rows_leave_a_gpu_waiting() -> None:
     """As many logits of few rows take a fused kernel longer; a CPU has no such blocks."""
     few, many = "b=1,t=512,s=32768,h=8,k=64", "b=1,t=4096,s=4096,h=8,k=64"
     assert took(few, "cudnn") > 1.5 * took(many, "cudnn")
+    few, many = "b=1,t=256,s=4096,h=2,k=64", "b=1,t=1024,s=1024,h=2,k=64"  # no pages to count
     assert took(few, "xla", platform="cpu") == pytest.approx(
-        took(many, "xla", platform="cpu"), rel=0.2
+        took(many, "xla", platform="cpu"), rel=0.01
     )
 
 
