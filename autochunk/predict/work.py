@@ -23,7 +23,13 @@ _SKIPS_LENGTHS = {
     "tokamax_mosaic": (True, False),
     "tokamax_triton": (True, False),
 }
-_WITHIN_LENGTHS = 0.8  # of the blocks, where lengths are from half to all, as the tuner has them
+# With how many keys or more they skip, in forward, what a mask hides from all rows of a block; see
+# ``Kernel.skips``.
+_SKIPS_MASKED = {"tokamax_mosaic": 1024, "tokamax_triton": 512}
+# The share of the blocks that is left by what the tuner has: lengths from half to all, as numbers
+# or as a mask of one row, and eight segments.
+_WITHIN_LENGTHS = 0.8
+_WITHIN_SEGMENTS = 0.15
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     if not is_sliced(plan.implementation):
         seen = _seen(workload) if _skips(workload, plan.implementation) else 1.0
         seen *= _within_lengths(workload, plan.implementation)
+        seen *= _within_mask(workload, plan.implementation)
         rows, keys = workload.query_length, workload.key_length
         return Work(1.0, rows, keys, 1.0, workload.logits_bytes, every * seen)
     shape = sliced_shape(workload)
@@ -93,6 +100,16 @@ def _within_lengths(workload: Workload, implementation: str) -> float:
     """The share of the logits that an implementation computes of what lengths leave."""
     skips = _SKIPS_LENGTHS.get(implementation, (False, False))[workload.mode == "training"]
     return _WITHIN_LENGTHS if skips and workload.key_value_seq_lengths != "none" else 1.0
+
+
+def _within_mask(workload: Workload, implementation: str) -> float:
+    """The same of what a mask or segments leave."""
+    fewest = _SKIPS_MASKED.get(implementation, math.inf)
+    if workload.mode == "training" or workload.key_length < fewest:
+        return 1.0
+    if workload.query_segment_ids != "none":
+        return _WITHIN_SEGMENTS
+    return _WITHIN_LENGTHS if workload.mask.endswith("1s") else 1.0
 
 
 def _seen(workload: Workload) -> float:

@@ -102,7 +102,15 @@ class WorkloadInputs:
         return jnp.asarray(np.resize(drawn, shape), self.workload.dtype)
 
     def _open_mask(self, shape: tuple[int, ...]) -> jax.Array:
-        """Three in four are open, and key 0 to all rows, so that no row is masked throughout."""
+        """If all rows have the same it is padding, of a quarter on average; else three in four.
+
+        Key 0 is open to all rows, so that no row is masked throughout.
+        """
+        *leading, rows, keys = shape
+        if rows == 1:
+            shares = self._random.permutation(np.linspace(1.0, 0.5, math.prod(leading) + 2)[1:-1])
+            lengths = np.ceil(shares * keys).reshape((*leading, 1, 1))
+            return jnp.asarray(np.arange(keys) < lengths)
         mask = self._random.random(shape, np.float32) < 0.75
         mask[..., 0] = True
         return jnp.asarray(mask)

@@ -22,7 +22,7 @@ from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, blind, libraries, maps, seen
-from autochunk.attention.kernels.libraries import Kernel, Settings
+from autochunk.attention.kernels.libraries import Kernel, Settings, Span
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS, Implementation
 
@@ -111,9 +111,10 @@ class Recorded:
     def __init__(self, like: Kernel) -> None:
         self.like = like
         self.traced = 0
+        self.spans: list[Span] = []
 
-    def __call__(self, inputs: Inputs, settings: Settings) -> jax.Array:
-        """Takes key sizes that are multiples of 8."""
+    def __call__(self, inputs: Inputs, settings: Settings, span: Span | None = None) -> jax.Array:
+        """Takes key sizes that are multiples of 8, and looks at nothing outside of the span."""
         if inputs.query.shape[-1] % 8:
             raise NotImplementedError("the key size must be a multiple of 8")
         self.traced += 1
@@ -124,6 +125,20 @@ class Recorded:
             assert given[name].shape[2:] in [(rows, keys), *([(1, keys)] if shared else [])]
         moving = {name: one for name, one in given.items() if name in self.like.differentiated}
         rest = {name: one for name, one in given.items() if name not in moving}
+        if span is not None:
+            self.spans.append(span)
+            batch, rows, heads, _ = inputs.query.shape
+            assert span.first is None or span.first.shape == span.end.shape
+            assert jnp.broadcast_shapes(span.end.shape, (batch, heads, rows)) == (
+                batch,
+                heads,
+                rows,
+            )
+            key = jnp.arange(keys)
+            within = key < span.end[..., None]
+            if span.first is not None:
+                within &= span.first[..., None] <= key
+            rest["mask"] = within & rest.get("mask", True)
         # what a kernel may not do without jax's own rules for other operands
         assert "bias" not in rest
         function = stand_in if "log-sum-exp" in self.like.keeps else behind_a_primitive
@@ -140,7 +155,8 @@ def install(
     """Puts a stand-in in the place of a kernel, with what its entry says of it."""
     kernel: Kernel = getattr(libraries, name)
     recorded = Recorded(kernel)
-    monkeypatch.setattr(libraries, name, dataclasses.replace(kernel, attend=recorded))
+    few = None if kernel.skips is None else 4
+    monkeypatch.setattr(libraries, name, dataclasses.replace(kernel, attend=recorded, skips=few))
     entry = Implementation("a stand-in", kernel=f"{libraries.__name__}:{name}", platforms=platforms)
     monkeypatch.setitem(IMPLEMENTATIONS, name, entry)
     return recorded
@@ -281,6 +297,24 @@ def test_every_form_that_it_takes(recorded: Recorded, form: dict[str, Any]) -> N
         assert_close(poisoned[0][0], received[0][0])
         for name, one in poisoned[1][0].items():
             np.testing.assert_allclose(one[0], received[1][0][name][0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("keys", "is_worth_it"), [(3, False), (4, True), (6, True)])
+@pytest.mark.parametrize("form", ["mask", "segments", "causal", "key lengths"])
+def test_which_keys_a_mask_shows(
+    recorded: Recorded, form: str, keys: int, is_worth_it: bool
+) -> None:
+    """A kernel that leaves others out is told where there are many, but of what it knows itself."""
+    given: dict[str, Any] = dict(forms_of_call(6)[form])
+    for name in {"mask", "key_value_segment_ids"} & given.keys():
+        given[name] = given[name][..., :keys]
+    arrays = operands((2,), 6, keys, 4, 2, 8)
+    del arrays["cotangent"]
+    jax.jit(attend(**given)).lower(**arrays)
+    has_mask = form in ("mask", "segments")
+    skips = recorded.like.skips is not None
+    assert bool(recorded.spans) == (skips and is_worth_it and has_mask)
+    assert all((span.first is not None) == (form == "segments") for span in recorded.spans)
 
 
 @pytest.mark.parametrize("exported", [False, True])

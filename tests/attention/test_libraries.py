@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import re
@@ -281,6 +282,58 @@ def check_what_no_row_sees(name: str, form: str, dtype: Any, tolerance: float) -
 def test_what_no_row_sees_does_not_matter(name: str, form: str) -> None:
     """Keys and values that no row sees, and queries that see none: not even where they are NaN."""
     check_what_no_row_sees(available(name), form, jnp.bfloat16, 2e-2)
+
+
+def masks_of_a_part(size: int) -> dict[str, dict[str, Any]]:
+    """Forms of call of two sequences whose masks exclude keys in a row: some tiles throughout."""
+    row, key = np.arange(size)[:, None], np.arange(size)
+    length = np.asarray([size // 3, size])[:, None, None, None]
+    document = np.minimum(key * 5 // size, 3)
+    random = draw((2, 4, size, size), 7) < 0.1
+    random[1, 2] = False
+    return {
+        "of one row, padded on the right": {"mask": key < length},
+        "of one row, padded on the left": {"mask": key >= size - length},
+        "causal": {"mask": (key <= row)[None, None]},
+        "causal and padded": {"mask": (key <= row) & (key < length)},
+        "causal by a flag and padded": {"mask": key < length, "is_causal": True},
+        "random": {"mask": random},
+        "nothing": {"mask": np.zeros((1, 1, size, size), bool)},
+        "window and mask": {"mask": random[:, :1], "local_window_size": (size // 4, 0)},
+        "mask and lengths": {
+            "mask": random[:1],
+            "key_value_seq_lengths": np.asarray([size // 2, 3], np.int32),
+            "query_seq_lengths": np.asarray([7, size - 7], np.int32),
+        },
+        "segments": {
+            "query_segment_ids": document[None],
+            "key_value_segment_ids": np.stack([document, document[::-1]]),
+        },
+        "offset": {"query_offset": np.asarray([-size // 2, 5]), "is_causal": True},
+        "bias and mask": {
+            "bias": draw((1, 4, size, size), 8).astype(np.float32),
+            "mask": key < length,
+        },
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", masks_of_a_part(3))
+@pytest.mark.parametrize("name", [name for name, one in KERNELS.items() if one.skips is not None])
+def test_keys_that_are_left_out(monkeypatch: pytest.MonkeyPatch, name: str, form: str) -> None:
+    """Where a kernel is told which keys a mask shows, it gives the same as by the mask alone."""
+    monkeypatch.setattr(libraries, name, dataclasses.replace(KERNELS[name], skips=1))
+    size, dtype = 384, jnp.dtype(IMPLEMENTATIONS[available(name)].dtypes[0])
+    given = masks_of_a_part(size)[form]
+    arrays = operands((2,), size, size, 4, 2, 64)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {one: jnp.asarray(arrays[one]) for one in NAMES}
+    lowered = jax.jit(both(name, given, dtype)).lower(moving, cotangent)
+    assert len(re.findall(ROWS[name][0], lowered.as_text())) >= 2
+    received = jax.tree.map(lambda x: x.astype(jnp.float32), lowered.compile()(moving, cotangent))
+    exactly = {**given, "precision": "highest"}
+    expected = jax.jit(both("dense", exactly, jnp.float32))(moving, cotangent)
+    assert_close(received, expected, 3e-2)
 
 
 @pytest.mark.gpu

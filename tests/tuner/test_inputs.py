@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 
 from autochunk.plan import Plan
@@ -27,6 +28,7 @@ SHAPES = [
     "b=2,t=30,h=4,k=8,bias=1hts,alibi=bh,soft_cap=yes",
     "b=2,t=30,h=2,k=8,dropout=bht",
     "b=2,t=30,h=2,k=8,causal=yes,mask=b1ts,dropout=11t",
+    "b=3,t=30,h=2,k=8,mask=b11s",
     "b=2,t=30,h=2,k=8,kv_lengths=1,residual=yes",
     "b=1,t=30,h=2,k=8,precision=highest",
 ]
@@ -46,6 +48,16 @@ def test_every_kind_of_call_is_measured(shape: str) -> None:
     for plan in (Plan("dense"), Plan("xla", 2e-3)):
         results = jax.jit(inputs.function(plan))(*inputs.passed)
         assert relative_error(inputs.on_sample(results), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dims", ["b11s", "111s", "bh1s"])
+def test_a_mask_of_one_row_is_padding(dims: str) -> None:
+    """Each sequence's keys are open up to its length, some of them excluded in any."""
+    mask = WorkloadInputs(Workload.parse(f"b=3,t=40,h=2,k=8,mask={dims}")).arguments.mask
+    assert mask is not None
+    lengths = np.sum(mask, axis=-1, keepdims=True)
+    np.testing.assert_array_equal(mask, np.arange(40) < lengths)
+    assert ((lengths >= 20) & (lengths < 40)).all()
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2.0**-24), ("bfloat16", 2.0**-9)])

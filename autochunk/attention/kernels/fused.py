@@ -29,8 +29,16 @@ from jax.interpreters import partial_eval
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.grid import sum_to, vary_alike
 from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import Kernel, Settings, as_mask, lacking, quiet
-from autochunk.attention.kernels.seen import Seen
+from autochunk.attention.kernels.libraries import (
+    Kernel,
+    Settings,
+    Span,
+    as_mask,
+    gets_a_mask,
+    lacking,
+    quiet,
+)
+from autochunk.attention.kernels.seen import Seen, span_of
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
 
@@ -160,7 +168,7 @@ def _trace(kernel: Kernel, shapes: tuple[Any, ...], call: Call, training: bool) 
     names = [name for name, _, _ in shapes]
 
     def run(*arrays: jax.Array) -> Any:
-        given = _given(kernel, Inputs(**dict(zip(names, arrays, strict=True))), call)
+        given = _given(kernel, Inputs(**dict(zip(names, arrays, strict=True))), call, skips=True)
         if not training and not call.residual:
             return kernel.attend(*given)
         out, _, pull = _forward(kernel, *given)
@@ -185,14 +193,15 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
         out, maximum, total = with_stats(name, inputs, call)
         return [out, log_sum_exp(maximum, total)]
     seen, kernel = Seen(inputs, call), _kernel(name)
-    return [seen.restored(kernel.attend(*_given(kernel, seen.for_output(kernel), call)))]
+    given = _given(kernel, seen.for_output(kernel), call, skips=True)
+    return [seen.restored(kernel.attend(*given))]
 
 
 @_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials]; the sum is one, or zero without a key."""
     seen, kernel = Seen(inputs, call), _kernel(name)
-    out, kept, _ = _forward(kernel, *_given(kernel, seen.for_output(kernel), call))
+    out, kept, _ = _forward(kernel, *_given(kernel, seen.for_output(kernel), call, skips=True))
     *leading, rows, heads, groups, _ = inputs.query.shape
     if "log-sum-exp" in kept:
         lse = kept["log-sum-exp"]
@@ -245,7 +254,7 @@ _UNREACHED = 1e30
 
 
 def _forward(
-    kernel: Kernel, inputs: Inputs, settings: Settings
+    kernel: Kernel, inputs: Inputs, settings: Settings, span: Span | None
 ) -> tuple[jax.Array, dict[str, jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
     """A kernel's output, its saved results by name, and its backward, a pytree of all saved.
 
@@ -257,7 +266,7 @@ def _forward(
     }
 
     def from_moving(moving: dict[str, jax.Array]) -> jax.Array:
-        return kernel.attend(inputs._replace(**moving), settings)
+        return kernel.attend(inputs._replace(**moving), settings, span)
 
     query = inputs.query
     out, pull = jax.vjp(from_moving, moving)
@@ -281,11 +290,18 @@ def _is_like(leaf: Any, other: Any) -> bool:
     return same == (other.shape, other.dtype)
 
 
-def _given(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Settings]:
-    """What ``Kernel.attend`` is given."""
+def _given(
+    kernel: Kernel, inputs: Inputs, call: Call, *, skips: bool = False
+) -> tuple[Inputs, Settings, Span | None]:
+    """What ``Kernel.attend`` is given; with ``skips`` a span where that is worth it."""
+    is_worth_it = skips and kernel.skips is not None and inputs.key.shape[-3] >= kernel.skips
+    span = span_of(inputs, call) if is_worth_it and gets_a_mask(kernel, inputs, call) else None
+    if span is not None:
+        first = None if span.first is None else _flat_rows(span.first, inputs)
+        span = Span(first, _flat_rows(span.end, inputs))
     inputs, call = as_mask(kernel, inputs, call)
     settings = Settings(call.scale, *call.reach, call.soft_cap, call.precision)
-    return _flat(inputs, kernel), settings
+    return _flat(inputs, kernel), settings, span
 
 
 def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
@@ -313,6 +329,13 @@ def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
         if name in grouped.present
     }
     return grouped._replace(query=query, **lengths)
+
+
+def _flat_rows(array: jax.Array, inputs: Inputs) -> jax.Array:
+    """What is of each row [..., H, G, T'] as kernels want it; see ``Span``."""
+    sizes, count = _flat_sizes(array[..., None], inputs), inputs.query.ndim - 4
+    whole = jnp.broadcast_to(array, (*sizes, array.shape[-1]))
+    return whole.reshape((math.prod(sizes[:count]), math.prod(sizes[count:]), array.shape[-1]))
 
 
 def _flat_sizes(term: jax.Array, inputs: Inputs) -> tuple[int, ...]:

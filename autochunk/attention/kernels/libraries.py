@@ -41,6 +41,18 @@ class Settings(NamedTuple):
         return self.right == 0
 
 
+class Span(NamedTuple):
+    """All keys that a row sees are from ``first``, or the start, to before ``end``.
+
+    Both are int32 [..., H, G, T'], sizes of one broadcast, for a kernel [B or 1, H or 1, T' or 1];
+    zero for a row without a key. ``first`` is there for segments, where it saves most: to heed it
+    costs as much again, in other calls for nothing but padding on the left.
+    """
+
+    first: jax.Array | None
+    end: jax.Array
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel of another library, with a derivative by ``jax.vjp`` that keeps stats of each row.
@@ -61,15 +73,18 @@ class Kernel:
       selects: whether it replaces excluded logits, whatever they are, instead of adding something
         to them.
       refuses_late: whether it refuses some calls only when it is lowered.
+      skips: with how many keys or more ``attend`` takes less time where a span, its third argument,
+        tells which keys of a mask no row of a tile sees; None if it does not heed that.
     """
 
-    attend: Callable[[Inputs, Settings], jax.Array]
+    attend: Callable[..., jax.Array]
     keeps: tuple[Kept, ...]
     differentiated: tuple[str, ...] = ("query", "key", "value")
     lacks: tuple[str, ...] = ()
     one_row_masks: bool = False
     selects: bool = False
     refuses_late: bool = False
+    skips: int | None = None
 
 
 GIVEN = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths"}
@@ -160,6 +175,11 @@ def _masked(kernel: Kernel, inputs: Inputs, call: Call) -> list[str]:
     return [*forms, *arrays, *(name for name in _SEGMENTS if name in inputs.present)]
 
 
+def gets_a_mask(kernel: Kernel, inputs: Inputs, call: Call) -> bool:
+    """Whether a kernel is given a mask, be it the call's own or one of what it does not take."""
+    return inputs.mask is not None or bool(_masked(kernel, inputs, call))
+
+
 def as_mask(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Call]:
     """The same call with a mask [..., H, G, T', T] in place of what a kernel takes only as a mask.
 
@@ -177,7 +197,7 @@ def as_mask(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Call]:
     return given._replace(mask=terms_of(in_mask, call).visible()), unseen
 
 
-def _cudnn(inputs: Inputs, settings: Settings) -> jax.Array:
+def _cudnn(inputs: Inputs, settings: Settings, _: Span | None = None) -> jax.Array:
     attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
     out: jax.Array = attention(
         *inputs[:5],
@@ -209,9 +229,15 @@ cudnn = Kernel(
 
 
 def _tokamax(
-    inputs: Inputs, settings: Settings, implementation: Literal["mosaic", "triton"]
+    inputs: Inputs, settings: Settings, span: Span | None, name: Literal["mosaic_gpu", "triton"]
 ) -> Any:
     import tokamax
+    from tokamax._src.ops.attention import api  # which keys each row sees it does not take itself
+
+    def attend(*arrays: Any, mask: Any, **others: Any) -> Any:
+        if span is not None:
+            mask &= type(mask)(k_start=span.first, k_end=span.end)
+        return api.IMPLEMENTATIONS[name](*arrays, mask=mask, **others)
 
     window: tuple[int, int] | None = None
     if settings.left is not None or settings.right not in (None, 0):
@@ -227,7 +253,7 @@ def _tokamax(
         key_value_seq_lengths=inputs.key_value_seq_lengths,
         logits_soft_cap=settings.soft_cap,
         precision="default" if settings.precision is None else settings.precision,
-        implementation=implementation,
+        implementation=[attend],
     )
 
 
@@ -251,14 +277,12 @@ def quiet() -> Iterator[None]:
         log.removeFilter(is_kept)
 
 
-def _tokamax_mosaic(inputs: Inputs, settings: Settings) -> jax.Array:
-    out: jax.Array = _tokamax(inputs, settings, "mosaic")
-    return out
+def _tokamax_mosaic(inputs: Inputs, settings: Settings, span: Span | None = None) -> Any:
+    return _tokamax(inputs, settings, span, "mosaic_gpu")
 
 
-def _tokamax_triton(inputs: Inputs, settings: Settings) -> jax.Array:
-    out: jax.Array = _tokamax(inputs, settings, "triton")
-    return out
+def _tokamax_triton(inputs: Inputs, settings: Settings, span: Span | None = None) -> Any:
+    return _tokamax(inputs, settings, span, "triton")
 
 
 tokamax_mosaic = Kernel(
@@ -270,6 +294,7 @@ tokamax_mosaic = Kernel(
     selects=True,
     # masks and biases whose number of keys is no multiple of its tiles
     refuses_late=True,
+    skips=1024,
 )
 """Tokamax's for Hopper and newer, written in Pallas Mosaic GPU."""
 
@@ -280,5 +305,6 @@ tokamax_triton = Kernel(
     lacks=(*_ALL_LACK, "a bias of a single query", "the gradient of logits_soft_cap"),
     one_row_masks=True,
     selects=True,
+    skips=512,
 )
 """Tokamax's for any recent GPU, written in Pallas Triton."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from autochunk.attention.kernels.blind import with_means
 from autochunk.attention.kernels.dense import within_lengths
 from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import Kernel
+from autochunk.attention.kernels.libraries import Kernel, Span
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 
 
@@ -32,7 +32,10 @@ class Seen:
         visible = terms_of(inputs, call).visible()
         weighed = [] if visible is None else [visible]
         weighed += [] if inputs.bias is None else [~jnp.isneginf(inputs.bias)]
-        self.blind = ~_have_a_key(*weighed)
+        if visible is None or inputs.bias is not None:
+            self.blind = ~_have_a_key(*weighed)
+        else:  # as ``span_of``, so that what both need is computed once
+            self.blind = _ends(visible) == 0
         if visible is None:
             return
         keys = jnp.any(visible, axis=(-3, -2)).swapaxes(-1, -2)[..., None]
@@ -56,6 +59,28 @@ class Seen:
         if self.blind is not None:
             out = with_means(out, given.value, self.blind)
         return within_lengths(out, given)
+
+
+def span_of(inputs: Inputs, call: Call) -> Span | None:
+    """Between which keys the rows of a call see any; None if nothing is excluded."""
+    visible = terms_of(inputs, call).visible()
+    if visible is None or visible.shape[-1] != (keys := inputs.key.shape[-3]):
+        return None
+    end = _ends(visible)
+    if inputs.query_segment_ids is None:
+        return Span(None, end)
+    # The last one, as seen from the end.
+    first = keys - jnp.max(jnp.where(visible, keys - _indices(visible), 0), axis=-1)
+    return Span(jnp.where(end == 0, 0, first), end)
+
+
+def _ends(visible: jax.Array) -> jax.Array:
+    """One more than the index of the last key that each row sees, or zero: [..., H, G, T']."""
+    return jnp.max(jnp.where(visible, _indices(visible) + 1, 0), axis=-1)
+
+
+def _indices(visible: jax.Array) -> jax.Array:
+    return jnp.arange(visible.shape[-1], dtype=jnp.int32)
 
 
 def _have_a_key(visible: jax.Array, *others: jax.Array) -> jax.Array:
