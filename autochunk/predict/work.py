@@ -27,7 +27,7 @@ _SKIPS_LENGTHS = {
 # ``Kernel.skips``.
 _SKIPS_MASKED = {"tokamax_mosaic": 1024, "tokamax_triton": 512}
 # The share of the blocks that is left by what the tuner has: lengths from half to all, as numbers
-# or as a mask of one row, and eight segments.
+# or as a mask, and eight segments. Its masks of each row's own are causal, too.
 _WITHIN_LENGTHS = 0.8
 _WITHIN_SEGMENTS = 0.15
 
@@ -109,7 +109,10 @@ def _within_mask(workload: Workload, implementation: str) -> float:
         return 1.0
     if workload.query_segment_ids != "none":
         return _WITHIN_SEGMENTS
-    return _WITHIN_LENGTHS if workload.mask.endswith("1s") else 1.0
+    if not workload.mask.endswith("s"):
+        return 1.0
+    is_causal_by_mask = workload.mask[2] == "t" and workload.reach == (None, None)
+    return _WITHIN_LENGTHS * (_causal_share(workload) if is_causal_by_mask else 1.0)
 
 
 def _seen(workload: Workload) -> float:
@@ -119,5 +122,9 @@ def _seen(workload: Workload) -> float:
         return 1.0
     if left is not None and right is not None:
         return min(1.0, (left + right + 1) / workload.key_length)
+    return _causal_share(workload)
+
+
+def _causal_share(workload: Workload) -> float:
     blocks = max(1, min(8, workload.query_length // 256))
     return (blocks + 1) / (2 * blocks)

@@ -71,7 +71,7 @@ class WorkloadInputs:
     def _draw(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         match OPERANDS[name].dtype:
             case "boolean":
-                return self._open_mask(shape)
+                return self._mask(shape)
             case "bits":
                 return jnp.asarray(self._random.integers(0, 2**32, shape, np.uint32))
             case "integer":
@@ -101,17 +101,19 @@ class WorkloadInputs:
         drawn = self._random.standard_normal(count, np.float32)
         return jnp.asarray(np.resize(drawn, shape), self.workload.dtype)
 
-    def _open_mask(self, shape: tuple[int, ...]) -> jax.Array:
-        """If all rows have the same it is padding, of a quarter on average; else three in four.
+    def _mask(self, shape: tuple[int, ...]) -> jax.Array:
+        """Padding, of a quarter on average; where rows have their own it is causal, too.
 
-        Key 0 is open to all rows, so that no row is masked throughout.
+        Most masks of models are one of the two, and kernels leave out what they hide. Key 0 is open
+        to all rows, so that no row is masked throughout.
         """
         *leading, rows, keys = shape
-        if rows == 1:
-            shares = self._random.permutation(np.linspace(1.0, 0.5, math.prod(leading) + 2)[1:-1])
-            lengths = np.ceil(shares * keys).reshape((*leading, 1, 1))
-            return jnp.asarray(np.arange(keys) < lengths)
-        mask = self._random.random(shape, np.float32) < 0.75
+        shares = self._random.permutation(np.linspace(1.0, 0.5, math.prod(leading) + 2)[1:-1])
+        lengths = np.ceil(shares * keys).reshape((*leading, 1, 1))
+        key = np.arange(keys)
+        mask = np.broadcast_to(key < lengths, shape).copy()
+        if rows > 1:
+            mask &= key <= np.arange(rows)[:, None] + keys - rows
         mask[..., 0] = True
         return jnp.asarray(mask)
 

@@ -6,7 +6,8 @@ import pytest
 
 from autochunk.plan import Plan
 from autochunk.predict.seconds import seconds
-from autochunk.workload import Workload
+from autochunk.predict.work import work_of
+from autochunk.workload import MODES, Workload
 
 
 def took(text: str, implementation: str, mode: str = "forward", platform: str = "gpu") -> float:
@@ -60,14 +61,30 @@ def test_few_rows_leave_a_gpu_waiting() -> None:
     )
 
 
-@pytest.mark.parametrize("form", [",mask=b1ts", ",bias=1hts"])
-def test_masks_are_read(form: str) -> None:
+@pytest.mark.parametrize(("form", "mode"), [(",mask=b1ts", "training"), (",bias=1hts", "forward")])
+def test_masks_are_read(form: str, mode: str) -> None:
     """For each head, and by cuDNN's kernel in more bytes than by others."""
     shape = "b=8,t=2048,h=16,k=64"
     more = {
-        name: took(shape + form, name) - took(shape, name) for name in ("cudnn", "tokamax_triton")
+        name: took(shape + form, name, mode) - took(shape, name, mode)
+        for name in ("cudnn", "tokamax_triton")
     }
     assert more["cudnn"] >= more["tokamax_triton"] > 0
+
+
+@pytest.mark.parametrize("keys", [256, 2048])
+@pytest.mark.parametrize("form", [",mask=b1ts", ",mask=b11s", ",q_segments=yes,kv_segments=yes"])
+def test_what_masks_hide_is_left_out(form: str, keys: int) -> None:
+    """Forward, by kernels that are told of it where there are many keys."""
+    shape = f"b=8,t={keys},h=16,k=64"
+    for name in ("cudnn", "tokamax_triton", "tokamax_mosaic"):
+        for mode in MODES:
+            of_all, of_some = (
+                work_of(Workload.parse(text, mode=mode), Plan(name)).logits
+                for text in (shape, shape + form)
+            )
+            skips = name != "cudnn" and keys > 1024 and mode == "forward"
+            assert (of_some < 0.9 * of_all) == skips
 
 
 def test_keys_for_all_heads_are_written() -> None:

@@ -50,15 +50,20 @@ def test_every_kind_of_call_is_measured(shape: str) -> None:
         assert relative_error(inputs.on_sample(results), expected) < 1e-5
 
 
-@pytest.mark.parametrize("dims", ["b11s", "111s", "bh1s"])
-def test_a_mask_of_one_row_is_padding(dims: str) -> None:
-    """Each sequence's keys are open up to its length, some of them excluded in any."""
-    mask = WorkloadInputs(Workload.parse(f"b=3,t=40,h=2,k=8,mask={dims}")).arguments.mask
-    assert mask is not None
-    open_keys = np.asarray(mask)
-    lengths = open_keys.sum(-1, keepdims=True)
-    np.testing.assert_array_equal(open_keys, np.arange(40) < lengths)
-    assert ((lengths >= 20) & (lengths < 40)).all()
+@pytest.mark.parametrize(("rows", "keys"), [(40, 40), (30, 40), (40, 20)])
+@pytest.mark.parametrize("dims", ["b11s", "111s", "bh1s", "b1ts"])
+def test_masks_are_padding(dims: str, rows: int, keys: int) -> None:
+    """In each sequence some keys are excluded, the last ones; and later ones, for rows' own."""
+    shape = f"b=3,t={rows},s={keys},h=2,k=8,mask={dims}"
+    mask = np.asarray(WorkloadInputs(Workload.parse(shape)).arguments.mask)
+    counts = mask.sum(-1, keepdims=True)
+    np.testing.assert_array_equal(mask, np.arange(keys) < counts)
+    padded = counts.max(axis=-2)
+    assert ((padded >= keys / 2) & (padded < keys)).all()
+    assert (counts >= 1).all()
+    later = np.diff(counts, axis=-2)
+    assert (later >= 0).all()
+    assert (later > 0).any() == (dims[2] == "t")
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2.0**-24), ("bfloat16", 2.0**-9)])
