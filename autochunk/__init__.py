@@ -42,6 +42,7 @@ and T are numbers of queries and keys, H is heads, K and V are sizes of a key an
 # operands                 the arrays of a call, in one table
 # implementations          the ways to compute attention, in one table
 # plan                     how a call runs: an implementation, a limit, the slices of these
+# blocks                   what is sliced where positions or lengths leave logits out
 # workload                 one tunable call, and the one text that names it
 # functions                the same of a function that is not attention
 # host, nvidia, nvml       this machine, its GPUs, what disturbs those

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from autochunk.blocks import reach_of
 from autochunk.errors import WorkloadError
 from autochunk.operands import OPERANDS, TERMS
-from autochunk.plan import reach_of
 
 Mode = Literal["forward", "training"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]

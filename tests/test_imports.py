@@ -24,7 +24,7 @@ def _name(path: Path) -> str:
 
 MODULES = {_name(path): path for path in PACKAGE.rglob("*.py")}
 
-WORDS = {"errors", "text", "operands", "implementations", "plan", "workload", "functions"}
+WORDS = {"errors", "text", "operands", "implementations", "plan", "blocks", "workload", "functions"}
 WORDS |= {"host", "nvidia", "nvml", "device"}
 # Each room and the other rooms it may import. A module belongs to the longest room name that it
 # starts with; "" is the package itself (for its version).
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "operands": set(),
     "implementations": set(),
     "plan": {"errors", "implementations"},
-    "workload": {"errors", "operands", "plan"},
+    "blocks": {"plan"},
+    "workload": {"errors", "operands", "blocks"},
     "functions": {"errors", "workload"},
     "host": set(),
     "nvidia": {"errors", "host"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": WORDS | {""},
     "predict": WORDS | {"store"},
     "resolution": WORDS | {"", "store", "predict"},
-    "attention.kernels": {"operands", "implementations", "plan"},
+    "attention.kernels": {"operands", "implementations", "plan", "blocks"},
     "attention": WORDS | {"resolution", "attention.kernels"},
     "haiku": {"plan", "workload", "attention"},
     "flax": {"errors", "plan", "attention"},

@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 
 from pydantic import FailFast, Field, field_validator, model_validator
 
+from autochunk.blocks import block_form, block_shape
 from autochunk.device import Device
 from autochunk.errors import ArgumentError, WorkloadError
 from autochunk.functions import FunctionCall, Tunable, is_function, parsed
 from autochunk.implementations import IMPLEMENTATIONS, kernels_for
-from autochunk.plan import LogitsShape, Plan, block_form, block_shape, same_slices
+from autochunk.plan import LogitsShape, Plan, same_slices
 from autochunk.store import choice
 from autochunk.store.measurement import Measurement, Record
 from autochunk.workload import Workload

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autochunk.blocks import reach_of
 from autochunk.implementations import is_fused
 from autochunk.operands import OPERANDS, TERMS
-from autochunk.plan import LogitsShape, Plans, reach_of
+from autochunk.plan import LogitsShape, Plans
 
 
 class Call(NamedTuple):

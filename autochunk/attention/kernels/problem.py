@@ -21,14 +21,12 @@ from autochunk.attention.kernels.terms import (
     may_see_nothing,
     reach_block,
 )
+from autochunk.blocks import band_keys, block_form, block_shape
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import (
     Plan,
     Slices,
     balanced,
-    band_keys,
-    block_form,
-    block_shape,
     runs_dense,
     slice_logits,
 )
