@@ -8,6 +8,7 @@ before they are summed. How many there are was read off the memory that XLA repo
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from autochunk.implementations import is_sliced
@@ -165,6 +166,7 @@ def _itemsize(workload: Workload) -> int:
     return 2 if workload.dtype in HALVES else workload.logits_itemsize
 
 
+@functools.lru_cache(maxsize=10_000)
 def temp_bytes(workload: Workload, plan: Plan, platform: str) -> float:
     """Working memory by what a plan holds; at least ``LEAST_BYTES``."""
     if kind_of(plan.implementation) == "fused":

@@ -216,8 +216,10 @@ def covaries(
     plain = _near(one.sizes[:, :2], other.sizes[:, :2], (covariance.plain,) * 2)
     fine, coarse, sliced = _plans(covariance, one, other)
 
+    places = one.of[:, None] * len(other.sizes) + other.of
+
     def spread(by_workload: np.ndarray) -> np.ndarray:
-        return np.asarray(by_workload[one.of[:, None], other.of[None]])
+        return np.asarray(by_workload.take(places))
 
     broad = near**0.25  # over twice the distances
     coarse = np.where(sliced, coarse, coarse * spread(plain))
