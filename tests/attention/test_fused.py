@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from reference import assert_close, compiled_text, draw, exact, operands
-from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call
+from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call, masks_of_a_part
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, blind, libraries, maps, seen
@@ -315,6 +315,22 @@ def test_which_keys_a_mask_shows(
     skips = recorded.like.skips is not None
     assert bool(recorded.spans) == (skips and is_worth_it and has_mask)
     assert all((span.first is not None) == (form == "segments") for span in recorded.spans)
+
+
+@pytest.mark.parametrize("form", masks_of_a_part(3))
+def test_keys_that_are_left_out(recorded: Recorded, form: str) -> None:
+    """Told which keys a mask shows, a kernel gives the same as dense attention by the mask."""
+    given = masks_of_a_part(12)[form]
+    arrays = operands((2,), 12, 12, 4, 2, 8)
+    moving = {name: arrays[name] for name in NAMES}
+
+    def both(implementation: str | None) -> Any:
+        out, pull = jax.vjp(lambda one: attend(implementation, **given)(**one), moving)
+        return out, pull(arrays["cotangent"])
+
+    assert_close(jax.jit(lambda: both(None))(), jax.jit(lambda: both("dense"))())
+    assert recorded.traced
+    assert bool(recorded.spans) == (recorded.like.skips is not None)
 
 
 @pytest.mark.parametrize("exported", [False, True])

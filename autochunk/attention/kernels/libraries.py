@@ -77,7 +77,7 @@ class Kernel:
         tells which keys of a mask no row of a tile sees; None if it does not heed that.
     """
 
-    attend: Callable[..., jax.Array]
+    attend: Callable[[Inputs, Settings, Span | None], jax.Array]
     keeps: tuple[Kept, ...]
     differentiated: tuple[str, ...] = ("query", "key", "value")
     lacks: tuple[str, ...] = ()
@@ -197,7 +197,7 @@ def as_mask(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Call]:
     return given._replace(mask=terms_of(in_mask, call).visible()), unseen
 
 
-def _cudnn(inputs: Inputs, settings: Settings, _: Span | None = None) -> jax.Array:
+def _cudnn(inputs: Inputs, settings: Settings, _: Span | None) -> jax.Array:
     attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
     out: jax.Array = attention(
         *inputs[:5],
@@ -277,11 +277,11 @@ def quiet() -> Iterator[None]:
         log.removeFilter(is_kept)
 
 
-def _tokamax_mosaic(inputs: Inputs, settings: Settings, span: Span | None = None) -> Any:
+def _tokamax_mosaic(inputs: Inputs, settings: Settings, span: Span | None) -> Any:
     return _tokamax(inputs, settings, span, "mosaic_gpu")
 
 
-def _tokamax_triton(inputs: Inputs, settings: Settings, span: Span | None = None) -> Any:
+def _tokamax_triton(inputs: Inputs, settings: Settings, span: Span | None) -> Any:
     return _tokamax(inputs, settings, span, "triton")
 
 
