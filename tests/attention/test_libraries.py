@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import logging
 import re
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from reference import assert_close, compiled_text, draw, operands
 from autochunk import dot_product_attention
 from autochunk.attention.arguments import Arguments
 from autochunk.attention.kernels import Call, Inputs, libraries, maps
-from autochunk.attention.kernels.libraries import FORMS, Kernel, lacking
+from autochunk.attention.kernels.libraries import FORMS, Kernel, Settings, Span, lacking
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan, Plans
@@ -170,6 +172,27 @@ def test_log_lines_of_tokamax_stay_away(caplog: pytest.LogCaptureFixture) -> Non
         "something else",
         "Autotuning cache miss for someone else's",
     ]
+
+
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_a_tokamax_that_keeps_its_kernels_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It is called by its function's own arguments, as where there is no mask."""
+    asked: list[Any] = []
+    tokamax = types.ModuleType("tokamax")
+    monkeypatch.setattr(
+        tokamax,
+        "dot_product_attention",
+        lambda *_, implementation, **__: asked.append(implementation),
+        raising=False,
+    )
+    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+    query = jnp.zeros((1, 8, 2, 8))
+    settings = Settings(1.0, None, None, None, None)
+    for span in (None, Span(None, jnp.ones((1, 1, 8), jnp.int32))):
+        KERNELS[f"tokamax_{name}"].attend(Inputs(query, query, query), settings, span)
+    assert asked == [[name], [name]]
 
 
 # On a GPU

@@ -228,16 +228,29 @@ cudnn = Kernel(
 """NVIDIA's, as JAX calls it."""
 
 
-def _tokamax(
-    inputs: Inputs, settings: Settings, span: Span | None, name: Literal["mosaic_gpu", "triton"]
-) -> Any:
-    import tokamax
-    from tokamax._src.ops.attention import api  # which keys each row sees it does not take itself
+def _told(name: Literal["mosaic", "triton"], span: Span) -> Any:
+    """A kernel of Tokamax's that is told a span, of which its function has no argument.
+
+    Just its name where a version keeps its kernels elsewhere.
+    """
+    try:
+        from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+
+        kernel = IMPLEMENTATIONS["mosaic_gpu" if name == "mosaic" else name]
+    except (ImportError, KeyError):
+        return name
 
     def attend(*arrays: Any, mask: Any, **others: Any) -> Any:
-        if span is not None:
-            mask &= type(mask)(k_start=span.first, k_end=span.end)
-        return api.IMPLEMENTATIONS[name](*arrays, mask=mask, **others)
+        mask &= type(mask)(k_start=span.first, k_end=span.end)
+        return kernel(*arrays, mask=mask, **others)
+
+    return attend
+
+
+def _tokamax(
+    inputs: Inputs, settings: Settings, span: Span | None, name: Literal["mosaic", "triton"]
+) -> Any:
+    import tokamax
 
     window: tuple[int, int] | None = None
     if settings.left is not None or settings.right not in (None, 0):
@@ -253,7 +266,7 @@ def _tokamax(
         key_value_seq_lengths=inputs.key_value_seq_lengths,
         logits_soft_cap=settings.soft_cap,
         precision="default" if settings.precision is None else settings.precision,
-        implementation=[attend],
+        implementation=[name if span is None else _told(name, span)],
     )
 
 
@@ -278,7 +291,7 @@ def quiet() -> Iterator[None]:
 
 
 def _tokamax_mosaic(inputs: Inputs, settings: Settings, span: Span | None) -> Any:
-    return _tokamax(inputs, settings, span, "mosaic_gpu")
+    return _tokamax(inputs, settings, span, "mosaic")
 
 
 def _tokamax_triton(inputs: Inputs, settings: Settings, span: Span | None) -> Any:
