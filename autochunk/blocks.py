@@ -47,7 +47,10 @@ def reach_of(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | Non
 
 
 def block_form(
-    reach: tuple[int | None, int | None], names: Collection[str], one_offset: bool = True
+    reach: tuple[int | None, int | None],
+    names: Collection[str],
+    one_offset: bool = True,
+    has_row_mask: bool = False,
 ) -> BlockForm | None:
     """How blocks are cut, of whose logits some are known to take no part; None if not at all.
 
@@ -55,6 +58,7 @@ def block_form(
       reach: how many positions to its left and right a query sees; None is all.
       names: of the arrays by which blocks are known to be closed, such as "query_segment_ids".
       one_offset: whether a row has one position, whatever the batch element.
+      has_row_mask: whether there is a mask of each row's own; most of these are causal.
     """
     left, right = reach
     if left is not None and right is not None:
@@ -63,7 +67,7 @@ def block_form(
         return form._replace(most=None, band=left + right) if one_offset else form
     if "query_segment_ids" in names:
         return _PACKED
-    if reach != (None, None):
+    if reach != (None, None) or has_row_mask:
         return _CAUSAL
     return _ENDS if names else None
 

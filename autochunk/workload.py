@@ -259,6 +259,11 @@ class Workload(BaseModel):
         return [*own, "mask"] if self.mask != "none" and self.mask[2] == "1" else own
 
     @property
+    def has_row_mask(self) -> bool:
+        """Whether a mask says of each row on its own which keys it sees."""
+        return self.mask[2:] == "ts" and 1 not in (self.query_length, self.key_length)
+
+    @property
     def logits_itemsize(self) -> int:
         """Bytes of one logit: half-precision inputs have float32 logits."""
         return 8 if self.dtype == "float64" else 4

@@ -46,6 +46,14 @@ def test_blocks_cover_and_are_no_shorter_than_they_should_be(
         assert block.rows + form.band <= block.keys < block.rows + form.band + 8
 
 
+def test_masks_of_rows_own_are_cut_as_causality_is() -> None:
+    """Beside positions and segments they change nothing."""
+    by_mask = block_form((None, None), ["key_value_seq_lengths"], has_row_mask=True)
+    assert by_mask == block_form((None, 0), [])
+    for reach, names in (((None, 0), []), ((3, 5), []), ((None, None), ["query_segment_ids"])):
+        assert block_form(reach, names, has_row_mask=True) == block_form(reach, names)
+
+
 def test_where_all_is_seen_there_are_no_blocks() -> None:
     """What is cut into slices is then the whole."""
     assert block_form((None, None), []) is None

@@ -76,7 +76,8 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     shape = sliced_shape(workload)
     slices = slice_logits(plan, shape)
     blocks = workload.query_length / shape.rows * workload.key_length / shape.keys
-    seen, counts = _seen(workload), slices.counts(shape)
+    seen = _causal_share(workload) if _is_causal_by_mask(workload) else _seen(workload)
+    counts = slices.counts(shape)
     lengths = (shape.batch, shape.heads, shape.rows, shape.keys)
     overlapping = math.prod(map(mul, counts, slices)) / math.prod(lengths)
     return Work(
@@ -111,8 +112,12 @@ def _within_mask(workload: Workload, implementation: str) -> float:
         return _WITHIN_SEGMENTS
     if not workload.mask.endswith("s"):
         return 1.0
-    is_causal_by_mask = workload.mask[2] == "t" and workload.reach == (None, None)
-    return _WITHIN_LENGTHS * (_causal_share(workload) if is_causal_by_mask else 1.0)
+    return _WITHIN_LENGTHS * (_causal_share(workload) if _is_causal_by_mask(workload) else 1.0)
+
+
+def _is_causal_by_mask(workload: Workload) -> bool:
+    """Whether a mask says what each row sees: most of these are causal, as the tuner's are."""
+    return workload.reach == (None, None) and workload.has_row_mask
 
 
 def _seen(workload: Workload) -> float:

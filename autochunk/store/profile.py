@@ -246,4 +246,5 @@ def sliced_shape(workload: Workload) -> LogitsShape:
         itemsize=workload.logits_itemsize,
     )
     one_offset = workload.query_offset in ("none", "1")
-    return block_shape(shape, block_form(workload.reach, workload.covering, one_offset))
+    form = block_form(workload.reach, workload.covering, one_offset, workload.has_row_mask)
+    return block_shape(shape, form)

@@ -249,6 +249,11 @@ def test_sums_are_held_for_a_few_rows_at_a_time(call: str) -> None:
         {"query_seq_lengths": whole(1, 1100), "key_value_seq_lengths": whole(1100, 300)},
         {"mask": np.arange(1100)[None, None, None] < 700, "is_causal": True},
         {"query_offset": whole(-300, 500), "is_causal": True},
+        {"mask": np.tril(np.ones((1100, 1100), bool))},
+        {"mask": np.tri(1100, k=-300, dtype=bool), "key_value_seq_lengths": whole(900, 1100)},
+        {"mask": np.arange(1100)[:, None] // 300 == np.arange(1100) // 300},
+        {"mask": draw((2, 1, 1100, 1100), 7) < 1},
+        {"mask": np.zeros((1100, 1100), bool)},
         {"query_segment_ids": None, "is_causal": True},
         # Indices that these integers cannot count.
         {"key_value_seq_lengths": np.asarray([200, 100], np.uint8)},

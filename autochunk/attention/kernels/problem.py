@@ -14,6 +14,7 @@ from autochunk.attention.kernels.cells import Output
 from autochunk.attention.kernels.grid import Grid, batch_axes
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.terms import (
+    Block,
     Span,
     Terms,
     covering,
@@ -28,6 +29,7 @@ from autochunk.plan import (
     Slices,
     balanced,
     runs_dense,
+    slice_count,
     slice_logits,
 )
 
@@ -55,6 +57,7 @@ class Problem:
         form = self.cover.form
         block = block_shape(self.shape, form)
         self.slices: Slices = slice_logits(plan, block)
+        self.cover.look_at_blocks(self.slices)
         self._follow: Callable[[Any], Any] | None = None
         if form and form.band is not None and self.slices.keys == block.keys < self.shape.keys:
             band = band_keys(self.slices.rows, form.band, self.shape.keys)
@@ -130,22 +133,64 @@ class BlockCover:
         self._call = call
         self._leading = inputs.query.ndim - 4
         self.names = covering(inputs.present, call)
-        offset = inputs.query_offset
+        offset, mask = inputs.query_offset, inputs.mask
         one_offset = offset is None or math.prod(offset.shape) == 1
-        self.form = block_form(call.reach, self.names, one_offset)
+        # Beside positions, which are known while tracing, a mask seldom hides more blocks.
+        has_row_mask = call.reach == (None, None) and mask is not None and 1 not in mask.shape[-2:]
+        self.form = block_form(call.reach, self.names, one_offset, has_row_mask)
+        self._mask = mask if has_row_mask else None
+        self._seen: Block | None = None
+        if has_row_mask:
+            self.names += ("mask",)
+
+    def look_at_blocks(self, slices: Slices) -> None:
+        """Which blocks of a mask of each row's own are closed for all heads, or open."""
+        if self._mask is None:
+            return
+        found: list[jax.Array] = []
+        for reduce in (jnp.any, jnp.all):
+            of_all = reduce(self._mask, tuple(range(self._mask.ndim - 2)))
+            of_rows = _of_blocks(reduce, of_all, 0, slices.rows)
+            found.append(_of_blocks(reduce, of_rows, 1, slices.keys))
+        self._seen = ~found[0], found[1]
 
     def block(
         self, starts: dict[str, Any], sizes: dict[str, int], arrays: dict[str, jax.Array]
     ) -> tuple[Any, Any]:
         """As ``Cover`` says."""
         rows, keys = (Span(starts.get(axis, 0), sizes[axis]) for axis in ("rows", "keys"))
-        if arrays:
+        if arrays and self._seen is None:
             return Terms(arrays, rows, keys, self._call, self._leading, self.names).block()
+        if arrays and self._seen is not None:
+            return self._by_mask(self._seen, rows, keys, arrays)
         if "query_offset" in self.names:
             return False, False
         first, last = (row + self._call.offset for row in (rows.start, rows.last))
         closed, is_open = reach_block(self._call, first, last, keys)
         return closed, is_open and not self.names
+
+    def _by_mask(self, seen: Block, rows: Span, keys: Span, arrays: dict[str, jax.Array]) -> Block:
+        """What a mask of each row's own says of a block, and all else."""
+        # rounded up: the last block overlaps
+        row, key = (-(-span.start // span.size) for span in (rows, keys))
+        closed, is_open = (one[row, key] for one in seen)
+        rest = {name: one for name, one in arrays.items() if name != "mask"}
+        if not rest:
+            return closed, is_open
+        others = Terms(rest, rows, keys, self._call, self._leading, tuple(rest)).block()
+        return closed | others[0], is_open & others[1]
+
+
+def _of_blocks(reduce: Callable[..., jax.Array], array: jax.Array, axis: int, size: int) -> Any:
+    """An array reduced over each block along an axis, of which the last may overlap."""
+    length = array.shape[axis]
+    count = slice_count(length, size)
+    first = jax.lax.slice_in_dim(array, 0, (count - 1) * size, axis=axis)
+    shape = (*array.shape[:axis], count - 1, size, *array.shape[axis + 1 :])
+    last = jax.lax.slice_in_dim(array, length - size, length, axis=axis)
+    return jnp.concatenate(
+        [reduce(first.reshape(shape), axis + 1), reduce(last, axis, keepdims=True)], axis
+    )
 
 
 def _first_key(reach: tuple[int | None, int | None], offset: Any, last: int, row: Any) -> Any:
