@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from hypothesis import strategies as st
 
 from autochunk.device import Device
 from autochunk.functions import FunctionCall
+from autochunk.plan import LogitsShape
 from autochunk.store.measurement import Measurement
 from autochunk.store.profile import Profile
 from autochunk.workload import Workload
@@ -28,6 +30,19 @@ quick_jit = functools.partial(
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
     },
+)
+
+axis_sizes = st.one_of(
+    st.integers(1, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 16000])
+)
+logits_shapes = st.builds(
+    LogitsShape,
+    batch=axis_sizes,
+    heads=axis_sizes,
+    groups=st.integers(1, 16),
+    rows=axis_sizes,
+    keys=axis_sizes,
+    itemsize=st.sampled_from([4, 8]),
 )
 
 Scripted = Callable[..., tuple[str, ...]]

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from factories import logits_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autochunk.blocks import block_form, block_shape
 from autochunk.plan import LogitsShape
 
-axis_sizes = st.one_of(
-    st.integers(1, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 16000])
-)
-shapes = st.builds(
-    LogitsShape,
-    batch=axis_sizes,
-    heads=axis_sizes,
-    groups=st.integers(1, 16),
-    rows=axis_sizes,
-    keys=axis_sizes,
-    itemsize=st.sampled_from([4, 8]),
-)
 REACHES = [(None, 0), (None, 5), (3, None), (255, 0), (2000, 2000)]
 COVERING = [[], ["mask"], ["key_value_seq_lengths"], ["query_segment_ids"]]
 
 
-@given(shapes, st.sampled_from(REACHES), st.sampled_from(COVERING))
+@given(logits_shapes, st.sampled_from(REACHES), st.sampled_from(COVERING))
 def test_blocks_cover_and_are_no_shorter_than_they_should_be(
     shape: LogitsShape, reach: tuple[int | None, int | None], names: list[str]
 ) -> None:

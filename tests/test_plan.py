@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import logits_shapes
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -31,24 +32,13 @@ from autochunk.plan import (
 )
 
 SLICED = [name for name, one in IMPLEMENTATIONS.items() if one.sliced]
-LONG = st.sampled_from([512, 1024, 4096, 16000])
-axis_sizes = st.one_of(st.integers(1, 9), st.integers(1, 300), LONG)
-shapes = st.builds(
-    LogitsShape,
-    batch=axis_sizes,
-    heads=axis_sizes,
-    groups=st.integers(1, 16),
-    rows=axis_sizes,
-    keys=axis_sizes,
-    itemsize=st.sampled_from([4, 8]),
-)
 sliced = st.sampled_from(SLICED)
 
 
 @st.composite
 def limited(draw: st.DrawFn) -> tuple[Plan, LogitsShape]:
     """A shape, and a plan whose limit holds at least one logit of every query head in a group."""
-    shape = draw(shapes)
+    shape = draw(logits_shapes)
     least = shape.groups * shape.itemsize
     limit = draw(
         st.one_of(
@@ -153,14 +143,14 @@ def test_slicing_order(case: tuple[Plan, LogitsShape]) -> None:
         assert whole.chunk_bytes(shape) > limit_bytes(plan)
 
 
-@given(shapes, sliced)
+@given(logits_shapes, sliced)
 def test_limit_of_all_logits_does_not_slice(shape: LogitsShape, implementation: str) -> None:
     """Logits that fit the limit are never sliced."""
     plan = Plan(implementation, (shape.bytes + 0.5) / 1e6)
     assert slice_logits(plan, shape) == Slices(shape.batch, shape.heads, shape.rows, shape.keys)
 
 
-@given(shapes, st.sampled_from(list(IMPLEMENTATIONS)))
+@given(logits_shapes, st.sampled_from(list(IMPLEMENTATIONS)))
 def test_no_limit_never_slices(shape: LogitsShape, implementation: str) -> None:
     """None means: do not slice, whatever the size."""
     slices = slice_logits(Plan(implementation, None), shape)
@@ -169,7 +159,7 @@ def test_no_limit_never_slices(shape: LogitsShape, implementation: str) -> None:
     assert slices.chunk_bytes(shape) == shape.bytes
 
 
-@given(shapes, st.floats(1e-9, 1e9))
+@given(logits_shapes, st.floats(1e-9, 1e9))
 def test_dense_has_no_slices(shape: LogitsShape, limit: float) -> None:
     """The plan "dense" is whole whatever the limit.
 
@@ -180,7 +170,7 @@ def test_dense_has_no_slices(shape: LogitsShape, limit: float) -> None:
     )
 
 
-@given(shapes, sliced, st.floats(0, 1, exclude_min=True, exclude_max=True))
+@given(logits_shapes, sliced, st.floats(0, 1, exclude_min=True, exclude_max=True))
 def test_limit_below_one_logit_is_an_error(
     shape: LogitsShape, implementation: str, share: float
 ) -> None:
@@ -254,7 +244,7 @@ def test_limit_in_bytes_survives_the_way_through_mb(size: int) -> None:
     assert slice_logits(Plan("xla", half / 10**6), shape) == Slices(1, 1, 1, size)
 
 
-@given(shapes)
+@given(logits_shapes)
 def test_candidates_differ_in_slices(shape: LogitsShape) -> None:
     """No two candidates come to the same computation, and the first is not to slice."""
     plans = candidate_plans(shape)
@@ -264,7 +254,7 @@ def test_candidates_differ_in_slices(shape: LogitsShape) -> None:
     assert not any(same_slices(one, other, shape) for one, other in pairs)
 
 
-@given(shapes)
+@given(logits_shapes)
 def test_candidates_are_legal(shape: LogitsShape) -> None:
     """Every candidate passes the op's checks; its limit is at most twice what its slices need."""
     for plan in candidate_plans(shape):
@@ -274,7 +264,7 @@ def test_candidates_are_legal(shape: LogitsShape) -> None:
         assert slice_logits(plan, shape).chunk_bytes(shape) <= most
 
 
-@given(shapes)
+@given(logits_shapes)
 def test_candidates_descend_in_memory(shape: LogitsShape) -> None:
     """From most memory to least, for a tuner that stops early.
 
@@ -321,7 +311,7 @@ def test_candidates_descend_in_memory_across_implementations() -> None:
     assert memory == sorted(memory, reverse=True)
 
 
-@given(shapes)
+@given(logits_shapes)
 def test_candidates_in_larger_steps_are_fewer(shape: LogitsShape) -> None:
     """A larger step measures less."""
     assert len(candidate_plans(shape, step=4)) <= len(candidate_plans(shape, step=2))

@@ -76,8 +76,7 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
     hashes = ((workload.dropout_bits != "none") + workload.soft_cap) * work.logits
     took += hashes * _HASHES[kind][training] * rates.hash_seconds
     took += passes / rates.passes[kind != "sliced"]
-    held = memory.temp_bytes(workload, plan, platform)
-    if platform == "cpu" and held > _KEPT:
+    if platform == "cpu" and (held := memory.temp_bytes(workload, plan, platform)) > _KEPT:
         took += held * _FAULT_SECONDS
     return took + rates.slice_seconds[training] * work.slices
 

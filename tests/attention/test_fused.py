@@ -22,7 +22,7 @@ from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call, masks_
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, blind, libraries, maps, seen
-from autochunk.attention.kernels.libraries import Kernel, Settings, Span
+from autochunk.attention.kernels.libraries import Kernel, KeyRange, Settings
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS, Implementation
 
@@ -111,10 +111,12 @@ class Recorded:
     def __init__(self, like: Kernel) -> None:
         self.like = like
         self.traced = 0
-        self.spans: list[Span] = []
+        self.ranges: list[KeyRange] = []
 
-    def __call__(self, inputs: Inputs, settings: Settings, span: Span | None = None) -> jax.Array:
-        """Takes key sizes that are multiples of 8, and looks at nothing outside of the span."""
+    def __call__(
+        self, inputs: Inputs, settings: Settings, key_range: KeyRange | None = None
+    ) -> jax.Array:
+        """Takes key sizes that are multiples of 8, and looks at nothing outside of the key_range."""
         if inputs.query.shape[-1] % 8:
             raise NotImplementedError("the key size must be a multiple of 8")
         self.traced += 1
@@ -125,19 +127,19 @@ class Recorded:
             assert given[name].shape[2:] in [(rows, keys), *([(1, keys)] if shared else [])]
         moving = {name: one for name, one in given.items() if name in self.like.differentiated}
         rest = {name: one for name, one in given.items() if name not in moving}
-        if span is not None:
-            self.spans.append(span)
+        if key_range is not None:
+            self.ranges.append(key_range)
             batch, rows, heads, _ = inputs.query.shape
-            assert span.first is None or span.first.shape == span.end.shape
-            assert jnp.broadcast_shapes(span.end.shape, (batch, heads, rows)) == (
+            assert key_range.first is None or key_range.first.shape == key_range.end.shape
+            assert jnp.broadcast_shapes(key_range.end.shape, (batch, heads, rows)) == (
                 batch,
                 heads,
                 rows,
             )
             key = jnp.arange(keys)
-            within = key < span.end[..., None]
-            if span.first is not None:
-                within &= span.first[..., None] <= key
+            within = key < key_range.end[..., None]
+            if key_range.first is not None:
+                within &= key_range.first[..., None] <= key
             rest["mask"] = within & rest.get("mask", True)
         # what a kernel may not do without jax's own rules for other operands
         assert "bias" not in rest
@@ -313,8 +315,10 @@ def test_which_keys_a_mask_shows(
     jax.jit(attend(**given)).lower(**arrays)
     has_mask = form in ("mask", "segments")
     skips = recorded.like.skips is not None
-    assert bool(recorded.spans) == (skips and is_worth_it and has_mask)
-    assert all((span.first is not None) == (form == "segments") for span in recorded.spans)
+    assert bool(recorded.ranges) == (skips and is_worth_it and has_mask)
+    assert all(
+        (key_range.first is not None) == (form == "segments") for key_range in recorded.ranges
+    )
 
 
 @pytest.mark.parametrize("form", masks_of_a_part(3))
@@ -330,7 +334,7 @@ def test_keys_that_are_left_out(recorded: Recorded, form: str) -> None:
 
     assert_close(jax.jit(lambda: both(None))(), jax.jit(lambda: both("dense"))())
     assert recorded.traced
-    assert bool(recorded.spans) == (recorded.like.skips is not None)
+    assert bool(recorded.ranges) == (recorded.like.skips is not None)
 
 
 @pytest.mark.parametrize("exported", [False, True])

@@ -20,7 +20,7 @@ from reference import assert_close, compiled_text, draw, operands
 from autochunk import dot_product_attention
 from autochunk.attention.arguments import Arguments
 from autochunk.attention.kernels import Call, Inputs, libraries, maps
-from autochunk.attention.kernels.libraries import FORMS, Kernel, Settings, Span, lacking
+from autochunk.attention.kernels.libraries import FORMS, Kernel, KeyRange, Settings, lacking
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan, Plans
@@ -190,8 +190,8 @@ def test_a_tokamax_that_keeps_its_kernels_elsewhere(
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
     query = jnp.zeros((1, 8, 2, 8))
     settings = Settings(1.0, None, None, None, None)
-    for span in (None, Span(None, jnp.ones((1, 1, 8), jnp.int32))):
-        KERNELS[f"tokamax_{name}"].attend(Inputs(query, query, query), settings, span)
+    for key_range in (None, KeyRange(None, jnp.ones((1, 1, 8), jnp.int32))):
+        KERNELS[f"tokamax_{name}"].attend(Inputs(query, query, query), settings, key_range)
     assert asked == [[name], [name]]
 
 

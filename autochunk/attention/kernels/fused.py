@@ -31,14 +31,14 @@ from autochunk.attention.kernels.grid import sum_to, vary_alike
 from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
 from autochunk.attention.kernels.libraries import (
     Kernel,
+    KeyRange,
     Settings,
-    Span,
     as_mask,
     gets_a_mask,
     lacking,
     quiet,
 )
-from autochunk.attention.kernels.seen import Seen, span_of
+from autochunk.attention.kernels.seen import Seen, key_range_of
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
 
@@ -254,7 +254,7 @@ _UNREACHED = 1e30
 
 
 def _forward(
-    kernel: Kernel, inputs: Inputs, settings: Settings, span: Span | None
+    kernel: Kernel, inputs: Inputs, settings: Settings, key_range: KeyRange | None
 ) -> tuple[jax.Array, dict[str, jax.Array], Callable[[jax.Array], tuple[dict[str, jax.Array]]]]:
     """A kernel's output, its saved results by name, and its backward, a pytree of all saved.
 
@@ -266,7 +266,7 @@ def _forward(
     }
 
     def from_moving(moving: dict[str, jax.Array]) -> jax.Array:
-        return kernel.attend(inputs._replace(**moving), settings, span)
+        return kernel.attend(inputs._replace(**moving), settings, key_range)
 
     query = inputs.query
     out, pull = jax.vjp(from_moving, moving)
@@ -292,16 +292,18 @@ def _is_like(leaf: Any, other: Any) -> bool:
 
 def _given(
     kernel: Kernel, inputs: Inputs, call: Call, *, skips: bool = False
-) -> tuple[Inputs, Settings, Span | None]:
-    """What ``Kernel.attend`` is given; with ``skips`` a span where that is worth it."""
+) -> tuple[Inputs, Settings, KeyRange | None]:
+    """What ``Kernel.attend`` is given; with ``skips`` a range of keys where that is worth it."""
     is_worth_it = skips and kernel.skips is not None and inputs.key.shape[-3] >= kernel.skips
-    span = span_of(inputs, call) if is_worth_it and gets_a_mask(kernel, inputs, call) else None
-    if span is not None:
-        first = None if span.first is None else _flat_rows(span.first, inputs)
-        span = Span(first, _flat_rows(span.end, inputs))
+    key_range = (
+        key_range_of(inputs, call) if is_worth_it and gets_a_mask(kernel, inputs, call) else None
+    )
+    key_range = jax.tree.map(
+        lambda rows: _folded(rows[..., None], inputs, (rows.shape[-1], 1))[..., 0], key_range
+    )
     inputs, call = as_mask(kernel, inputs, call)
     settings = Settings(call.scale, *call.reach, call.soft_cap, call.precision)
-    return _flat(inputs, kernel), settings, span
+    return _flat(inputs, kernel), settings, key_range
 
 
 def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
@@ -311,11 +313,8 @@ def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
 
     def flat(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         if axes == LOGITS:
-            sizes, count = _flat_sizes(array, inputs), len(leading)
             shared = array.dtype == bool and kernel.one_row_masks
-            logits = (array.shape[-2] if shared else rows, keys)
-            whole = jnp.broadcast_to(array, (*sizes, *logits))
-            return whole.reshape((math.prod(sizes[:count]), math.prod(sizes[count:]), *logits))
+            return _folded(array, inputs, (array.shape[-2] if shared else rows, keys))
         own = array.shape[array.ndim - len(axes) :]
         return jnp.broadcast_to(array, (*leading, *own)).reshape((batch, *own))
 
@@ -331,11 +330,11 @@ def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
     return grouped._replace(query=query, **lengths)
 
 
-def _flat_rows(array: jax.Array, inputs: Inputs) -> jax.Array:
-    """What is of each row [..., H, G, T'] as kernels want it; see ``Span``."""
-    sizes, count = _flat_sizes(array[..., None], inputs), inputs.query.ndim - 4
-    whole = jnp.broadcast_to(array, (*sizes, array.shape[-1]))
-    return whole.reshape((math.prod(sizes[:count]), math.prod(sizes[count:]), array.shape[-1]))
+def _folded(term: jax.Array, inputs: Inputs, sizes: tuple[int, int]) -> jax.Array:
+    """A term of the logits as [B or 1, H or 1, *sizes], to which its last two dims broadcast."""
+    own, count = _flat_sizes(term, inputs), inputs.query.ndim - 4
+    whole = jnp.broadcast_to(term, (*own, *sizes))
+    return whole.reshape((math.prod(own[:count]), math.prod(own[count:]), *sizes))
 
 
 def _flat_sizes(term: jax.Array, inputs: Inputs) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ to ``tests/attention/test_libraries.py``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ class Settings(NamedTuple):
         return self.right == 0
 
 
-class Span(NamedTuple):
+class KeyRange(NamedTuple):
     """All keys that a row sees are from ``first``, or the start, to before ``end``.
 
     Both are int32 [..., H, G, T'], sizes of one broadcast, for a kernel [B or 1, H or 1, T' or 1];
@@ -73,11 +74,11 @@ class Kernel:
       selects: whether it replaces excluded logits, whatever they are, instead of adding something
         to them.
       refuses_late: whether it refuses some calls only when it is lowered.
-      skips: with how many keys or more ``attend`` takes less time where a span, its third argument,
-        tells which keys of a mask no row of a tile sees; None if it does not heed that.
+      skips: with how many keys or more ``attend`` takes less time where a range of keys, its third
+        argument, tells which keys of a mask no row of a tile sees; None if it does not heed that.
     """
 
-    attend: Callable[[Inputs, Settings, Span | None], jax.Array]
+    attend: Callable[[Inputs, Settings, KeyRange | None], jax.Array]
     keeps: tuple[Kept, ...]
     differentiated: tuple[str, ...] = ("query", "key", "value")
     lacks: tuple[str, ...] = ()
@@ -197,7 +198,7 @@ def as_mask(kernel: Kernel, inputs: Inputs, call: Call) -> tuple[Inputs, Call]:
     return given._replace(mask=terms_of(in_mask, call).visible()), unseen
 
 
-def _cudnn(inputs: Inputs, settings: Settings, _: Span | None) -> jax.Array:
+def _cudnn(inputs: Inputs, settings: Settings, _: KeyRange | None) -> jax.Array:
     attention: Any = jax.nn.dot_product_attention  # overloaded by its argument for residuals
     out: jax.Array = attention(
         *inputs[:5],
@@ -228,8 +229,8 @@ cudnn = Kernel(
 """NVIDIA's, as JAX calls it."""
 
 
-def _told(name: Literal["mosaic", "triton"], span: Span) -> Any:
-    """A kernel of Tokamax's that is told a span, of which its function has no argument.
+def _told(name: Literal["mosaic", "triton"], key_range: KeyRange) -> Any:
+    """A kernel of Tokamax's that is told a range of keys, of which its function has no argument.
 
     Just its name where a version keeps its kernels elsewhere.
     """
@@ -241,14 +242,17 @@ def _told(name: Literal["mosaic", "triton"], span: Span) -> Any:
         return name
 
     def attend(*arrays: Any, mask: Any, **others: Any) -> Any:
-        mask &= type(mask)(k_start=span.first, k_end=span.end)
+        mask &= type(mask)(k_start=key_range.first, k_end=key_range.end)
         return kernel(*arrays, mask=mask, **others)
 
     return attend
 
 
 def _tokamax(
-    inputs: Inputs, settings: Settings, span: Span | None, name: Literal["mosaic", "triton"]
+    inputs: Inputs,
+    settings: Settings,
+    key_range: KeyRange | None,
+    name: Literal["mosaic", "triton"],
 ) -> Any:
     import tokamax
 
@@ -266,7 +270,7 @@ def _tokamax(
         key_value_seq_lengths=inputs.key_value_seq_lengths,
         logits_soft_cap=settings.soft_cap,
         precision="default" if settings.precision is None else settings.precision,
-        implementation=[name if span is None else _told(name, span)],
+        implementation=[name if key_range is None else _told(name, key_range)],
     )
 
 
@@ -290,16 +294,8 @@ def quiet() -> Iterator[None]:
         log.removeFilter(is_kept)
 
 
-def _tokamax_mosaic(inputs: Inputs, settings: Settings, span: Span | None) -> Any:
-    return _tokamax(inputs, settings, span, "mosaic")
-
-
-def _tokamax_triton(inputs: Inputs, settings: Settings, span: Span | None) -> Any:
-    return _tokamax(inputs, settings, span, "triton")
-
-
 tokamax_mosaic = Kernel(
-    _tokamax_mosaic,
+    functools.partial(_tokamax, name="mosaic"),
     keeps=("maximum", "sum"),
     differentiated=("query", "key", "value", "bias"),
     lacks=(*_ALL_LACK, "a bias of a single query"),
@@ -312,7 +308,7 @@ tokamax_mosaic = Kernel(
 """Tokamax's for Hopper and newer, written in Pallas Mosaic GPU."""
 
 tokamax_triton = Kernel(
-    _tokamax_triton,
+    functools.partial(_tokamax, name="triton"),
     keeps=("maximum", "sum"),
     differentiated=("query", "key", "value", "bias"),
     lacks=(*_ALL_LACK, "a bias of a single query", "the gradient of logits_soft_cap"),

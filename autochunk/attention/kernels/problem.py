@@ -159,10 +159,10 @@ class BlockCover:
     ) -> tuple[Any, Any]:
         """As ``Cover`` says."""
         rows, keys = (Span(starts.get(axis, 0), sizes[axis]) for axis in ("rows", "keys"))
-        if arrays and self._seen is None:
-            return Terms(arrays, rows, keys, self._call, self._leading, self.names).block()
         if arrays and self._seen is not None:
             return self._by_mask(self._seen, rows, keys, arrays)
+        if arrays:
+            return Terms(arrays, rows, keys, self._call, self._leading, self.names).block()
         if "query_offset" in self.names:
             return False, False
         first, last = (row + self._call.offset for row in (rows.start, rows.last))

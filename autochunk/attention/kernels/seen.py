@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from autochunk.attention.kernels.blind import with_means
 from autochunk.attention.kernels.dense import within_lengths
 from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import Kernel, Span
+from autochunk.attention.kernels.libraries import Kernel, KeyRange
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 
 
@@ -34,7 +34,7 @@ class Seen:
         weighed += [] if inputs.bias is None else [~jnp.isneginf(inputs.bias)]
         if visible is None or inputs.bias is not None:
             self.blind = ~_have_a_key(*weighed)
-        else:  # as ``span_of``, so that what both need is computed once
+        else:  # as ``key_range_of``, so that what both need is computed once
             self.blind = _ends(visible) == 0
         if visible is None:
             return
@@ -61,17 +61,17 @@ class Seen:
         return within_lengths(out, given)
 
 
-def span_of(inputs: Inputs, call: Call) -> Span | None:
+def key_range_of(inputs: Inputs, call: Call) -> KeyRange | None:
     """Between which keys the rows of a call see any; None if nothing is excluded."""
     visible = terms_of(inputs, call).visible()
     if visible is None or visible.shape[-1] != (keys := inputs.key.shape[-3]):
         return None
     end = _ends(visible)
     if inputs.query_segment_ids is None:
-        return Span(None, end)
+        return KeyRange(None, end)
     # The last one, as seen from the end.
     first = keys - jnp.max(jnp.where(visible, keys - _indices(visible), 0), axis=-1)
-    return Span(jnp.where(end == 0, 0, first), end)
+    return KeyRange(jnp.where(end == 0, 0, first), end)
 
 
 def _ends(visible: jax.Array) -> jax.Array:
