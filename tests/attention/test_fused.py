@@ -113,10 +113,8 @@ class Recorded:
         self.traced = 0
         self.ranges: list[KeyRange] = []
 
-    def __call__(
-        self, inputs: Inputs, settings: Settings, key_range: KeyRange | None = None
-    ) -> jax.Array:
-        """Takes key sizes that are multiples of 8, and looks at nothing outside of the key_range."""
+    def __call__(self, inputs: Inputs, settings: Settings, key_range: KeyRange | None) -> jax.Array:
+        """Takes key sizes that are multiples of 8, and looks at no key outside of the range."""
         if inputs.query.shape[-1] % 8:
             raise NotImplementedError("the key size must be a multiple of 8")
         self.traced += 1
