@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -243,3 +244,13 @@ def _assert_close(path: Any, received: Any, expected: Any, tolerance: float) -> 
         assert error <= tolerance * max(1.0, largest), (
             f"{jax.tree_util.keystr(path)}: error {error:.3g}, largest {largest:.3g}"
         )
+
+
+def lowering_for_an_h100() -> Any:
+    """The context in which jax lowers Pallas kernels for a GPU that is not there."""
+    sharding: Any = jax.sharding
+    if jax.__version_info__ < (0, 12):
+        return contextlib.nullcontext()
+    h100 = {"device_kind": "NVIDIA H100 80GB HBM3", "num_cores": 132, "platform": "gpu"}
+    device = sharding.AbstractDevice(**h100)
+    return sharding.use_abstract_mesh(sharding.AbstractMesh((1,), ("x",), abstract_device=device))

@@ -21,7 +21,7 @@ from reference import assert_close, compiled_text, draw, exact, operands
 from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call, masks_of_a_part
 
 from autochunk import dot_product_attention
-from autochunk.attention.kernels import Inputs, blind, libraries, maps, seen
+from autochunk.attention.kernels import Inputs, fused, in_place, libraries, maps
 from autochunk.attention.kernels.libraries import Kernel, KeyRange, Settings
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS, Implementation
@@ -344,13 +344,13 @@ def test_rows_without_a_key_know_of_exports(
 
     def spy(function: Any) -> Any:
         def told_first(*arrays: jax.Array) -> Any:
-            told.append(blind._is_kept.get())
+            told.append(in_place._is_kept.get())
             return function(*arrays)
 
         return told_first
 
-    for module, name in ((seen, "with_means"), (maps, "with_cotangents_of_means")):
-        monkeypatch.setattr(module, name, spy(getattr(blind, name)))
+    for module, name in ((fused, "can_mend"), (maps, "with_cotangents_of_means")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
     arrays = operands((2,), 6, 6, 4, 2, 8)
     moving = [arrays[name] for name in NAMES]
     gradient = jax.jit(jax.grad(lambda *a: total(attend(**LENGTHS)(*a)), argnums=(0, 1, 2)))

@@ -259,6 +259,7 @@ def test_every_form(name: str, form: str) -> None:
 
 
 PADDED_QUERY = np.where(np.arange(T)[:, None] < T // 2, np.arange(T) < 40, False)
+BIAS = FORMS_OF_CALL["bias"]["bias"]
 UNSEEN: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "key lengths": (LENGTHS, slice(3, None), slice(0)),
     "lengths": (
@@ -277,6 +278,11 @@ UNSEEN: dict[str, tuple[dict[str, Any], Any, Any]] = {
         slice(T // 2, None),
     ),
     "offset": ({"query_offset": -9, "is_causal": True}, slice(T - 9, None), slice(9)),
+    "mask and bias": (
+        {"mask": np.arange(T) < 40, "bias": np.where(np.arange(T)[:, None] == 5, -np.inf, BIAS)},
+        slice(40, None),
+        slice(5, 6),
+    ),
 }
 
 

@@ -26,18 +26,18 @@ again without it (see ``SliceMath``). A row that sees no key gives the mean of a
 Reading order: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
 ``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
 (forward, tangent and cotangent by slices), ``primitives`` (what JAX sees, made by ``primitive``),
-``dense`` and ``fused`` (with ``seen``, ``blind`` and ``libraries``), which run without slices, and
-``shares`` (with ``meshes``), ``derivatives``, ``ring`` and ``rings`` (what each of several devices
-does).
+``dense`` and ``fused`` (with ``libraries`` and ``seen``; ``mending`` and ``blind`` put results
+right, ``in_place``), which run without slices, and ``shares`` (with ``meshes``), ``derivatives``,
+``ring`` and ``rings`` (what each of several devices does).
 
 What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 """
 
 from __future__ import annotations
 
-from autochunk.attention.kernels.blind import for_this_machine
 from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, platform, taken, trace
+from autochunk.attention.kernels.in_place import for_this_machine
 from autochunk.attention.kernels.inputs import Call, Inputs
 from autochunk.attention.kernels.libraries import quiet
 from autochunk.attention.kernels.meshes import is_mixed, mesh_without_devices

@@ -35,9 +35,11 @@ from autochunk.attention.kernels.libraries import (
     Settings,
     as_mask,
     gets_a_mask,
+    has_lengths,
     lacking,
     quiet,
 )
+from autochunk.attention.kernels.mending import can_mend, mended
 from autochunk.attention.kernels.seen import Seen, key_range_of
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
@@ -192,16 +194,17 @@ def attend(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     if call.residual:
         out, maximum, total = with_stats(name, inputs, call)
         return [out, log_sum_exp(maximum, total)]
-    seen, kernel = Seen(inputs, call), _kernel(name)
-    given = _given(kernel, seen.for_output(kernel), call, skips=True)
-    return [seen.restored(kernel.attend(*given))]
+    kernel = _kernel(name)
+    given, finished = _for_output(kernel, Seen(inputs, call), call)
+    return [finished(kernel.attend(*given))]
 
 
 @_by_their_rules
 def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     """[out, row maximum, row sum of exponentials]; the sum is one, or zero without a key."""
     seen, kernel = Seen(inputs, call), _kernel(name)
-    out, kept, _ = _forward(kernel, *_given(kernel, seen.for_output(kernel), call, skips=True))
+    given, finished = _for_output(kernel, seen, call)
+    out, kept, _ = _forward(kernel, *given)
     *leading, rows, heads, groups, _ = inputs.query.shape
     if "log-sum-exp" in kept:
         lse = kept["log-sum-exp"]
@@ -212,7 +215,7 @@ def with_stats(name: str, inputs: Inputs, call: Call) -> list[jax.Array]:
     if seen.blind is not None:
         maximum = jnp.where(seen.blind, jnp.finfo(maximum.dtype).min, maximum)
         total = jnp.where(seen.blind, 0, total)
-    return [seen.restored(out), maximum, total]
+    return [finished(out), maximum, total]
 
 
 @_by_their_rules
@@ -238,6 +241,26 @@ def cotangent(
     pull = jax.tree.unflatten(tree, [saved.get(id(leaf), leaf) for leaf in leaves])
     (gradients,) = pull(d_out.reshape(own_out.shape))
     return {name: _as_given(name, one, inputs) for name, one in gradients.items()}
+
+
+_Given = tuple[Inputs, Settings, KeyRange | None]
+"""What ``Kernel.attend`` is given."""
+
+
+def _for_output(
+    kernel: Kernel, seen: Seen, call: Call
+) -> tuple[_Given, Callable[[jax.Array], jax.Array]]:
+    """What a kernel is given for its output, and what makes that ours."""
+    given = _given(kernel, seen.for_output(kernel, mends=True), call, skips=True)
+    if seen.blind is None or seen.hidden is None:
+        return given, seen.whole
+    if not can_mend(given[0]):
+        given = _given(kernel, seen.for_output(kernel, mends=False), call, skips=True)
+        return given, seen.restored
+    # Where a bias hides keys, too, it takes a product over keys to know of all blind rows.
+    tells = kernel.gives_zero and seen.inputs.bias is not None and not has_lengths(seen.inputs)
+    blind = _by_rows(seen.hidden if tells else seen.blind, seen.inputs)
+    return given, lambda out: seen.whole(mended(out, *given[:2], blind, tells=tells))
 
 
 def _as_given(name: str, gradient: jax.Array, inputs: Inputs) -> jax.Array:
@@ -290,17 +313,13 @@ def _is_like(leaf: Any, other: Any) -> bool:
     return same == (other.shape, other.dtype)
 
 
-def _given(
-    kernel: Kernel, inputs: Inputs, call: Call, *, skips: bool = False
-) -> tuple[Inputs, Settings, KeyRange | None]:
-    """What ``Kernel.attend`` is given; with ``skips`` a range of keys where that is worth it."""
+def _given(kernel: Kernel, inputs: Inputs, call: Call, *, skips: bool = False) -> _Given:
+    """A call as a kernel takes it; with ``skips`` a range of keys where that is worth it."""
     is_worth_it = skips and kernel.skips is not None and inputs.key.shape[-3] >= kernel.skips
     key_range = (
         key_range_of(inputs, call) if is_worth_it and gets_a_mask(kernel, inputs, call) else None
     )
-    key_range = jax.tree.map(
-        lambda rows: _folded(rows[..., None], inputs, (rows.shape[-1], 1))[..., 0], key_range
-    )
+    key_range = jax.tree.map(lambda rows: _by_rows(rows, inputs), key_range)
     inputs, call = as_mask(kernel, inputs, call)
     settings = Settings(call.scale, *call.reach, call.soft_cap, call.precision)
     return _flat(inputs, kernel), settings, key_range
@@ -328,6 +347,11 @@ def _flat(inputs: Inputs, kernel: Kernel) -> Inputs:
         if name in grouped.present
     }
     return grouped._replace(query=query, **lengths)
+
+
+def _by_rows(rows: jax.Array, inputs: Inputs) -> jax.Array:
+    """A number for each row [..., H, G, T'], sizes of one broadcast: [B or 1, H or 1, T' or 1]."""
+    return _folded(rows[..., None], inputs, (rows.shape[-1], 1))[..., 0]
 
 
 def _folded(term: jax.Array, inputs: Inputs, sizes: tuple[int, int]) -> jax.Array:

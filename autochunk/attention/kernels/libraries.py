@@ -73,6 +73,8 @@ class Kernel:
       one_row_masks: whether a mask may be [B or 1, H or 1, 1, T].
       selects: whether it replaces excluded logits, whatever they are, instead of adding something
         to them.
+      gives_zero: whether rows without a key have an output of zero, or NaN, unless a length says
+        that they have none.
       refuses_late: whether it refuses some calls only when it is lowered.
       skips: with how many keys or more ``attend`` takes less time where a range of keys, its third
         argument, tells which keys of a mask no row of a tile sees; None if it does not heed that.
@@ -84,6 +86,7 @@ class Kernel:
     lacks: tuple[str, ...] = ()
     one_row_masks: bool = False
     selects: bool = False
+    gives_zero: bool = False
     refuses_late: bool = False
     skips: int | None = None
 
@@ -92,6 +95,13 @@ GIVEN = {"query", "key", "value", "bias", "mask", "query_seq_lengths", "key_valu
 """The arrays that kernels are given; some others become a mask, the rest run in slices."""
 
 _LENGTHS = {"query_seq_lengths", "key_value_seq_lengths"}
+
+
+def has_lengths(inputs: Inputs) -> bool:
+    """Whether a call has lengths of queries or keys."""
+    return bool(_LENGTHS & inputs.present.keys())
+
+
 # What jax calls levels; the others are algorithms, such as "BF16_BF16_F32".
 _LEVELS = {"highest", "high", "default", "float32", "tensorfloat32", "bfloat16", "fastest", "none"}
 
@@ -124,7 +134,7 @@ FORMS: dict[str, Callable[[Form], bool]] = {
         it.call.window is not None and it.inputs.query.shape[-4] > it.inputs.key.shape[-3]
     ),
     "a local_window_size and lengths": lambda it: (
-        it.call.window is not None and bool(_LENGTHS & it.inputs.present.keys())
+        it.call.window is not None and has_lengths(it.inputs)
     ),
     "a query_offset": lambda it: it.call.reach != (None, None) and it.call.offset != 0,
     "logits_soft_cap": lambda it: it.call.soft_cap is not None,
@@ -278,7 +288,7 @@ def _tokamax(
 def quiet() -> Iterator[None]:
     """Hides Tokamax's warning about each call and gradient that it has no tuned blocks for.
 
-    And JAX's that Triton kernels, which Tokamax and ``blind`` have, are deprecated.
+    And JAX's that Triton kernels, which Tokamax and ``in_place`` have, are deprecated.
     """
 
     def is_kept(record: logging.LogRecord) -> bool:
@@ -301,6 +311,7 @@ tokamax_mosaic = Kernel(
     lacks=(*_ALL_LACK, "a bias of a single query"),
     one_row_masks=True,
     selects=True,
+    gives_zero=True,
     # masks and biases whose number of keys is no multiple of its tiles
     refuses_late=True,
     skips=1024,

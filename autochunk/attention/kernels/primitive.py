@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autochunk.attention.kernels import blind, fused
+from autochunk.attention.kernels import fused, in_place
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.inputs import Call, split
 from autochunk.attention.kernels.meshes import Axes
@@ -85,7 +85,7 @@ def primitive(
         # Functions that a kernel's derivatives hide are traced here.
         if (call.kernel, call.training_kernel) == (None, None):
             return lowered(context, *operands, **params)
-        with fused.their_rules(), blind.lowering(for_export=is_exported(context)):
+        with fused.their_rules(), in_place.lowering(for_export=is_exported(context)):
             return lowered(context, *operands, **params)
 
     def abstract_eval(*avals: Any, **params: Any) -> list[Any]:

@@ -7,8 +7,7 @@ import string
 import jax
 import jax.numpy as jnp
 
-from autochunk.attention.kernels.blind import with_means
-from autochunk.attention.kernels.dense import within_lengths
+from autochunk.attention.kernels.dense import mean_value, within_lengths
 from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
 from autochunk.attention.kernels.libraries import Kernel, KeyRange
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
@@ -18,24 +17,28 @@ class Seen:
     """Inputs without what is excluded, and which rows see no key.
 
     Kernels multiply what is excluded by a weight of zero, and zero times infinity is NaN. So what
-    no row sees is set to zero for them. What only some rows see must be finite.
+    no row sees is set to zero for them, where what it spoils is not put right afterwards. What only
+    some rows see must be finite.
 
     Attributes:
       inputs: with zeros for queries, keys and values that take no part.
       blind: rows without a key [..., H, G, T'], sizes of one broadcast; None where none can be.
+      hidden: those of them that have none whatever a bias says.
     """
 
     def __init__(self, inputs: Inputs, call: Call) -> None:
-        self.inputs, self.blind, self._given = inputs, None, inputs
+        self.inputs, self.blind, self.hidden, self._given = inputs, None, None, inputs
         if not may_see_nothing(inputs, call):
             return
         visible = terms_of(inputs, call).visible()
-        weighed = [] if visible is None else [visible]
-        weighed += [] if inputs.bias is None else [~jnp.isneginf(inputs.bias)]
-        if visible is None or inputs.bias is not None:
-            self.blind = ~_have_a_key(*weighed)
+        if visible is None:
+            self.hidden = jnp.zeros((1,) * (inputs.query.ndim - 1), bool)
         else:  # as ``key_range_of``, so that what both need is computed once
-            self.blind = _ends(visible) == 0
+            self.hidden = _ends(visible) == 0
+        self.blind = self.hidden
+        if inputs.bias is not None:
+            seen = ~jnp.isneginf(inputs.bias)
+            self.blind = ~(_have_a_key(seen) if visible is None else _have_a_key(visible, seen))
         if visible is None:
             return
         keys = jnp.any(visible, axis=(-3, -2)).swapaxes(-1, -2)[..., None]
@@ -45,20 +48,32 @@ class Seen:
             value=jnp.where(keys, inputs.value, 0),
         )
 
-    def for_output(self, kernel: Kernel) -> Inputs:
-        """Inputs for the output alone: each zero that it does not need, left out, saves a pass."""
+    def for_output(self, kernel: Kernel, *, mends: bool) -> Inputs:
+        """Inputs for the output alone: each zero that it does not need, left out, saves a pass.
+
+        With ``mends`` what excluded values spoil is put right afterwards.
+        """
         kept = {"query": self._given.query}  # of rows that see nothing, which are restored
         if kernel.selects:
             kept["key"] = self._given.key
+        if mends:
+            kept["value"] = self._given.value
         return self.inputs._replace(**kept)
 
     def restored(self, out: jax.Array) -> jax.Array:
         """A kernel's output [B, T', H * G, V] as ours: the mean of all values for blind rows."""
-        given = self._given
-        out = out.reshape((*given.query.shape[:-1], given.value.shape[-1]))
-        if self.blind is not None:
-            out = with_means(out, given.value, self.blind)
-        return within_lengths(out, given)
+        if self.blind is None:
+            return self.whole(out)
+        out = out.reshape(self._shape)
+        return self.whole(jnp.where(along_rows(self.blind), mean_value(self._given.value), out))
+
+    def whole(self, out: jax.Array) -> jax.Array:
+        """An output of any shape as [..., T', H, G, V], zero beyond rows' lengths."""
+        return within_lengths(out.reshape(self._shape), self._given)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (*self._given.query.shape[:-1], self._given.value.shape[-1])
 
 
 def key_range_of(inputs: Inputs, call: Call) -> KeyRange | None:

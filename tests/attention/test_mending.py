@@ -1,0 +1,231 @@
+"""Outputs of fused kernels put right: rows without a key, and what excluded values spoil."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close, draw, lowering_for_an_h100
+
+from autochunk.attention.kernels import Inputs, in_place
+from autochunk.attention.kernels.libraries import Settings, quiet
+from autochunk.attention.kernels.mending import can_mend, mended
+
+PLAIN = Settings(0.3, None, None, None, None)
+NONE: jax.Array = jnp.zeros((1, 1, 1), bool)
+
+
+@dataclasses.dataclass
+class Case:
+    """A call as kernels are given it, and a plain reference of it."""
+
+    inputs: Inputs
+    settings: Settings = PLAIN
+
+    def visible(self) -> np.ndarray:
+        """Which keys each row sees, without what a bias hides: [B, H, T', T]."""
+        batch, rows, heads, _ = self.inputs.query.shape
+        row, key = np.arange(rows)[:, None], np.arange(self.inputs.key.shape[1])
+        seen = np.ones((batch, heads, rows, key.size), bool)
+        if self.settings.right is not None:
+            seen &= key - row <= self.settings.right
+        if self.settings.left is not None:
+            seen &= key - row >= -self.settings.left
+        for lengths, indices in (
+            (self.inputs.query_seq_lengths, row),
+            (self.inputs.key_value_seq_lengths, key),
+        ):
+            if lengths is not None:
+                seen &= indices < np.asarray(lengths)[:, None, None, None]
+        return seen if self.inputs.mask is None else seen & np.asarray(self.inputs.mask)
+
+    def sees(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which keys a row sees, and what its weights are [B, H, T', T], in float64."""
+        query, key = (np.asarray(one, np.float64) for one in self.inputs[:2])
+        groups = query.shape[2] // key.shape[2]
+        seen = self.visible()
+        with np.errstate(all="ignore"):
+            logits = np.einsum("bthk,bshk->bhts", query, np.repeat(key, groups, 2))
+            logits *= self.settings.scale
+            if (cap := self.settings.soft_cap) is not None:
+                logits = cap * np.tanh(logits / cap)
+            if self.inputs.bias is not None:
+                bias = np.asarray(self.inputs.bias, np.float64)
+                logits, seen = logits + bias, seen & (bias != -np.inf)
+            logits = np.where(seen, logits, -np.inf)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            return seen, np.where(seen, weights / weights.sum(-1, keepdims=True), 0)
+
+    def value(self) -> np.ndarray:
+        """[B, T, H, V] in float64."""
+        value = np.asarray(self.inputs.value, np.float64)
+        return np.repeat(value, self.inputs.query.shape[2] // value.shape[2], 2)
+
+    def expected(self) -> np.ndarray:
+        """The output without what is excluded: [B, T', H, V]."""
+        seen, weights = self.sees()
+        value = self.value()
+        by_any = seen.any(2)[..., None].swapaxes(1, 2)
+        out = np.einsum("bhts,bshv->bthv", weights, np.where(by_any, value, 0))
+        blind = ~seen.any(-1)[..., None].swapaxes(1, 2)
+        return np.where(blind, value.mean(1, keepdims=True), out)
+
+    def spoilt(self, dtype: Any) -> jax.Array:
+        """As kernels give it: zero times infinity is NaN, rows without a key give zero."""
+        with np.errstate(all="ignore"):
+            out = np.einsum("bhts,bshv->bthv", self.sees()[1], self.value())
+        return jnp.asarray(np.where(self.blind().swapaxes(1, 2)[..., None], 0, out), dtype)
+
+    def blind(self) -> np.ndarray:
+        """Rows without a key: [B, H, T']."""
+        return np.asarray(~self.sees()[0].any(-1))
+
+
+def drawn(rows: int, keys: int, dtype: Any = jnp.float32, **settings: Any) -> Case:
+    """Two sequences of four heads, two of keys, of 24 features."""
+    query, key, value = (
+        jnp.asarray(draw((2, count, heads, size), seed) * 2 - 1, dtype)
+        for seed, (count, heads, size) in enumerate(((rows, 4, 24), (keys, 2, 24), (keys, 2, 20)))
+    )
+    return Case(Inputs(query, key, value), PLAIN._replace(**settings))
+
+
+def padded(case: Case, seen: int) -> Case:
+    """With NaN and infinity in keys and values from one on, which a mask of one row hides."""
+    keys = case.inputs.key.shape[1]
+    mask = jnp.broadcast_to(jnp.arange(keys) < seen, (2, 1, 1, keys))
+    spoil = {name: getattr(case.inputs, name).at[:, seen:] for name in ("key", "value")}
+    spoilt = {"key": spoil["key"].set(jnp.nan), "value": spoil["value"].set(jnp.inf)}
+    return dataclasses.replace(case, inputs=case.inputs._replace(mask=mask, **spoilt))
+
+
+def cases() -> dict[str, Case]:
+    bias = draw((1, 4, 70, 90), 8).astype(np.float32)
+    hiding = np.where(draw((1, 4, 70, 90), 9) < 0.3, -np.inf, bias)
+    hiding[:, 1, 5:40] = -np.inf
+    own = draw((2, 4, 70, 90), 10) < 0.5
+    own[..., 80:] = False
+    own[1, :, 33] = False
+    of_bias = drawn(70, 90)
+    found = {
+        "padding": padded(drawn(70, 90), 50),
+        "padding, many rows": padded(drawn(1100, 33), 7),
+        "one row, one key": padded(drawn(1, 1), 1),
+        "nothing is seen": padded(drawn(70, 90), 0),
+        "half precision": padded(drawn(70, 90, jnp.bfloat16), 50),
+        "causal": padded(drawn(70, 90, right=0), 50),
+        "window": padded(drawn(70, 90, left=7, right=2), 50),
+        "cap": padded(drawn(70, 90, soft_cap=2.0), 50),
+        "bias": padded(of_bias, 50),
+        "bias that hides": padded(of_bias, 60),
+        "a mask of each row's own": padded(drawn(70, 90), 80),
+        "lengths": drawn(70, 90),
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "bias": {"bias": bias},
+        "bias that hides": {"bias": hiding},
+        "a mask of each row's own": {"mask": own},
+        "lengths": {
+            "query_seq_lengths": np.asarray([70, 9], np.int32),
+            "key_value_seq_lengths": np.asarray([50, 90], np.int32),
+        },
+    }
+    for name, change in changes.items():
+        one = found[name]
+        arrays = {key: jnp.asarray(array) for key, array in change.items()}
+        found[name] = dataclasses.replace(one, inputs=one.inputs._replace(**arrays))
+    lengths = found["lengths"].inputs
+    unseen = lengths.value.at[0, 50:].set(jnp.nan)
+    found["lengths"].inputs = lengths._replace(value=unseen)
+    return found
+
+
+CASES = cases()
+
+
+def told_blind(case: Case, told: str) -> jax.Array:
+    """What is told of rows without a key: which these are, or those without a bias's, or none."""
+    if told == "nothing":
+        return NONE
+    without = dataclasses.replace(case, inputs=case.inputs._replace(bias=None))
+    return jnp.asarray((case if told == "all" else without).blind())
+
+
+@pytest.mark.parametrize("told", ["all", "but for a bias", "nothing"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_spoilt_is_put_right(name: str, told: str) -> None:
+    """What no row sees has no effect; rows without a key, told or not, give the mean."""
+    case = CASES[name]
+    dtype = case.inputs.query.dtype
+    out, blind, tells = case.spoilt(dtype), told_blind(case, told), told != "all"
+    received = mended(out, case.inputs, case.settings, blind, tells=tells, interpret=True)
+    tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(
+        np.asarray(received, np.float64), case.expected(), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "by the output"])
+def test_what_is_right_stays(told: bool) -> None:
+    """To the bit, whatever keys and values hold; so do zeros of a row that sees a key."""
+    case = padded(drawn(300, 40), 30)
+    out = jnp.asarray(draw((2, 300, 4, 20))).at[:, 7].set(0)
+    received = mended(out, case.inputs, case.settings, NONE, tells=not told, interpret=True)
+    np.testing.assert_array_equal(received, out)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 4, 1), (1, 1, 70), (2, 4, 70)])
+def test_rows_that_are_told(sizes: tuple[int, ...]) -> None:
+    """They broadcast; the others stay."""
+    case = drawn(70, 90)
+    out = case.spoilt(jnp.float32)
+    blind = draw(sizes) < 0.5
+    received = mended(out, case.inputs, case.settings, jnp.asarray(blind), interpret=True)
+    flags = np.broadcast_to(blind, (2, 4, 70)).swapaxes(1, 2)[..., None]
+    mean = case.value().mean(1, keepdims=True)
+    assert_close(np.asarray(received), np.where(flags, mean, out), 1e-6)
+
+
+def test_a_row_that_is_wrong_itself() -> None:
+    """A query that is NaN, or a value that is seen: the row is NaN, and the others are not."""
+    case = padded(drawn(70, 90), 50)
+    query = case.inputs.query.at[0, 3].set(jnp.nan)
+    case.inputs = case.inputs._replace(query=query)
+    received = mended(
+        case.spoilt(jnp.float32), case.inputs, PLAIN, NONE, tells=True, interpret=True
+    )
+    wrong = np.isnan(np.asarray(received)).all((2, 3))
+    assert np.argwhere(wrong).tolist() == [[0, 3]]
+    assert not np.isnan(np.asarray(received)[~wrong]).any()
+
+
+def test_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with Triton, for rows that its shared memory holds tiles of."""
+    inputs = drawn(5, 6).inputs
+    assert not can_mend(inputs)
+    monkeypatch.setattr(in_place, "_has_triton", lambda: True)
+    assert can_mend(inputs)
+    with in_place.lowering(for_export=True):
+        assert not can_mend(inputs)
+    assert not can_mend(inputs._replace(value=jnp.zeros((2, 6, 2, 500))))
+    assert not can_mend(inputs._replace(value=jnp.zeros((2, 6, 2, 0))))
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_triton_takes_it(name: str) -> None:
+    """As far as can be told without a GPU: what is written is the output's own memory."""
+    case = CASES[name]
+    out = jax.typeof(case.spoilt(case.inputs.query.dtype))
+    inputs = jax.tree.map(jax.typeof, case.inputs)
+    with lowering_for_an_h100(), quiet():
+        traced = jax.jit(
+            lambda out, inputs: mended(out, inputs, case.settings, NONE, tells=True)
+        ).trace(out, inputs)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    call = next(line for line in text.splitlines() if "custom_call @__gpu$xla.gpu.triton" in line)
+    assert "output_operand_alias<" in call
