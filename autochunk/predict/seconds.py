@@ -52,8 +52,9 @@ _ACCELERATOR = Rates(
 # h=12 was seen to take 0.3 ms more of dense attention, and 0.4 to 0.9 ms of slices.
 _HASHES = {"dense": (1, 2), "sliced": (1, 8), "fused": (1, 2)}
 # A fused kernel has a block of so many rows of one head on each of a GPU's multiprocessors: where
-# there are fewer blocks than these, some of them wait.
+# there are fewer blocks than these, some of them wait. Some give them keys of a single row.
 _ROWS_OF_ALL_BLOCKS = 64 * 128
+_SPLITS_KEYS = ("cudnn",)
 # glibc gives larger buffers back to the system (mallopt's M_MMAP_THRESHOLD is at most this): each
 # call has their pages anew. Seconds for each of their bytes; on an EPYC that was 0.6 us for a page
 # of 4 KB, curves of a Xeon speak for less.
@@ -67,7 +68,7 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
     operations = 2 * work.logits * (workload.key_size + workload.value_size)
     operations *= _TRAINING_OPERATIONS if training else 1.0
     took = operations / rates.operations[workload.dtype in HALVES]
-    if kind == "fused":
+    if kind == "fused" and not (plan.implementation in _SPLITS_KEYS and workload.query_length == 1):
         rows = workload.batch * workload.num_heads * workload.query_length
         took /= min(1.0, rows / _ROWS_OF_ALL_BLOCKS)
     passes = work.logits * _itemsize(workload, plan, platform) * _PASSES[workload.mode]

@@ -75,7 +75,7 @@ def put_cotangents(
                 number, is_blind = flags(first, STEP)
                 row, group = number % rows, number // rows
                 at = (((one * rows + row) * heads + head) * groups + group)[:, None] * size + column
-                return load(out_ref, at, (is_blind > 0)[:, None] & (column < size))
+                return load(out_ref, at, is_blind[:, None] & (column < size))
 
             added = total(some_rows, count, column.size) / keys
             at = ((one * keys + key) * heads + head)[:, None] * size + column

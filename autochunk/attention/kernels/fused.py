@@ -260,7 +260,10 @@ def _for_output(
     # Where a bias hides keys, too, it takes a product over keys to know of all blind rows.
     tells = kernel.gives_zero and seen.inputs.bias is not None and not has_lengths(seen.inputs)
     blind = _by_rows(seen.hidden if tells else seen.blind, seen.inputs)
-    return given, lambda out: seen.whole(mended(out, *given[:2], blind, tells=tells))
+    made, settings, _ = given
+    if made.mask is not None and kernel.masks_as_bytes:
+        made = made._replace(mask=made.mask.astype(jnp.int8))
+    return given, lambda out: seen.whole(mended(out, made, settings, blind, tells=tells))
 
 
 def _as_given(name: str, gradient: jax.Array, inputs: Inputs) -> jax.Array:

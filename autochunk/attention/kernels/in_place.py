@@ -96,12 +96,8 @@ def in_place(
         interpret=interpret,
         compiler_params=triton.CompilerParams(**parameters),
     )
-    found: jax.Array = run(*(_plain(array).ravel() for array in (written, *read)))
+    found: jax.Array = run(*(array.ravel() for array in (written, *read)))
     return found.reshape(written.shape)
-
-
-def _plain(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.int8) if array.dtype == bool else array
 
 
 def index(sizes: Sequence[int], indices: Sequence[Any]) -> Any:
@@ -116,7 +112,7 @@ def load(ref: Any, at: jax.Array, there: jax.Array) -> jax.Array:
     """The elements at some indices; zero where there is none."""
     from jax.experimental.pallas import triton
 
-    return triton.load(ref.at[at], mask=there, other=0)
+    return triton.load(ref.at[at], mask=there, other=jnp.zeros((), ref.dtype))
 
 
 def store(ref: Any, at: jax.Array, new: jax.Array, there: jax.Array) -> None:

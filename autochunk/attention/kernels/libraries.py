@@ -75,6 +75,7 @@ class Kernel:
         to them.
       gives_zero: whether rows without a key have an output of zero, or NaN, unless a length says
         that they have none.
+      masks_as_bytes: whether it makes bytes of a mask, which others may read in its place.
       refuses_late: whether it refuses some calls only when it is lowered.
       skips: with how many keys or more ``attend`` takes less time where a range of keys, its third
         argument, tells which keys of a mask no row of a tile sees; None if it does not heed that.
@@ -87,6 +88,7 @@ class Kernel:
     one_row_masks: bool = False
     selects: bool = False
     gives_zero: bool = False
+    masks_as_bytes: bool = False
     refuses_late: bool = False
     skips: int | None = None
 
@@ -312,6 +314,7 @@ tokamax_mosaic = Kernel(
     one_row_masks=True,
     selects=True,
     gives_zero=True,
+    masks_as_bytes=True,
     # masks and biases whose number of keys is no multiple of its tiles
     refuses_late=True,
     skips=1024,

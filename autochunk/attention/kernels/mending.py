@@ -50,7 +50,7 @@ def mended(
 
     Args:
       out: which is written to.
-      inputs: what the kernel was given, with values as they are.
+      inputs: what the kernel was given, with values as they are; the mask may be of bytes.
       settings: with which.
       blind: which rows have no key, [B or 1, H or 1, T' or 1]; these get the mean of all values.
       tells: whether others may be blind, too, by the bias; the output is then zero or NaN there.
@@ -161,7 +161,7 @@ class _Call:
         """Which rows are told to have no key."""
         there: jax.Array = (row < self._rows) & (head < self._heads)
         at = jnp.zeros_like(row) + index(self._sizes["blind"], (self._one, head, row))
-        return there & (load(self._refs["blind"], at, there) > 0)
+        return load(self._refs["blind"], at, there)
 
     def _may_be_blind(self, row: jax.Array, head: Any) -> jax.Array:
         """By their first elements, those without a key and hardly any others."""
@@ -221,7 +221,7 @@ class _Call:
                 at = self._one + jnp.zeros_like(indices)
                 seen &= indices < load(self._refs[name], at, at >= 0)
         if "mask" in self._refs:
-            seen &= self._term("mask", row, key, head) > 0
+            seen &= self._term("mask", row, key, head).astype(bool)
         if "bias" in self._refs:
             seen &= self._term("bias", row, key, head).astype(jnp.float32) != -jnp.inf
         return seen
