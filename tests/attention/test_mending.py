@@ -85,11 +85,11 @@ class Case:
         return np.asarray(~self.sees()[0].any(-1))
 
 
-def drawn(rows: int, keys: int, dtype: Any = jnp.float32, **settings: Any) -> Case:
-    """Two sequences of four heads, two of keys, of 24 features."""
+def drawn(rows: int, keys: int, dtype: Any = jnp.float32, size: int = 24, **settings: Any) -> Case:
+    """Two sequences of four heads, two of keys."""
+    shapes = (rows, 4, size), (keys, 2, size), (keys, 2, 20)
     query, key, value = (
-        jnp.asarray(draw((2, count, heads, size), seed) * 2 - 1, dtype)
-        for seed, (count, heads, size) in enumerate(((rows, 4, 24), (keys, 2, 24), (keys, 2, 20)))
+        jnp.asarray(draw((2, *shape), seed) * 2 - 1, dtype) for seed, shape in enumerate(shapes)
     )
     return Case(Inputs(query, key, value), PLAIN._replace(**settings))
 
@@ -117,6 +117,7 @@ def cases() -> dict[str, Case]:
         "one row, one key": padded(drawn(1, 1), 1),
         "nothing is seen": padded(drawn(70, 90), 0),
         "half precision": padded(drawn(70, 90, jnp.bfloat16), 50),
+        "wide heads": padded(drawn(70, 90, size=100), 50),
         "causal": padded(drawn(70, 90, right=0), 50),
         "window": padded(drawn(70, 90, left=7, right=2), 50),
         "cap": padded(drawn(70, 90, soft_cap=2.0), 50),

@@ -7,6 +7,7 @@ There are hardly ever any, and to select costs passes over values, output and co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,9 +57,9 @@ def put_cotangents(
     block = min(_BLOCK, pl.next_power_of_2(keys := value.shape[-3]))
     count = groups * rows  # rows of a head's values
 
-    def kernel(_: Any, out_ref: Any, blind_ref: Any, value_ref: Any) -> None:
-        key = pl.program_id(0) * block + jnp.arange(block)
-        head, one = pl.program_id(1), pl.program_id(2)
+    def kernel(indices: Sequence[Any], out_ref: Any, blind_ref: Any, value_ref: Any) -> None:
+        some, head, one = indices
+        key = some * block + jnp.arange(block)
         column = jnp.arange(pl.next_power_of_2(size))[None]
 
         def flags(first: Any, size: int) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -81,17 +82,25 @@ def in_place(
     interpret: bool = False,
     **parameters: Any,
 ) -> jax.Array:
-    """Runs ``kernel(_, *read, written)`` of ravelled arrays, as Triton's blocks are powers of two.
+    """Runs ``kernel(indices, *read, written)`` for all indices in a grid.
 
-    With ``interpret`` it runs anywhere, if slowly; ``parameters`` are Triton's.
+    Arrays are ravelled, as Triton's blocks are powers of two. With ``interpret`` it runs anywhere,
+    if slowly; ``parameters`` are Triton's.
     """
     from jax.experimental import pallas as pl  # takes a moment
     from jax.experimental.pallas import triton
 
+    def run_one(_: Any, *refs: Any) -> None:
+        number, indices = pl.program_id(0), []
+        for size in grid:
+            indices.append(number % size)
+            number //= size
+        kernel(indices, *refs)
+
     run: Any = pl.pallas_call(
-        kernel,
+        run_one,
         out_shape=jax.ShapeDtypeStruct((written.size,), written.dtype),
-        grid=grid,
+        grid=(math.prod(grid),),  # a GPU takes no more than 65535 along other dims
         input_output_aliases={0: 0},
         interpret=interpret,
         compiler_params=triton.CompilerParams(**parameters),

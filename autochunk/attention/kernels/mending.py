@@ -10,7 +10,7 @@ are computed together tells. Only what is spoilt is computed again, as in Dao 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,21 +20,26 @@ from autochunk.attention.kernels.in_place import STEP, can_run, in_place, index,
 from autochunk.attention.kernels.inputs import Inputs
 from autochunk.attention.kernels.libraries import Settings
 
-# Rows and keys of a tile: no more rows than any kernel computes together (64, a warpgroup's).
-_ROWS, _KEYS = 32, 64
+# Rows of a tile: no more than any kernel computes together (64, a warpgroup's).
+_ROWS = 32
+# Of keys of a tile, and of a row of queries, keys or values. Small GPUs have 99 KB of shared memory,
+# which three tiles fit into.
+_TILE_BYTES, _MOST_BYTES = 2**14, 512
+_MOST_KEYS = 64
 # Keys that are looked at, at a time, for one that is seen.
 _LOOKED_AT = 128
 # Programs, if rows do: more of them put more right at a time, fewer look sooner. Most rows of one.
 _PROGRAMS, _MOST_ROWS = 512, 4096
-# Of a row of queries, keys or values: a GPU's shared memory holds tiles of these.
-_MOST_BYTES = 1024
 _LEAST_WIDTH = 16  # that Triton multiplies
 
 
 def can_mend(inputs: Inputs) -> bool:
     """Whether ``mended`` can be used here for a call."""
-    widest = max(array.shape[-1] * array.dtype.itemsize for array in inputs[:3])
-    return widest <= _MOST_BYTES and can_run(*inputs.present.values())
+    return _row_bytes(inputs) <= _MOST_BYTES and can_run(*inputs.present.values())
+
+
+def _row_bytes(inputs: Inputs) -> int:
+    return max(array.shape[-1] * array.dtype.itemsize for array in inputs[:3])
 
 
 def mended(
@@ -67,10 +72,11 @@ def mended(
     count = max(_ROWS, min(share, pl.next_power_of_2(rows)))
     of_heads = min(share // count, pl.next_power_of_2(heads))
 
-    def kernel(_: Any, *refs: Any) -> None:
-        *given, out_ref = refs
-        call = _Call(dict(zip(arrays, given, strict=True)), sizes, settings, out_ref, tells)
-        first, head = pl.program_id(0) * count, pl.program_id(1) * of_heads
+    def kernel(indices: Sequence[Any], *refs: Any) -> None:
+        some, group, one = indices
+        first, head = some * count, group * of_heads
+        named = dict(zip((*arrays, "out"), refs, strict=True))
+        call = _Call(named, sizes, settings, one, tells)
 
         @pl.when(call.is_suspect(first, count, head, of_heads))
         def _look() -> None:
@@ -92,14 +98,11 @@ class _Call:
         refs: Mapping[str, Any],
         sizes: Mapping[str, tuple[int, ...]],
         settings: Settings,
-        out_ref: Any,
+        one: Any,
         tells: bool,
     ) -> None:
-        from jax.experimental import pallas as pl
-
         self._refs, self._sizes, self._settings = refs, sizes, settings
-        self._out, self._tells = out_ref, tells
-        self._one = pl.program_id(2)
+        self._one, self._tells = one, tells
         _, self._rows, self._heads, _ = sizes["query"]
         self._keys = sizes["key"][1]
 
@@ -130,7 +133,7 @@ class _Call:
         at, there = self._at_output(row, head)
 
         def write(new: jax.Array, rows: jax.Array) -> None:
-            store(self._out, at, new.astype(self._out.dtype), there & rows[:, None])
+            store(self._refs["out"], at, new.astype(self._refs["out"].dtype), there & rows[:, None])
 
         @pl.when(_any(blind))
         def _put_means() -> None:
@@ -167,7 +170,7 @@ class _Call:
         """By their first elements, those without a key and hardly any others."""
         there: jax.Array = (row < self._rows) & (head < self._heads)
         at = ((self._one * self._rows + row) * self._heads + head) * self._sizes["value"][-1]
-        element = load(self._out, at, there).astype(jnp.float32)
+        element = load(self._refs["out"], at, there).astype(jnp.float32)
         return there & ((element == 0) | jnp.isnan(element))
 
     def _at_output(self, row: jax.Array, head: Any) -> tuple[jax.Array, jax.Array]:
@@ -178,7 +181,7 @@ class _Call:
         return at + column, ((row < self._rows) & (head < self._heads))[:, None] & (column < width)
 
     def _output(self, row: jax.Array, head: Any) -> jax.Array:
-        return load(self._out, *self._at_output(row, head))
+        return load(self._refs["out"], *self._at_output(row, head))
 
     def _width(self, name: str) -> int:
         from jax.experimental import pallas as pl
@@ -243,10 +246,12 @@ class _Call:
         from jax.experimental import pallas as pl
 
         query = self._operand("query", row, head)
+        widest = max(self._width(name) for name in ("query", "value"))
+        at_a_time = min(_MOST_KEYS, _TILE_BYTES // (widest * query.dtype.itemsize))
 
         def step(number: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             maximum, sums, out = carry
-            key = number * _KEYS + jnp.arange(_KEYS)
+            key = number * at_a_time + jnp.arange(at_a_time)
             logits = self._product(query, self._operand("key", key, head), 1) * self._settings.scale
             if (cap := self._settings.soft_cap) is not None:
                 logits = cap * _tanh(logits / cap)
@@ -264,7 +269,7 @@ class _Call:
 
         none = jnp.full((row.size,), -jnp.inf), jnp.zeros((row.size,), jnp.float32)
         zeros = jnp.zeros((row.size, self._width("value")), jnp.float32)
-        steps = pl.cdiv(self._keys, _KEYS)
+        steps = pl.cdiv(self._keys, at_a_time)
         found: tuple[jax.Array, ...] = jax.lax.fori_loop(0, steps, step, (*none, zeros))
         return found[2] / found[1][:, None]
 
