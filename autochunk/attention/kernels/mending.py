@@ -22,8 +22,8 @@ from autochunk.attention.kernels.libraries import Settings
 
 # Rows of a tile: no more than any kernel computes together (64, a warpgroup's).
 _ROWS = 32
-# Of keys of a tile, and of a row of queries, keys or values. Small GPUs have 99 KB of shared memory,
-# which three tiles fit into.
+# Of keys of a tile, and of a row of queries, keys or values. Small GPUs share 99 KB of memory:
+# three tiles fit.
 _TILE_BYTES, _MOST_BYTES = 2**14, 512
 _MOST_KEYS = 64
 # Keys that are looked at, at a time, for one that is seen.
