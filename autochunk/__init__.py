@@ -124,9 +124,9 @@ and T are numbers of queries and keys, H is heads, K and V are sizes of a key an
 #   scales, drawing, svg     a curve's axes; the figures, as SVG in a page's colors
 #   terminal, page/          a curve in a terminal; one HTML file
 # doctor                   looks over the whole set-up
-# cli/                     the command: tune and bench (measuring, functions), show, explain,
-#                          evaluate and doctor (looking), report (reporting), export, import
-#                          and forget (moving), sync and watch (sharing)
+# cli/                     the command: tune (measuring, functions), bench (comparing), show,
+#                          explain, evaluate and doctor (looking), report (reporting), export,
+#                          import and forget (moving), sync and watch (sharing)
 
 from __future__ import annotations
 

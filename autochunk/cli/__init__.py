@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 import autochunk
+from autochunk.cli.comparing import bench
 from autochunk.cli.looking import doctor, evaluate, explain, show
-from autochunk.cli.measuring import bench, tune
+from autochunk.cli.measuring import tune
 from autochunk.cli.moving import export, forget, import_
 from autochunk.cli.printing import prepare_streams
 from autochunk.cli.reporting import report

@@ -1,33 +1,29 @@
-"""Commands that measure: ``tune`` and ``bench``."""
+"""The command that measures: ``tune``."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from autochunk.cli.functions import say_of_stale_functions, tune_missed_functions
 from autochunk.cli.options import Wanted, json_option, shape_or_preset_options, store_option
-from autochunk.cli.printing import make_console, print_json, print_parts, print_profiles, say
-from autochunk.device import Device, detect
+from autochunk.cli.printing import make_console, print_profiles, say
+from autochunk.device import Device
 from autochunk.nvidia import visible_gpus
-from autochunk.plan import Plan
 from autochunk.report.progress import TuneProgress
-from autochunk.report.records import bench_record, memory_row, profile_row, rivals_record
-from autochunk.report.tables import SCATTERED, bench_table, memory_table, rivals_table
-from autochunk.resolution.settings import use
-from autochunk.store import bundle
+from autochunk.report.records import profile_row
+from autochunk.report.tables import SCATTERED
 from autochunk.store.profile import EFFORTS, Effort, Profile
 from autochunk.store.profiles import ProfileStore
 from autochunk.tuner.effort import EFFORT_SETTINGS
 from autochunk.tuner.events import Ending, Event, Failed, LeftOut, OutOfTime
 from autochunk.tuner.outcome import Tuned
-from autochunk.workload import Workload, workloads_of
+from autochunk.workload import Workload
 
 _TIMEOUTS = ", ".join(
     f"{settings.timeout:g} s {effort}" if settings.timeout else f"none {effort}"
@@ -36,9 +32,6 @@ _TIMEOUTS = ", ".join(
 
 
 _NOTHING, _PARTLY = 1, 3  # exit statuses; 2 is for a wrong command line
-
-
-# --- tune -----------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -226,166 +219,3 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 def _say_nothing(what: str) -> None:
     say(f"{what} on this machine, of these dtypes and modes.", err=True)
-
-
-# --- bench ----------------------------------------------------------------------------------------
-
-
-@click.command()
-@shape_or_preset_options
-@click.option(
-    "--rounds",
-    type=click.IntRange(1, 1000),
-    default=10,
-    show_default=True,
-    help="How often each contender is timed.",
-)
-@click.option(
-    "--beside",
-    metavar="SHAPE",
-    multiple=True,
-    help='Time "auto" on this shape, too, in the same rounds, to see what a mask costs or a window '
-    "saves. Repeatable.",
-)
-@click.option(
-    "--plans",
-    is_flag=True,
-    help="Instead, time every plan that the profile has times for, beside the chosen one.",
-)
-@click.option(
-    "--against",
-    metavar="FILE|URL",
-    help="Instead, time the chosen plans beside those that this bundle chooses for the same "
-    "workloads; with --plans both.",
-)
-@click.option(
-    "--in-layer",
-    is_flag=True,
-    help="As --plans, but time the step of a Transformer layer around the attention.",
-)
-@click.option(
-    "--memory",
-    is_flag=True,
-    help="As --plans, but measure each plan's working memory, in a process of its own.",
-)
-@store_option
-@json_option
-def bench(
-    wanted: Wanted,
-    rounds: int,
-    beside: tuple[str, ...],
-    plans: bool,
-    against: str | None,
-    in_layer: bool,
-    memory: bool,
-    store: Path | None,
-    as_json: bool,
-) -> None:
-    """Time "auto" against haiku, jax.nn and others, in one run.
-
-    The others: haiku's dense attention, slices of 1000 MB, the pull request's loop, jax.nn, and
-    torch and tokamax where they are installed. Memory is the working memory of a call, besides its
-    inputs and outputs. Nothing is stored.
-
-    Without --shape or --preset: every workload that the store has a profile of, for this machine.
-    """
-    here = ProfileStore(store).profiles(detect())
-    profiles = {one.parsed_workload(): one for one in here if not one.function}
-    workloads = wanted.named() or wanted.among(profiles)
-    if not workloads:
-        raise click.UsageError(
-            "the store has no such profile of this machine; name a --shape or a --preset, or run "
-            "`autochunk tune`"
-        )
-    if plans or in_layer or memory or against is not None:
-        from autochunk.tuner.rivals import timed_plans
-
-        others = _choices(against)
-        untuned = [workload.key for workload in workloads if workload not in profiles]
-        if untuned:
-            raise click.UsageError(
-                f"plans are compared with the one that a profile of this machine chooses; there is "
-                f"none of {untuned[0]}. Run `autochunk tune` with the same --shape"
-            )
-        every = plans or against is None
-        compared = [
-            (
-                profiles[workload],
-                [*(timed_plans(profiles[workload]) if every else ()), *others.get(workload, ())],
-            )
-            for workload in workloads
-        ]
-        if memory:
-            records = _memory(compared, as_json)
-        else:
-            records = _rivals(compared, rounds, in_layer, as_json)
-    else:
-        records = _contenders(workloads, rounds, beside, store, as_json)
-    if as_json:
-        print_json(records)
-
-
-def _contenders(
-    workloads: Sequence[Workload],
-    rounds: int,
-    beside: Sequence[str],
-    store: Path | None,
-    as_json: bool,
-) -> list[dict[str, Any]]:
-    """The records of ``bench``; its tables are printed as they come."""
-    from autochunk.tuner.bench import bench as run
-
-    results = []
-    for workload in workloads:
-        others = workloads_of(beside, (workload.dtype,), (workload.mode,))
-        with use(store=store):
-            found = run(workload, rounds=rounds, beside=others)
-        records = [bench_record(contender) for contender in found]
-        results.append({"workload": workload.key, "contenders": records})
-        if not as_json:
-            print_parts(bench_table(records, _title(workload)))
-    return results
-
-
-def _rivals(
-    compared: Iterable[tuple[Profile, Sequence[Plan]]], rounds: int, in_layer: bool, as_json: bool
-) -> list[dict[str, Any]]:
-    """The records of ``bench --plans``; its tables are printed as they come."""
-    from autochunk.tuner.rivals import rivals as run
-
-    results = []
-    for profile, plans in compared:
-        record = rivals_record(profile, run(profile, plans, rounds=rounds, in_layer=in_layer))
-        results.append(record)
-        if not as_json:
-            print_parts(rivals_table(record, _title(profile.parsed_workload()), in_layer))
-    return results
-
-
-def _memory(
-    compared: Iterable[tuple[Profile, Sequence[Plan]]], as_json: bool
-) -> list[dict[str, Any]]:
-    """The records of ``bench --memory``; its tables are printed as they come."""
-    from autochunk.tuner.memory import memory_of
-
-    results = []
-    for profile, plans in compared:
-        found = memory_of(profile.parsed_workload(), dict.fromkeys(plans))
-        rows = [memory_row(profile, plan, prepared) for plan, prepared in found]
-        results.extend(rows)
-        if not as_json:
-            print_parts(memory_table(rows))
-    return results
-
-
-def _choices(place: str | None) -> dict[Workload, list[Plan]]:
-    """What the profiles of a bundle choose, of whichever devices, by workload."""
-    chosen: dict[Workload, list[Plan]] = {}
-    for profile in bundle.read(place).profiles if place is not None else ():
-        if not profile.function and (choice := profile.choose()):
-            chosen.setdefault(profile.parsed_workload(), []).append(choice.plan)
-    return chosen
-
-
-def _title(workload: Workload) -> str:
-    return f"\n{workload.shape} {workload.dtype} {workload.mode}"

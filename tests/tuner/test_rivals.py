@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import jax
 import numpy as np
 import pytest
 from factories import CURVE, make_measurement, make_profile
 
-from autochunk.errors import ArgumentError
+from autochunk.errors import ArgumentError, ProbeError
 from autochunk.plan import Plan
 from autochunk.store.interval import Interval
 from autochunk.tuner.bench import Contender
 from autochunk.tuner.inputs import WorkloadInputs
 from autochunk.tuner.layer import Layer
-from autochunk.tuner.rivals import Rival, agreement, rivals, timed_plans
+from autochunk.tuner.rivals import (
+    Rival,
+    agreement,
+    in_the_middle,
+    rivals,
+    rivals_of_several,
+    timed_plans,
+)
 from autochunk.workload import Workload
 
 SHAPES = [
@@ -103,6 +111,38 @@ def test_every_timed_plan_is_compared(in_layer: bool) -> None:
     assert found[5].slower is None
     assert found[5].seconds is None
     assert "no_such" in found[5].detail
+
+
+def test_of_several_processes_the_one_in_the_middle_counts() -> None:
+    """Of each plan; one that was disturbed in one of three does not count."""
+    workload = Workload.parse("t=32,h=2,k=8")
+    profile = make_profile(workload, measurements=CURVE)
+    plans = [*timed_plans(profile), Plan("no_such", None)]
+    found = rivals_of_several(profile, plans, processes=3, rounds=3)
+    assert [one.plan for one in found] == [found[0].plan, *(p for p in plans if p != found[0].plan)]
+    assert found[0].slower == Interval(0, 0, 0)
+    assert all((one.slower is None) == ("no_such" in str(one.plan)) for one in found)
+    assert "no_such" in found[-1].detail
+
+    def rival(middle: float) -> Rival:
+        return Rival(plans[0], 1 + middle, None, Interval(middle - 1, middle, middle + 1))
+
+    refused = Rival(plans[0], detail="out of memory")
+    assert in_the_middle([rival(0.4), rival(0.1), rival(0.85)]) == rival(0.4)
+    assert in_the_middle([rival(0.4), refused, rival(0.1)]) == rival(0.1)
+    assert in_the_middle([refused, refused]) == refused
+
+
+def test_a_process_that_is_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do about it."""
+    profile = make_profile(Workload.parse("t=32,h=2,k=8"), measurements=CURVE)
+    monkeypatch.setattr("autochunk.tuner.rivals.rivals", end_at_once)
+    with pytest.raises(ProbeError, match="was ended; if it was out of memory"):
+        rivals_of_several(profile, [], processes=2, rounds=1)
+
+
+def end_at_once(*_: object, **__: object) -> None:
+    os._exit(9)
 
 
 def test_a_profile_must_choose_a_plan_that_runs() -> None:
