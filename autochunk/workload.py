@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -274,33 +274,6 @@ class Workload(BaseModel):
         return (
             self.batch * self.num_heads * self.query_length * self.key_length * self.logits_itemsize
         )
-
-
-def workloads_of(
-    shapes: Iterable[str], dtypes: Sequence[DType] = ("float32",), modes: Sequence[Mode] = MODES
-) -> list[Workload]:
-    """Each shape in each dtype and mode.
-
-    Raises:
-      WorkloadError: a shape cannot be read.
-    """
-    return [
-        Workload.parse(shape, dtype=dtype, mode=mode)
-        for dtype in dtypes
-        for shape in shapes
-        for mode in modes
-    ]
-
-
-def of_kind(
-    workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]
-) -> list[Workload]:
-    """Those that have one of these dtypes, or any if none is given, and one of these modes."""
-    return [
-        workload
-        for workload in workloads
-        if (not dtypes or workload.dtype in dtypes) and workload.mode in modes
-    ]
 
 
 def _sizes_in(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 import autochunk
 from autochunk.cli import main
 from autochunk.store import bundle, merge
-from autochunk.tuner.presets import PRESETS
-from autochunk.workload import Workload, workloads_of
+from autochunk.tuner.presets import PRESETS, workloads_of
+from autochunk.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "profiles" / "README.md")

@@ -18,7 +18,8 @@ from autochunk.resolution.settings import use
 from autochunk.store import bundle
 from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
-from autochunk.workload import Workload, workloads_of
+from autochunk.tuner.presets import workloads_of
+from autochunk.workload import Workload
 
 # Of ``bench --plans`` on a CPU.
 _PROCESSES = 3

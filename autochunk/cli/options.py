@@ -12,8 +12,8 @@ import click
 
 from autochunk.store import merge
 from autochunk.store.profile import Profile
-from autochunk.tuner.presets import PRESETS
-from autochunk.workload import DTYPES, MODES, DType, Mode, Workload, of_kind, workloads_of
+from autochunk.tuner.presets import PRESETS, of_kind, workloads_of
+from autochunk.workload import DTYPES, MODES, DType, Mode, Workload
 
 _EXAMPLE = "b=1,t=4096,s=4096,h=8,k=64"
 

@@ -1,9 +1,11 @@
-"""Named shapes, each of a family of models, and the dtypes that they are tuned in by default."""
+"""Named shapes, each of a family of models; the dtypes and modes that shapes are tuned in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from autochunk.store.profile import Effort
-from autochunk.workload import DType
+from autochunk.workload import MODES, DType, Mode, Workload
 
 PRESETS = {
     "language-model": "b=2,t=1024,h=12,k=64,causal=yes",  # a causal decoder
@@ -37,3 +39,30 @@ def standard_dtypes(effort: Effort, platform: str) -> tuple[DType, ...]:
         "thorough": ("bfloat16", "float32", "float16"),
     }
     return by_effort[effort]
+
+
+def workloads_of(
+    shapes: Iterable[str], dtypes: Sequence[DType] = ("float32",), modes: Sequence[Mode] = MODES
+) -> list[Workload]:
+    """Each shape in each dtype and mode.
+
+    Raises:
+      WorkloadError: a shape cannot be read.
+    """
+    return [
+        Workload.parse(shape, dtype=dtype, mode=mode)
+        for dtype in dtypes
+        for shape in shapes
+        for mode in modes
+    ]
+
+
+def of_kind(
+    workloads: Iterable[Workload], dtypes: Sequence[DType], modes: Sequence[Mode]
+) -> list[Workload]:
+    """Those that have one of these dtypes, or any if none is given, and one of these modes."""
+    return [
+        workload
+        for workload in workloads
+        if (not dtypes or workload.dtype in dtypes) and workload.mode in modes
+    ]

@@ -19,12 +19,12 @@ from autochunk.tuner.agenda import Wishes, make_agenda
 from autochunk.tuner.effort import EFFORT_SETTINGS, standard_presets
 from autochunk.tuner.events import Event, Subject
 from autochunk.tuner.load import NOTABLE_CORES, NOTABLE_SHARE, GpuWatch, LoadOfOthers
-from autochunk.tuner.presets import PRESETS, standard_dtypes
+from autochunk.tuner.presets import PRESETS, of_kind, standard_dtypes, workloads_of
 from autochunk.tuner.probe import OutOfTime, Probe
 from autochunk.tuner.process import WORKER
 from autochunk.tuner.study import Journals, Storage
 from autochunk.tuner.task import Task
-from autochunk.workload import MODES, DType, Mode, Workload, of_kind, workloads_of
+from autochunk.workload import MODES, DType, Mode, Workload
 
 
 def tune(

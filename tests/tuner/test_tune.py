@@ -38,11 +38,11 @@ from autochunk.tuner.events import (
     Subject,
 )
 from autochunk.tuner.load import GpuWatch
-from autochunk.tuner.presets import PRESETS
+from autochunk.tuner.presets import PRESETS, workloads_of
 from autochunk.tuner.study import Storage
 from autochunk.tuner.task import Task
 from autochunk.tuner.tune import tune, usual_wishes
-from autochunk.workload import MODES, Workload, workloads_of
+from autochunk.workload import MODES, Workload
 
 WORKLOADS = [Workload.parse(shape) for shape in ("t=512,h=4,k=8", "t=600,h=4,k=8", "t=700,h=4,k=8")]
 
