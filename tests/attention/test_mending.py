@@ -30,7 +30,7 @@ class Case:
         """Which keys each row sees, without what a bias hides: [B, H, T', T]."""
         batch, rows, heads, _ = self.inputs.query.shape
         row, key = np.arange(rows)[:, None], np.arange(self.inputs.key.shape[1])
-        seen = np.ones((batch, heads, rows, key.size), bool)
+        seen: np.ndarray[Any, Any] = np.ones((batch, heads, rows, key.size), bool)
         if self.settings.right is not None:
             seen &= key - row <= self.settings.right
         if self.settings.left is not None:
@@ -69,10 +69,10 @@ class Case:
         """The output without what is excluded: [B, T', H, V]."""
         seen, weights = self.sees()
         value = self.value()
-        by_any = seen.any(2)[..., None].swapaxes(1, 2)
+        by_any = np.transpose(np.any(seen, axis=2, keepdims=True), (0, 3, 1, 2))
         out = np.einsum("bhts,bshv->bthv", weights, np.where(by_any, value, 0))
-        blind = ~seen.any(-1)[..., None].swapaxes(1, 2)
-        return np.where(blind, value.mean(1, keepdims=True), out)
+        blind = np.swapaxes(~np.any(seen, axis=3, keepdims=True), 1, 2)
+        return np.asarray(np.where(blind, value.mean(1, keepdims=True), out))
 
     def spoilt(self, dtype: Any) -> jax.Array:
         """As kernels give it: zero times infinity is NaN, rows without a key give zero."""
