@@ -253,7 +253,7 @@ def _for_output(
     """What a kernel is given for its output, and what makes that ours."""
     given = _given(kernel, seen.for_output(kernel, mends=True), call, skips=True)
     if seen.blind is None or seen.hidden is None:
-        return given, seen.whole
+        return given, seen.restored
     if not can_mend(given[0]):
         given = _given(kernel, seen.for_output(kernel, mends=False), call, skips=True)
         return given, seen.restored

@@ -64,7 +64,8 @@ def _has_triton() -> bool:
         return False
 
     def kernel(_: Any, out_ref: Any) -> None:
-        store(out_ref, jnp.arange(1), jnp.zeros(1), jnp.ones(1, bool))
+        at, there = jnp.arange(1), jnp.ones(1, bool)
+        store(out_ref, at, load(out_ref, at, there), there)
 
     run = jax.jit(lambda array: in_place(kernel, (1,), array))
     try:

@@ -162,13 +162,13 @@ class _Call:
 
     def _are_blind(self, row: jax.Array, head: Any) -> jax.Array:
         """Which rows are told to have no key."""
-        there: jax.Array = (row < self._rows) & (head < self._heads)
+        there = self._are_rows(row, head)
         at = jnp.zeros_like(row) + index(self._sizes["blind"], (self._one, head, row))
         return load(self._refs["blind"], at, there)
 
     def _may_be_blind(self, row: jax.Array, head: Any) -> jax.Array:
         """By their first elements, those without a key and hardly any others."""
-        there: jax.Array = (row < self._rows) & (head < self._heads)
+        there = self._are_rows(row, head)
         at = ((self._one * self._rows + row) * self._heads + head) * self._sizes["value"][-1]
         element = load(self._refs["out"], at, there).astype(jnp.float32)
         return there & ((element == 0) | jnp.isnan(element))
@@ -178,7 +178,7 @@ class _Call:
         width = self._sizes["value"][-1]
         column = jnp.arange(self._width("value"))[None]
         at: jax.Array = ((self._one * self._rows + row) * self._heads + head)[:, None] * width
-        return at + column, ((row < self._rows) & (head < self._heads))[:, None] & (column < width)
+        return at + column, self._are_rows(row, head)[:, None] & (column < width)
 
     def _output(self, row: jax.Array, head: Any) -> jax.Array:
         return load(self._refs["out"], *self._at_output(row, head))
@@ -204,8 +204,12 @@ class _Call:
         return load(self._refs[name], at, self._are_there(row, key, head))
 
     def _are_there(self, row: jax.Array, key: jax.Array, head: Any) -> jax.Array:
+        return self._are_rows(row, head)[:, None] & (key < self._keys)[None]
+
+    def _are_rows(self, row: jax.Array, head: Any) -> jax.Array:
+        """Which are there: programs have powers of two of rows and heads."""
         there: jax.Array = (row < self._rows) & (head < self._heads)
-        return there[:, None] & (key < self._keys)[None]
+        return there
 
     def _visible(self, row: jax.Array, key: jax.Array, head: Any) -> jax.Array:
         """Which keys some rows see."""
