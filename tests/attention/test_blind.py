@@ -14,7 +14,7 @@ from reference import lowering_for_an_h100
 
 from autochunk.attention.kernels import in_place
 from autochunk.attention.kernels.blind import put_cotangents, with_cotangents_of_means
-from autochunk.attention.kernels.libraries import quiet
+from autochunk.attention.kernels.tokamax import quiet
 
 # Leading dims, T', H, G, V, T, and the sizes of what says which rows are blind.
 SHAPES = {

@@ -22,7 +22,8 @@ from test_libraries import UNSEEN, check_what_no_row_sees, forms_of_call, masks_
 
 from autochunk import dot_product_attention
 from autochunk.attention.kernels import Inputs, fused, in_place, libraries, maps
-from autochunk.attention.kernels.libraries import Kernel, KeyRange, Settings
+from autochunk.attention.kernels.inputs import KeyRange, Settings
+from autochunk.attention.kernels.libraries import Kernel
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS, Implementation
 

@@ -20,7 +20,9 @@ from reference import assert_close, compiled_text, draw, operands
 from autochunk import dot_product_attention
 from autochunk.attention.arguments import Arguments
 from autochunk.attention.kernels import Call, Inputs, libraries, maps
-from autochunk.attention.kernels.libraries import FORMS, Kernel, KeyRange, Settings, lacking
+from autochunk.attention.kernels.inputs import KeyRange, Settings
+from autochunk.attention.kernels.libraries import FORMS, Kernel, lacking
+from autochunk.attention.kernels.tokamax import quiet
 from autochunk.errors import ArgumentError
 from autochunk.implementations import IMPLEMENTATIONS
 from autochunk.plan import Plan, Plans
@@ -164,7 +166,7 @@ def described(query: Any, key: Any, form: dict[str, Any], name: str) -> tuple[In
 
 def test_log_lines_of_tokamax_stay_away(caplog: pytest.LogCaptureFixture) -> None:
     """Each new shape would be one; its other messages come through, and after it all do."""
-    with libraries.quiet():
+    with quiet():
         logging.getLogger("absl").warning("Autotuning cache miss for %s", "a call")
         logging.getLogger("absl").warning("something else")
     logging.getLogger("absl").warning("Autotuning cache miss for %s", "someone else's")

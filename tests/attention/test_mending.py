@@ -12,8 +12,9 @@ import pytest
 from reference import assert_close, draw, lowering_for_an_h100
 
 from autochunk.attention.kernels import Inputs, in_place
-from autochunk.attention.kernels.libraries import Settings, quiet
-from autochunk.attention.kernels.mending import can_mend, mended
+from autochunk.attention.kernels.inputs import Settings
+from autochunk.attention.kernels.mending import can_mend, mask_tells, mended
+from autochunk.attention.kernels.tokamax import quiet
 
 PLAIN = Settings(0.3, None, None, None, None)
 NONE: jax.Array = jnp.zeros((1, 1, 1), bool)
@@ -171,6 +172,38 @@ def test_what_is_spoilt_is_put_right(name: str, told: str) -> None:
     np.testing.assert_allclose(
         np.asarray(received, np.float64), case.expected(), rtol=tolerance, atol=tolerance
     )
+
+
+MASKED = {name: case for name, case in CASES.items() if mask_tells(case.inputs, case.settings)}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_one_row_tells(name: str) -> None:
+    """Of rows without a key; a bias may hide more, which the output tells."""
+    case = MASKED[name]
+    dtype, tells = case.inputs.query.dtype, case.inputs.bias is not None
+    received = mended(
+        case.spoilt(dtype), case.inputs, case.settings, None, tells=tells, interpret=True
+    )
+    tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-4
+    np.testing.assert_allclose(
+        np.asarray(received, np.float64), case.expected(), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_which_masks_tell() -> None:
+    """Of one row for all heads, where nothing else hides keys."""
+    assert MASKED.keys() >= {"padding", "one row, one key", "nothing is seen", "bias that hides"}
+    assert not MASKED.keys() & {"causal", "window", "a mask of each row's own", "lengths"}
+    inputs = MASKED["padding"].inputs
+    assert inputs.mask is not None
+    for other in (
+        inputs._replace(key_value_seq_lengths=jnp.ones(2, jnp.int32)),
+        inputs._replace(mask=jnp.ones((2, 4, 1, 90), bool)),
+        inputs._replace(mask=jnp.ones((1, 1, 1, 10**4), bool)),
+        inputs._replace(mask=None),
+    ):
+        assert not mask_tells(other, PLAIN)
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "by the output"])

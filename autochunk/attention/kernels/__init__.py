@@ -39,12 +39,12 @@ from autochunk.attention.kernels.dense import dense, log_sum_exp
 from autochunk.attention.kernels.fused import NotTaken, platform, taken, trace
 from autochunk.attention.kernels.in_place import for_this_machine
 from autochunk.attention.kernels.inputs import Call, Inputs
-from autochunk.attention.kernels.libraries import quiet
 from autochunk.attention.kernels.meshes import is_mixed, mesh_without_devices
 from autochunk.attention.kernels.primitive import promoting
 from autochunk.attention.kernels.primitives import attention
 from autochunk.attention.kernels.problem import check_slices
 from autochunk.attention.kernels.shares import marker
+from autochunk.attention.kernels.tokamax import quiet
 
 __all__ = [
     "Call",

@@ -28,19 +28,24 @@ from jax.interpreters import partial_eval
 
 from autochunk.attention.kernels.dense import log_sum_exp
 from autochunk.attention.kernels.grid import sum_to, vary_alike
-from autochunk.attention.kernels.inputs import LOGITS, Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import (
-    Kernel,
+from autochunk.attention.kernels.inputs import (
+    LOGITS,
+    Call,
+    Inputs,
     KeyRange,
     Settings,
+    along_rows,
+)
+from autochunk.attention.kernels.libraries import (
+    Kernel,
     as_mask,
     gets_a_mask,
     has_lengths,
     lacking,
-    quiet,
 )
-from autochunk.attention.kernels.mending import can_mend, mended
+from autochunk.attention.kernels.mending import can_mend, mask_tells, mended
 from autochunk.attention.kernels.seen import Seen, key_range_of
+from autochunk.attention.kernels.tokamax import quiet
 from autochunk.implementations import IMPLEMENTATIONS, is_fused
 from autochunk.plan import Plan, Plans
 
@@ -259,8 +264,10 @@ def _for_output(
         return given, seen.restored
     # Where a bias hides keys, too, it takes a product over keys to know of all blind rows.
     tells = kernel.gives_zero and seen.inputs.bias is not None and not has_lengths(seen.inputs)
-    blind = _by_rows(seen.hidden if tells else seen.blind, seen.inputs)
     made, settings, _ = given
+    hidden = seen.hidden if tells else seen.blind
+    by_mask = (tells or made.bias is None) and mask_tells(made, settings)
+    blind = None if by_mask else _by_rows(hidden, seen.inputs)
     if made.mask is not None and kernel.masks_as_bytes:
         made = made._replace(mask=made.mask.astype(jnp.int8))
     return given, lambda out: seen.whole(mended(out, made, settings, blind, tells=tells))

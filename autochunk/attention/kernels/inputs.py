@@ -1,4 +1,7 @@
-"""What a call consists of: its arrays, the names of their axes, and what is static about it."""
+"""What a call consists of: its arrays, the names of their axes, and what is static about it.
+
+And what fused kernels get of it.
+"""
 
 from __future__ import annotations
 
@@ -167,3 +170,34 @@ def split(operands: Sequence[Any], call: Call) -> tuple[Inputs, list[Any]]:
     count = len(call.operands)
     named = dict(zip(call.operands, operands, strict=False))
     return Inputs(**named), list(operands[count:])
+
+
+class Settings(NamedTuple):
+    """The static part of a kernel's call.
+
+    A query sees ``left`` positions to its left and ``right`` to its right; None is all. The other
+    fields are those of ``Call``.
+    """
+
+    scale: float
+    left: int | None
+    right: int | None
+    soft_cap: float | None
+    precision: Any
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query sees nothing to its right."""
+        return self.right == 0
+
+
+class KeyRange(NamedTuple):
+    """All keys that a row sees are from ``first``, or the start, to before ``end``.
+
+    Both are int32 [..., H, G, T'], sizes of one broadcast, for a kernel [B or 1, H or 1, T' or 1];
+    zero for a row without a key. ``first`` is there for segments, where it saves most: to heed it
+    costs as much again, in other calls for nothing but padding on the left.
+    """
+
+    first: jax.Array | None
+    end: jax.Array

@@ -6,52 +6,18 @@ to ``tests/attention/test_libraries.py``.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 
-from autochunk.attention.kernels.inputs import Call, Inputs
+from autochunk.attention.kernels import tokamax
+from autochunk.attention.kernels.inputs import Call, Inputs, KeyRange, Settings
 from autochunk.attention.kernels.terms import terms_of
 
 Kept = Literal["log-sum-exp", "maximum", "sum"]
 """What a kernel keeps of each row for its backward, in float32 [B, H, T']."""
-
-
-class Settings(NamedTuple):
-    """The static part of a kernel's call.
-
-    A query sees ``left`` positions to its left and ``right`` to its right; None is all. The other
-    fields are those of ``Call``.
-    """
-
-    scale: float
-    left: int | None
-    right: int | None
-    soft_cap: float | None
-    precision: Any
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether a query sees nothing to its right."""
-        return self.right == 0
-
-
-class KeyRange(NamedTuple):
-    """All keys that a row sees are from ``first``, or the start, to before ``end``.
-
-    Both are int32 [..., H, G, T'], sizes of one broadcast, for a kernel [B or 1, H or 1, T' or 1];
-    zero for a row without a key. ``first`` is there for segments, where it saves most: to heed it
-    costs as much again, in other calls for nothing but padding on the left.
-    """
-
-    first: jax.Array | None
-    end: jax.Array
 
 
 @dataclass(frozen=True)
@@ -241,73 +207,8 @@ cudnn = Kernel(
 """NVIDIA's, as JAX calls it."""
 
 
-def _told(name: Literal["mosaic", "triton"], key_range: KeyRange) -> Any:
-    """A kernel of Tokamax's that is told a range of keys, of which its function has no argument.
-
-    Just its name where a version keeps its kernels elsewhere.
-    """
-    try:
-        from tokamax._src.ops.attention.api import IMPLEMENTATIONS
-
-        kernel = IMPLEMENTATIONS["mosaic_gpu" if name == "mosaic" else name]
-    except (ImportError, KeyError):
-        return name
-
-    def attend(*arrays: Any, mask: Any, **others: Any) -> Any:
-        mask &= type(mask)(k_start=key_range.first, k_end=key_range.end)
-        return kernel(*arrays, mask=mask, **others)
-
-    return attend
-
-
-def _tokamax(
-    inputs: Inputs,
-    settings: Settings,
-    key_range: KeyRange | None,
-    name: Literal["mosaic", "triton"],
-) -> Any:
-    import tokamax
-
-    window: tuple[int, int] | None = None
-    if settings.left is not None or settings.right not in (None, 0):
-        rows, keys = inputs.query.shape[1], inputs.key.shape[1]
-        left, right = settings.left, settings.right
-        window = (rows if left is None else left, keys if right is None else right)
-    return tokamax.dot_product_attention(
-        *inputs[:5],
-        scale=settings.scale,
-        is_causal=settings.is_causal and window is None,
-        local_window_size=window,
-        query_seq_lengths=inputs.query_seq_lengths,
-        key_value_seq_lengths=inputs.key_value_seq_lengths,
-        logits_soft_cap=settings.soft_cap,
-        precision="default" if settings.precision is None else settings.precision,
-        implementation=[name if key_range is None else _told(name, key_range)],
-    )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hides Tokamax's warning about each call and gradient that it has no tuned blocks for.
-
-    And JAX's that Triton kernels, which Tokamax and ``in_place`` have, are deprecated.
-    """
-
-    def is_kept(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("Autotuning cache miss")
-
-    log = logging.getLogger("absl")
-    log.addFilter(is_kept)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-            yield
-    finally:
-        log.removeFilter(is_kept)
-
-
 tokamax_mosaic = Kernel(
-    functools.partial(_tokamax, name="mosaic"),
+    tokamax.mosaic,
     keeps=("maximum", "sum"),
     differentiated=("query", "key", "value", "bias"),
     lacks=(*_ALL_LACK, "a bias of a single query"),
@@ -322,7 +223,7 @@ tokamax_mosaic = Kernel(
 """Tokamax's for Hopper and newer, written in Pallas Mosaic GPU."""
 
 tokamax_triton = Kernel(
-    functools.partial(_tokamax, name="triton"),
+    tokamax.triton,
     keeps=("maximum", "sum"),
     differentiated=("query", "key", "value", "bias"),
     lacks=(*_ALL_LACK, "a bias of a single query", "the gradient of logits_soft_cap"),

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.in_place import STEP, can_run, in_place, index, load, store, total
-from autochunk.attention.kernels.inputs import Inputs
-from autochunk.attention.kernels.libraries import Settings
+from autochunk.attention.kernels.inputs import Inputs, Settings
+from autochunk.attention.kernels.libraries import has_lengths
 
 # Rows of a tile: no more than any kernel computes together (64, a warpgroup's).
 _ROWS = 32
@@ -30,12 +30,24 @@ _MOST_KEYS = 64
 _LOOKED_AT = 128
 # Programs, if rows do: more of them put more right at a time, fewer look sooner. Most rows of one.
 _PROGRAMS, _MOST_ROWS = 512, 4096
+# Keys of a mask of one row that each program looks at.
+_MOST_MASKED = 4096
 _LEAST_WIDTH = 16  # that Triton multiplies
 
 
 def can_mend(inputs: Inputs) -> bool:
     """Whether ``mended`` can be used here for a call."""
     return _row_bytes(inputs) <= _MOST_BYTES and can_run(*inputs.present.values())
+
+
+def mask_tells(inputs: Inputs, settings: Settings) -> bool:
+    """Whether rows without a key are those of sequences of which a mask hides all keys.
+
+    Each program then looks for itself, which saves a reduction before.
+    """
+    if inputs.mask is None or has_lengths(inputs) or settings[1:3] != (None, None):
+        return False
+    return inputs.mask.shape[1:3] == (1, 1) and inputs.mask.shape[3] <= _MOST_MASKED
 
 
 def _row_bytes(inputs: Inputs) -> int:
@@ -46,7 +58,7 @@ def mended(
     out: jax.Array,
     inputs: Inputs,
     settings: Settings,
-    blind: jax.Array,
+    blind: jax.Array | None,
     *,
     tells: bool = False,
     interpret: bool = False,
@@ -58,13 +70,14 @@ def mended(
       inputs: what the kernel was given, with values as they are; the mask may be of bytes.
       settings: with which.
       blind: which rows have no key, [B or 1, H or 1, T' or 1]; these get the mean of all values.
+        None where ``mask_tells``.
       tells: whether others may be blind, too, by the bias; the output is then zero or NaN there.
       interpret: run anywhere, if slowly.
     """
     from jax.experimental import pallas as pl  # takes a moment
 
     batch, rows, heads, _ = out.shape
-    arrays = {**inputs.present, "blind": blind}
+    arrays = inputs.present if blind is None else {**inputs.present, "blind": blind}
     sizes = {name: array.shape for name, array in arrays.items()}
     # Powers of two: rows of a program, those of one head, and heads.
     share = pl.next_power_of_2(pl.cdiv(batch * rows * heads, _PROGRAMS))
@@ -105,6 +118,7 @@ class _Call:
         self._one, self._tells = one, tells
         _, self._rows, self._heads, _ = sizes["query"]
         self._keys = sizes["key"][1]
+        self._sees_none = None if "blind" in refs else self._hides_all()
 
     def is_suspect(self, first: Any, count: int, head: Any, of_heads: int) -> jax.Array:
         """Whether anything may be wrong in some rows of some heads: by their first elements."""
@@ -113,8 +127,10 @@ class _Call:
             number = step * jnp.arange(of_heads * count // step)
             return first + number % count, head + number // count
 
-        found = _any(self._are_blind(*each(1))) | _any(_is_nan(self._output(*each(_ROWS))))
-        return found | _any(self._may_be_blind(*each(1))) if self._tells else found
+        blind = self._are_blind(*each(1))
+        if self._tells:
+            return _any(blind | self._may_be_blind(*each(1)))
+        return _any(blind) | _any(_is_nan(self._output(*each(_ROWS))))
 
     def put_right(self, first: Any, count: int, head: Any) -> None:
         """Does so for some rows of a head."""
@@ -160,9 +176,20 @@ class _Call:
 
         return total(some, self._keys, self._width("value")) / self._keys
 
+    def _hides_all(self) -> jax.Array:
+        """Whether the sequence's mask, of one row, shows no key."""
+        from jax.experimental import pallas as pl
+
+        key = jnp.arange(pl.next_power_of_2(self._keys))
+        at = index(self._sizes["mask"], (self._one, 0, 0, key))
+        shown = load(self._refs["mask"], jnp.broadcast_to(at, key.shape), key < self._keys)
+        return ~_any(shown.astype(bool))
+
     def _are_blind(self, row: jax.Array, head: Any) -> jax.Array:
         """Which rows are told to have no key."""
         there = self._are_rows(row, head)
+        if self._sees_none is not None:
+            return there & self._sees_none
         at = jnp.zeros_like(row) + index(self._sizes["blind"], (self._one, head, row))
         return load(self._refs["blind"], at, there)
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from autochunk.attention.kernels.dense import mean_value, within_lengths
-from autochunk.attention.kernels.inputs import Call, Inputs, along_rows
-from autochunk.attention.kernels.libraries import Kernel, KeyRange
+from autochunk.attention.kernels.inputs import Call, Inputs, KeyRange, along_rows
+from autochunk.attention.kernels.libraries import Kernel
 from autochunk.attention.kernels.terms import may_see_nothing, terms_of
 
 
