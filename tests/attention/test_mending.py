@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reference import assert_close, draw, lowering_for_an_h100
 
-from autochunk.attention.kernels import Inputs, in_place
+from autochunk.attention.kernels import Inputs, in_place, mending
 from autochunk.attention.kernels.inputs import Settings
 from autochunk.attention.kernels.mending import can_mend, mask_tells, mended
 from autochunk.attention.kernels.tokamax import quiet
@@ -86,19 +86,21 @@ class Case:
         return np.asarray(~self.sees()[0].any(-1))
 
 
-def drawn(rows: int, keys: int, dtype: Any = jnp.float32, size: int = 24, **settings: Any) -> Case:
-    """Two sequences of four heads, two of keys."""
+def drawn(
+    rows: int, keys: int, dtype: Any = jnp.float32, size: int = 24, batch: int = 2, **settings: Any
+) -> Case:
+    """Sequences of four heads, two of keys."""
     shapes = (rows, 4, size), (keys, 2, size), (keys, 2, 20)
     query, key, value = (
-        jnp.asarray(draw((2, *shape), seed) * 2 - 1, dtype) for seed, shape in enumerate(shapes)
+        jnp.asarray(draw((batch, *shape), seed) * 2 - 1, dtype) for seed, shape in enumerate(shapes)
     )
     return Case(Inputs(query, key, value), PLAIN._replace(**settings))
 
 
 def padded(case: Case, seen: int) -> Case:
     """With NaN and infinity in keys and values from one on, which a mask of one row hides."""
-    keys = case.inputs.key.shape[1]
-    mask = jnp.broadcast_to(jnp.arange(keys) < seen, (2, 1, 1, keys))
+    batch, keys = case.inputs.key.shape[:2]
+    mask = jnp.broadcast_to(jnp.arange(keys) < seen, (batch, 1, 1, keys))
     spoil = {name: getattr(case.inputs, name).at[:, seen:] for name in ("key", "value")}
     spoilt = {"key": spoil["key"].set(jnp.nan), "value": spoil["value"].set(jnp.inf)}
     return dataclasses.replace(case, inputs=case.inputs._replace(mask=mask, **spoilt))
@@ -111,7 +113,12 @@ def cases() -> dict[str, Case]:
     own = draw((2, 4, 70, 90), 10) < 0.5
     own[..., 80:] = False
     own[1, :, 33] = False
-    of_bias = drawn(70, 90)
+    few = np.where(np.arange(24) < 20, draw((1, 4, 40, 24), 11), -np.inf).astype(np.float32)
+    few[:, 2, 33] = few[:, :, :, 5] = -np.inf
+    of_bias, many = drawn(70, 90), padded(drawn(40, 24, batch=19), 20)
+    assert many.inputs.mask is not None
+    hidden = many.inputs.mask.at[17].set(False)
+    many = dataclasses.replace(many, inputs=many.inputs._replace(mask=hidden))
     found = {
         "padding": padded(drawn(70, 90), 50),
         "padding, many rows": padded(drawn(1100, 33), 7),
@@ -126,10 +133,14 @@ def cases() -> dict[str, Case]:
         "bias that hides": padded(of_bias, 60),
         "a mask of each row's own": padded(drawn(70, 90), 80),
         "lengths": drawn(70, 90),
+        "a bias that hides, of many sequences": many,
+        "a bias of many sequences": many,
     }
     changes: dict[str, dict[str, Any]] = {
         "bias": {"bias": bias},
         "bias that hides": {"bias": hiding},
+        "a bias that hides, of many sequences": {"bias": few},
+        "a bias of many sequences": {"bias": np.zeros_like(few)},
         "a mask of each row's own": {"mask": own},
         "lengths": {
             "query_seq_lengths": np.asarray([70, 9], np.int32),
@@ -155,6 +166,12 @@ def told_blind(case: Case, told: str) -> jax.Array:
         return NONE
     without = dataclasses.replace(case, inputs=case.inputs._replace(bias=None))
     return jnp.asarray((case if told == "all" else without).blind())
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a program has more than one tile."""
+    monkeypatch.setattr(mending, "_PROGRAMS", 8)
 
 
 @pytest.mark.parametrize("told", ["all", "but for a bias", "nothing"])
@@ -189,6 +206,16 @@ def test_a_mask_of_one_row_tells(name: str) -> None:
     np.testing.assert_allclose(
         np.asarray(received, np.float64), case.expected(), rtol=tolerance, atol=tolerance
     )
+
+
+def test_whose_bias_is_looked_at() -> None:
+    """Of a bias that many sequences share each program reads its rows, not all the output."""
+    looked_at = {
+        name
+        for name, case in CASES.items()
+        if mending._share(case.spoilt(jnp.float32).shape, case.inputs.bias).of_bias
+    }
+    assert looked_at == {"a bias that hides, of many sequences", "a bias of many sequences"}
 
 
 def test_which_masks_tell() -> None:
