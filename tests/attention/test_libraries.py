@@ -20,6 +20,7 @@ from reference import assert_close, compiled_text, draw, operands
 from autochunk import dot_product_attention
 from autochunk.attention.arguments import Arguments
 from autochunk.attention.kernels import Call, Inputs, libraries, maps
+from autochunk.attention.kernels import tokamax as tokamax_calls
 from autochunk.attention.kernels.inputs import KeyRange, Settings
 from autochunk.attention.kernels.libraries import FORMS, Kernel, lacking
 from autochunk.attention.kernels.tokamax import quiet
@@ -190,11 +191,13 @@ def test_a_tokamax_that_keeps_its_kernels_elsewhere(
         raising=False,
     )
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
-    query = jnp.zeros((1, 8, 2, 8))
     settings = Settings(1.0, None, None, None, None)
+    monkeypatch.setattr(tokamax_calls, "_is_hopper", lambda: True)
     for key_range in (None, KeyRange(None, jnp.ones((1, 1, 8), jnp.int32))):
-        KERNELS[f"tokamax_{name}"].attend(Inputs(query, query, query), settings, key_range)
-    assert asked == [[name], [name]]
+        for rows in (8, 256):
+            query = jnp.zeros((1, rows, 2, 8))
+            KERNELS[f"tokamax_{name}"].attend(Inputs(query, query, query), settings, key_range)
+    assert asked == [[name]] * 4
 
 
 # On a GPU
@@ -365,6 +368,39 @@ def test_keys_that_are_left_out(monkeypatch: pytest.MonkeyPatch, name: str, form
     exactly = {**given, "precision": "highest"}
     expected = jax.jit(both("dense", exactly, jnp.float32))(moving, cotangent)
     assert_close(received, expected, 3e-2)
+
+
+@functools.cache
+def forms_with_tiles() -> dict[str, dict[str, Any]]:
+    return forms_of_call(512)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "form", ["plain", "causal", "mask", "bias", "bias and mask", "key lengths"]
+)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("tokamax_mosaic", jnp.bfloat16),
+        ("tokamax_triton", jnp.bfloat16),
+        ("tokamax_triton", jnp.float32),
+    ],
+)
+def test_every_tile(name: str, dtype: Any, size: int, form: str) -> None:
+    """Calls that are large enough for tiles of our choice are as right as others."""
+    given = dict(forms_with_tiles()[form])
+    arrays = operands((2,), 512, 512, 4, 2, size)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {one: jnp.asarray(arrays[one]) for one in NAMES}
+    if "bias" in given:
+        moving["bias"] = jnp.asarray(given.pop("bias"))
+    received = jax.jit(both(available(name), given, dtype))(moving, cotangent)
+    received = jax.tree.map(lambda x: x.astype(jnp.float32), received)
+    exactly = {**given, "precision": "highest"}
+    expected = jax.jit(both("dense", exactly, jnp.float32))(moving, cotangent)
+    assert_close(received, expected, 3e-3 if dtype == jnp.float32 else 3e-2)
 
 
 @pytest.mark.gpu

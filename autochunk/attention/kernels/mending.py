@@ -23,7 +23,7 @@ from autochunk.attention.kernels.tile_call import ROWS, TileCall, any_of, is_nan
 # Of a row of queries, keys or values: small GPUs share 99 KB of memory, and three tiles must fit.
 _MOST_BYTES = 512
 # Programs, if rows do: more of them put more right at a time, fewer look sooner. Most rows of one.
-_PROGRAMS, _MOST_ROWS = 512, 4096
+_PROGRAMS, _MOST_ROWS = 256, 4096
 # Keys of a mask of one row that each program looks at.
 _MOST_MASKED = 4096
 # Bytes of memory that an element of an output takes to read.

@@ -14,7 +14,7 @@ import logging
 import pkgutil
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.extend.backend
@@ -43,7 +43,7 @@ def _attend(inputs: Inputs, settings: Settings, key_range: KeyRange | None, name
 
     window: tuple[int, int] | None = None
     if settings.left is not None or settings.right not in (None, 0):
-        rows, keys = inputs.query.shape[1], inputs.key.shape[1]
+        rows, keys = _sizes(inputs)
         left, right = settings.left, settings.right
         window = (rows if left is None else left, keys if right is None else right)
     tiles = tiles_of(name, inputs, settings) if _is_hopper() else Tiles(None, None)
@@ -119,25 +119,38 @@ def tiles_of(name: _Name, inputs: Inputs, settings: Settings) -> Tiles:
     return Tiles(_triton_forward(inputs), _triton_backward(inputs))
 
 
+def _sizes(inputs: Inputs) -> tuple[int, int]:
+    """Rows and keys."""
+    return inputs.query.shape[1], inputs.key.shape[1]
+
+
 def _width(inputs: Inputs) -> int:
     """Features of a head, to a power of two."""
     width = max(inputs.query.shape[-1], inputs.value.shape[-1])
     return 1 << (width - 1).bit_length()
 
 
-def _of_rows_and_keys(term: jax.Array | None) -> bool:
+def _of_rows_and_keys(term: jax.Array | None) -> TypeGuard[jax.Array]:
     """Whether there is a term that tiles are loaded of."""
     return term is not None and 1 not in term.shape[-2:]
 
 
 def _mosaic_forward(inputs: Inputs, settings: Settings) -> dict[str, Any] | None:
-    keys, is_plain = inputs.key.shape[1], inputs.bias is None and inputs.mask is None
-    # Twice as many keys, where that pads no more of them.
-    even = -(-keys // 128) % 2 == 0
-    if _width(inputs) <= 64 and is_plain and settings.left is None and keys >= 512 and even:
+    width, bias, (rows, keys) = _width(inputs), inputs.bias, _sizes(inputs)
+    if inputs.mask is not None or settings.left is not None or settings.right not in (None, 0):
+        return None
+    if bias is None and width <= 64 and keys >= 512 and _is_even(keys):
         stages = 2 if settings.is_causal else 3
         return {"block_q": 64, "block_kv": 256, "num_stages": stages, "persistent": True}
+    is_half = _of_rows_and_keys(bias) and bias.dtype.itemsize == 2
+    if is_half and width <= 32 and _is_even(rows) and not settings.is_causal:
+        return {"block_q": 128, "block_kv": 64, "num_stages": 2, "persistent": True}
     return None
+
+
+def _is_even(count: int) -> bool:
+    """Whether tiles of 256, twice as many as Tokamax's, pad no more rows or keys."""
+    return -(-count // 128) % 2 == 0
 
 
 def _mosaic_backward(inputs: Inputs, settings: Settings) -> dict[str, Any] | None:
@@ -154,7 +167,8 @@ def _mosaic_backward(inputs: Inputs, settings: Settings) -> dict[str, Any] | Non
 
 def _triton_forward(inputs: Inputs) -> dict[str, Any] | None:
     width, has_bias = _width(inputs), _of_rows_and_keys(inputs.bias)
-    if inputs.query.shape[1] < 128 or inputs.key.shape[1] < 64 or width > 128:
+    rows, keys = _sizes(inputs)
+    if rows < 128 or keys < 64 or width > 128:
         return None
     if width > 64:
         is_plain = not has_bias and not _of_rows_and_keys(inputs.mask)
@@ -167,8 +181,8 @@ def _triton_forward(inputs: Inputs) -> dict[str, Any] | None:
 
 
 def _triton_forward_half(inputs: Inputs) -> dict[str, Any] | None:
-    is_long = inputs.query.shape[1] >= 64 and inputs.key.shape[1] >= 64
-    return _forward(64, 64, stages=3) if is_long and _width(inputs) <= 64 else None
+    is_small = min(_sizes(inputs)) < 64 or _width(inputs) > 64
+    return None if is_small else _forward(64, 64, stages=3)
 
 
 def _forward(rows: int, keys: int, *, stages: int, warps: int = 4) -> dict[str, Any]:
@@ -177,15 +191,17 @@ def _forward(rows: int, keys: int, *, stages: int, warps: int = 4) -> dict[str, 
 
 def _triton_backward(inputs: Inputs) -> dict[str, Any] | None:
     tiled = _of_rows_and_keys(inputs.bias) or _of_rows_and_keys(inputs.mask)
-    if min(inputs.query.shape[1], inputs.key.shape[1]) < 128 or _width(inputs) > 128:
+    if min(_sizes(inputs)) < 128 or _width(inputs) > 128:
         return None
     if _width(inputs) > 64:
         return None if tiled else _backward(64, 128, stages=2, warps=8)
+    if _of_rows_and_keys(inputs.bias) and _width(inputs) > 32:
+        return None
     return _backward(32, 128, stages=3) if tiled else _backward(64, 128, stages=4, warps=8)
 
 
 def _triton_backward_half(inputs: Inputs) -> dict[str, Any] | None:
-    if min(inputs.query.shape[1], inputs.key.shape[1]) < 128 or _width(inputs) > 64:
+    if min(_sizes(inputs)) < 128 or _width(inputs) > 64:
         return None
     if _width(inputs) <= 32 and _of_rows_and_keys(inputs.bias):
         return _backward(64, 64, stages=3, warps=2)

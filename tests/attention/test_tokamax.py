@@ -1,0 +1,194 @@
+"""Which tiles Tokamax's kernels get, without Tokamax."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autochunk.attention.kernels import tokamax
+from autochunk.attention.kernels.inputs import Inputs, KeyRange, Settings
+from autochunk.attention.kernels.tokamax import tiles_of
+
+PLAIN = Settings(1.0, None, None, None, None)
+CAUSAL = PLAIN._replace(right=0)
+
+
+def call(rows: int, keys: int, size: int, dtype: Any = jnp.float32, **terms: Any) -> Inputs:
+    """Two sequences of four heads; terms are sizes of rows and keys, and a dtype."""
+    query, key = (
+        jax.ShapeDtypeStruct((2, count, 4, size), jnp.dtype(dtype)) for count in (rows, keys)
+    )
+    made: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((1, 4, *shape), kind) for name, (shape, kind) in terms.items()
+    }
+    return Inputs(cast(Any, query), cast(Any, key), cast(Any, key), **made)
+
+
+HALF: Any = jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "settings", "forward", "backward"),
+    [
+        ("mosaic", call(2048, 2048, 64, HALF), PLAIN, (64, 256), (128, 64)),
+        ("mosaic", call(2048, 2048, 64, HALF), CAUSAL, (64, 256), None),
+        ("mosaic", call(2048, 384, 64, HALF), PLAIN, None, (128, 64)),
+        ("mosaic", call(2048, 2048, 128, HALF), PLAIN, None, None),
+        (
+            "mosaic",
+            call(256, 256, 32, HALF, bias=((256, 256), HALF)),
+            PLAIN,
+            (128, 64),
+            (64, 128),
+        ),
+        ("mosaic", call(384, 384, 32, HALF, bias=((384, 384), HALF)), PLAIN, None, (64, 128)),
+        ("mosaic", call(256, 256, 32, HALF, bias=((256, 256), jnp.float32)), PLAIN, None, None),
+        ("triton", call(2048, 2048, 64), PLAIN, (128, 64), (64, 128)),
+        ("triton", call(2048, 2048, 128), CAUSAL, (128, 64), (64, 128)),
+        ("triton", call(256, 256, 64, bias=((256, 256), jnp.float32)), PLAIN, None, None),
+        ("triton", call(256, 256, 64, mask=((256, 256), bool)), PLAIN, (128, 64), (32, 128)),
+        ("triton", call(1, 4096, 128), PLAIN, None, None),
+        ("triton", call(197, 197, 64, HALF), PLAIN, (64, 64), (32, 128)),
+        ("triton", call(2048, 2048, 64), PLAIN._replace(precision="highest"), None, None),
+    ],
+)
+def test_tiles(
+    name: Any,
+    inputs: Inputs,
+    settings: Settings,
+    forward: tuple[int, int] | None,
+    backward: tuple[int, int] | None,
+) -> None:
+    """By sizes, dtype and terms: rows and keys of a tile of the output, and of a cotangent."""
+    tiles = tiles_of(name, inputs, settings)
+    keys = "block_kv" if name == "mosaic" else "block_k"
+    sizes = ("block_q_dq", "block_kv_dq") if name == "mosaic" else ("block_m1", "block_n1")
+    assert (tiles.forward and (tiles.forward["block_q"], tiles.forward[keys])) == forward
+    assert (tiles.backward and tuple(tiles.backward[size] for size in sizes)) == backward
+
+
+@given(
+    name=st.sampled_from(["mosaic", "triton"]),
+    sizes=st.tuples(*[st.integers(1, 5000)] * 2, st.integers(1, 300)),
+    dtype=st.sampled_from([jnp.float32, HALF, jnp.float16]),
+    terms=st.sets(st.sampled_from(["bias", "mask"])),
+)
+def test_tiles_are_no_larger_than_a_call(
+    name: Any, sizes: tuple[int, int, int], dtype: Any, terms: set[str]
+) -> None:
+    """Of a kernel that loads tiles of rows and keys; heads of over 128 features are left alone."""
+    rows, keys, size = sizes
+    made = {term: ((rows, keys), bool if term == "mask" else dtype) for term in terms}
+    tiles = tiles_of(name, call(rows, keys, size, dtype, **made), PLAIN)
+    if size > 128:
+        assert tiles == (None, None)
+    if name == "triton":
+        for fields in filter(None, tiles):
+            assert max(fields.values()) <= max(64, rows, keys)
+            assert all(
+                number & (number - 1) == 0 or field == "num_stages"
+                for field, number in fields.items()
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """As Tokamax's, with what this version has."""
+
+    block_q: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """As Tokamax's, which has the op of its backward pass."""
+
+    config: Any = None
+    vjp: Any = None
+
+    def replace(self, **changes: Any) -> Op:
+        """Another with some fields."""
+        return replace(self, **changes)
+
+    def __call__(self, *_: Any, mask: Any, **others: Any) -> Any:
+        """What it was asked for."""
+        return self, mask, others
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, backward: Any) -> list[Any]:
+    """A Tokamax with a Triton kernel only; returns what it will have been asked for."""
+    asked: list[Any] = []
+    parts: dict[str, dict[str, Any]] = {
+        "tokamax": {
+            "dot_product_attention": lambda *_, implementation, **__: asked.extend(implementation)
+        },
+        "tokamax._src": {},
+        "tokamax._src.ops": {},
+        "tokamax._src.ops.attention": {},
+        "tokamax._src.ops.attention.api": {"IMPLEMENTATIONS": {"triton": Op(vjp=Op())}},
+        "tokamax._src.ops.attention.pallas_triton": {"Config": Config},
+        "tokamax._src.ops.attention.pallas_triton_vjp": {"Config": backward},
+    }
+    for path, names in parts.items():
+        module = types.ModuleType(path)
+        module.__path__ = []
+        for one, value in names.items():
+            setattr(module, one, value)
+        monkeypatch.setitem(sys.modules, path, module)
+        parent, _, child = path.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    return asked
+
+
+@pytest.mark.parametrize("is_hopper", [True, False])
+def test_a_kernel_is_told_its_tiles(monkeypatch: pytest.MonkeyPatch, is_hopper: bool) -> None:
+    """On Hopper GPUs; elsewhere it has its own, and is called by its name."""
+    monkeypatch.setattr(tokamax, "_is_hopper", lambda: is_hopper)
+    asked = installed(monkeypatch, backward=dict)
+    tokamax.triton(call(256, 256, 64), PLAIN, None)
+    if not is_hopper:
+        assert asked == ["triton"]
+        return
+    (op,) = asked
+    assert op.config == Config(128, 64, 3, 4)
+    assert op.vjp.config["block_n1"] == 128
+
+
+def test_a_version_with_other_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told nothing."""
+    monkeypatch.setattr(tokamax, "_is_hopper", lambda: True)
+    asked = installed(monkeypatch, backward=Config)
+    tokamax.triton(call(256, 256, 64), PLAIN, None)
+    assert asked == [Op(vjp=Op())]
+
+
+def test_a_kernel_is_told_a_range_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its tiles, in its mask."""
+    monkeypatch.setattr(tokamax, "_is_hopper", lambda: True)
+    asked = installed(monkeypatch, backward=dict)
+
+    @dataclass(frozen=True)
+    class Mask:
+        k_start: Any = None
+        k_end: Any = None
+
+        def __and__(self, other: Mask) -> Mask:
+            return other
+
+    tokamax.triton(call(256, 256, 64), PLAIN, KeyRange(None, jnp.ones(3)))
+    op, mask, others = asked[0](1, 2, mask=Mask(), bias=None)
+    assert op.config == Config(128, 64, 3, 4)
+    assert mask.k_start is None
+    assert mask.k_end.tolist() == [1, 1, 1]
+    assert others == {"bias": None}
