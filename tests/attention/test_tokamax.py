@@ -21,10 +21,12 @@ PLAIN = Settings(1.0, None, None, None, None)
 CAUSAL = PLAIN._replace(right=0)
 
 
-def call(rows: int, keys: int, size: int, dtype: Any = jnp.float32, **terms: Any) -> Inputs:
-    """Two sequences of four heads; terms are sizes of rows and keys, and a dtype."""
+def call(
+    rows: int, keys: int, size: int, dtype: Any = jnp.float32, batch: int = 64, **terms: Any
+) -> Inputs:
+    """Sequences of four heads; terms are sizes of rows and keys, and a dtype."""
     query, key = (
-        jax.ShapeDtypeStruct((2, count, 4, size), jnp.dtype(dtype)) for count in (rows, keys)
+        jax.ShapeDtypeStruct((batch, count, 4, size), jnp.dtype(dtype)) for count in (rows, keys)
     )
     made: dict[str, Any] = {
         name: jax.ShapeDtypeStruct((1, 4, *shape), kind) for name, (shape, kind) in terms.items()
@@ -56,6 +58,9 @@ HALF: Any = jnp.bfloat16
         ("triton", call(256, 256, 64, bias=((256, 256), jnp.float32)), PLAIN, None, None),
         ("triton", call(256, 256, 64, mask=((256, 256), bool)), PLAIN, (128, 64), (32, 128)),
         ("triton", call(1, 4096, 128), PLAIN, None, None),
+        ("triton", call(512, 9999, 64, batch=2), PLAIN, None, (64, 128)),
+        ("mosaic", call(512, 8192, 64, HALF, batch=2), PLAIN, (64, 256), None),
+        ("mosaic", call(4096, 4096, 64, HALF, batch=2), CAUSAL, None, None),
         ("triton", call(197, 197, 64, HALF), PLAIN, (64, 64), (32, 128)),
         ("triton", call(2048, 2048, 64), PLAIN._replace(precision="highest"), None, None),
     ],
@@ -86,7 +91,7 @@ def test_tiles_are_no_larger_than_a_call(
 ) -> None:
     """Of a kernel that loads tiles of rows and keys; heads of over 128 features are left alone."""
     rows, keys, size = sizes
-    made = {term: ((rows, keys), bool if term == "mask" else dtype) for term in terms}
+    made: Any = {term: ((rows, keys), bool if term == "mask" else dtype) for term in terms}
     tiles = tiles_of(name, call(rows, keys, size, dtype, **made), PLAIN)
     if size > 128:
         assert tiles == (None, None)

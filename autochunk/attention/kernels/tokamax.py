@@ -139,13 +139,31 @@ def _mosaic_forward(inputs: Inputs, settings: Settings) -> dict[str, Any] | None
     width, bias, (rows, keys) = _width(inputs), inputs.bias, _sizes(inputs)
     if inputs.mask is not None or settings.left is not None or settings.right not in (None, 0):
         return None
-    if bias is None and width <= 64 and keys >= 512 and _is_even(keys):
+    is_enough = not settings.is_causal or _programs(inputs, 128) >= 512
+    if bias is None and width <= 64 and keys >= 512 and _is_even(keys) and is_enough:
         stages = 2 if settings.is_causal else 3
         return {"block_q": 64, "block_kv": 256, "num_stages": stages, "persistent": True}
     is_half = _of_rows_and_keys(bias) and bias.dtype.itemsize == 2
-    if is_half and width <= 32 and _is_even(rows) and not settings.is_causal:
+    if (
+        is_half
+        and width <= 32
+        and _is_even(rows)
+        and not settings.is_causal
+        and _fills(inputs, 256)
+    ):
         return {"block_q": 128, "block_kv": 64, "num_stages": 2, "persistent": True}
     return None
+
+
+def _programs(inputs: Inputs, size: int) -> int:
+    """How many programs a kernel has, each of so many rows of a head."""
+    batch, rows, heads, _ = inputs.query.shape
+    return batch * heads * -(-rows // size)
+
+
+def _fills(inputs: Inputs, size: int) -> bool:
+    """Whether such programs are enough for all parts of a GPU; with fewer, larger ones lose."""
+    return _programs(inputs, size) >= 128
 
 
 def _is_even(count: int) -> bool:
@@ -159,7 +177,7 @@ def _mosaic_backward(inputs: Inputs, settings: Settings) -> dict[str, Any] | Non
     if _width(inputs) > 64 or settings.is_causal:
         return None
     if inputs.bias is None:
-        return {**own, "block_q_dq": 128}
+        return {**own, "block_q_dq": 128} if _fills(inputs, 256) else None
     if inputs.bias.dtype.itemsize > 2 or _of_rows_and_keys(inputs.mask):
         return None
     return {**own, "block_kv_dq": 128}
@@ -168,7 +186,7 @@ def _mosaic_backward(inputs: Inputs, settings: Settings) -> dict[str, Any] | Non
 def _triton_forward(inputs: Inputs) -> dict[str, Any] | None:
     width, has_bias = _width(inputs), _of_rows_and_keys(inputs.bias)
     rows, keys = _sizes(inputs)
-    if rows < 128 or keys < 64 or width > 128:
+    if rows < 128 or keys < 64 or width > 128 or not _fills(inputs, 128):
         return None
     if width > 64:
         is_plain = not has_bias and not _of_rows_and_keys(inputs.mask)
