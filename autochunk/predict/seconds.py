@@ -18,6 +18,9 @@ from autochunk.workload import Workload
 _TRAINING_OPERATIONS = 3.5
 _PASSES = {"forward": 2, "training": 6}
 _PASSES_OF_OPERANDS = {"forward": 1, "training": 3}
+# More passes where sequences share a bias, of slices with some of a sequence's heads: their part of
+# its cotangent is taken out and put back. Of ten lengths on an EPYC, of which others were measured.
+_PASSES_OF_PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
         rows = workload.batch * workload.num_heads * workload.query_length
         took /= min(1.0, rows / _ROWS_OF_ALL_BLOCKS)
     passes = work.logits * _itemsize(workload, plan, platform) * _PASSES[workload.mode]
+    if platform == "cpu" and kind == "sliced" and _shares_a_cotangent(workload):
+        parts = work.share * workload.batch < 1
+        passes += work.logits * workload.logits_itemsize * _PASSES_OF_PARTS * parts
     if platform != "cpu":  # which has most of them in its caches
         passes += _operand_bytes(workload, plan) * _PASSES_OF_OPERANDS[workload.mode]
     hashes = ((workload.dropout_bits != "none") + workload.soft_cap) * work.logits
@@ -80,6 +86,11 @@ def seconds(workload: Workload, plan: Plan, platform: str) -> float:
     if platform == "cpu" and (held := memory.temp_bytes(workload, plan, platform)) > _KEPT:
         took += held * _FAULT_SECONDS
     return took + rates.slice_seconds[training] * work.slices
+
+
+def _shares_a_cotangent(workload: Workload) -> bool:
+    """Whether all sequences add to the cotangent of one bias."""
+    return workload.mode == "training" and workload.bias.startswith("1")
 
 
 def _operand_bytes(workload: Workload, plan: Plan) -> float:
