@@ -26,9 +26,10 @@ again without it (see ``SliceMath``). A row that sees no key gives the mean of a
 Reading order: ``inputs`` (what a call is), ``terms`` (what its small arrays say), ``maths`` and
 ``passes`` (one slice), ``grid`` (all slices, ``cells``), ``problem`` (how they are cut), ``maps``
 (forward, tangent and cotangent by slices), ``primitives`` (what JAX sees, made by ``primitive``),
-``dense`` and ``fused`` (with ``libraries`` and ``seen``; ``mending`` and ``blind`` put results
-right, ``in_place``), which run without slices, and ``shares`` (with ``meshes``), ``derivatives``,
-``ring`` and ``rings`` (what each of several devices does).
+``dense`` and ``fused`` (with ``libraries``, ``tokamax`` and ``seen``; ``mending``, with
+``tile_call``, and ``blind`` put results right, ``in_place``), which run without slices, and
+``shares`` (with ``meshes``), ``derivatives``, ``ring`` and ``rings`` (what each of several devices
+does).
 
 What was tried, with figures, is in ``EXPERIMENTS.md`` beside this file.
 """
