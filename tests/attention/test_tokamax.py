@@ -35,6 +35,7 @@ def call(
 
 
 HALF: Any = jnp.bfloat16
+PAIR = ((256, 256), HALF)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ HALF: Any = jnp.bfloat16
         ("mosaic", call(2048, 2048, 128, HALF), PLAIN, None, None),
         (
             "mosaic",
-            call(256, 256, 32, HALF, bias=((256, 256), HALF)),
+            call(256, 256, 32, HALF, bias=PAIR),
             PLAIN,
             (128, 64),
             (64, 128),
@@ -62,6 +63,14 @@ HALF: Any = jnp.bfloat16
         ("mosaic", call(512, 8192, 64, HALF, batch=2), PLAIN, (64, 256), None),
         ("mosaic", call(4096, 4096, 64, HALF, batch=2), CAUSAL, None, None),
         ("triton", call(197, 197, 64, HALF), PLAIN, (64, 64), (32, 128)),
+        ("triton", call(256, 256, 32, HALF, bias=PAIR), PLAIN, (64, 64), (64, 64)),
+        (
+            "triton",
+            call(256, 256, 32, HALF, bias=PAIR, mask=((1, 256), bool)),
+            PLAIN,
+            (64, 64),
+            (32, 128),
+        ),
         ("triton", call(2048, 2048, 64), PLAIN._replace(precision="highest"), None, None),
     ],
 )

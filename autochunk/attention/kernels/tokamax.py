@@ -221,7 +221,7 @@ def _triton_backward(inputs: Inputs) -> dict[str, Any] | None:
 def _triton_backward_half(inputs: Inputs) -> dict[str, Any] | None:
     if min(_sizes(inputs)) < 128 or _width(inputs) > 64:
         return None
-    if _width(inputs) <= 32 and _of_rows_and_keys(inputs.bias):
+    if _width(inputs) <= 32 and _of_rows_and_keys(inputs.bias) and inputs.mask is None:
         return _backward(64, 64, stages=3, warps=2)
     return _backward(32, 128, stages=3)
 
