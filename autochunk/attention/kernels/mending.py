@@ -62,7 +62,7 @@ def mended(
       inputs: what the kernel was given, with values as they are; the mask may be of bytes.
       settings: with which.
       blind: which rows have no key, [B or 1, H or 1, T' or 1]; these get the mean of all values.
-        None where ``mask_tells``.
+        With ``tells`` it need not have those of which a bias hides all. None where ``mask_tells``.
       tells: whether others may be blind, too, by the bias; the output is then zero or NaN there.
       interpret: run anywhere, if slowly.
     """
