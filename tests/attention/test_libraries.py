@@ -192,7 +192,7 @@ def test_a_tokamax_that_keeps_its_kernels_elsewhere(
     )
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
     settings = Settings(1.0, None, None, None, None)
-    monkeypatch.setattr(tokamax_calls, "_is_hopper", lambda: True)
+    monkeypatch.setattr(tokamax_calls, "_is_measured", lambda: True)
     for key_range in (None, KeyRange(None, jnp.ones((1, 1, 8), jnp.int32))):
         for rows in (8, 256):
             query = jnp.zeros((1, rows, 2, 8))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
@@ -165,13 +166,22 @@ def installed(monkeypatch: pytest.MonkeyPatch, backward: Any) -> list[Any]:
     return asked
 
 
-@pytest.mark.parametrize("is_hopper", [True, False])
-def test_a_kernel_is_told_its_tiles(monkeypatch: pytest.MonkeyPatch, is_hopper: bool) -> None:
-    """On Hopper GPUs; elsewhere it has its own, and is called by its name."""
-    monkeypatch.setattr(tokamax, "_is_hopper", lambda: is_hopper)
+@pytest.mark.parametrize(
+    ("capability", "version"),
+    [("9.0", "0.0.17"), ("9.0", "0.0.18"), ("9.0", ""), ("8.0", "0.0.17"), (None, "0.0.17")],
+)
+def test_a_kernel_is_told_its_tiles(
+    monkeypatch: pytest.MonkeyPatch, capability: str | None, version: str
+) -> None:
+    """On Hopper GPUs by the version that was measured; else it has its own."""
+    device = types.SimpleNamespace(compute_capability=capability)
+    if capability is None:  # a CPU
+        del device.compute_capability
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: device)
+    monkeypatch.setattr(tokamax, "_version", lambda: version)
     asked = installed(monkeypatch, backward=dict)
     tokamax.triton(call(256, 256, 64), PLAIN, None)
-    if not is_hopper:
+    if (capability, version) != ("9.0", "0.0.17"):
         assert asked == ["triton"]
         return
     (op,) = asked
@@ -181,7 +191,7 @@ def test_a_kernel_is_told_its_tiles(monkeypatch: pytest.MonkeyPatch, is_hopper: 
 
 def test_a_version_with_other_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told nothing."""
-    monkeypatch.setattr(tokamax, "_is_hopper", lambda: True)
+    monkeypatch.setattr(tokamax, "_is_measured", lambda: True)
     asked = installed(monkeypatch, backward=Config)
     tokamax.triton(call(256, 256, 64), PLAIN, None)
     assert asked == [Op(vjp=Op())]
@@ -189,7 +199,7 @@ def test_a_version_with_other_configs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kernel_is_told_a_range_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside its tiles, in its mask."""
-    monkeypatch.setattr(tokamax, "_is_hopper", lambda: True)
+    monkeypatch.setattr(tokamax, "_is_measured", lambda: True)
     asked = installed(monkeypatch, backward=dict)
 
     @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import logging
 import pkgutil
 import warnings
@@ -23,6 +24,7 @@ from autochunk.attention.kernels.inputs import Inputs, KeyRange, Settings
 
 _Name = Literal["mosaic", "triton"]
 
+_MEASURED_VERSION = "0.0.17"
 _OPS = "tokamax._src.ops.attention"
 # What has the tiles of its forward and of its backward pass.
 _CONFIGS: dict[_Name, tuple[str, str]] = {
@@ -46,7 +48,7 @@ def _attend(inputs: Inputs, settings: Settings, key_range: KeyRange | None, name
         rows, keys = _sizes(inputs)
         left, right = settings.left, settings.right
         window = (rows if left is None else left, keys if right is None else right)
-    tiles = tiles_of(name, inputs, settings) if _is_hopper() else Tiles(None, None)
+    tiles = tiles_of(name, inputs, settings) if _is_measured() else Tiles(None, None)
     return tokamax.dot_product_attention(
         *inputs[:5],
         scale=settings.scale,
@@ -67,9 +69,22 @@ triton = functools.partial(_attend, name="triton")
 """``Kernel.attend`` of the one in Pallas Triton."""
 
 
-def _is_hopper() -> bool:
+def _is_measured() -> bool:
+    """Whether tiles were measured on such a GPU, of this version of Tokamax.
+
+    Those of another may need more memory than there is, or be slower than what it chooses.
+    """
     device = jax.extend.backend.get_default_device()
-    return str(getattr(device, "compute_capability", "")).startswith("9.")
+    is_hopper = str(getattr(device, "compute_capability", "")).startswith("9.")
+    return is_hopper and _version() == _MEASURED_VERSION
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return importlib.metadata.version("tokamax")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _kernel(name: _Name, tiles: Tiles, key_range: KeyRange | None) -> Any:
