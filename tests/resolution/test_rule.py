@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import make_device, make_measurement, make_profile, make_workload
@@ -12,16 +13,26 @@ from autochunk.plan import Plan
 from autochunk.resolution import places, resolve
 from autochunk.resolution.rule import usual_plan
 from autochunk.resolution.settings import use
+from autochunk.store import bundle
 from autochunk.store.measurement import Measurement
+from autochunk.store.profile import Profile
 from autochunk.store.profiles import ProfileStore
 
 CPU = make_device()
 GPU = make_device(platform="gpu", kind="Made Up", cores=0, memory_gib=80)
 TPU = make_device(platform="tpu", kind="Made Up", cores=0, memory_gib=16)
+TRITON = Plan("tokamax_triton")
 SMALL = "b=8,t=2048,h=16,k=64"  # 2.1 GB of logits
 LARGE = "b=8,t=4096,h=16,k=64"
 # A kernel's mask says which of them see each other: 67 MB at T=8192, 4295 MB at 65536.
 SEGMENTS = "b=1,h=16,k=64,q_segments=yes,kv_segments=yes"
+
+
+def shipped_on_gpus() -> list[Profile]:
+    folder = Path(__file__).parents[2] / "profiles"
+    found = [one for path in folder.glob("nvidia-*.json") for one in bundle.read(path).profiles]
+    assert found
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +117,44 @@ def test_the_kernels_of_a_library_that_is_installed(
     extras.clear()
     left = "cudnn" if dtype == "bfloat16" and "cudnn" not in without else "dense"
     assert usual_plan(workload, GPU, without=without)[0] == Plan(left)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "expected"),
+    [
+        ("b=1,t=512,s=16384,h=8,k=64", {"dtype": "float32"}, Plan("dense")),
+        ("b=1,t=512,s=16384,h=8,k=64", {"dtype": "bfloat16"}, Plan("cudnn")),
+        ("b=2,t=512,s=16384,h=8,k=64", {"dtype": "float32"}, TRITON),
+        ("b=1,t=512,s=700000,h=8,k=64", {"dtype": "float32"}, TRITON),
+        ("b=32,t=1,s=4096,h=32,k=64", {"dtype": "float32"}, TRITON),
+        ("b=32,t=1,s=4096,h=32,k=64", {"dtype": "float32", "mode": "training"}, Plan("dense")),
+        ("b=32,t=2,s=4096,h=32,k=64", {"dtype": "float32", "mode": "training"}, TRITON),
+        ("b=1,t=65,s=4096,h=63,k=64", {"dtype": "float32"}, Plan("dense")),
+        ("b=1,t=65,s=4096,h=64,k=64", {"dtype": "float32"}, TRITON),
+    ],
+)
+def test_kernels_that_do_not_fill_a_gpu(
+    extras: set[str], shape: str, options: dict[str, Any], expected: Plan
+) -> None:
+    """In float32 dense attention is faster than one with few rows, while its logits are modest."""
+    extras.add("tokamax")
+    assert usual_plan(make_workload(shape, **options), GPU)[0] == expected
+
+
+def test_the_usual_plan_is_never_slower_than_dense(extras: set[str]) -> None:
+    """By 3%, on any shape that GPUs were tuned for, as far as both were measured."""
+    extras.add("tokamax")
+    slower, compared = {}, 0
+    for profile in shipped_on_gpus():
+        refuse = {one.implementation for one in profile.measurements if one.status == "unsupported"}
+        plan, _ = usual_plan(profile.parsed_workload(), profile.device, without=refuse)
+        measured, dense = (profile.baseline(one) for one in (plan, Plan("dense")))
+        if measured and dense:
+            compared += 1
+            if measured.ratio > 1.03 * dense.ratio:
+                slower[profile.key] = str(plan)
+    assert compared > 150
+    assert slower == {}
 
 
 # --- A kernel that refuses ------------------------------------------------------------------------
