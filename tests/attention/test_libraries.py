@@ -370,39 +370,6 @@ def test_keys_that_are_left_out(monkeypatch: pytest.MonkeyPatch, name: str, form
     assert_close(received, expected, 3e-2)
 
 
-@functools.cache
-def forms_with_tiles() -> dict[str, dict[str, Any]]:
-    return forms_of_call(512)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "form", ["plain", "causal", "mask", "bias", "bias and mask", "key lengths"]
-)
-@pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("tokamax_mosaic", jnp.bfloat16),
-        ("tokamax_triton", jnp.bfloat16),
-        ("tokamax_triton", jnp.float32),
-    ],
-)
-def test_every_tile(name: str, dtype: Any, size: int, form: str) -> None:
-    """Calls that are large enough for tiles of our choice are as right as others."""
-    given = dict(forms_with_tiles()[form])
-    arrays = operands((2,), 512, 512, 4, 2, size)
-    cotangent = jnp.asarray(arrays.pop("cotangent"))
-    moving = {one: jnp.asarray(arrays[one]) for one in NAMES}
-    if "bias" in given:
-        moving["bias"] = jnp.asarray(given.pop("bias"))
-    received = jax.jit(both(available(name), given, dtype))(moving, cotangent)
-    received = jax.tree.map(lambda x: x.astype(jnp.float32), received)
-    exactly = {**given, "precision": "highest"}
-    expected = jax.jit(both("dense", exactly, jnp.float32))(moving, cotangent)
-    assert_close(received, expected, 3e-3 if dtype == jnp.float32 else 3e-2)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", ["plain", "causal", "mask", "bias"])

@@ -1,7 +1,8 @@
-"""Which tiles Tokamax's kernels get, without Tokamax."""
+"""Which tiles Tokamax's kernels get, without Tokamax; what they give, on a GPU."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from dataclasses import dataclass, replace
@@ -10,9 +11,12 @@ from typing import Any, cast
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import assert_close, draw, operands
+from test_libraries import NAMES, available, both
 
 from autochunk.attention.kernels import tokamax
 from autochunk.attention.kernels.inputs import Inputs, KeyRange, Settings
@@ -216,3 +220,74 @@ def test_a_kernel_is_told_a_range_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mask.k_start is None
     assert mask.k_end.tolist() == [1, 1, 1]
     assert others == {"bias": None}
+
+
+# On a GPU
+
+TILED = {"batch": 16, "heads": 8, "size": 512}  # enough of each for tiles of our choice
+
+
+@functools.cache
+def tiled_forms() -> dict[str, dict[str, Any]]:
+    batch, heads, size = TILED.values()
+    mask = draw((batch, 1, size, size), 7) < 0.5
+    mask[3, :, 2] = False
+    padding = np.arange(size) < np.linspace(0, size, batch).astype(int)[:, None, None, None]
+    bias = draw((1, heads, size, size), 8).astype(np.float32)
+    return {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "mask": {"mask": mask},
+        "bias": {"bias": bias},
+        "bias and mask": {"bias": bias, "mask": padding},
+        "key lengths": {"key_value_seq_lengths": np.linspace(0, size, batch).astype(np.int32)},
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", tiled_forms())
+@pytest.mark.parametrize(
+    ("name", "dtype", "width"),
+    [
+        ("tokamax_mosaic", jnp.bfloat16, 32),
+        ("tokamax_mosaic", jnp.bfloat16, 64),
+        ("tokamax_triton", jnp.bfloat16, 32),
+        ("tokamax_triton", jnp.bfloat16, 64),
+        ("tokamax_triton", jnp.float32, 32),
+        ("tokamax_triton", jnp.float32, 64),
+        ("tokamax_triton", jnp.float32, 128),
+    ],
+)
+def test_every_tile(name: str, dtype: Any, width: int, form: str) -> None:
+    """Calls that are large enough for tiles of our choice are as right as others."""
+    terms = dict(tiled_forms()[form])
+    batch, heads, size = TILED.values()
+    arrays = operands((batch,), size, size, heads, heads // 2, width)
+    cotangent = jnp.asarray(arrays.pop("cotangent"))
+    moving = {one: jnp.asarray(arrays[one]) for one in NAMES}
+    if "bias" in terms:
+        moving["bias"] = jnp.asarray(terms.pop("bias")).astype(dtype)
+    received = jax.jit(both(available(name), terms, dtype))(moving, cotangent)
+    received = jax.tree.map(lambda x: x.astype(jnp.float32), received)
+    exactly = {**terms, "precision": "highest"}
+    expected = jax.jit(both("dense", exactly, jnp.float32))(moving, cotangent)
+    assert_close(received, expected, 3e-3 if dtype == jnp.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("form", tiled_forms())
+def test_tiled_forms_have_tiles(form: str) -> None:
+    """Of some kernel at least, forward or backward, or the test above shows nothing."""
+    batch, heads, size = TILED.values()
+    query = jax.ShapeDtypeStruct((batch, size, heads, 64), jnp.float32)
+    terms: Any = {
+        one: jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for one, array in tiled_forms()[form].items()
+        if one != "is_causal"
+    }
+    settings = Settings(1.0, None, 0 if form == "causal" else None, None, None)
+    found: list[Any] = []
+    for width, dtype in ((32, jnp.float32), (64, jnp.float32), (64, jnp.bfloat16)):
+        one: Any = query.update(shape=(batch, size, heads, width), dtype=dtype)
+        found += tiles_of("triton", Inputs(one, one, one, **terms), settings)
+        found += tiles_of("mosaic", Inputs(one, one, one, **terms), settings)
+    assert any(found)
