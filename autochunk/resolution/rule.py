@@ -3,9 +3,9 @@
 Its figures are of the profiles that ship and of two more CPUs, 72 workloads on CPUs and 92 on GPUs,
 as the ratio of the rule's time to the best plan's. On CPUs slices of 17 MB take 1.04 to 1.10 times
 as long (medians of three machines; at worst 1.5), 1000 MB 1.17 to 1.38 (at worst 4.4), dense
-attention 1.6 to 2.2 (at worst 11). On GPUs a fused kernel wins wherever it takes a call; else dense
-attention is faster than slices, which take 1.5 times as long as it, but keeps all its weights for
-the backward pass.
+attention 1.6 to 2.2 (at worst 11). On GPUs a fused kernel wins wherever it takes a call, but for
+float32 with few rows (``_is_narrow``); else dense attention is faster than slices, which take 1.5
+times as long as it, but keeps all its weights for the backward pass.
 """
 
 from __future__ import annotations
