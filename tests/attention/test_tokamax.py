@@ -278,7 +278,7 @@ def test_every_tile(name: str, dtype: Any, width: int, form: str) -> None:
     received = run(available(name), causal, dtype)
     received = jax.tree.map(lambda x: x.astype(jnp.float32), received)
     expected = run("dense", {**causal, "precision": "highest"}, jnp.float32)
-    assert_close(received, expected, 3e-3 if dtype == jnp.float32 else 3e-2)
+    assert_close(received, expected, 5e-3 if dtype == jnp.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("form", tiled_forms())
