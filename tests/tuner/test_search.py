@@ -580,7 +580,7 @@ def test_joint_rounds_have_a_new_order_each_time(scripted: Scripted, tmp_path: P
     assert len(rounds) >= EFFORT_SETTINGS["standard"].least_joint
     assert all(["xla", 33.6] in order for order in rounds)
     assert len(rounds[0]) >= 4
-    assert {str(order[0]) for order in rounds} != {str(rounds[0][0])}
+    assert len({str(order) for order in rounds}) > 1  # by chance one may come first in all
     for plan in map(str, rounds[0]):
         there = [plan in map(str, order) for order in rounds]
         assert there == sorted(there, reverse=True), "what has left came back"
