@@ -585,7 +585,7 @@ def test_joint_rounds_have_a_new_order_each_time(scripted: Scripted, tmp_path: P
         there = [plan in map(str, order) for order in rounds]
         assert there == sorted(there, reverse=True), "what has left came back"
     followers = {(str(one), str(next_one)) for order in rounds for one, next_one in pairwise(order)}
-    assert len(followers) > 2 * (len(rounds[0]) - 1)
+    assert len(followers) > len(rounds[0])  # one order has one less than plans
 
 
 def test_joint_rounds_end_when_the_choice_is_clear(scripted_gpu: Scripted, tmp_path: Path) -> None:
