@@ -148,11 +148,12 @@ def _is_suspect(
         return call.may_be_blind(*rows)
 
     call, *rows = each(ROWS)
+    told = any_of(are_told())
+    if call.tells and not share.of_bias:
+        return any_of(may_be_blind()) | told
+    suspect = any_of(is_nan(call.output(*rows))) | told
     if not share.of_bias:
-        if call.tells:
-            return any_of(may_be_blind()) | any_of(are_told())
-        return any_of(is_nan(call.output(*rows))) | any_of(are_told())
-    spoilt = any_of(is_nan(call.output(*rows))) | any_of(are_told())
+        return suspect
     hides = of(one).bias_hides(row + jnp.arange(ROWS), head)
     found: jax.Array = jax.lax.cond(hides, lambda: any_of(may_be_blind()), lambda: hides)
-    return spoilt | found
+    return suspect | found
